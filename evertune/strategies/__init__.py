@@ -1,9 +1,14 @@
 """Where an update runs: DeepSpeed on CPU and GPU, and the weights as each rank holds them."""
 
-from evertune.strategies.shards import Fragment, ParameterShards
+from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy, register_strategies
+from evertune.strategies.shards import Fragment, ParameterShards, ReplicatedShards
+from evertune.strategies.support import check_strategy
 
-__all__ = ["Fragment", "ParameterShards", "register_strategies"]
-
-
-def register_strategies() -> None:
-    """Register evertune's strategies with Lightning, so that ``Trainer(strategy="evertune_deepspeed_stage_3")`` works."""
+__all__ = [
+    "EvertuneDeepSpeedStrategy",
+    "Fragment",
+    "ParameterShards",
+    "ReplicatedShards",
+    "check_strategy",
+    "register_strategies",
+]

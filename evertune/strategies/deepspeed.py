@@ -1,0 +1,211 @@
+"""DeepSpeed on CPU and GPU, fit after fit: Lightning's strategy with what it gets wrong put right."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.seed import reset_seed
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from evertune.strategies.shards import ParameterShards
+from evertune.strategies.support import check_strategy
+
+
+class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed ZeRO-1, 2 and 3 for one update after another, on GPUs over NCCL and on CPUs over gloo.
+
+    Over Lightning's ``DeepSpeedStrategy`` it
+
+    - runs on CPU;
+    - divides the loss by ``accumulate_grad_batches`` once, not twice;
+    - refuses epochs that do not hold a whole number of accumulations (DeepSpeed's step counter would drift);
+    - releases the engine at the end of a fit, so that the next one starts with its memory free;
+    - carries the fp32 master weights from one fit to the next in 16-bit training;
+    - leaves the configuration it is given untouched.
+
+    It is registered as ``evertune_deepspeed_stage_1``, ``_2``, ``_3`` and, for offloading, ``_2_offload`` and
+    ``_3_offload``.
+
+    Args:
+        stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.
+        config: a DeepSpeed configuration or the path of one; replaces every other setting.
+        **settings: as in Lightning's ``DeepSpeedStrategy``.
+
+    Raises:
+        ModuleNotFoundError: when DeepSpeed is not installed.
+
+    Example::
+
+        trainer = pl.Trainer(devices=2, accelerator="cpu", strategy="evertune_deepspeed_stage_2")
+    """
+
+    strategy_name = "evertune_deepspeed"
+
+    def __init__(self, stage: int = 2, config: str | Path | dict[str, Any] | None = None, **settings: Any) -> None:
+        _prepare_environment()
+        # communication is not overlapped by default: on CPU there is nothing to overlap it with
+        settings.setdefault("overlap_comm", torch.cuda.is_available())
+        super().__init__(stage=stage, config=copy.deepcopy(config), **settings)
+        self._masters: Masters | None = None
+
+    def setup_environment(self) -> None:
+        """Join the process group; Lightning's own refuses every device but CUDA."""
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Join the process group without the check of CUDA device indices when on CPU."""
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Build the engine for this fit, on top of the fp32 masters the last one left."""
+        check_strategy(trainer, type(self).__name__)
+        super().setup(trainer)
+        masters = getattr(self.lightning_module, "_evertune_masters", None)
+        if masters is not None and trainer.training:
+            masters.restore(ParameterShards.of(trainer))
+
+    def on_train_start(self) -> None:
+        """Refuse an epoch whose last accumulation would be cut short.
+
+        Raises:
+            ValueError: when the batches of an epoch do not divide by ``accumulate_grad_batches``.
+        """
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        batches, accumulation = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if batches != float("inf") and batches % accumulation:
+            raise ValueError(
+                f"an epoch has {batches} batches, which accumulate_grad_batches={accumulation} does not divide: "
+                f"DeepSpeed would lose count of its steps; set limit_train_batches={batches - batches % accumulation} "
+                "or another accumulation"
+            )
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the engine's backward pass on a loss that Lightning has already divided by the accumulation."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def teardown(self) -> None:
+        """Release the engine, its hooks and its buffers; the module stays, its weights as this rank holds them."""
+        engine: Any = self.model
+        module = self.lightning_module
+        if module is not None and hasattr(engine, "destroy"):
+            if module.trainer.training and _masters_differ(engine):
+                module._evertune_masters = Masters(ParameterShards.of(module.trainer))
+            engine.destroy()
+            for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+                if hasattr(engine, hook):
+                    getattr(engine, hook).remove()
+            self.model = None
+            self.optimizers = []
+            self.lr_scheduler_configs = []
+        super().teardown()
+
+    def _setup_model_and_optimizer(
+        self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        import deepspeed
+
+        engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self._device_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, deepspeed_optimizer
+
+    def _initialize_deepspeed_inference(self, model: Module) -> None:
+        import deepspeed
+
+        assert isinstance(self.config, dict)
+        kept = ["fp16", "bf16"]
+        if self.zero_stage_3:
+            kept += ["zero_allow_untested_optimizer", "zero_optimization"]
+        config = {"train_micro_batch_size_per_gpu": 1} | {key: self.config[key] for key in kept if key in self.config}
+        remove_module_hooks(model)
+        self.model, _, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self._device_rank),
+            config=config,
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )
+
+    def _auto_select_batch_size(self) -> int:
+        return 1  # DeepSpeed uses it for its throughput log only, and not every loader has one
+
+    @property
+    def _device_rank(self) -> int:
+        return self.root_device.index if self.root_device.index is not None else self.local_rank
+
+
+class Masters:
+    """The fp32 master weights of a rank, kept from one 16-bit fit to the next.
+
+    A new engine derives its masters from the 16-bit weights, which would round every weight once per update.
+    """
+
+    def __init__(self, shards: ParameterShards) -> None:
+        values = [value.clone() for value in shards.values()]
+        self._held = {f.name: (f.offset, value) for f, value in zip(shards.fragments, values, strict=True)}
+        self._sizes = {name: shape.numel() for name, shape in shards.shapes.items()}
+
+    def restore(self, shards: ParameterShards) -> None:
+        """Write them into a new engine's masters; elements that are new since (a grown head) stay as they are."""
+        moved = shards.rearrange(self._held, old_sharded=True)
+        for fragment, value, master in zip(shards.fragments, shards.values(), moved, strict=True):
+            known = max(0, min(fragment.numel, self._sizes.get(fragment.name, 0) - fragment.offset))
+            value[:known] = master[:known]
+
+
+def _masters_differ(engine: Any) -> bool:
+    return bool(engine.bfloat16_enabled() or engine.fp16_enabled())
+
+
+def _prepare_environment() -> None:
+    """Make DeepSpeed run where there is no GPU, and find the ninja that comes with it for its one small C++ op."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if shutil.which("ninja") is None:
+        try:
+            import ninja
+        except ModuleNotFoundError:
+            return
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ninja.BIN_DIR])
+
+
+def register_strategies() -> None:
+    """Register the strategies with Lightning, so that ``Trainer(strategy="evertune_deepspeed_stage_3")`` works."""
+    variants: dict[str, dict[str, Any]] = {
+        "stage_1": {"stage": 1},
+        "stage_2": {"stage": 2},
+        "stage_3": {"stage": 3},
+        "stage_2_offload": {"stage": 2, "offload_optimizer": True},
+        "stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    }
+    for name, settings in variants.items():
+        StrategyRegistry.register(
+            f"evertune_deepspeed_{name}",
+            EvertuneDeepSpeedStrategy,
+            description=f"DeepSpeed ZeRO {name.replace('_', ' ')} for one update after another, on CPU and GPU",
+            override=True,
+            **settings,
+        )
