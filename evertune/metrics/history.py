@@ -1,0 +1,217 @@
+"""What a run leaves behind: its accuracy matrix, its seconds, and what the report shows beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evertune.metrics import functional
+
+
+@dataclass
+class History:
+    """The history of one run over a stream.
+
+    Example:
+        >>> history = History(["sport", "tech"], [[1.0], [0.5, 0.75]], seconds=12.0)
+        >>> history.average_accuracy, history.forgetting, history.backward_transfer
+        (0.625, 0.5, -0.5)
+
+    Args:
+        experiences: Names of the experiences, the columns of the matrix.
+        accuracy_matrix: Row ``t`` holds the score in [0, 1] on each experience after update ``t``; NaN or None, or a
+            shorter row, where it was not evaluated. Any ``MatrixLike``; kept as full rows of floats with NaN.
+        seconds: Wall-clock time of the run.
+        drift: The drift score over time: ``{"step": int, "score": float, "alarm": bool, "threshold": float}`` each.
+        memory: What the replay memory holds at the end:
+            ``{"size": n, "capacity": n, "per_experience": {name: n}, "per_class": {name: n}}``. Empty without a memory.
+        examples: How many new examples the run was trained on, if it was counted.
+
+    Raises:
+        ValueError: when one of them does not have this form.
+    """
+
+    experiences: list[str]
+    accuracy_matrix: list[list[float]]
+    seconds: float
+    drift: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        self.experiences = _names(self.experiences)
+        self.accuracy_matrix = _scores(self.accuracy_matrix, self.experiences)
+        if not _is_number(self.seconds) or self.seconds < 0:
+            raise ValueError(f"seconds must be a number of at least 0, got {self.seconds!r}")
+        self.drift = [_drift_point(point, i) for i, point in enumerate(_of_type(self.drift, list, "drift"))]
+        self.memory = _memory(_of_type(self.memory, dict, "memory"))
+        if self.examples is not None and not _is_count(self.examples):
+            raise ValueError(f"examples must be a count or None, got {self.examples!r}")
+
+    @property
+    def average_accuracy(self) -> float:
+        """Mean score after the last update, over the experiences it was evaluated on."""
+        return functional.average_accuracy(self.accuracy_matrix)
+
+    @property
+    def forgetting(self) -> float:
+        """The best earlier score minus the last one (Chaudhry et al. 2018)."""
+        return functional.forgetting(self.accuracy_matrix)
+
+    @property
+    def backward_transfer(self) -> float:
+        """The last score minus the one when first learned (Lopez-Paz & Ranzato 2017)."""
+        return functional.backward_transfer(self.accuracy_matrix)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The history as strict JSON holds it: None for NaN, the metrics beside the matrix, no empty extras."""
+        extras = {"drift": self.drift, "memory": self.memory, "examples": self.examples}
+        return {
+            "experiences": list(self.experiences),
+            "accuracy_matrix": [[_or_none(score) for score in row] for row in self.accuracy_matrix],
+            "average_accuracy": _or_none(self.average_accuracy),
+            "forgetting": _or_none(self.forgetting),
+            "backward_transfer": _or_none(self.backward_transfer),
+            "seconds": float(self.seconds),
+            **{name: value for name, value in extras.items() if value not in ([], {}, None)},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> History:
+        """The history from ``to_dict``'s form. The metrics in it are not read: they follow from the matrix.
+
+        Raises:
+            ValueError: when a key is missing or a value does not have its form.
+        """
+        _of_type(data, Mapping, "a run")
+        missing = [key for key in ("experiences", "accuracy_matrix", "seconds") if key not in data]
+        if missing:
+            raise ValueError(f"a run must have {', '.join(missing)}; it has {', '.join(map(str, data)) or 'nothing'}")
+        optional = {key: data[key] for key in ("drift", "memory", "examples") if key in data}
+        return cls(data["experiences"], data["accuracy_matrix"], data["seconds"], **optional)
+
+
+def save_history(path: str | os.PathLike[str], runs: Mapping[str, History]) -> Path:
+    """Write the histories of named runs as JSON, in one step: a reader never sees half a file.
+
+    Args:
+        path: The file to write; its folders are created.
+        runs: The history of each run, by name.
+
+    Raises:
+        ValueError: when there are no runs.
+    """
+    if not runs:
+        raise ValueError("there are no runs to save")
+    path = Path(path)
+    text = json.dumps({"runs": {name: run.to_dict() for name, run in runs.items()}}, indent=2, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    staging.write_text(text + "\n", encoding="utf-8")
+    staging.replace(path)
+    return path
+
+
+def load_history(path: str | os.PathLike[str]) -> dict[str, History]:
+    """Read the histories that ``save_history`` wrote, by the name of the run.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is empty, truncated, a pickle, not JSON or not a history; it names the file and the
+            problem.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    if not raw.strip():
+        raise ValueError(f"{path} is empty, not a history")
+    if raw.startswith((b"\x80", b"PK\x03\x04")):
+        raise ValueError(f"{path} is a pickle or a PyTorch archive, which evertune never loads; a history is JSON")
+    try:
+        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON (truncated or corrupt?): {error}") from error
+    runs = data.get("runs") if isinstance(data, dict) else None
+    if not isinstance(runs, dict) or not runs:
+        raise ValueError(f'{path} is not a history: expected {{"runs": {{name: run}}}} with at least one run')
+    histories = {}
+    for name, run in runs.items():
+        try:
+            histories[name] = History.from_dict(run)
+        except ValueError as error:
+            raise ValueError(f"{path}, run {name!r}: {error}") from error
+    return histories
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number; a score that was not evaluated is null")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _of_type(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} must be a {kind.__name__.lower()}, got a {type(value).__name__}")
+    return value
+
+
+def _names(names: Any) -> list[str]:
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"experiences must be a list of at least one name, got {names!r}")
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"experiences must have different names, got {doubles[0]!r} twice")
+    return list(names)
+
+
+def _scores(matrix: Any, experiences: list[str]) -> list[list[float]]:
+    if isinstance(matrix, str | bytes | Mapping) or not hasattr(matrix, "__len__"):
+        raise ValueError(f"accuracy_matrix must be a list of rows, got a {type(matrix).__name__}")
+    rows: list[list[float]] = functional.as_matrix(matrix).tolist()
+    width = len(experiences)
+    if len(rows[0]) > width:
+        raise ValueError(
+            f"accuracy_matrix has {len(rows[0])} columns for {width} experiences ({', '.join(experiences)})"
+        )
+    for t, row in enumerate(rows):
+        for k, score in enumerate(row):
+            if score < 0 or score > 1:
+                raise ValueError(f"scores must be in [0, 1], got {score} after update {t} on {experiences[k]!r}")
+    return [row + [math.nan] * (width - len(row)) for row in rows]
+
+
+def _drift_point(point: Any, index: int) -> dict[str, Any]:
+    if not isinstance(point, Mapping) or not {"step", "score", "alarm", "threshold"} <= point.keys():
+        raise ValueError(f"drift[{index}] must have step, score, alarm and threshold, got {point!r}")
+    if not _is_count(point["step"]) or not isinstance(point["alarm"], bool):
+        raise ValueError(f"drift[{index}] must have a count as step and true or false as alarm, got {point!r}")
+    if not _is_number(point["score"]) or not _is_number(point["threshold"]):
+        raise ValueError(f"drift[{index}] must have finite numbers as score and threshold, got {point!r}")
+    return dict(point)
+
+
+def _memory(memory: dict[str, Any]) -> dict[str, Any]:
+    if not memory:
+        return {}
+    for key in ("size", "capacity"):
+        if not _is_count(memory.get(key)):
+            raise ValueError(f"memory[{key!r}] must be a count, got {memory.get(key)!r}")
+    for key in ("per_experience", "per_class"):
+        counts = memory.get(key, {})
+        if not isinstance(counts, Mapping) or not all(_is_count(count) for count in counts.values()):
+            raise ValueError(f"memory[{key!r}] must give a count for each name, got {counts!r}")
+    return dict(memory)
