@@ -1,0 +1,153 @@
+"""The pretrained transformer under a head: loading it, freezing its lower part, pooling what it gives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["auto", "mean", "cls", "last"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
+def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
+    """Load a pretrained transformer without a head, in torch's default dtype.
+
+    The encoder is taken from an encoder-decoder, and a pooler is dropped: it would be trained by nobody.
+
+    Args:
+        model_name_or_path: a name on the Hugging Face hub, or a folder.
+        dropout: replaces every dropout probability of the configuration; None keeps them.
+
+    Raises:
+        OSError: when there is no such model.
+        ValueError: when its weights are damaged or incomplete.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(model_name_or_path)
+    if dropout is not None:
+        override_dropout(config, dropout)
+    try:
+        with quiet_transformers():
+            backbone, info = AutoModel.from_pretrained(
+                model_name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
+            )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {model_name_or_path} are damaged or cut short: {error}") from None
+    if absent := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+        raise ValueError(f"the weights in {model_name_or_path} lack {absent}, which {type(backbone).__name__} needs")
+    if config.is_encoder_decoder:
+        backbone = backbone.get_encoder()
+    if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        backbone.pooler = None
+    return backbone
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' reports and progress bars off the screen; its errors are raised all the same."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def override_dropout(config: Any, dropout: float) -> None:
+    """Set every dropout probability of a transformers configuration; whole layers are dropped only if they were."""
+    for name, value in vars(config).items():
+        is_probability = isinstance(value, int | float) and not isinstance(value, bool)
+        if "drop" in name and is_probability and not ("layerdrop" in name and dropout > 0):
+            setattr(config, name, dropout)
+
+
+def encoder_layers(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of layers of a transformer, with its name: the longest ``ModuleList``, the outermost of equals."""
+    stacks = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ValueError(f"cannot find the layers of {type(backbone).__name__}; use freeze_layers=0 or -1")
+    return max(stacks, key=lambda item: (len(item[1]), -item[0].count(".")))
+
+
+def freeze(backbone: nn.Module, n_layers: int) -> None:
+    """Freeze the embeddings and the first ``n_layers`` layers; 0 freezes nothing, -1 the whole backbone.
+
+    Raises:
+        ValueError: when there are fewer layers.
+    """
+    if n_layers == 0:
+        return
+    if n_layers == -1:
+        backbone.requires_grad_(False)
+        return
+    stack_name, stack = encoder_layers(backbone)
+    if n_layers > len(stack):
+        raise ValueError(
+            f"freeze_layers must be at most {len(stack)}, the number of layers of {type(backbone).__name__}, "
+            f"got {n_layers}; use -1 to freeze the whole backbone"
+        )
+    for name, module in backbone.named_modules():
+        outside = not f"{name}.".startswith(f"{stack_name}.")
+        if outside and (isinstance(module, nn.Embedding) or "embed" in name):
+            module.requires_grad_(False)
+    for layer in stack[:n_layers]:
+        layer.requires_grad_(False)
+
+
+def accepted_inputs(backbone: nn.Module) -> frozenset[str]:
+    """The names of the arguments that ``backbone(...)`` takes."""
+    return frozenset(inspect.signature(backbone.forward).parameters)
+
+
+def resolve_pooling(pooling: Pooling, config: Any) -> Pooling:
+    """What ``auto`` means for a model: ``last`` for one that reads left to right only, ``mean`` for the others."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if pooling != "auto":
+        return pooling
+    kind = config.model_type
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "last" if causal and not config.is_encoder_decoder else "mean"
+
+
+def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """One vector a text: the mean over its tokens, its first token's or its last token's; padding never counts.
+
+    Args:
+        hidden: [batch, tokens, features].
+        attention_mask: [batch, tokens], 1 for a token and 0 for padding, on either side; None when nothing is padded.
+        pooling: ``mean``, ``cls`` (first) or ``last``.
+
+    Returns:
+        [batch, features].
+
+    >>> hidden = torch.tensor([[[1.0], [3.0], [100.0]]])
+    >>> mask = torch.tensor([[1, 1, 0]])
+    >>> [pool(hidden, mask, how).item() for how in ("mean", "cls", "last")]
+    [2.0, 1.0, 3.0]
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+    if pooling == "cls":
+        token = attention_mask.argmax(1)
+    else:
+        token = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), token]

@@ -1,0 +1,105 @@
+"""Folders that hold a module: weights as safetensors, the rest as JSON, and a hash of every weight file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MANIFEST = "evertune.json"
+BACKBONE = "backbone."
+REST = "head.safetensors"
+FORMAT = 1
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a parameter on the CPU, whole also when DeepSpeed has partitioned it; call it on every rank."""
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach().cpu().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().cpu().clone()
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes files (rank 0)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module on the CPU, on the writing rank; the others take part and get an empty dict."""
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        value = whole(tensor)
+        if is_writer():
+            state[name] = value
+    return state
+
+
+def load_rest(module: nn.Module, folder: Path) -> None:
+    """Read what is saved outside the transformer into a module, partitioned or not; call it on every rank.
+
+    Raises:
+        ValueError: when the names or shapes are not the module's.
+    """
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / REST) if (folder / REST).is_file() else {}
+    own = {name: value for name, value in module.named_parameters() if not name.startswith(BACKBONE)}
+    shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in own.items()}
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != found:
+        raise ValueError(f"{folder / REST} holds the weights {found}, but the module has {shapes}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if hasattr(parameter, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(saved[name])
+            else:
+                parameter.copy_(saved[name])
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``evertune.json``: ``content`` and the sha256 of every weight file. It comes last: without it no module."""
+    weights = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    text = json.dumps({"format": FORMAT, **content, "sha256": weights}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read ``evertune.json`` and check every weight file against it.
+
+    Raises:
+        FileNotFoundError: when the folder or a file of it is missing.
+        ValueError: when a file is damaged, cut short or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is no folder written by save_pretrained")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}, the one that this version of evertune reads")
+    if absent := {"hparams", "sha256"} - manifest.keys():
+        raise ValueError(f"{path} is damaged: it has no {sorted(absent)}")
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged or cut short: it does not match the sha256 in {MANIFEST}")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,325 @@
+"""Text classification whose classes have names, and come one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evertune.lightning_modules.backbone import POOLINGS, Pooling, pool, resolve_pooling
+from evertune.lightning_modules.heads import HEADS, HeadKind
+from evertune.lightning_modules.schedule import Schedule
+from evertune.lightning_modules.transformer import TransformerModule
+from evertune.outputs import TARGET_KEYS, targets_of
+
+if TYPE_CHECKING:
+    from evertune.streams.experience import Experience
+
+HEAD_DROPOUT = 0.1
+
+
+class ClassifierOutput(NamedTuple):
+    """What a classifier says about a batch.
+
+    Args:
+        logits: [batch, classes], in the order of ``module.classes``.
+        features: [batch, features], the pooled texts that the head sees.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+class SequenceClassificationModule(TransformerModule):
+    """A pretrained transformer that classifies texts, one label each or several.
+
+    Its interface is label names, not numbers. A batch is what a tokenizer gives, with the names under ``labels``: a
+    list of names, or with ``multi_label`` a list of lists of names. (Tensors pass through: class numbers, or rows of 0
+    and 1.) The head has one row a class. New classes append rows, the old ones keep their bits, and the loss is over
+    the classes named so far. ``ContinualTrainer``, or a datamodule with an ``experience``, names them before each fit.
+
+    Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy`` (multi-label: a text counts
+    when all its labels are right).
+
+    Args:
+        model_name_or_path: a name on the Hugging Face hub, a folder, or a folder of :meth:`save_pretrained`.
+        classes: the names known so far, in the order of the head's rows.
+        head: ``linear``, or ``cosine``, which does not favour the newest classes (Hou et al., 2019).
+        multi_label: whether a text has any number of labels (sigmoids) instead of exactly one (softmax).
+        label_smoothing: the part of the target that is spread over all classes (Szegedy et al., 2016).
+        pooling: ``mean`` over the tokens, ``cls`` (the first one) or ``last``; ``auto`` is ``last`` for a model that
+            reads left to right only and ``mean`` for the others.
+        n_classes_ahead: rows allocated from the start, so that the head keeps its shape until more classes than
+            that have come; the rows without a name take part in nothing.
+        learning_rate: see :class:`TransformerModule`, as for all that follow.
+        weight_decay: of AdamW; biases and norms are spared.
+        warmup_ratio: the part of an update that the warm-up takes.
+        schedule: ``linear``, ``cosine`` or ``constant``.
+        freeze_layers: 0 trains everything, n freezes the embeddings and the first n layers, -1 all but the head.
+        dropout: replaces every dropout probability, the head's (0.1) too; None keeps them.
+
+    Raises:
+        ValueError: for a value out of range, named with what is allowed.
+
+    Example::
+
+        module = SequenceClassificationModule("bert-base-uncased", classes=["business", "sport"])
+        trainer = pl.Trainer(max_epochs=3)
+        trainer.fit(module, datamodule)
+        module.predict(["Shares fell after the merger."])  # [{"business": 0.98, "sport": 0.02}]
+        module.add_classes(["politics"])  # the next fit learns it too
+    """
+
+    head: Any
+    """The class scores of pooled texts; None until ``configure_model``."""
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        classes: Sequence[str] = (),
+        head: HeadKind = "linear",
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        pooling: Pooling = "auto",
+        n_classes_ahead: int | None = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        warmup_ratio: float = 0.1,
+        schedule: Schedule = "linear",
+        freeze_layers: int = 0,
+        dropout: float | None = None,
+    ) -> None:
+        if head not in get_args(HeadKind):
+            raise ValueError(f"head must be one of {list(get_args(HeadKind))}, got {head!r}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {list(POOLINGS)}, got {pooling!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if n_classes_ahead is not None and n_classes_ahead < 1:
+            raise ValueError(f"n_classes_ahead must be positive, got {n_classes_ahead}")
+        super().__init__(
+            model_name_or_path,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+            freeze_layers=freeze_layers,
+            dropout=dropout,
+        )
+        self.head_kind = head
+        self.multi_label = multi_label
+        self.label_smoothing = label_smoothing
+        self.pooling = pooling
+        self.n_classes_ahead = n_classes_ahead
+        self.head = None
+        self._classes: list[str] = []
+        self._name_classes(_checked_names(classes))
+
+    # --- classes
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of the logits."""
+        return list(self._classes)
+
+    def add_classes(self, names: Sequence[str]) -> None:
+        """Learn new names: the head grows at its end, known names are skipped. Call it on every rank, between fits.
+
+        Raises:
+            TypeError: when a name is no string, or ``names`` is one.
+            RuntimeError: during ``fit``, when the optimizer already holds the head.
+        """
+        new = [name for name in _checked_names(names) if name not in self._classes]
+        if not new:
+            return
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
+            raise RuntimeError(f"cannot add the classes {new} during fit: the optimizer already holds the head")
+        self._name_classes(new)
+
+    def prepare_experience(self, experience: Experience) -> None:
+        """Name the classes of an experience before the fit that learns it. Call it on every rank."""
+        self.add_classes(experience.classes)
+
+    def _name_classes(self, new: list[str]) -> None:
+        self._classes.extend(new)
+        self.hparams["classes"] = self.classes
+        if self.head is not None and len(self._classes) > self.head.out_features:
+            self.head.grow(len(self._classes))
+
+    def setup(self, stage: str) -> None:
+        """Name the classes of the datamodule's experience, if it has one."""
+        experience = getattr(getattr(self.trainer, "datamodule", None), "experience", None)
+        if stage == "fit" and experience is not None:
+            self._name_classes([name for name in experience.classes if name not in self._classes])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the classes that the checkpoint knows beyond this module's.
+
+        Raises:
+            ValueError: when this module's classes are not the first ones of the checkpoint's.
+        """
+        names = list(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["classes"])
+        if names[: len(self._classes)] != self._classes:
+            raise ValueError(
+                f"the checkpoint's classes are {names}, this module's are {self._classes}: "
+                "load the checkpoint with load_from_checkpoint, then call add_classes"
+            )
+        self._name_classes(names[len(self._classes) :])
+
+    # --- the model
+
+    def configure_head(self) -> None:
+        """Build the head.
+
+        Raises:
+            ValueError: when there are no classes yet and no rows to allocate ahead.
+        """
+        n_rows = max(len(self._classes), self.n_classes_ahead or 0)
+        if n_rows == 0:
+            raise ValueError("there are no classes yet: pass classes=[...] or call add_classes([...])")
+        self._pooling = resolve_pooling(self.pooling, self.backbone.config)
+        self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
+        self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)
+
+    def forward(self, **inputs: Any) -> ClassifierOutput:
+        """Scores of a batch of tokenised texts: ``module(input_ids=..., attention_mask=...)``."""
+        hidden = self.encode(**inputs).last_hidden_state
+        features = pool(hidden, inputs.get("attention_mask"), self._pooling)
+        logits = self.head(self.head_dropout(features))
+        return ClassifierOutput(logits[:, : len(self._classes)], features)
+
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
+        """The pooled texts of a batch [batch, features]: what herding and drift detectors look at."""
+        output: ClassifierOutput = self(**_inputs(batch))
+        return output.features
+
+    # --- labels
+
+    def encode_labels(self, labels: Sequence[Any]) -> Tensor:
+        """Label names as a target tensor: class numbers [batch], or with ``multi_label`` 0 and 1 [batch, classes].
+
+        Raises:
+            ValueError: for a name that is no class, or for lists of names without ``multi_label`` and the reverse.
+        """
+        if self.multi_label:
+            target = torch.zeros(len(labels), len(self._classes))
+            for row, names in enumerate(labels):
+                if isinstance(names, str):
+                    raise ValueError(f"multi_label=True expects a list of names for each example, got {names!r}")
+                for name in names:
+                    target[row, self._number(name)] = 1.0
+            return target
+        return torch.tensor([self._number(name) for name in labels])
+
+    def _number(self, name: Any) -> int:
+        if isinstance(name, list | tuple):
+            raise ValueError(f"an example has the labels {name}; use multi_label=True for more than one label each")
+        try:
+            return self._classes.index(name)
+        except ValueError:
+            raise ValueError(
+                f"unknown label {name!r}: the classes are {self._classes}; call add_classes([{name!r}]) before fit"
+            ) from None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Replace label names by target tensors."""
+        if not isinstance(batch, Mapping):
+            return batch
+        named = {key: batch[key] for key in TARGET_KEYS if key in batch and not isinstance(batch[key], Tensor)}
+        return {**batch, **{key: self.encode_labels(labels) for key, labels in named.items()}}
+
+    # --- steps
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss over a batch, in fp32: cross-entropy, or with ``multi_label`` a binary one for each class."""
+        if not self.multi_label:
+            return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        smooth = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits.float(), smooth)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch, logged as ``train_loss``."""
+        targets = targets_of(batch)
+        loss = self.loss(self(**_inputs(batch)).logits, targets)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``val_loss`` and ``val_accuracy`` over all ranks."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``test_loss`` and ``test_accuracy`` over all ranks."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
+        targets = targets_of(batch)
+        logits = self(**_inputs(batch)).logits
+        right = ((logits > 0) == targets.bool()).all(1) if self.multi_label else logits.argmax(1) == targets
+        values = {f"{stage}_loss": self.loss(logits, targets), f"{stage}_accuracy": right.float().mean()}
+        self.log_dict(values, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(targets))
+
+    # --- predictions
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, float]]:
+        """The probability of each class for each text, the most probable first."""
+        logits = self(**_inputs(batch)).logits.float()
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        return [
+            dict(sorted(zip(self._classes, row, strict=True), key=lambda item: -item[1]))
+            for row in probabilities.tolist()
+        ]
+
+    @torch.inference_mode()
+    def predict(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, max_length: int | None = None
+    ) -> list[dict[str, float]]:
+        """The probability of each class for each text, the most probable first. Loads the weights if need be.
+
+        Args:
+            texts: texts, or pairs of them.
+            batch_size: how many are classified at a time.
+            max_length: tokens after which a text is cut; None for as many as the model takes.
+
+        Raises:
+            TypeError: when ``texts`` is a single string.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list; for one text pass [text]")
+        self.configure_model()
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        predictions: list[dict[str, float]] = []
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            batch = self.tokenizer(
+                part, truncation=True, max_length=max_length or self._max_length(), padding=True, return_tensors="pt"
+            )
+            predictions += self.predict_step(batch.to(self.device), start)
+        for module, training in modes:
+            module.training = training
+        return predictions
+
+    def _max_length(self) -> int:
+        positions: int | None = getattr(self.backbone.config, "max_position_embeddings", None)
+        longest: int = self.tokenizer.model_max_length
+        return min(longest, positions or longest)
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+
+
+def _checked_names(names: Sequence[str]) -> list[str]:
+    """The names without repetitions, in order."""
+    if isinstance(names, str):
+        raise TypeError(f"classes must be a list of names, got the string {names!r}")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"class names must be strings, got {name!r} ({type(name).__name__})")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,234 @@
+"""The base of every module here: a pretrained transformer, its optimizer and its schedule."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import nn
+
+from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone, quiet_transformers
+from evertune.lightning_modules.saving import (
+    BACKBONE,
+    REST,
+    is_writer,
+    load_rest,
+    read_manifest,
+    whole_state,
+    write_manifest,
+)
+from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
+
+
+class TransformerModule(pl.LightningModule):
+    """A pretrained transformer that learns one update after another.
+
+    The weights are loaded in ``configure_model``, which Lightning calls in every ``fit`` and which loads once, so that
+    DeepSpeed ZeRO-3 never holds a whole model on one device. Outside a trainer, call it yourself. A subclass adds the
+    head in ``configure_head`` and the loss in ``training_step``.
+
+    Each ``fit`` is an update with a schedule of its own: warm-up, then decay to 0. Weights train in fp32; pass
+    ``precision="bf16-mixed"`` to the trainer for bf16.
+
+    Args:
+        model_name_or_path: a name on the Hugging Face hub, or a folder.
+        learning_rate: of AdamW, at the end of the warm-up. 5e-5 suits encoders of BERT's size.
+        weight_decay: of AdamW; biases and norms are spared.
+        warmup_ratio: the part of an update that the warm-up takes.
+        schedule: ``linear`` or ``cosine`` decay, or ``constant``, the only one for a ``fit`` without an end.
+        freeze_layers: 0 trains everything, n freezes the embeddings and the first n layers, -1 freezes the whole
+            transformer and trains the head only.
+        dropout: replaces every dropout probability of the model; None keeps the model's own.
+
+    Raises:
+        ValueError: for a value out of range, named with what is allowed.
+    """
+
+    backbone: Any
+    """The transformer, without a head; None until ``configure_model``."""
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        warmup_ratio: float = 0.1,
+        schedule: Schedule = "linear",
+        freeze_layers: int = 0,
+        dropout: float | None = None,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        if not 0 <= warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+        if freeze_layers < -1:
+            raise ValueError(f"freeze_layers must be -1 (all), 0 (none) or a number of layers, got {freeze_layers}")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.save_hyperparameters()
+        self.model_name_or_path = str(model_name_or_path)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_ratio = warmup_ratio
+        self.schedule = schedule
+        self.freeze_layers = freeze_layers
+        self.dropout = dropout
+        self.backbone = None
+        self._tokenizer: Any = None
+        self._saved: Path | None = None
+
+    # --- the model
+
+    def configure_model(self) -> None:
+        """Load the transformer and build the head; the second call does nothing."""
+        if self.backbone is not None:
+            return
+        with self._zero_3():
+            self.backbone = load_backbone(self.model_name_or_path, self.dropout)
+        freeze(self.backbone, self.freeze_layers)
+        self._inputs = accepted_inputs(self.backbone)
+        self.configure_head()
+        if self._saved is not None:
+            load_rest(self, self._saved)
+
+    def configure_head(self) -> None:
+        """Build what is trained on top of ``self.backbone``. Nothing by default."""
+
+    def encode(self, **inputs: Any) -> Any:
+        """Run the transformer on the inputs that it knows; other columns of a batch are left out.
+
+        Raises:
+            RuntimeError: before the weights are loaded.
+        """
+        if self.backbone is None:
+            raise RuntimeError(f"{type(self).__name__} has no weights yet: call configure_model() first")
+        return self.backbone(**{name: value for name, value in inputs.items() if name in self._inputs})
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer, loaded when first asked for; one without padding pads with its end token."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+            if self._tokenizer.pad_token is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+        return self._tokenizer
+
+    def _zero_3(self) -> Any:
+        """What tells transformers, while it loads, that DeepSpeed partitions each weight as it is made."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+            return nullcontext()
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # transformers keeps a weak reference: the settings hold for as long as this object lives
+        return nullcontext(HfDeepSpeedConfig(strategy.config))
+
+    # --- the optimizer
+
+    def configure_optimizers(self) -> Any:
+        """AdamW without decay on biases and norms, and a schedule that starts anew with each ``fit``.
+
+        Raises:
+            ValueError: when the schedule needs to know how long ``fit`` lasts and nobody can tell.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if _n_dimensions(parameter) > 1]
+        vectors = [parameter for parameter in trained if _n_dimensions(parameter) <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
+        n_steps = remaining_steps(self.trainer)
+        if n_steps is None and self.schedule != "constant":
+            raise ValueError(
+                f"schedule={self.schedule!r} needs to know how long fit lasts: "
+                "pass max_steps to the Trainer, or use schedule='constant'"
+            )
+        if n_steps is None and self.warmup_ratio > 0:
+            rank_zero_warn(f"fit has no end, so warmup_ratio={self.warmup_ratio} is ignored")
+        n_warmup = int(self.warmup_ratio * (n_steps or 0))
+        factor = partial(learning_rate_factor, n_warmup=n_warmup, n_steps=n_steps, schedule=self.schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- folders
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the module to a folder: safetensors and JSON, nothing that can run code. Call it on every rank.
+
+        The folder has the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
+        tokenizer, ``head.safetensors`` for all other weights, and ``evertune.json`` with the settings and a sha256 of
+        every weight file.
+
+        Raises:
+            RuntimeError: before the weights are loaded.
+        """
+        if self.backbone is None:
+            raise RuntimeError(f"{type(self).__name__} has no weights to save yet: call configure_model() first")
+        folder = Path(directory)
+        state = whole_state(self)
+        if is_writer():
+            from safetensors.torch import save_file
+
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+            rest = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
+            with quiet_transformers():
+                self.backbone.save_pretrained(folder, state_dict=weights)
+            if rest:
+                save_file(rest, folder / REST)
+            self._save_tokenizer(folder)
+            settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+            write_manifest(folder, {"module": type(self).__name__, "hparams": settings})
+        if dist.is_initialized():
+            dist.barrier()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, lazy: bool = False, **settings: Any) -> Self:
+        """Read a module from a folder that ``save_pretrained`` wrote, bit for bit.
+
+        Args:
+            directory: the folder.
+            lazy: leave the loading of weights to ``configure_model``, so that ZeRO-3 partitions them as they come.
+            settings: replace arguments of the constructor, as in ``learning_rate=1e-5``.
+
+        Raises:
+            FileNotFoundError: when the folder or a file of it is missing.
+            ValueError: when a file is damaged, cut short or written by another kind of module.
+        """
+        folder = Path(directory)
+        manifest = read_manifest(folder)
+        if manifest.get("module") != cls.__name__:
+            raise ValueError(f"{folder} holds a {manifest.get('module')}, not a {cls.__name__}")
+        module = cls(**{**manifest["hparams"], **settings, "model_name_or_path": str(folder)})
+        module._saved = folder
+        if not lazy:
+            module.configure_model()
+        return module
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"{self.model_name_or_path} has no tokenizer, so none is saved: {error}")
+
+
+def _n_dimensions(parameter: nn.Parameter) -> int:
+    """The number of dimensions of a parameter, also of one that ZeRO-3 has partitioned."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
