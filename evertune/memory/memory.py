@@ -1,0 +1,524 @@
+"""The replay memory: a fixed number of examples of the past, over all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evertune.memory.codec import decode, encode
+from evertune.memory.policies import Floats, Indices, Policy, make_policy
+
+Label = str | None
+Labels = Sequence[Label] | Callable[[Any], Label]
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("label", pa.large_string()),
+        ("experience", pa.large_string()),
+        ("priority", pa.float64()),
+        ("data", pa.large_binary()),
+    ]
+)
+_FORMAT = "evertune-memory-1"
+_MANIFEST = "memory.json"
+_CHUNK = 4096
+
+
+class Examples(Protocol):
+    """What the memory learns from: anything with a length that gives an example by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class MemoryView:
+    """What a memory held after one update: rows that never change, read from a memory-mapped file.
+
+    Loader workers open their own view of the file; nothing is copied between processes.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._data = table.column("data").chunk(0) if len(table) else []
+        self._pass: tuple[tuple[int, int], Indices] | None = None
+        self.settings: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"evertune", b"{}"))
+
+    @classmethod
+    def open(cls, path: str | Path) -> MemoryView:
+        """Memory-map a file that a :class:`ReplayMemory` wrote."""
+        return cls(pa.ipc.open_file(_mapped(Path(path))).read_all())
+
+    @classmethod
+    def empty(cls) -> MemoryView:
+        """A view without rows."""
+        return cls(_SCHEMA.empty_table())
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, slot: int) -> Any:
+        """A fresh copy of the example in ``slot``."""
+        return decode(self.encoded(slot))
+
+    def encoded(self, slot: int) -> memoryview:
+        """The bytes of the example in ``slot``, not copied."""
+        if not 0 <= slot < len(self):
+            raise IndexError(f"slot {slot} of a memory that holds {len(self)} examples")
+        return memoryview(self._data[slot].as_buffer())
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows: ``id``, ``label``, ``experience``, ``priority`` and the encoded ``data``."""
+        return self._table
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every slot."""
+        return self._table.column("id").to_pylist()  # type: ignore[no-any-return]
+
+    @property
+    def labels(self) -> list[Label]:
+        """The class of every slot; None where it has none."""
+        return self._table.column("label").to_pylist()  # type: ignore[no-any-return]
+
+    @property
+    def experiences(self) -> list[str]:
+        """The experience that every slot's example came with."""
+        return self._table.column("experience").to_pylist()  # type: ignore[no-any-return]
+
+    def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
+        """The slots at these positions of the endless sequence of draws of one update.
+
+        The sequence runs through all slots in a random order, then again in another order, and so on. It depends on
+        the memory's seed, the update and the position alone, so that ranks that share out the positions draw together
+        what one process draws alone. Takes time for the draw itself, plus a shuffle of the slots once a pass.
+        """
+        if len(self) == 0:
+            return np.empty(0, dtype=np.int64)
+        passes, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
+        slots = np.empty(len(places), dtype=np.int64)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            slots[here] = self._order(update, number)[places[here]]
+        return slots
+
+    def _order(self, update: int, number: int) -> Indices:
+        if self._pass is None or self._pass[0] != (update, number):
+            stream = np.random.Philox(np.random.SeedSequence([self.settings.get("seed", 0), update, number]))
+            self._pass = (update, number), np.random.Generator(stream).permutation(len(self))
+        return self._pass[1]
+
+
+class ReplayMemory:
+    """At most ``memory_size`` examples of the past, chosen by a policy, in one memory-mapped file.
+
+    There is one logical memory whatever the number of processes: they all open the same file (one per node), and
+    which examples are in it depends only on the seed and the examples' ids. Examples are copied out of the dataset,
+    as bytes and never as pickle; no reference to the dataset is kept.
+
+    Args:
+        memory_size: how many examples to keep, over all ranks.
+        policy: ``"reservoir"`` (a uniform sample of everything seen), ``"class_balanced"``, ``"ring"`` (the newest of
+            each class), ``"herding"`` (nearest to the class means in feature space), or a
+            :class:`~evertune.memory.policies.Policy`.
+        seed: decides what is chosen and the order of draws.
+        directory: where the working file lives, in a sub-folder that is deleted with this object; by default the
+            system's temporary folder. Use :meth:`save` to keep the memory.
+
+    Raises:
+        ValueError: when ``memory_size`` is not positive, or there is no such policy.
+
+    Example:
+        >>> memory = ReplayMemory(memory_size=3)
+        >>> memory.update([{"x": i} for i in range(100)], experience="digits")
+        >>> memory.ids, memory[0]
+        (['digits:9', 'digits:70', 'digits:96'], {'x': 9})
+    """
+
+    def __init__(
+        self,
+        memory_size: int,
+        policy: str | Policy = "reservoir",
+        seed: int = 0,
+        directory: str | Path | None = None,
+    ) -> None:
+        if memory_size <= 0:
+            raise ValueError(f"memory_size must be positive, got {memory_size}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.memory_size = memory_size
+        self.policy = make_policy(policy)
+        self.seed = seed
+        self.generation = 0
+        """Counts the files written; readers re-open when it changes."""
+        self._parent = directory
+        self._directory: Path | None = None
+        self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
+
+    # what it holds
+
+    @property
+    def view(self) -> MemoryView:
+        """The rows as they are now."""
+        if self._view[0] != self.generation:
+            self._view = self.generation, MemoryView.open(self.path(self.generation))
+        return self._view[1]
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, slot: int) -> Any:
+        return self.view[slot]
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every slot."""
+        return self.view.ids
+
+    @property
+    def labels(self) -> list[Label]:
+        """The class of every slot; None where it has none."""
+        return self.view.labels
+
+    def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
+        """See :meth:`MemoryView.draw`."""
+        return self.view.draw(positions, update)
+
+    def summary(self) -> dict[str, Any]:
+        """What a report shows: ``size``, ``capacity``, and the counts ``per_experience`` and ``per_class``."""
+        return {
+            "size": len(self),
+            "capacity": self.memory_size,
+            "per_experience": dict(Counter(self.view.experiences)),
+            "per_class": dict(Counter(label for label in self.labels if label is not None)),
+        }
+
+    # what goes in and out
+
+    def update(
+        self,
+        dataset: Examples,
+        experience: str,
+        labels: Labels | None = None,
+        ids: Sequence[str] | None = None,
+        features: Floats | Tensor | None = None,
+        *,
+        is_writer: bool = True,
+    ) -> None:
+        """Offer every example of a dataset; only those that are kept are read and copied.
+
+        Args:
+            dataset: gives examples by number.
+            experience: the name of what is being learned.
+            labels: the class of every example, or a function of an example. Policies that balance classes read every
+                example when it is a function, the others only those that are kept.
+            ids: names the examples, for :meth:`forget` and to tell the same example when it comes again: the newer
+                copy replaces the older. By default ``"<experience>:<number>"``.
+            features: one vector per example, ``[n, d]``, for ``herding``.
+            is_writer: whether this process writes the file; on the others of a node the call only moves on to the
+                file that the writer leaves (wait for it before reading).
+
+        Raises:
+            ValueError: when ``labels``, ``ids`` or ``features`` have another length than ``dataset``, or the policy
+                needs what is missing.
+            TypeError: when an example holds what cannot be stored.
+        """
+        if is_writer:
+            self._check_lengths(dataset, labels, ids, features)
+            old, total = self.view, len(dataset)
+            names = [f"{experience}:{index}" for index in range(total)] if ids is None else [str(id) for id in ids]
+            classes = self._classes(dataset, experience, labels)
+            vectors = features.detach().cpu().double().numpy() if isinstance(features, Tensor) else features
+            seen = old.settings.get("seen", 0)
+            priorities = self.policy.priorities(
+                names, classes, vectors, arrival=seen, seed=self.seed, size=self.memory_size
+            )
+
+            fresh: dict[str, int] = {}
+            for index, name in enumerate(names):
+                fresh.setdefault(name, index)
+            stay = [slot for slot, id in enumerate(old.ids) if id not in fresh]
+            come = list(fresh.values())
+            table = old.table.take(pa.array(stay, pa.int64()))
+            chosen = self.policy.select(
+                np.concatenate([table.column("priority").to_numpy(), priorities[come]]),
+                [*table.column("id").to_pylist(), *fresh],
+                [*table.column("label").to_pylist(), *(classes[index] for index in come)],
+                self.memory_size,
+            )
+            kept, new = chosen[chosen < len(stay)], [come[row - len(stay)] for row in chosen if row >= len(stay)]
+            rows = []
+            for index in new:
+                example = dataset[index]
+                label = labels(example) if callable(labels) else classes[index]
+                rows.append(
+                    {
+                        "id": names[index],
+                        "label": label,
+                        "experience": experience,
+                        "priority": float(priorities[index]),
+                        "data": encode(example),
+                    }
+                )
+            self._write([table.take(pa.array(kept)), pa.Table.from_pylist(rows, schema=_SCHEMA)], seen + total)
+        self.generation += 1
+
+    def add(
+        self,
+        examples: Iterable[Any],
+        experience: str,
+        labels: Callable[[Any], Label] | None = None,
+        ids: Callable[[Any], str] | None = None,
+    ) -> None:
+        """Offer examples one after another, as from a stream: they are read once and need no numbers.
+
+        Args:
+            examples: may be endless only if you stop it.
+            experience: the name of what is being learned.
+            labels: the class of an example.
+            ids: the id of an example; by default a hash of its content, so that equal examples are one.
+        """
+        identify = ids or (lambda example: content_id(encode(example)))
+        iterator = iter(examples)
+        while chunk := list(itertools.islice(iterator, _CHUNK)):
+            self.update(chunk, experience, labels, [identify(example) for example in chunk])
+
+    def forget(self, ids: Iterable[str], is_writer: bool = True) -> int:
+        """Erase examples: the file is rewritten without them, older files are deleted, and the new file is searched.
+
+        Folders written by :meth:`save` are yours: save again.
+
+        Args:
+            ids: what to erase; ids that the memory does not hold are passed over.
+            is_writer: as in :meth:`update`.
+
+        Returns:
+            How many examples were erased.
+
+        Raises:
+            RuntimeError: when the bytes of an erased example are still in the file.
+        """
+        wanted, old = set(ids), self.view
+        gone = [slot for slot, id in enumerate(old.ids) if id in wanted]
+        if not gone:
+            return 0
+        if is_writer:
+            stay = sorted(set(range(len(old))) - set(gone))
+            erased = [bytes(old.encoded(slot)) for slot in gone]
+            kept = {bytes(old.encoded(slot)) for slot in stay}
+            self._write([old.table.take(pa.array(stay, pa.int64()))], old.settings["seen"])
+            self._delete_older(than=self.generation + 1)
+            content = self.path(self.generation + 1).read_bytes()
+            if any(data in content for data in erased if data not in kept):
+                raise RuntimeError(f"{self.path(self.generation + 1)} still holds erased examples")
+        self.generation += 1
+        return len(gone)
+
+    # where it is kept
+
+    def save(self, directory: str | Path) -> None:
+        """Write the memory to a folder: an Arrow file and ``memory.json``, which names it and its sha256.
+
+        The folder holds the old memory or the new one, never half of each.
+        """
+        folder, data = Path(directory), self._file()
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"memory-{digest[:16]}.arrow"
+        _write_atomically(folder / name, data)
+        manifest = self._settings() | {"examples": len(self), "file": name, "sha256": digest}
+        _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+        for stale in folder.glob("memory-*.arrow"):
+            if stale.name != name:
+                stale.unlink(missing_ok=True)
+
+    def load(self, directory: str | Path, is_writer: bool = True) -> None:
+        """Replace what this memory holds by what :meth:`save` wrote.
+
+        A smaller ``memory_size`` keeps the best of it.
+
+        Raises:
+            FileNotFoundError: when there is no memory in the folder.
+            ValueError: when it is corrupt, truncated or a pickle, or was filled under another policy or seed.
+        """
+        path = Path(directory) / _MANIFEST
+        content = path.read_bytes()
+        _refuse_pickle(content, path)
+        try:
+            manifest = json.loads(content)
+            name, digest = str(manifest["file"]), str(manifest["sha256"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is corrupt or truncated: {error!r}") from error
+        if Path(name).name != name:
+            raise ValueError(f"{path} names a file outside its folder: {name!r}")
+        file = Path(directory) / name
+        self._adopt(_mapped(file) if file.stat().st_size else pa.py_buffer(b""), digest, str(file), is_writer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory as plain tensors and strings, for a checkpoint."""
+        data = self._file()
+        return {
+            "arrow": torch.frombuffer(bytearray(data), dtype=torch.uint8),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], is_writer: bool = True) -> None:
+        """Replace what this memory holds by a :meth:`state_dict`. Raises as :meth:`load` does."""
+        self._adopt(pa.py_buffer(state["arrow"].numpy()), state["sha256"], "the memory in this checkpoint", is_writer)
+
+    def path(self, generation: int) -> Path:
+        """The working file of a generation; the newest and the one before it exist."""
+        return self.directory / f"memory-{generation}.arrow"
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the working files."""
+        if self._directory is None:
+            if self._parent is not None:
+                Path(self._parent).mkdir(parents=True, exist_ok=True)
+            self._directory = Path(tempfile.mkdtemp(prefix="evertune-memory-", dir=self._parent))
+            weakref.finalize(self, _remove, self._directory, os.getpid())
+        return self._directory
+
+    def share(self, directory: str | Path, generation: int, is_writer: bool) -> None:
+        """Work on the files in ``directory`` from now on, together with the other processes of this node.
+
+        Args:
+            directory: the same on all of them.
+            generation: the same on all of them.
+            is_writer: True on exactly one of them, which brings along what its memory holds.
+        """
+        data = self._file() if is_writer else None
+        self._directory = Path(directory)
+        if data is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.path(generation), data)
+            weakref.finalize(self, _remove, self._directory, os.getpid())
+        self.generation, self._view = generation, (-1, MemoryView.empty())
+
+    # files
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "policy": self.policy.name,
+            "seed": self.seed,
+            "memory_size": self.memory_size,
+        }
+
+    def _file(self) -> pa.Buffer:
+        """The bytes of the working file."""
+        if self.generation == 0:
+            return _serialise(_SCHEMA.empty_table(), self._settings() | {"seen": 0})
+        return _mapped(self.path(self.generation))
+
+    def _write(self, tables: list[pa.Table], seen: int) -> None:
+        """Leave the file of the next generation."""
+        table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+        _write_atomically(self.path(self.generation + 1), _serialise(table, self._settings() | {"seen": seen}))
+        self._delete_older(than=self.generation)
+
+    def _delete_older(self, than: int) -> None:
+        for path in self.directory.glob("memory-*.arrow"):
+            if int(path.stem.removeprefix("memory-")) < than:
+                path.unlink(missing_ok=True)
+
+    def _adopt(self, data: pa.Buffer, digest: str, source: str, is_writer: bool) -> None:
+        _refuse_pickle(bytes(data[:2]), source)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"{source} is corrupt or truncated: its sha256 is not the one recorded when it was saved")
+        try:
+            view = MemoryView(pa.ipc.open_file(data).read_all())
+            valid = view.table.schema.equals(_SCHEMA) and view.settings["format"] == _FORMAT
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{source} is corrupt: {error}") from error
+        if not valid:
+            raise ValueError(f"{source} is not a replay memory of this version ({_FORMAT})")
+        for name, mine in (("policy", self.policy.name), ("seed", self.seed)):
+            if view.settings[name] != mine:
+                raise ValueError(
+                    f"{source} was filled with {name}={view.settings[name]!r}, this memory has {name}={mine!r}; "
+                    "what was kept under one does not merge with the other"
+                )
+        if is_writer:
+            table = view.table
+            kept = self.policy.select(table.column("priority").to_numpy(), view.ids, view.labels, self.memory_size)
+            self._write([table.take(pa.array(kept))], view.settings["seen"])
+        self.generation += 1
+
+    # checks
+
+    def _check_lengths(
+        self, dataset: Examples, labels: Labels | None, ids: Sequence[str] | None, features: Floats | Tensor | None
+    ) -> None:
+        for name, values in (("labels", labels), ("ids", ids), ("features", features)):
+            if values is not None and not callable(values) and len(values) != len(dataset):
+                raise ValueError(f"got {len(values)} {name} for {len(dataset)} examples")
+        if self.policy.needs_features and features is None:
+            raise ValueError(f"policy {self.policy.name!r} needs features, one vector for every example")
+
+    def _classes(self, dataset: Examples, experience: str, labels: Labels | None) -> list[Label]:
+        if callable(labels):
+            if not self.policy.needs_labels:
+                return [None] * len(dataset)
+            labels = [labels(dataset[index]) for index in range(len(dataset))]
+        classes: list[Label] = [None] * len(dataset) if labels is None else list(labels)
+        if self.policy.needs_labels and None in classes:
+            raise ValueError(
+                f"policy {self.policy.name!r} needs the class of every example; "
+                f"example {classes.index(None)} of experience {experience!r} has none"
+            )
+        return classes
+
+
+def content_id(data: bytes) -> str:
+    """The id of an example that has no other: a hash of its encoded bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _serialise(table: pa.Table, settings: dict[str, Any]) -> pa.Buffer:
+    table = table.combine_chunks().replace_schema_metadata({b"evertune": json.dumps(settings).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    return pa.memory_map(str(path)).read_buffer()
+
+
+def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _refuse_pickle(data: bytes, source: str | Path) -> None:
+    if data[:1] == b"\x80" or data[:2] == b"PK":
+        raise ValueError(f"{source} is a pickle (or a torch.save file), which can run code; evertune never loads one")
+
+
+def _remove(directory: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a forked loader worker
+        shutil.rmtree(directory, ignore_errors=True)
