@@ -1,0 +1,389 @@
+"""From an experience to batches: tokenised once, padded to the longest of the batch, dealt evenly to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from evertune.streams import splits as scenarios
+from evertune.streams.experience import Examples, Experience, ExperienceStream, column_of
+from evertune.streams.sampler import BucketSampler, ResumableLoader
+
+_PADDING = {"token_type_ids": 0}
+"""What fills up each kind of tokens besides ``input_ids``."""
+
+
+class TokenizedDataset(Dataset[dict[str, Any]]):
+    """The texts of a dataset as tokens, in flat arrays.
+
+    An example is a dict: ``input_ids`` (and ``token_type_ids`` where the tokenizer makes them), int64 ``[length]``;
+    ``labels``, the label's name or list of names, and ``id``, where the dataset has those columns.
+
+    Args:
+        data: the examples, dicts.
+        tokenizer: of transformers.
+        text: the column with the text, or the pair of columns.
+        label: the column with the label, or None.
+        id_column: the column that identifies an example, or None.
+        max_length: longer texts are cut to this many tokens.
+    """
+
+    def __init__(
+        self,
+        data: Examples,
+        tokenizer: Any,
+        *,
+        text: str | tuple[str, str],
+        label: str | None,
+        id_column: str | None,
+        max_length: int,
+    ) -> None:
+        columns = (text,) if isinstance(text, str) else tuple(text)
+        texts = [column_of(data, column) for column in columns]
+        self.names = {
+            key: column_of(data, column) for key, column in (("labels", label), ("id", id_column)) if column is not None
+        }
+        flat: dict[str, list[np.ndarray]] = {}
+        lengths: list[int] = []
+        for start in range(0, len(data), 1000):
+            parts = [column[start : start + 1000] for column in texts]
+            encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
+            lengths += [len(tokens) for tokens in encoded["input_ids"]]
+            for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
+                flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
+        self.tokens = {key: np.concatenate(chunks) for key, chunks in flat.items()}
+        self.lengths = np.asarray(lengths)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        run = slice(self.starts[index], self.starts[index + 1])
+        tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
+        return {**tokens, **{key: values[index] for key, values in self.names.items()}}
+
+
+class PadCollator:
+    """Joins tokenised examples to a batch: each kind of tokens padded to the longest example, and their names.
+
+    Args:
+        pad_token_id: fills up ``input_ids``.
+        side: where it goes, "right" or "left".
+    """
+
+    def __init__(self, pad_token_id: int, side: Literal["right", "left"] = "right") -> None:
+        self.pad_token_id = pad_token_id
+        self.side = side
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join examples to a batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``; ``labels``: a list
+            of label names (or of lists of them), if the examples have labels.
+        """
+        mask = [torch.ones_like(example["input_ids"]) for example in examples]
+        batch: dict[str, Any] = {
+            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
+            "attention_mask": self._pad(mask, 0),
+        }
+        for key, value in _PADDING.items():
+            if key in examples[0]:
+                batch[key] = self._pad([example[key] for example in examples], value)
+        if "labels" in examples[0]:
+            batch["labels"] = [example["labels"] for example in examples]
+        return batch
+
+    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+class ExperienceDataModule(pl.LightningDataModule):
+    """The batches of one experience.
+
+    Training batches are shuffled by ``(seed, epoch)``, put together from texts of similar length, and dealt to the
+    ranks so that an optimizer step sees the same examples on any number of them (see :class:`BucketSampler`); a run
+    that is resumed in the middle of an epoch goes on with the next batch. Validation and test batches are in order.
+
+    Args:
+        experience: its examples are dicts with the columns below; without a tokenizer they may be anything.
+        tokenizer: of transformers; the texts are tokenised once, when first needed, and kept in memory as int32. None:
+            the examples go to the collate function as they are (images, tensors).
+        text: the column with the text, or a pair of columns (premise and hypothesis, question and passage).
+        label: the column with the label's name (or list of names), or None for data without labels.
+        batch_size: training examples in a batch, on each rank.
+        eval_batch_size: validation and test examples in a batch; no gradients are kept, so it may be larger.
+        max_length: longer texts are cut to this many tokens.
+        num_workers: processes that load batches. With tokens in memory there is little to load.
+        seed: of the order of the training examples; the same on all ranks.
+        collate_fn: joins examples to a batch; by default :class:`PadCollator`, or torch's without a tokenizer.
+        bucketed: put texts of similar length together, which saves padding.
+        drop_last: leave out the training examples that do not fill a step, instead of filling it with others.
+        id_column: a column kept in each tokenised example as ``id``, so that a memory can forget it by name.
+
+    Raises:
+        ValueError: when a size is not positive, a column is missing, or the tokenizer cannot pad.
+
+    Example:
+        >>> import torch
+        >>> from evertune.streams import Experience, ExperienceDataModule
+        >>> experience = Experience("numbers", [(torch.tensor([float(i)]), i % 2) for i in range(10)])
+        >>> inputs, targets = next(iter(ExperienceDataModule(experience, batch_size=4).train_dataloader()))
+        >>> inputs.shape, targets.shape
+        (torch.Size([4, 1]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        experience: Experience,
+        tokenizer: Any = None,
+        *,
+        text: str | tuple[str, str] = "text",
+        label: str | None = "label",
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        bucketed: bool = True,
+        drop_last: bool = False,
+        id_column: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
+        self.experience = experience
+        self.tokenizer = tokenizer
+        self.text = text
+        self.label = label
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.collate_fn = collate_fn
+        self.bucketed = bucketed
+        self.drop_last = drop_last
+        self.id_column = id_column
+        if tokenizer is not None and collate_fn is None:
+            self.collate_fn = _pad_collator(tokenizer)
+        self._datasets: dict[str, Dataset[Any]] = {}
+
+    def dataset(self, split: Literal["train", "val", "test"]) -> Dataset[Any] | None:
+        """The examples of a split as the collate function gets them, or None if the experience has no such split."""
+        data = self.experience.splits()[split]
+        if data is None or self.tokenizer is None:
+            return cast("Dataset[Any] | None", data)
+        if split not in self._datasets:
+            for column in (*([self.text] if isinstance(self.text, str) else self.text), self.label, self.id_column):
+                columns = getattr(data, "column_names", None) or list(data[0])
+                if column is not None and column not in columns:
+                    raise ValueError(
+                        f"experience {self.experience.name!r}: {split} has no column {column!r}; it has {columns}"
+                    )
+            self._datasets[split] = TokenizedDataset(
+                data,
+                self.tokenizer,
+                text=self.text,
+                label=self.label,
+                id_column=self.id_column,
+                max_length=self.max_length,
+            )
+        return self._datasets[split]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches, equally many on all ranks."""
+        dataset = self.dataset("train")
+        assert dataset is not None
+        ranks, accumulated = {"num_replicas": 1, "rank": 0}, 1
+        if self.trainer is not None:
+            ranks = self.trainer.distributed_sampler_kwargs or ranks
+            accumulated = self.trainer.accumulate_grad_batches
+        sampler = BucketSampler(
+            dataset,
+            step_size=self.batch_size * ranks["num_replicas"] * accumulated,
+            lengths=getattr(dataset, "lengths", None) if self.bucketed else None,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            num_replicas=ranks["num_replicas"],
+            rank=ranks["rank"],
+        )
+        return ResumableLoader(
+            dataset,
+            sampler,
+            batch_size=self.batch_size,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches in order; none if there is no validation data."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches in order; none if there is no test data."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: Literal["val", "test"]) -> DataLoader[Any] | list[Any]:
+        dataset = self.dataset(split)
+        if dataset is None:
+            return []
+        return DataLoader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # evaluating leaves the global random state alone
+        )
+
+
+def _pad_collator(tokenizer: Any) -> PadCollator:
+    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise ValueError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
+    return PadCollator(token, tokenizer.padding_side)
+
+
+class StreamDataModule(pl.LightningDataModule):
+    """A stream and its batches, described by plain values: what a command line or a YAML file can say.
+
+    Args:
+        source: a path, a list of paths, a dict of paths by split, a folder of ``<label>/*.txt``, or a name on the
+            Hugging Face hub ("name" or "name:configuration").
+        scenario: how the source is cut into experiences.
+        n_experiences: how many (class- and data-incremental).
+        classes_per_experience: or how many classes each brings (class-incremental).
+        class_order: the order in which classes arrive (class-incremental); by default shuffled with ``seed``.
+        domain: the column that names the domain (domain-incremental).
+        date: the column with the date (time-incremental).
+        period: "year", "quarter", "month", "week" or "day" (time-incremental).
+        label: the column with the label, or null.
+        text: the column with the text, or a pair of columns.
+        splits: shares of train, validation and test where the source has no splits of its own.
+        split_column: the column that names the split, if there is one.
+        on_bad_row: "raise" at rows that cannot be used, or "skip" and keep them in a side file.
+        on_unseen_label: "raise" at validation and test labels that were in no train by then, or "drop" their examples.
+        batch_size: training examples in a batch, on each rank.
+        eval_batch_size: validation and test examples in a batch.
+        max_length: longer texts are cut to this many tokens.
+        num_workers: processes that load batches.
+        bucketed: put texts of similar length together.
+        drop_last: leave out the training examples that do not fill a step.
+        id_column: a column kept in each example as ``id``.
+        seed: of the splits, the order of the classes and the order of the examples.
+
+    Raises:
+        ValueError: when a setting does not belong to the scenario.
+
+    Example:
+        >>> from evertune.streams import StreamDataModule
+        >>> data = StreamDataModule("reviews.csv", scenario="domain_incremental", domain="shop", batch_size=16)
+        >>> data.scenario
+        'domain_incremental'
+    """
+
+    _settings: Mapping[str, tuple[str, ...]] = {
+        "class_incremental": ("n_experiences", "classes_per_experience", "class_order"),
+        "domain_incremental": ("domain",),
+        "time_incremental": ("date", "period"),
+        "data_incremental": ("n_experiences",),
+    }
+
+    def __init__(
+        self,
+        source: str | list[str] | dict[str, str],
+        scenario: Literal["class_incremental", "domain_incremental", "time_incremental", "data_incremental"],
+        *,
+        n_experiences: int | None = None,
+        classes_per_experience: list[int] | None = None,
+        class_order: list[str] | None = None,
+        domain: str | None = None,
+        date: str | None = None,
+        period: str | None = None,
+        label: str | None = "label",
+        text: str | tuple[str, str] = "text",
+        splits: tuple[float, float, float] = (0.6, 0.2, 0.2),
+        split_column: str | None = None,
+        on_bad_row: Literal["raise", "skip"] = "raise",
+        on_unseen_label: Literal["raise", "drop"] = "raise",
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        num_workers: int = 0,
+        bucketed: bool = True,
+        drop_last: bool = False,
+        id_column: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if scenario not in self._settings:
+            raise ValueError(f"scenario must be one of {list(self._settings)}, got {scenario!r}")
+        given = {
+            "n_experiences": n_experiences,
+            "classes_per_experience": classes_per_experience,
+            "class_order": class_order,
+            "domain": domain,
+            "date": date,
+            "period": period,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        foreign = [name for name in given if name not in self._settings[scenario]]
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} does not belong to {scenario}, which has {list(self._settings[scenario])}; leave it out"
+            )
+        self.source = source
+        self.scenario = scenario
+        self._cut = {
+            **given,
+            "label": label,
+            "text": text,
+            "splits": splits,
+            "split_column": split_column,
+            "on_bad_row": on_bad_row,
+            "on_unseen_label": on_unseen_label,
+            "seed": seed,
+        }
+        self._batches = {
+            "text": text,
+            "label": label,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_length": max_length,
+            "num_workers": num_workers,
+            "bucketed": bucketed,
+            "drop_last": drop_last,
+            "id_column": id_column,
+            "seed": seed,
+        }
+        self._stream: ExperienceStream | None = None
+        self._datamodules: dict[int, tuple[Any, ExperienceDataModule]] = {}
+
+    @property
+    def stream(self) -> ExperienceStream:
+        """The stream; the source is read when it is first asked for."""
+        if self._stream is None:
+            self._stream = getattr(scenarios, self.scenario)(self.source, **self._cut)
+        return self._stream
+
+    def datamodule(self, experience: Experience, tokenizer: Any = None) -> ExperienceDataModule:
+        """The batches of an experience; the same object each time, so that its texts are tokenised once."""
+        known, datamodule = self._datamodules.get(id(experience), (None, None))
+        if datamodule is None or known is not tokenizer:
+            datamodule = ExperienceDataModule(experience, tokenizer, **self._batches)  # type: ignore[arg-type]
+            self._datamodules[id(experience)] = (tokenizer, datamodule)
+        return datamodule

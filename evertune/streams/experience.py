@@ -1,0 +1,192 @@
+"""An experience is what arrived between two updates; a stream is a sequence of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, overload
+
+
+class Examples(Protocol):
+    """A map-style dataset: anything with a length whose examples are read by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """One chunk of a stream: the data of one update, and what is known about them.
+
+    Args:
+        name: what tables and plots call it.
+        train: the examples to learn, a map-style dataset. For text an example is a dict with a text and a label
+            (the label's name, or a list of names for multi-label data); for anything else whatever your module reads.
+        val: examples to validate on while learning, or None.
+        test: examples that score what was learnt and, later, what was kept, or None.
+        classes: names of the classes found in ``train``. A module with a growing head adds those that are new to it.
+        domain: where the data come from, if the stream is split by domain.
+        time_range: first and last day of the data (ISO dates, both included), if the stream is split by time.
+
+    Raises:
+        ValueError: when ``train`` is empty or has no length, or a class is named twice.
+
+    Example:
+        >>> from evertune.streams import Experience
+        >>> Experience("greetings", train=[{"text": "good morning", "label": "hello"}], classes=["hello"])
+        Experience(greetings: 1 train, 0 val, 0 test, 1 classes)
+    """
+
+    name: str
+    train: Examples
+    val: Examples | None = None
+    test: Examples | None = None
+    classes: list[str] = field(default_factory=list)
+    domain: str | None = None
+    time_range: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.train, "__len__"):
+            raise ValueError(
+                f"experience {self.name!r}: train must be a map-style dataset with a length, "
+                f"got {type(self.train).__name__}"
+            )
+        if len(self.train) == 0:
+            raise ValueError(
+                f"experience {self.name!r} has no training examples; leave it out of the stream, or check its source"
+            )
+        twice = {name for name in self.classes if self.classes.count(name) > 1}
+        if twice:
+            raise ValueError(f"experience {self.name!r} names these classes twice: {sorted(twice)}")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(data or ())} {split}" for split, data in self.splits().items())
+        return f"Experience({self.name}: {sizes}, {len(self.classes)} classes)"
+
+    def splits(self) -> dict[str, Examples | None]:
+        """``train``, ``val`` and ``test`` by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+class ExperienceStream(Sequence[Experience]):
+    """A finite sequence of experiences over the same kind of data.
+
+    Args:
+        experiences: in the order in which they are learnt; their names must differ.
+        label: the column that holds the labels. With it, every label of ``val`` and ``test`` must have been in the
+            ``train`` of the same or of an earlier experience. None: labels are not looked at.
+        text: the column, or the pair of columns, that holds the text. None: the data are not text.
+        known_classes: classes learnt before the stream starts.
+        bad_rows: what was left out when the source was read (see ``on_bad_row``).
+
+    Raises:
+        ValueError: when there are no experiences, two have one name, or ``val`` or ``test`` have a label that no
+            ``train`` had by then.
+
+    Example:
+        >>> from evertune.streams import Experience, ExperienceStream
+        >>> row = {"text": "good morning", "label": "hello"}
+        >>> stream = ExperienceStream([Experience("day 1", [row], classes=["hello"])], label="label")
+        >>> len(stream), stream[0].name, stream.classes
+        (1, 'day 1', ['hello'])
+    """
+
+    def __init__(
+        self,
+        experiences: Iterable[Experience],
+        *,
+        label: str | None = None,
+        text: str | tuple[str, str] | None = "text",
+        known_classes: Sequence[str] = (),
+        bad_rows: Sequence[Any] = (),
+    ) -> None:
+        self._experiences = list(experiences)
+        self.label = label
+        self.text = text
+        self.known_classes = list(known_classes)
+        self.bad_rows = list(bad_rows)
+        if not self._experiences:
+            raise ValueError("a stream needs at least one experience")
+        names = [experience.name for experience in self]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"experiences need different names, these appear twice: {sorted(twice)}")
+        if label is not None:
+            self._check_labels(label)
+
+    def _check_labels(self, label: str) -> None:
+        seen = set(self.known_classes)
+        for experience in self:
+            seen.update(class_names(column_of(experience.train, label)))
+            for split in ("val", "test"):
+                data = experience.splits()[split]
+                unseen = [name for name in class_names(column_of(data or [], label)) if name not in seen]
+                if unseen:
+                    raise ValueError(
+                        f"experience {experience.name!r}: label {unseen[0]!r} is in {split}, but was in no train by "
+                        "then, so nothing can have learnt it; add training examples of it, or leave its examples out "
+                        '(on_unseen_label="drop")'
+                    )
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of all classes, in the order in which they appear."""
+        return list(dict.fromkeys(name for experience in self for name in experience.classes))
+
+    def joint(self) -> Experience:
+        """All experiences as one: what a model would reach if it saw everything at once, the ceiling."""
+        return Experience(
+            "joint",
+            train=_concatenate([experience.train for experience in self]),
+            val=_concatenate([experience.val for experience in self if experience.val is not None]),
+            test=_concatenate([experience.test for experience in self if experience.test is not None]),
+            classes=self.classes,
+        )
+
+    def __len__(self) -> int:
+        return len(self._experiences)
+
+    @overload
+    def __getitem__(self, index: int) -> Experience: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ExperienceStream: ...
+
+    def __getitem__(self, index: int | slice) -> Experience | ExperienceStream:
+        if not isinstance(index, slice):
+            return self._experiences[index]
+        before = self._experiences[: index.indices(len(self))[0]]
+        known = self.known_classes + [name for experience in before for name in experience.classes]
+        return ExperienceStream(self._experiences[index], label=self.label, text=self.text, known_classes=known)
+
+    def __repr__(self) -> str:
+        return f"ExperienceStream({[experience.name for experience in self]})"
+
+
+def column_of(data: Examples, column: str) -> list[Any]:
+    """What all examples hold under one key, read by column where the dataset has columns."""
+    if hasattr(data, "column_names"):
+        return list(data[column])  # type: ignore[index]
+    return [data[index][column] for index in range(len(data))]
+
+
+def class_names(labels: Iterable[Any]) -> list[str]:
+    """The different names among labels (single names, or lists of names), in order of appearance."""
+    names: dict[str, None] = {}
+    for label in labels:
+        names.update(dict.fromkeys([label] if isinstance(label, str) else label))
+    return list(names)
+
+
+def _concatenate(parts: Sequence[Examples]) -> Any:
+    """One dataset after the other; Hugging Face datasets stay Hugging Face datasets."""
+    if not parts:
+        return None
+    if all(hasattr(part, "column_names") for part in parts):
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets(list(parts))
+    from torch.utils.data import ConcatDataset
+
+    return ConcatDataset(parts)  # type: ignore[arg-type]

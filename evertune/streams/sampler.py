@@ -1,0 +1,138 @@
+"""One order of the examples for all ranks, with examples of similar length side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+
+class BucketSampler(DistributedSampler[Any]):
+    """Deals the examples of every optimizer step to the ranks, in an order that does not depend on how many there are.
+
+    An epoch is one flat sequence: a permutation by ``(seed, epoch)``, sorted by length within chunks of 50 steps, the
+    steps shuffled. Rank ``r`` of ``n`` takes ``sequence[r::n]``. So at the same ``step_size`` the examples of a step
+    are the same on any number of ranks, at any accumulation, and all ranks get equally many batches.
+
+    It is a ``DistributedSampler``, so Lightning leaves it in place and calls its ``set_epoch``.
+
+    Args:
+        dataset: what is sampled; only its length is looked at.
+        step_size: examples in one optimizer step: batch size x ranks x accumulated batches.
+        lengths: the length of each example; None shuffles only.
+        num_replicas: how many ranks there are.
+        rank: which of them this is.
+        seed: of the order; the same on all ranks.
+        drop_last: leave out the examples that do not fill a step. By default the last step is filled with others of the
+            epoch, drawn at random, so that every step has the same size.
+
+    Raises:
+        ValueError: when the step does not divide among the ranks, or ``drop_last`` leaves nothing.
+
+    Example:
+        >>> from evertune.streams import BucketSampler
+        >>> ranks = [BucketSampler(range(10), step_size=4, num_replicas=2, rank=rank) for rank in (0, 1)]
+        >>> [len(rank) for rank in ranks]
+        [6, 6]
+        >>> one = list(BucketSampler(range(10), step_size=4))
+        >>> one[0::2] == list(ranks[0]) and one[1::2] == list(ranks[1])
+        True
+    """
+
+    chunk_steps = 50
+
+    def __init__(
+        self,
+        dataset: Any,
+        step_size: int,
+        lengths: Sequence[int] | None = None,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
+        if step_size < 1 or step_size % num_replicas:
+            raise ValueError(f"step_size must be a positive multiple of the {num_replicas} ranks, got {step_size}")
+        self.step_size = step_size
+        self.n_examples = len(dataset)
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        steps = self.n_examples // step_size if drop_last else -(-self.n_examples // step_size)
+        if steps == 0:
+            raise ValueError(
+                f"drop_last leaves nothing: {self.n_examples} examples do not fill one step of {step_size}; "
+                "lower the batch size, or keep the last step"
+            )
+        self.total_size = steps * step_size
+        self.num_samples = self.total_size // num_replicas
+        self.start = 0
+
+    def sequence(self) -> np.ndarray:
+        """The epoch's examples in order, for all ranks together."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = np.resize(generator.permutation(self.n_examples), self.total_size)  # wraps, or cuts
+        if self.lengths is None:
+            return order
+        chunk = self.chunk_steps * self.step_size
+        chunks = [order[start : start + chunk] for start in range(0, len(order), chunk)]
+        steps = [part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step_size) for part in chunks]
+        return generator.permutation(np.concatenate(steps)).ravel()
+
+    def __iter__(self) -> Iterator[int]:
+        """The rank's examples, from its ``start``-th on."""
+        return iter(self.sequence()[self.rank :: self.num_replicas][self.start :].tolist())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A ``DataLoader`` over a :class:`BucketSampler` that Lightning can save and resume in the middle of an epoch.
+
+    The state is the epoch and the batches given out in it. Its iterator starts to work at the first batch, when the
+    epoch is known, and draws nothing from the global random generator.
+
+    Args:
+        dataset: map-style.
+        sampler: which examples, in which order.
+        **kwargs: as of ``DataLoader``.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: BucketSampler, **kwargs: Any) -> None:
+        kwargs.setdefault("generator", torch.Generator())
+        super().__init__(dataset, sampler=sampler, **kwargs)
+        self._position = (0, 0)
+        self._resume_at = (0, 0)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler, batch_size = self.sampler, self.batch_size
+        if not isinstance(sampler, BucketSampler):  # `Trainer(overfit_batches=...)` puts a sequential one in its place
+            yield from super().__iter__()
+            return
+        assert batch_size is not None and self.generator is not None
+        epoch = sampler.epoch
+        resumed_epoch, given = self._resume_at
+        self._resume_at = (0, 0)
+        if resumed_epoch != epoch:
+            given = 0
+        sampler.start = given * batch_size
+        self.generator.manual_seed(sampler.seed + epoch)
+        for batch in super().__iter__():
+            given += 1
+            self._position = (epoch, given)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch: its epoch and its index in it."""
+        epoch, batch = self._position
+        if batch == len(self):
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass there, if it is over the same epoch."""
+        self._position = self._resume_at = (state["epoch"], state["batch"])
+        if isinstance(self.sampler, BucketSampler):
+            self.sampler.set_epoch(state["epoch"])

@@ -1,0 +1,400 @@
+"""The ways to cut a source into a stream: by class, by domain, by time, or just into parts.
+
+The names are those of van de Ven and Tolias (2019), "Three scenarios for continual learning".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from datetime import date as Date
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+
+from evertune.streams.experience import Experience, ExperienceStream, class_names
+from evertune.streams.sources import BadRow, Normaliser, label_value, name_value, read_rows, text_value
+
+Period = Literal["year", "quarter", "month", "week", "day", "YE", "Y", "QE", "Q", "ME", "M", "W", "D"]
+
+
+class SourceOptions(TypedDict, total=False):
+    """How a source is read and split into training, validation and test data: the same for every kind of stream.
+
+    Args:
+        label: the column with the labels: a name, or for multi-label data a list of names. Whole numbers become names;
+            those of a Hugging Face ``ClassLabel`` become the names they stand for. None: the data have no labels.
+            Default "label".
+        text: the column with the text, or a pair of columns. None: the data are not text. Default "text".
+        splits: the shares of train, validation and test, stratified by label, where the source has no splits of its
+            own. Default (0.6, 0.2, 0.2).
+        split_column: the column that says "train", "val" (or "valid", "validation", "dev") or "test", if there is one.
+            A ``DatasetDict`` or a dict of paths by split needs none.
+        seed: of the split and of the order of the classes. Default 0.
+        on_bad_row: what to do with a row that cannot be used (undecodable, no text, no label, ...): "raise" (default)
+            names it, "skip" leaves it out, counts it in a warning and in ``stream.bad_rows``, and keeps what came from
+            a file in ``<path>.bad.jsonl`` with row number and reason.
+        on_unseen_label: what to do with a validation or test example whose label no training example had by then:
+            "raise" (default) or "drop".
+        bad_rows_file: another place for the side file of skipped rows.
+    """
+
+    label: str | None
+    text: str | tuple[str, str] | None
+    splits: tuple[float, float, float]
+    split_column: str | None
+    seed: int
+    on_bad_row: Literal["raise", "skip"]
+    on_unseen_label: Literal["raise", "drop"]
+    bad_rows_file: str | Path | None
+
+
+def class_incremental(
+    source: Any,
+    *,
+    n_experiences: int | None = None,
+    classes_per_experience: Sequence[int] | None = None,
+    class_order: Sequence[str] | None = None,
+    **options: Unpack[SourceOptions],
+) -> ExperienceStream:
+    """Each experience brings classes that no other has.
+
+    Args:
+        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        n_experiences: how many; if the classes do not divide, the first experiences get one more.
+        classes_per_experience: or how many classes each one brings, e.g. ``[2, 2, 1]``.
+        class_order: the order in which classes arrive; by default shuffled with ``seed``, since results depend on it.
+        **options: see :class:`SourceOptions`.
+
+    Raises:
+        ValueError: when the numbers do not fit the classes found, or the source cannot be read (see ``SourceOptions``).
+
+    Example:
+        >>> from evertune.streams import class_incremental
+        >>> rows = [{"text": f"a {label} {i}", "label": label} for label in "cat dog cow".split() for i in range(10)]
+        >>> stream = class_incremental(rows, n_experiences=2, class_order=["cow", "cat", "dog"])
+        >>> stream
+        ExperienceStream(['cow+cat', 'dog'])
+        >>> stream[0]
+        Experience(cow+cat: 12 train, 4 val, 4 test, 2 classes)
+    """
+    data = _Data.read(source, {}, options, label_of=name_value)
+    if data.labels is None:
+        raise ValueError("class_incremental needs the column of the labels, got label=None")
+    found = class_names(data.labels[i] for i in range(len(data)) if data.split is None or data.split[i] == "train")
+    order = _class_order(found, class_order, data.seed)
+    counts = _class_counts(len(order), n_experiences, classes_per_experience)
+    bounds = np.cumsum([0, *counts])
+    groups = [order[start:stop] for start, stop in pairwise(bounds)]
+    home = {name: index for index, group in enumerate(groups) for name in group}
+    assigned = [home.get(name, -1) for name in data.labels]
+    names = [
+        "+".join(group) if len(group) <= 3 else f"classes {start + 1}-{start + len(group)}"
+        for group, start in zip(groups, bounds, strict=False)
+    ]
+    return data.stream(assigned, [{"name": name, "classes": group} for name, group in zip(names, groups, strict=True)])
+
+
+def domain_incremental(
+    source: Any,
+    *,
+    domain: str = "domain",
+    domain_order: Sequence[str] | None = None,
+    **options: Unpack[SourceOptions],
+) -> ExperienceStream:
+    """Each experience comes from another domain: the same task, other inputs.
+
+    Args:
+        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        domain: the column that names the domain.
+        domain_order: the order in which domains arrive; by default that of their first row.
+        **options: see :class:`SourceOptions`.
+
+    Raises:
+        ValueError: when ``domain_order`` does not name the domains found, or the source cannot be read.
+
+    Example:
+        >>> from evertune.streams import domain_incremental
+        >>> rows = [{"text": f"{i}", "label": "ab"[i % 2], "shop": shop} for shop in ("X", "Y") for i in range(10)]
+        >>> [(e.name, e.domain, e.classes) for e in domain_incremental(rows, domain="shop")]
+        [('X', 'X', ['a', 'b']), ('Y', 'Y', ['a', 'b'])]
+    """
+    data = _Data.read(source, {domain: name_value}, options)
+    order = _ordered(class_names(data.values[domain]), domain_order, "domain")
+    home = {name: index for index, name in enumerate(order)}
+    return data.stream([home[name] for name in data.values[domain]], [{"name": name, "domain": name} for name in order])
+
+
+def time_incremental(
+    source: Any,
+    *,
+    date: str = "date",
+    period: Period = "year",
+    **options: Unpack[SourceOptions],
+) -> ExperienceStream:
+    """Each experience holds what a period of time brought, in order of time; periods without data are left out.
+
+    Args:
+        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        date: the column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates.
+        period: "year", "quarter", "month", "week" (ISO, from Monday) or "day"; pandas' "YE", "QE", "ME", "W", "D" too.
+        **options: see :class:`SourceOptions`.
+
+    Raises:
+        ValueError: when the period is unknown, or the source cannot be read.
+
+    Example:
+        >>> from evertune.streams import time_incremental
+        >>> rows = [{"text": f"news {i}", "label": "x", "date": f"2024-{i:02}-01"} for i in range(1, 13)]
+        >>> stream = time_incremental(rows, period="quarter")
+        >>> stream[1].name, stream[1].time_range
+        ('2024-Q2', ('2024-04-01', '2024-06-30'))
+    """
+    unit = _PERIOD_ALIASES.get(period, period)
+    if unit not in _PERIODS:
+        raise ValueError(f"period must be one of {[*_PERIODS, *_PERIOD_ALIASES]}, got {period!r}")
+    data = _Data.read(source, {date: _date_value}, options)
+    starts = [_PERIODS[unit][0](datetime.fromisoformat(value).date()) for value in data.values[date]]
+    order = sorted(set(starts))
+    home = {start: index for index, start in enumerate(order)}
+    about = [{"name": _PERIODS[unit][2](start), "time_range": _time_range(unit, start)} for start in order]
+    return data.stream([home[start] for start in starts], about)
+
+
+def data_incremental(source: Any, *, n_experiences: int, **options: Unpack[SourceOptions]) -> ExperienceStream:
+    """The same task and the same inputs in parts, as when data simply keep coming.
+
+    The parts are drawn at random and stratified by label; where a label's examples do not divide, the first parts get
+    one more.
+
+    Args:
+        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        n_experiences: how many parts.
+        **options: see :class:`SourceOptions`.
+
+    Raises:
+        ValueError: when there are fewer examples than parts, or the source cannot be read.
+
+    Example:
+        >>> from evertune.streams import data_incremental
+        >>> rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+        >>> data_incremental(rows, n_experiences=2)[0]
+        Experience(part 1: 12 train, 4 val, 4 test, 2 classes)
+    """
+    if n_experiences < 1:
+        raise ValueError(f"n_experiences must be positive, got {n_experiences}")
+    data = _Data.read(source, {}, options)
+    split = data.split or _stratified_split(data.strata(), data.shares, data.seed)
+    data.split = split
+    assigned = np.empty(len(data), dtype=int)
+    for rows in _shuffled_groups(list(zip(split, data.strata(), strict=True)), data.seed + 1):
+        assigned[rows] = np.arange(len(rows)) % n_experiences
+    return data.stream(assigned.tolist(), [{"name": f"part {part + 1}"} for part in range(n_experiences)])
+
+
+class _Data:
+    """The rows of a source with the options they were read with."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        values: dict[str, list[Any]],
+        split: list[str] | None,
+        bad_rows: list[BadRow],
+        options: SourceOptions,
+    ) -> None:
+        self.dataset = dataset
+        self.values = values
+        self.split = split
+        self.bad_rows = bad_rows
+        self.label = options.get("label", "label")
+        self.text = options.get("text", "text")
+        self.seed = options.get("seed", 0)
+        self.shares = options.get("splits", (0.6, 0.2, 0.2))
+        self.drop_unseen = options.get("on_unseen_label", "raise") == "drop"
+        self.labels: list[Any] | None = values[self.label] if self.label is not None else None
+
+    @classmethod
+    def read(
+        cls, source: Any, columns: dict[str, Normaliser], options: SourceOptions, label_of: Normaliser = label_value
+    ) -> _Data:
+        """Check the options, read the source, check its rows."""
+        unknown = set(options) - set(SourceOptions.__annotations__)
+        if unknown:
+            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; there are {sorted(SourceOptions.__annotations__)}")
+        shares = options.get("splits", (0.6, 0.2, 0.2))
+        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"splits must be three shares (train, val, test) that add up to 1, train not 0, got {shares}"
+            )
+        unseen = options.get("on_unseen_label", "raise")
+        if unseen not in ("raise", "drop"):
+            raise ValueError(f'on_unseen_label must be "raise" or "drop", got {unseen!r}')
+        label, text = options.get("label", "label"), options.get("text", "text")
+        columns = dict(columns)
+        for column in () if text is None else (text,) if isinstance(text, str) else text:
+            columns[column] = text_value
+        if label is not None:
+            columns[label] = label_of
+        rows = read_rows(
+            source,
+            columns,
+            split_column=options.get("split_column"),
+            on_bad_row=options.get("on_bad_row", "raise"),
+            bad_rows_file=options.get("bad_rows_file"),
+        )
+        return cls(rows.dataset, rows.values, rows.split, rows.bad_rows, options)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def strata(self) -> list[Hashable]:
+        """What each row is stratified by: its label, or its set of labels."""
+        if self.labels is None:
+            return [""] * len(self)
+        return [label if isinstance(label, str) else tuple(sorted(label)) for label in self.labels]
+
+    def stream(self, assigned: Sequence[int], about: Sequence[dict[str, Any]]) -> ExperienceStream:
+        """Experience ``i`` gets the rows assigned to it; a row assigned to -1 has a label that no training row has."""
+        split = self.split or _stratified_split(list(zip(assigned, self.strata(), strict=True)), self.shares, self.seed)
+        rows: list[dict[str, list[int]]] = [{"train": [], "val": [], "test": []} for _ in about]
+        for row, (experience, part) in enumerate(zip(assigned, split, strict=True)):
+            if experience >= 0:
+                rows[experience][part].append(row)
+            elif not self.drop_unseen:
+                assert self.labels is not None
+                raise ValueError(
+                    f"label {self.labels[row]!r} is in {part}, but in no train, so nothing can learn it; add training "
+                    'examples of it, or leave its examples out (on_unseen_label="drop")'
+                )
+        if self.drop_unseen and self.labels is not None:
+            self._drop_unseen(rows, self.labels)
+        experiences = []
+        for parts, facts in zip(rows, about, strict=True):
+            classes = class_names(self.labels[row] for row in parts["train"]) if self.labels is not None else []
+            data = {part: self.dataset.select(indices) for part, indices in parts.items() if indices or part == "train"}
+            experiences.append(Experience(**{"classes": classes, **facts, **data}))
+        return ExperienceStream(experiences, label=self.label, text=self.text, bad_rows=self.bad_rows)
+
+    @staticmethod
+    def _drop_unseen(rows: list[dict[str, list[int]]], labels: Sequence[Any]) -> None:
+        seen: set[str] = set()
+        for parts in rows:
+            seen.update(class_names(labels[row] for row in parts["train"]))
+            for part in ("val", "test"):
+                parts[part] = [row for row in parts[part] if seen.issuperset(class_names([labels[row]]))]
+
+
+def _shuffled_groups(keys: Sequence[Hashable], seed: int) -> Iterable[np.ndarray]:
+    """The positions of each different key, shuffled, in the order in which the keys appear."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for position, key in enumerate(keys):
+        groups[key].append(position)
+    generator = np.random.default_rng(seed)
+    for group in groups.values():
+        yield generator.permutation(group)
+
+
+def _stratified_split(keys: Sequence[Hashable], shares: Sequence[float], seed: int) -> list[str]:
+    """ "train", "val" or "test" for each row: the shares hold for each key, and for all rows together.
+
+    What rounding takes from or gives to one key is made good by the next, and a key's first example always trains.
+    """
+    split = ["train"] * len(keys)
+    owed = {"val": 0.0, "test": 0.0}
+    for rows in _shuffled_groups(keys, seed):
+        left = list(rows[1:])
+        for part, share in (("test", shares[2]), ("val", shares[1])):
+            owed[part] += share * len(rows)
+            take = min(int(owed[part] + 0.5), math.ceil(share * len(rows)), len(left))
+            owed[part] -= take
+            for row in left[:take]:
+                split[row] = part
+            left = left[take:]
+    return split
+
+
+def _ordered(found: list[str], order: Sequence[str] | None, kind: str) -> list[str]:
+    """The order asked for, if it names each of those found once."""
+    if order is None:
+        return found
+    missing, extra = set(found) - set(order), set(order) - set(found)
+    if missing or extra or len(order) != len(found):
+        problem = f"misses {sorted(missing)}" if missing else f"names {sorted(extra)}, which is not in the data"
+        raise ValueError(
+            f"{kind}_order must name each {kind} once; it {problem if missing or extra else 'repeats one'}"
+        )
+    return list(order)
+
+
+def _class_order(found: list[str], order: Sequence[str] | None, seed: int) -> list[str]:
+    if order is not None:
+        return _ordered(found, order, "class")
+    return [str(name) for name in np.random.default_rng(seed).permutation(sorted(found))]
+
+
+def _class_counts(n_classes: int, n_experiences: int | None, given: Sequence[int] | None) -> list[int]:
+    if given is not None:
+        if n_experiences not in (None, len(given)):
+            raise ValueError(f"classes_per_experience has {len(given)} numbers, but n_experiences is {n_experiences}")
+        if sum(given) != n_classes or min(given) < 1:
+            raise ValueError(
+                f"classes_per_experience must be positive and add up to the {n_classes} classes found, "
+                f"got {list(given)}"
+            )
+        return list(given)
+    if n_experiences is None:
+        raise ValueError("say into how many experiences the classes go: n_experiences or classes_per_experience")
+    if not 1 <= n_experiences <= n_classes:
+        raise ValueError(f"n_experiences must be from 1 to the {n_classes} classes found, got {n_experiences}")
+    whole, more = divmod(n_classes, n_experiences)
+    return [whole + (index < more) for index in range(n_experiences)]
+
+
+def _date_value(value: Any) -> str:
+    """An ISO date or time, as text."""
+    if value is None:
+        raise ValueError("no date")
+    text = value.isoformat() if isinstance(value, Date) else str(value).strip()
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{value!r} is not an ISO date (such as 2024-05-17)") from None
+    return text
+
+
+def _quarter(day: Date) -> int:
+    return (day.month - 1) // 3 + 1
+
+
+_PERIODS: dict[str, tuple[Callable[[Date], Date], int, Callable[[Date], str]]] = {
+    # the first day of the period that a day is in; more days than a period can have, fewer than two; its name
+    "year": (lambda day: day.replace(month=1, day=1), 370, lambda start: f"{start:%Y}"),
+    "quarter": (
+        lambda day: day.replace(month=3 * _quarter(day) - 2, day=1),
+        95,
+        lambda start: f"{start:%Y}-Q{_quarter(start)}",
+    ),
+    "month": (lambda day: day.replace(day=1), 35, lambda start: f"{start:%Y-%m}"),
+    "week": (lambda day: day - timedelta(days=day.weekday()), 7, lambda start: f"{start:%G-W%V}"),
+    "day": (lambda day: day, 1, lambda start: start.isoformat()),
+}
+
+
+_PERIOD_ALIASES = {
+    **dict.fromkeys(("YE", "Y"), "year"),
+    **dict.fromkeys(("QE", "Q"), "quarter"),
+    **dict.fromkeys(("ME", "M"), "month"),
+    "W": "week",
+    "D": "day",
+}
+
+
+def _time_range(unit: str, start: Date) -> tuple[str, str]:
+    first_day, reach, _ = _PERIODS[unit]
+    last = first_day(start + timedelta(days=reach)) - timedelta(days=1)
+    return start.isoformat(), last.isoformat()
