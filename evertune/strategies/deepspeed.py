@@ -57,7 +57,6 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         # communication is not overlapped by default: on CPU there is nothing to overlap it with
         settings.setdefault("overlap_comm", torch.cuda.is_available())
         super().__init__(stage=stage, config=copy.deepcopy(config), **settings)
-        self._masters: Masters | None = None
 
     def setup_environment(self) -> None:
         """Join the process group; Lightning's own refuses every device but CUDA."""
@@ -106,7 +105,7 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         if module is not None and hasattr(engine, "destroy"):
             if module.trainer.training and _masters_differ(engine):
-                module._evertune_masters = Masters(ParameterShards.of(module.trainer))
+                vars(module)["_evertune_masters"] = Masters(ParameterShards.of(module.trainer))
             engine.destroy()
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 if hasattr(engine, hook):

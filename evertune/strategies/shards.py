@@ -102,6 +102,10 @@ class ParameterShards(ABC):
         """What the gradients are multiplied by at the moment: the loss scale of DeepSpeed's fp16 training, else 1."""
         return 1.0
 
+    def zeros(self) -> list[Tensor]:
+        """One zero tensor per fragment."""
+        return [torch.zeros_like(value) for value in self.values()]
+
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The inner product of two lists of fragments over all ranks, in float64, shape ``[]``."""
         total = sum((torch.dot(a.double(), b.double()) for a, b in zip(left, right, strict=True)), start=_zero(left))
@@ -169,7 +173,7 @@ class Zero12Shards(ParameterShards):
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
         self._optimizer = engine.optimizer
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         held = {name: p for name, p in trainable.items() if p._hp_mapping is not None}
         fragments = []
         for name, p in held.items():

@@ -6,9 +6,9 @@ from typing import Any, TypeGuard
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 
-_LAUNCHERS_THAT_COPY = ("spawn", "fork", "notebook", "popen", "forkserver")
+_LAUNCHERS_THAT_COPY = ("spawn", "fork", "forkserver")
 
 
 def is_deepspeed(trainer: pl.Trainer) -> bool:
