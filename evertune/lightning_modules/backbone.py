@@ -15,9 +15,9 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
-    """Load a pretrained transformer without a head, in torch's default dtype.
+    """Load a pretrained transformer without a head, in torch's default dtype and in training mode.
 
-    The encoder is taken from an encoder-decoder, and a pooler is dropped: it would be trained by nobody.
+    A pooler is dropped: nothing would train it.
 
     Args:
         model_name_or_path: a name on the Hugging Face hub, or a folder.
@@ -25,12 +25,14 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
 
     Raises:
         OSError: when there is no such model.
-        ValueError: when its weights are damaged or incomplete.
+        ValueError: when its weights are damaged or incomplete, or when it is an encoder-decoder.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(model_name_or_path)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which is not supported")
     if dropout is not None:
         override_dropout(config, dropout)
     try:
@@ -42,11 +44,9 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
         raise ValueError(f"the weights in {model_name_or_path} are damaged or cut short: {error}") from None
     if absent := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
         raise ValueError(f"the weights in {model_name_or_path} lack {absent}, which {type(backbone).__name__} needs")
-    if config.is_encoder_decoder:
-        backbone = backbone.get_encoder()
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
         backbone.pooler = None
-    return backbone
+    return backbone.train()  # transformers gives it in eval mode, and Lightning leaves modes as they are
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def resolve_pooling(pooling: Pooling, config: Any) -> Pooling:
         return pooling
     kind = config.model_type
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "last" if causal and not config.is_encoder_decoder else "mean"
+    return "last" if causal else "mean"
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 MANIFEST = "evertune.json"
 BACKBONE = "backbone."
+WEIGHTS = "model.safetensors"
 REST = "head.safetensors"
 FORMAT = 1
 
@@ -25,6 +28,19 @@ def whole(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().cpu().clone()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Hold every weight of a module whole, also after a ZeRO-3 fit has left it partitioned; call it on every rank."""
+    partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
 
 
 def is_writer() -> bool:

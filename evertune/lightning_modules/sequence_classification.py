@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evertune.lightning_modules.backbone import POOLINGS, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
+from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
 from evertune.outputs import TARGET_KEYS, targets_of
@@ -155,7 +156,8 @@ class SequenceClassificationModule(TransformerModule):
         """Name the classes of the datamodule's experience, if it has one."""
         experience = getattr(getattr(self.trainer, "datamodule", None), "experience", None)
         if stage == "fit" and experience is not None:
-            self._name_classes([name for name in experience.classes if name not in self._classes])
+            names = _checked_names(experience.classes)
+            self._name_classes([name for name in names if name not in self._classes])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the classes that the checkpoint knows beyond this module's.
@@ -279,7 +281,9 @@ class SequenceClassificationModule(TransformerModule):
     def predict(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, max_length: int | None = None
     ) -> list[dict[str, float]]:
-        """The probability of each class for each text, the most probable first. Loads the weights if need be.
+        """The probability of each class for each text, the most probable first.
+
+        Loads the weights if need be. After a ZeRO-3 fit, call it on every rank.
 
         Args:
             texts: texts, or pairs of them.
@@ -295,12 +299,16 @@ class SequenceClassificationModule(TransformerModule):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         predictions: list[dict[str, float]] = []
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            batch = self.tokenizer(
-                part, truncation=True, max_length=max_length or self._max_length(), padding=True, return_tensors="pt"
-            )
-            predictions += self.predict_step(batch.to(self.device), start)
+        with gathered(self):
+            for start in range(0, len(texts), batch_size):
+                batch = self.tokenizer(
+                    list(texts[start : start + batch_size]),
+                    truncation=True,
+                    max_length=max_length or self._max_length(),
+                    padding=True,
+                    return_tensors="pt",
+                )
+                predictions += self.predict_step(batch.to(self.device), start)
         for module, training in modes:
             module.training = training
         return predictions

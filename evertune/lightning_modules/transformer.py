@@ -14,10 +14,11 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
-from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone, quiet_transformers
+from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
+    WEIGHTS,
     is_writer,
     load_rest,
     read_manifest,
@@ -189,8 +190,8 @@ class TransformerModule(pl.LightningModule):
             folder.mkdir(parents=True, exist_ok=True)
             weights = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
             rest = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
-            with quiet_transformers():
-                self.backbone.save_pretrained(folder, state_dict=weights)
+            self.backbone.config.save_pretrained(folder)
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             if rest:
                 save_file(rest, folder / REST)
             self._save_tokenizer(folder)
