@@ -135,6 +135,10 @@ def test_numbers_of_labels_become_names():
     assert everything([{"text": "x", "label": 3}, {"text": "y", "label": "z"}]).classes == ["3", "z"]
     frame = pd.DataFrame({"text": ["x", "y"], "label": [1.0, 2.0]})
     assert everything(frame).classes == ["1", "2"]
+    frame = pd.DataFrame({"text": ["x", "y"], "label": [True, False]})
+    assert everything(frame).classes == ["True", "False"]
+    frame = pd.DataFrame({"text": ["x", "y"], "label": pd.Categorical(["no", "yes"])})
+    assert everything(frame).classes == ["no", "yes"]
 
 
 def test_multi_label_rows_keep_their_lists():
@@ -299,6 +303,8 @@ def test_nothing_usable(tmp_path):
         everything([])
     with pytest.raises(ValueError, match="got NoneType"):
         everything(None)
+    with pytest.raises(ValueError, match=r"has the names of splits .*, got \['text', 'label'\]"):
+        everything({"text": ["x"], "label": ["a"]})
     with pytest.raises(ValueError, match='on_bad_row must be "raise" or "skip", got \'ignore\''):
         everything(ROWS, on_bad_row="ignore")
 

@@ -222,7 +222,7 @@ class ExperienceDataModule(pl.LightningDataModule):
         )
         return ResumableLoader(
             dataset,
-            sampler,
+            sampler=sampler,
             batch_size=self.batch_size,
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,

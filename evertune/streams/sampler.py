@@ -96,11 +96,11 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: map-style.
-        sampler: which examples, in which order.
+        sampler: a :class:`BucketSampler`: which examples, in which order.
         **kwargs: as of ``DataLoader``.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: BucketSampler, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any, **kwargs: Any) -> None:
         kwargs.setdefault("generator", torch.Generator())
         super().__init__(dataset, sampler=sampler, **kwargs)
         self._position = (0, 0)

@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+from uuid import uuid4
 from warnings import warn
 
 Normaliser = Callable[[Any], Any]
@@ -174,11 +174,13 @@ def text_value(value: Any) -> str:
 
 
 def label_value(value: Any) -> str | list[str]:
-    """The name of a label, or the list of names of a multi-label row; whole numbers become names."""
+    """The name of a label, or the list of names of a multi-label row; whole numbers and truth values become names."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
         raise ValueError("no label")
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return str(value)
     if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, Sequence) or hasattr(value, "tolist"):
@@ -240,11 +242,12 @@ def _keep_bad_rows(parts: Sequence[_Part], bad_rows_file: str | Path | None) -> 
             path = Path(bad_rows_file) if bad_rows_file else Path(f"{part.path}.bad.jsonl")
             files.setdefault(path, []).extend(part.bad)
     for path, rows in files.items():
-        draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+        draft = path.with_name(f"{path.name}.{uuid4().hex}.part")  # every rank writes the same file
         try:
             draft.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
             draft.replace(path)
         except OSError as error:
+            draft.unlink(missing_ok=True)
             raise ValueError(
                 f"cannot keep the skipped rows in {path} ({error.strerror}); "
                 "pass bad_rows_file=, a file that can be written"
@@ -256,6 +259,8 @@ def _parts(source: Any) -> Iterator[_Part]:
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, DatasetDict) or (isinstance(source, Mapping) and source):
+        if not set(source) & set(SPLITS):
+            raise ValueError(f"a dict of sources has the names of splits {sorted(SPLITS)}, got {list(source)}")
         for name in source:
             if name not in SPLITS:
                 warn(f"ignored the split {name!r} of the source; it is none of {sorted(SPLITS)}", stacklevel=5)

@@ -305,12 +305,12 @@ def _stratified_split(keys: Sequence[Hashable], shares: Sequence[float], seed: i
     What rounding takes from or gives to one key is made good by the next, and a key's first example always trains.
     """
     split = ["train"] * len(keys)
-    owed = {"val": 0.0, "test": 0.0}
+    owed = {"val": 1e-9, "test": 0.5}  # apart by a half, so that a small key does not give to both
     for rows in _shuffled_groups(keys, seed):
         left = list(rows[1:])
         for part, share in (("test", shares[2]), ("val", shares[1])):
             owed[part] += share * len(rows)
-            take = min(int(owed[part] + 0.5), math.ceil(share * len(rows)), len(left))
+            take = min(int(owed[part]), math.ceil(share * len(rows)), len(left))
             owed[part] -= take
             for row in left[:take]:
                 split[row] = part
