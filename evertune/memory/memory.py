@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -385,7 +386,7 @@ class ReplayMemory:
 
     def path(self, generation: int) -> Path:
         """The working file of a generation; the newest and the one before it exist."""
-        return self.directory / f"memory-{generation}.arrow"
+        return working_file(self.directory, generation)
 
     @property
     def directory(self) -> Path:
@@ -488,6 +489,11 @@ class ReplayMemory:
         return classes
 
 
+def working_file(directory: Path, generation: int) -> Path:
+    """Where a memory that works in ``directory`` leaves its file of a generation."""
+    return directory / f"memory-{generation}.arrow"
+
+
 def content_id(data: bytes) -> str:
     """The id of an example that has no other: a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -506,7 +512,7 @@ def _mapped(path: Path) -> pa.Buffer:
 
 
 def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
