@@ -67,20 +67,21 @@ def load_rest(module: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(folder / REST) if (folder / REST).is_file() else {}
-    own = {name: value for name, value in module.named_parameters() if not name.startswith(BACKBONE)}
+    state = module.state_dict(keep_vars=True)
+    own = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
     shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in own.items()}
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
         raise ValueError(f"{folder / REST} holds the weights {found}, but the module has {shapes}")
     with torch.no_grad():
-        for name, parameter in own.items():
-            if hasattr(parameter, "ds_id"):
+        for name, tensor in own.items():
+            if hasattr(tensor, "ds_id"):
                 import deepspeed
 
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.copy_(saved[name])
+                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+                    tensor.copy_(saved[name])
             else:
-                parameter.copy_(saved[name])
+                tensor.copy_(saved[name])
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

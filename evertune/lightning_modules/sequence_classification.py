@@ -175,15 +175,19 @@ class SequenceClassificationModule(TransformerModule):
 
     # --- the model
 
-    def configure_head(self) -> None:
-        """Build the head.
+    def configure_model(self) -> None:
+        """Load the transformer and build the head; the second call does nothing.
 
         Raises:
-            ValueError: when there are no classes yet and no rows to allocate ahead.
+            ValueError: when there are no classes yet.
         """
-        n_rows = max(len(self._classes), self.n_classes_ahead or 0)
-        if n_rows == 0:
+        if not self._classes:
             raise ValueError("there are no classes yet: pass classes=[...] or call add_classes([...])")
+        super().configure_model()
+
+    def configure_head(self) -> None:
+        """Build the head, with a row for each class named and each one allocated ahead."""
+        n_rows = max(len(self._classes), self.n_classes_ahead or 0)
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
         self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)
@@ -277,7 +281,6 @@ class SequenceClassificationModule(TransformerModule):
             for row in probabilities.tolist()
         ]
 
-    @torch.inference_mode()
     def predict(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, max_length: int | None = None
     ) -> list[dict[str, float]]:
@@ -299,7 +302,7 @@ class SequenceClassificationModule(TransformerModule):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         predictions: list[dict[str, float]] = []
-        with gathered(self):
+        with gathered(self), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 batch = self.tokenizer(
                     list(texts[start : start + batch_size]),

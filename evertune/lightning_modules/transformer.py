@@ -120,13 +120,20 @@ class TransformerModule(pl.LightningModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer, loaded when first asked for; one without padding pads with its end token."""
+        """The model's own tokenizer, loaded when first asked for; one without padding pads with its end token.
+
+        Raises:
+            ValueError: when the model comes without one.
+        """
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
-            if self._tokenizer.pad_token is None:
-                self._tokenizer.pad_token = self._tokenizer.eos_token
+            tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when files are missing
+                raise ValueError(f"{self.model_name_or_path} has no tokenizer files")
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def _zero_3(self) -> Any:
@@ -227,7 +234,7 @@ class TransformerModule(pl.LightningModule):
         try:
             self.tokenizer.save_pretrained(folder)
         except (OSError, ValueError) as error:
-            rank_zero_warn(f"{self.model_name_or_path} has no tokenizer, so none is saved: {error}")
+            rank_zero_warn(f"no tokenizer is saved: {error}")
 
 
 def _n_dimensions(parameter: nn.Parameter) -> int:
