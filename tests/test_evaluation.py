@@ -264,7 +264,7 @@ def test_fast_dev_run_scores_one_batch():
     assert evaluation.accuracy_matrix == [[pytest.approx(share_correct(module, TensorDataset(x[:8], y[:8])))]]
 
 
-def evaluate_frozen(world_size):
+def evaluate_frozen(devices):
     """The matrix of a module that does not learn, so that every world size evaluates the same weights."""
     module = Classifier()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
@@ -273,13 +273,13 @@ def evaluate_frozen(world_size):
     for k, n in enumerate((1, 5, 24)):  # fewer than ranks, uneven, even
         evaluation.add_experience(f"e{k}", loader(10 + k, n, batch_size=4))
     for _ in range(3):
-        settings = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
+        settings = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
         trainer_with(evaluation, **settings).fit(module, loader(0))
     return [[None if math.isnan(x) else x for x in row] for row in evaluation.accuracy_matrix]
 
 
 def test_two_ranks_give_the_single_process_matrix():
     single = evaluate_frozen(1)
-    for ranks in run_ranks("tests.test_evaluation:evaluate_frozen", 2, world_size=2):
+    for ranks in run_ranks("tests.test_evaluation:evaluate_frozen", 2, devices=2):
         assert ranks == single
     assert single[2][2] is not None

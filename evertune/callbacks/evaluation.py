@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.examples import to_device
 from evertune.outputs import logits_of, targets_of
 from evertune.strategies.support import check_strategy
 
@@ -130,8 +131,8 @@ class ContinualEvaluation(ContinualCallback):
             self._fit_loader = self._find_loader(trainer)
             if self._fit_loader is None and not self.experiences:
                 raise ValueError(
-                    "ContinualEvaluation has nothing to evaluate on: this fit has no test or validation loader; "
-                    "give it one, or call add_experience(name, loader) first"
+                    "ContinualEvaluation has nothing to evaluate on: this fit has no test loader, and no "
+                    "validation loader with a validation_step; give it one, or call add_experience(name, loader) first"
                 )
         lost = [name for name in self.experiences if name not in self._loaders]
         if lost:
@@ -166,9 +167,7 @@ class ContinualEvaluation(ContinualCallback):
         share, n_real = _share(loader, trainer)
         total, seen = 0.0, 0
         for batch in share:
-            batch = trainer.precision_plugin.convert_input(batch)  # noqa: PLW2901
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: PLW2901
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)  # noqa: PLW2901
+            batch = to_device(trainer, batch)  # noqa: PLW2901
             with trainer.precision_plugin.val_step_context():
                 scores = self.score(module, batch)
             _check_scores(scores)
