@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.drift_trigger import DriftTrigger
+from evertune.callbacks.drift_trigger import DriftTrigger, _of_all_ranks
 from evertune.callbacks.evaluation import ContinualEvaluation
 from evertune.drift import MMD
 from tests.distributed import run_ranks
@@ -73,11 +73,11 @@ def trainer_with(*callbacks, **settings):
     return pl.Trainer(callbacks=list(callbacks), **defaults | settings)
 
 
-def fit(batch_size=16, devices=1, accumulate=1):
+def fit(batch_size=16, devices=1, accumulate=1, others=()):
     """Diary and history of a fit over the changing data, unshuffled."""
     diary, drift = Diary(), trigger()
     settings = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer = trainer_with(diary, drift, accumulate_grad_batches=accumulate, **settings)
+    trainer = trainer_with(diary, drift, *others, accumulate_grad_batches=accumulate, **settings)
     sampler = None
     if devices > 1:
         sampler = torch.utils.data.DistributedSampler(changing_data(), devices, int(trainer.global_rank), shuffle=False)
@@ -99,30 +99,24 @@ def test_accumulation_changes_nothing(batch_size, accumulate):
     assert fit(batch_size, accumulate=accumulate) == fit()
 
 
-def test_two_ranks_decide_as_one_process():
-    single = fit()
-    for result in run_ranks("tests.test_drift_trigger:fit", 2, batch_size=8, devices=2):
-        assert result == single
+def on_two_ranks():
+    """What a fit decides, and how features of unequal batches (3 on rank 0, 2 on rank 1) are put into one order."""
 
-
-def test_unequal_batches_of_ranks_keep_their_order():
-    for result in run_ranks("tests.test_drift_trigger:gather", 2):
-        assert result == [0.0, 10.0, 1.0, 11.0, 2.0]
-
-
-def gather():
-    from evertune.callbacks.drift_trigger import _of_all_ranks
-
-    class Probe(pl.Callback):
+    class Gather(pl.Callback):
         def on_train_start(self, trainer, module):
             rank = trainer.global_rank
             features = torch.arange(3 - rank).float().unsqueeze(1) + 10 * rank
             self.gathered = _of_all_ranks(features, trainer).flatten().tolist()
 
-    probe = Probe()
-    trainer = trainer_with(probe, strategy="ddp", devices=2)
-    trainer.fit(Classifier(), DataLoader(changing_data(), batch_size=456))
-    return probe.gathered
+    gather = Gather()
+    return fit(batch_size=8, devices=2, others=[gather]), gather.gathered
+
+
+def test_two_ranks_decide_as_one_process():
+    single = fit()
+    for decided, gathered in run_ranks("tests.test_drift_trigger:on_two_ranks", 2):
+        assert decided == single
+        assert gathered == [0.0, 10.0, 1.0, 11.0, 2.0]
 
 
 def test_no_alarm_without_a_change():
