@@ -154,6 +154,10 @@ class EWC(ContinualCallback):
                 gradient[part].add_(difference.mul_(importance[part]), alpha=scale)
         self._shards.write_back()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the strategy's buffers."""
+        self._shards = None
+
     def penalty(self) -> Tensor:
         """The penalty at the present weights, summed over all ranks, shape ``[]``. Call on every rank, within a fit."""
         if self._state is None or self._shards is None:
@@ -175,6 +179,7 @@ class EWC(ContinualCallback):
             seed=self.seed + self.experience_index,
             forward_context=trainer.precision_plugin.forward_context,
         )
+        shards.release()
         self._examples.forget()
         self._state = FragmentState.of(shards, self._consolidate(fisher, shards.values()))
 

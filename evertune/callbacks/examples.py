@@ -65,7 +65,14 @@ class ExampleSampler:
             indices = [position if position < len(drawn) else -1 for position in positions]
             indices = [i for i in indices if i >= 0] or indices[:1]
             batch = collate([loader.dataset[drawn[max(i, 0)]] for i in indices])
-            yield IndexedBatch(trainer.strategy.batch_to_device(batch), indices)
+            yield IndexedBatch(to_device(trainer, batch), indices)
+
+
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """A collated batch as a training step gets it: through the module's transfer hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _indexed_loader(trainer: pl.Trainer) -> DataLoader[Any] | None:

@@ -107,6 +107,7 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             if module.trainer.training and _masters_differ(engine):
                 vars(module)["_evertune_masters"] = Masters(ParameterShards.of(module.trainer))
             engine.destroy()
+            engine.optimizer = None  # it would be destroyed again with the engine, and take the next one's fragments along
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 if hasattr(engine, hook):
                     getattr(engine, hook).remove()

@@ -97,6 +97,9 @@ class ParameterShards(ABC):
     def write_back(self) -> None:  # noqa: B027  (most strategies hand out the live storage)
         """Make edits of the tensors that ``gradients()`` gave out count, where they are not the live storage."""
 
+    def release(self) -> None:  # noqa: B027  (only ZeRO-3 gathers)
+        """Let go of weights that were gathered for passes through the module outside of training steps."""
+
     @property
     def gradient_scale(self) -> float:
         """What the gradients are multiplied by at the moment: the loss scale of DeepSpeed's fp16 training, else 1."""
@@ -203,7 +206,7 @@ class Zero3Shards(ParameterShards):
     sharded = True
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
-        self._optimizer = engine.optimizer
+        self._engine = engine
         trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         fragments = []
         self._held: list[Any] = []
@@ -237,7 +240,10 @@ class Zero3Shards(ParameterShards):
 
     @property
     def gradient_scale(self) -> float:
-        return float(getattr(self._optimizer, "loss_scale", 1.0))
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def release(self) -> None:
+        self._engine.empty_partition_cache()
 
     def _pairs(self) -> Iterable[tuple[Any, Fragment]]:
         return zip(self._held, self.fragments, strict=True)

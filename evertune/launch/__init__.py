@@ -1,0 +1,1 @@
+"""How evertune starts: the command line."""

@@ -1,0 +1,94 @@
+"""The command line: ``evertune fit`` learns a stream, ``evertune report`` shows what became of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "fit", help="learn a stream of experiences: --config stream.yaml, --print_config, --help", add_help=False
+    )
+    report = commands.add_parser("report", help="make the HTML page, and plots, of a history.json")
+    report.add_argument("history", type=Path, help="the history.json that a run has written")
+    report.add_argument("--out", type=Path, help="the page to write (default: report.html beside the history)")
+    report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")
+    known, rest = parser.parse_known_args(arguments[:1] if arguments[:1] == ["fit"] else arguments)
+    if known.command == "fit":
+        fit(arguments[1:])
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        try:
+            _report(known.history, known.out or known.history.with_name("report.html"), known.plots)
+        except (OSError, ValueError) as error:
+            sys.exit(f"evertune report: {error}")
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Learn a stream as a ``LightningCLI`` configuration describes it.
+
+    Sections: ``trainer`` (every argument of ``Trainer``; the callbacks are the methods), ``model`` (any LightningModule
+    by ``class_path``), ``data`` (of :class:`~evertune.streams.StreamDataModule`) and ``out``, the folder for
+    ``history.json``, ``report.html`` and the ``model``.
+    """
+    from pytorch_lightning import LightningModule
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from evertune.metrics.history import save_history
+    from evertune.streams import StreamDataModule
+    from evertune.trainer import ContinualTrainer
+
+    class FitCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.prog = "evertune fit"
+            parser.add_argument(
+                "--out", default="evertune-run", help="folder for history.json, report.html and the trained model"
+            )
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            self.config = parser.parse_args(list(arguments))
+
+    cli = FitCLI(
+        LightningModule,
+        StreamDataModule,
+        trainer_class=ContinualTrainer,
+        subclass_mode_model=True,
+        run=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": "Learn a stream of experiences, one update after the other."},
+    )
+    assert isinstance(cli.trainer, ContinualTrainer)
+    history = cli.trainer.fit_stream(cli.model, cli.datamodule)
+    out = Path(cli.config["out"])
+    if hasattr(cli.model, "save_pretrained"):
+        cli.model.save_pretrained(out / "model")
+    if rank_zero_only.rank == 0:
+        save_history(out / "history.json", {"run": history})
+        _report(out / "history.json", out / "report.html", None)
+
+
+def _report(history: Path, page: Path, plots: Path | None) -> None:
+    from rich.console import Console
+
+    from evertune.reports import save_plots, summary_table, write_report
+
+    console = Console()
+    console.print(summary_table(history))
+    console.print(f"report: {write_report(history, page)}")
+    if plots is not None:
+        save_plots(history, plots)
+        console.print(f"plots: {plots}")

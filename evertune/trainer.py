@@ -1,0 +1,164 @@
+"""One update per experience: a Lightning trainer for a stream."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+
+from evertune.callbacks.drift_trigger import DriftTrigger
+from evertune.callbacks.evaluation import ContinualEvaluation
+from evertune.callbacks.replay import Replay
+from evertune.metrics.history import History
+from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
+from evertune.streams.experience import Experience, ExperienceStream
+
+_OF_ONE_FIT = (EarlyStopping, ModelCheckpoint, Timer)
+"""Callbacks that judge a single fit: they start anew with each update."""
+
+
+class ContinualTrainer(pl.Trainer):
+    """A ``Trainer`` that learns a stream: one ``fit`` for each experience, each scored on all experiences so far.
+
+    Takes every argument of ``pl.Trainer``; they hold for each update (``max_epochs=3`` are three epochs per
+    experience). Callbacks live through the whole stream, so ``Replay`` and ``EWC`` remember. Optimizer and schedule
+    start anew with each update: a carried-over Adam and a decayed learning rate learn nothing new.
+
+    ``fit``, ``validate``, ``test`` and ``predict`` are Lightning's own.
+
+    Args:
+        **settings: as in ``pl.Trainer``.
+
+    Example::
+
+        stream = class_incremental("intents.jsonl", label="intent", n_experiences=10)
+        module = SequenceClassificationModule("bert-base-uncased")
+        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC(ewc_lambda=100.0)])
+        history = trainer.fit_stream(module, stream)
+        print(history.average_accuracy, history.forgetting)
+
+    Attributes:
+        experience: the experience being learnt, or None outside of ``fit_stream``.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = _kept(settings)
+        super().__init__(**settings)
+        self.experience: Experience | None = None
+
+    def fit_stream(
+        self,
+        module: pl.LightningModule,
+        stream: Sequence[Experience] | StreamDataModule,
+        datamodule: Callable[[Experience], pl.LightningDataModule] | None = None,
+        evaluate_on: Sequence[Experience] | None = None,
+    ) -> History:
+        """Learn the experiences of a stream one after the other.
+
+        Args:
+            module: any LightningModule. One with ``prepare_experience(experience)``, as
+                ``SequenceClassificationModule`` has, is told of each experience before its fit (its head grows then).
+            stream: the experiences, or a ``StreamDataModule`` that describes them and their batches.
+            datamodule: makes the datamodule of an experience. By default a ``StreamDataModule`` makes its own, and
+                other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
+            evaluate_on: the experiences to score after every update, seen or not. By default those seen so far.
+
+        Returns:
+            The accuracy matrix, the metrics that follow from it, the seconds, and what drift triggers and the replay
+            memory have to tell.
+
+        Raises:
+            ValueError: when the stream is empty, or an experience has neither test nor validation data.
+        """
+        experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
+        if len(experiences) == 0:
+            raise ValueError("the stream is empty: there is nothing to learn")
+        make = datamodule or _default_datamodule(module, stream)
+        evaluation = self._evaluation()
+        evaluation.evaluate_unseen |= evaluate_on is not None
+        for scored in evaluate_on or ():
+            evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)))
+        start = time.perf_counter()
+        try:
+            for number, experience in enumerate(experiences):
+                if number > 0:
+                    super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
+                self.experience = experience
+                data = make(experience)
+                if evaluate_on is None:
+                    evaluation.add_experience(experience.name, _evaluation_loader(experience, data))
+                if hasattr(module, "prepare_experience"):
+                    module.prepare_experience(experience)
+                rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
+                self.fit(module, datamodule=data)
+        finally:
+            self.experience = None
+        return History(
+            evaluation.experiences,
+            evaluation.accuracy_matrix,
+            time.perf_counter() - start,
+            drift=[point for one in self.callbacks if isinstance(one, DriftTrigger) for point in one.history],
+            memory=next((one.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
+            examples=sum(len(experience.train) for experience in experiences),
+        )
+
+    def _evaluation(self) -> ContinualEvaluation:
+        """The evaluation among the callbacks, or a new one that stays for all updates."""
+        for callback in self.callbacks:
+            if isinstance(callback, ContinualEvaluation):
+                return callback
+        evaluation = ContinualEvaluation()
+        self._settings["callbacks"].append(evaluation)
+        self.callbacks.append(evaluation)
+        return evaluation
+
+
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for one more trainer: what a fit uses up is copied, what learns through the stream is shared."""
+    callbacks = settings.get("callbacks") or []
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+    copied: dict[str, Any] = {
+        "callbacks": [
+            copy.deepcopy(callback) if isinstance(callback, _OF_ONE_FIT) else callback for callback in callbacks
+        ]
+    }
+    if isinstance(settings.get("strategy"), Strategy):
+        copied["strategy"] = copy.deepcopy(settings["strategy"])
+    return {**settings, **copied}
+
+
+def _default_datamodule(
+    module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule
+) -> Callable[[Experience], pl.LightningDataModule]:
+    """The batches of an experience when nobody says how to make them."""
+    tokenizer = getattr(module, "tokenizer", None)
+    if isinstance(stream, StreamDataModule):
+        return lambda experience: stream.datamodule(experience, tokenizer)
+    columns = {"text": stream.text, "label": stream.label} if isinstance(stream, ExperienceStream) else {}
+    made: dict[int, ExperienceDataModule] = {}
+
+    def make(experience: Experience) -> ExperienceDataModule:
+        if id(experience) not in made:  # tokenised once, though each is scored after many updates
+            made[id(experience)] = ExperienceDataModule(experience, tokenizer, **columns)
+        return made[id(experience)]
+
+    return make
+
+
+def _evaluation_loader(experience: Experience, data: pl.LightningDataModule) -> DataLoader[Any]:
+    """The test batches of an experience, or its validation batches where it has no test data."""
+    data.prepare_data()
+    data.setup("test")
+    for name in ("test_dataloader", "val_dataloader"):
+        loader = getattr(data, name)() if is_overridden(name, data, pl.LightningDataModule) else []
+        if isinstance(loader, DataLoader):
+            return loader
+    raise ValueError(f"experience {experience.name!r} has neither test nor validation data to score it on")

@@ -1,0 +1,54 @@
+"""Every method gives the same weights on one process, DDP and ZeRO-1, 2 and 3."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.shard_worker import make_bert
+
+RUNS = [
+    {"method": method, "optimizer": optimizer, "accumulation": accumulation}
+    for method, optimizer, accumulation in itertools.product(("replay", "ewc", "replay+ewc"), ("sgd", "adamw"), (1, 3))
+]
+
+
+def weights(folder: Path, run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{run['method']}-{run['optimizer']}-{run['accumulation']}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks("tests.shard_worker:learn_two", 1, folder=bert, out=str(folder), strategy="auto", runs=RUNS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"]
+)
+def test_shard_exact(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    run_ranks("tests.shard_worker:learn_two", 2, folder=bert, out=str(tmp_path), strategy=strategy, runs=RUNS)
+    for run in RUNS:
+        expected, found = weights(one_process, run), weights(tmp_path, run)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{run} {n}: {m}")
+
+
+def test_methods_change_the_weights(one_process: Path) -> None:
+    """Equality above would say nothing if the methods did nothing."""
+    sgd = {run["method"]: weights(one_process, run) for run in RUNS if run["optimizer"] == "sgd" and run["accumulation"] == 1}
+    for one, other in itertools.combinations(sgd.values(), 2):
+        assert any((one[name] - other[name]).abs().max() > 1e-3 for name in one)
