@@ -306,7 +306,9 @@ class Replay(ContinualCallback):
         """
         if self._trainer is not None and not self._trainer.interrupted:
             raise RuntimeError("forget examples before or after fit, not during it")
-        erased = self.memory.forget(ids, is_writer=self._is_writer)
+        held = set(self.memory.ids).intersection(ids)
+        _barrier()  # every rank has read the file that is about to go
+        erased = self.memory.forget(held, is_writer=self._is_writer)
         _barrier()
         return erased
 
