@@ -26,6 +26,7 @@ from evertune.lightning_modules.saving import (
     write_manifest,
 )
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
+from evertune.locate import locate
 
 
 class TransformerModule(pl.LightningModule):
@@ -39,8 +40,9 @@ class TransformerModule(pl.LightningModule):
     ``precision="bf16-mixed"`` to the trainer for bf16.
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, or a folder.
-        learning_rate: of AdamW, at the end of the warm-up. 5e-5 suits encoders of BERT's size.
+        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` in an installed package.
+        learning_rate: of AdamW, at the end of the warm-up. 5e-5 suits encoders of BERT's size; small ones such as
+            MiniLM, and short updates, take 1e-4 to 2e-4.
         weight_decay: of AdamW; biases and norms are spared.
         warmup_ratio: the part of an update that the warm-up takes.
         schedule: ``linear`` or ``cosine`` decay, or ``constant``, the only one for a ``fit`` without an end.
@@ -80,7 +82,7 @@ class TransformerModule(pl.LightningModule):
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.save_hyperparameters()
-        self.model_name_or_path = str(model_name_or_path)
+        self.model_name_or_path = locate(str(model_name_or_path))
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
@@ -161,7 +163,11 @@ class TransformerModule(pl.LightningModule):
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            fused=self.device.type == "cpu",  # 5 times as fast there; on CUDA fp16 could not clip gradients with it
+        )
         n_steps = remaining_steps(self.trainer)
         if n_steps is None and self.schedule != "constant":
             raise ValueError(
