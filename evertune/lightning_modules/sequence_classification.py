@@ -46,7 +46,7 @@ class SequenceClassificationModule(TransformerModule):
     when all its labels are right).
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/path`` in an installed package.
+        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` (installed).
         classes: the names known so far, in the order of the head's rows.
         head: ``linear``, or ``cosine``, which does not favour the newest classes (Hou et al., 2019).
         multi_label: whether a text has any number of labels (sigmoids) instead of exactly one (softmax).

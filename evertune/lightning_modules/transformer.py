@@ -40,7 +40,7 @@ class TransformerModule(pl.LightningModule):
     ``precision="bf16-mixed"`` to the trainer for bf16.
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` in an installed package.
+        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` (installed).
         learning_rate: of AdamW, at the end of the warm-up. 5e-5 suits encoders of BERT's size; small ones such as
             MiniLM, and short updates, take 1e-4 to 2e-4.
         weight_decay: of AdamW; biases and norms are spared.
