@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from evertune.callbacks.base import ContinualCallback, end_experience
 from evertune.callbacks.replay import Replay
+from evertune.streams import Experience, ExperienceDataModule
 from tests.distributed import run_ranks
 
 
@@ -339,6 +340,24 @@ def test_resume_is_bit_exact(tmp_path, iterable):
         assert torch.equal(weights(twin), weights(model))
     assert sorted(resumed.memory.ids) == sorted(replay.memory.ids)
     assert resumed.experience_index == replay.experience_index == 2
+
+
+@pytest.mark.parametrize("step", [4, 8, 15, 22])
+def test_resume_around_an_experience_that_ends_inside_the_fit_is_bit_exact(tmp_path, step):
+    def data():
+        return ExperienceDataModule(Experience("endless", images(100, 60)), batch_size=4, num_workers=2)
+
+    replay, model = Replay(memory_size=6), module()
+    trainer(replay).fit(model, loader(0))
+    model.seen.clear()
+    trainer(replay, SplitAt(6, replay), Save(tmp_path / "a.ckpt", step), max_epochs=2).fit(model, datamodule=data())
+    resumed, twin = Replay(memory_size=6), module()
+    split = SplitAt(6, resumed)
+    trainer(resumed, split, max_epochs=2).fit(twin, datamodule=data(), ckpt_path=tmp_path / "a.ckpt")
+    assert twin.seen == model.seen[step:]
+    assert torch.equal(weights(twin), weights(model))
+    assert resumed.memory.ids == replay.memory.ids
+    assert resumed.experience_index == replay.experience_index
 
 
 class Rest(IterableDataset):

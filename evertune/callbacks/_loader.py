@@ -145,7 +145,7 @@ class Spool:
     def __init__(self, path: Path, capture: Capture) -> None:
         self.path, self.capture = path, capture
         self._groups: dict[str, list[tuple[float, str]]] = {}
-        self._kept: set[str] = set()
+        self._kept: dict[str, tuple[float, str]] = {}
         self._written = 0
         if path.exists():
             records = list(parse_records(path.read_bytes()))
@@ -163,23 +163,36 @@ class Spool:
         if records:
             with self.path.open("ab") as file:
                 file.write(b"".join(record.to_bytes() for record in records))
-        if self._written > 2 * (len(self._kept) + capture.limit):
-            kept = [record for record in parse_records(self.path.read_bytes()) if record.id in self._kept]
-            _replace(self.path, {record.id: record for record in kept}.values())
-            self._written = len(self._kept)
+        if self._written > 3 * (len(self._kept) + capture.limit):
+            self._compact()
 
     def _admit(self, id: str, label: str | None, priority: float) -> bool:
         group = self._groups.setdefault(self.capture.policy.group(label), [])
         entry = (-priority, id)  # the worst is on top of the heap
-        if id in self._kept or (len(group) >= self.capture.limit and entry <= group[0]):
-            return False
-        if len(group) >= self.capture.limit:
-            self._kept.discard(heapq.heapreplace(group, entry)[1])
-        else:
+        known = self._kept.get(id)
+        if known is not None:
+            if known != entry:
+                group[group.index(known)] = entry
+                heapq.heapify(group)
+        elif len(group) < self.capture.limit:
             heapq.heappush(group, entry)
-        self._kept.add(id)
+        elif entry > group[0]:
+            del self._kept[heapq.heapreplace(group, entry)[1]]
+        else:
+            return False
+        self._kept[id] = entry
         self._written += 1
         return True
+
+    def _compact(self) -> None:
+        """Leave the last two records of each candidate: the very last may be of a batch that is never trained on."""
+        records: dict[str, list[Record]] = {}
+        for record in parse_records(self.path.read_bytes()):
+            if record.id in self._kept:
+                records[record.id] = [*records.get(record.id, [])[-1:], record]
+        left = [record for both in records.values() for record in both]
+        _replace(self.path, left)
+        self._written = len(left)
 
 
 class ReplayCollate:
@@ -190,7 +203,7 @@ class ReplayCollate:
     ranks' and the accumulated batches' draws together are those of one process with one large batch.
 
     Args:
-        collate_fn: the loader's own; also found by ``inspect.unwrap``.
+        collate_fn: the loader's own.
         schedule: shared with the training process.
         directory: of the memory's working files.
         batch_size: the loader's; None if it varies, each batch then draws far from the others.
@@ -212,7 +225,7 @@ class ReplayCollate:
         world_size: int,
         capture: Capture | None,
     ) -> None:
-        self.__wrapped__ = collate_fn
+        self.collate_fn = collate_fn
         self.schedule, self.directory, self.ratio = schedule, directory, ratio
         self.stride = batch_size or 1 << 20
         self.rank, self.world_size = rank, world_size
@@ -242,9 +255,9 @@ class ReplayCollate:
             self._spool.offer(batch, arrivals, examples)
         past = self._draw(batch, len(examples))
         if not past:
-            return self.__wrapped__(examples)
+            return self.collate_fn(examples)
         try:
-            return self.__wrapped__([*examples, *past])
+            return self.collate_fn([*examples, *past])
         except Exception as error:
             error.add_note(
                 f"Replay had joined {len(past)} examples of the past to {len(examples)} new ones; the collate_fn must "

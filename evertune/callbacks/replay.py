@@ -120,6 +120,9 @@ class Replay(ContinualCallback):
         self._is_writer = True
         self._experience_start = 0  # the number of the experience's first batch in the fit
         self._update_start = 0  # the number of the first batch with this update's draws, not before
+        self._before: tuple[int, int] | None = (
+            None  # where the update before it in the same fit started, and its number
+        )
         self._captured = b""  # from the checkpoint that a fit resumes from
 
     # --- the loader
@@ -216,9 +219,12 @@ class Replay(ContinualCallback):
         if first_of_fit:
             if not trainer.fit_loop.is_resuming:
                 self._experience_start = self._update_start = _batches_done(trainer)
+                self._before = None
             elif self._captured and trainer.global_rank == 0:
                 (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
             self._captured = b""
+            if self._before is not None:
+                self._schedule.start_update(*self._before, self.memory.generation - 1)
             self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
         self._start_iterator(trainer)
         return self._loader
@@ -264,6 +270,7 @@ class Replay(ContinualCallback):
             return
         accumulated = trainer.accumulate_grad_batches
         steps = -(-self._batches_ahead() // accumulated)
+        self._before = self._update_start, self.experience_index - 1
         self._experience_start = _batches_done(trainer)
         self._update_start = self._experience_start + steps * accumulated
         self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
@@ -313,13 +320,12 @@ class Replay(ContinualCallback):
         return erased
 
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
-        """The examples of the experience that may be kept, of all ranks, in their order of arrival."""
+        """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived."""
         own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
         content = _gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
-        records: dict[str, Record] = {}
-        for record in sorted(parse_records(content), key=lambda record: (record.arrival, record.id)):
-            records.setdefault(record.id, record)
-        return list(records.values())
+        arrived = sorted(parse_records(content), key=lambda record: (record.arrival, record.id))
+        last = {record.id: record for record in arrived}
+        return sorted(last.values(), key=lambda record: (record.arrival, record.id))
 
     def _features_of(self, dataset: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """One vector for each example, computed by all ranks together."""
@@ -333,7 +339,7 @@ class Replay(ContinualCallback):
         chunks = []
         with _evaluating(module):
             for start in range(0, len(mine), size):
-                batch = collate.__wrapped__([dataset[index] for index in mine[start : start + size].tolist()])
+                batch = collate.collate_fn([dataset[index] for index in mine[start : start + size].tolist()])
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -347,21 +353,30 @@ class Replay(ContinualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers only: a checkpoint with it loads with ``weights_only=True``."""
-        captured = b""
+        captured, before = b"", {}
         if self._trainer is not None and self._loader is not None:
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
                 captured = b"".join(record.to_bytes() for record in self._candidates(self._trainer))
+            if self._before is not None and _batches_done(self._trainer) < self._update_start:
+                start, update = self._before  # batches that are already loaded are still to come from that memory
+                memory = self.memory.state_dict(self.memory.generation - 1)
+                before = {"memory": memory, "update_start": start, "experience_index": update}
         return {
             "memory": self.memory.state_dict(),
             "experience_index": self.experience_index,
             "experience_start": self._experience_start,
             "update_start": self._update_start,
+            "before": before,
             "captured": torch.tensor(bytearray(captured), dtype=torch.uint8),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, on any number of ranks."""
+        before = state_dict["before"]
+        if before:
+            self.memory.load_state_dict(before["memory"], is_writer=self._is_writer)
+        self._before = (before["update_start"], before["experience_index"]) if before else None
         self.memory.load_state_dict(state_dict["memory"], is_writer=self._is_writer)
         self.experience_index = state_dict["experience_index"]
         self._experience_start, self._update_start = state_dict["experience_start"], state_dict["update_start"]

@@ -372,9 +372,13 @@ class ReplayMemory:
         file = Path(directory) / name
         self._adopt(_mapped(file) if file.stat().st_size else pa.py_buffer(b""), digest, str(file), is_writer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The memory as plain tensors and strings, for a checkpoint."""
-        data = self._file()
+    def state_dict(self, generation: int | None = None) -> dict[str, Any]:
+        """The memory as plain tensors and strings, for a checkpoint.
+
+        Args:
+            generation: the newest, or the one before it; by default the newest.
+        """
+        data = self._file(generation)
         return {
             "arrow": torch.frombuffer(bytearray(data), dtype=torch.uint8),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -424,11 +428,12 @@ class ReplayMemory:
             "memory_size": self.memory_size,
         }
 
-    def _file(self) -> pa.Buffer:
+    def _file(self, generation: int | None = None) -> pa.Buffer:
         """The bytes of the working file."""
-        if self.generation == 0:
+        generation = self.generation if generation is None else generation
+        if generation == 0:
             return _serialise(_SCHEMA.empty_table(), self._settings() | {"seen": 0})
-        return _mapped(self.path(self.generation))
+        return _mapped(self.path(generation))
 
     def _write(self, tables: list[pa.Table], seen: int) -> None:
         """Leave the file of the next generation."""
