@@ -2,7 +2,8 @@
 
 A source is a Hugging Face ``Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, a list of dicts, the path of a
 JSONL, CSV or Parquet file (also ``.gz``), a list of such paths, a dict of paths by split, a folder of
-``<label>/*.txt``, or the name of a dataset on the Hugging Face hub.
+``<label>/*.txt``, or the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data that
+come with an installed package.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from uuid import uuid4
 from warnings import warn
+
+from evertune.locate import locate
 
 Normaliser = Callable[[Any], Any]
 """Turns a value of a column into what the stream uses, or raises ValueError with the reason why it is bad."""
@@ -293,7 +296,7 @@ def _part(origin: str, rows: Any, path: Path | None = None) -> _Part:
 
 
 def _path_parts(source: str) -> Iterator[_Part]:
-    path = Path(source).expanduser()
+    path = Path(locate(source)).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if path.is_dir():
         yield _read_folder(path)
