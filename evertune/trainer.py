@@ -106,7 +106,7 @@ class ContinualTrainer(pl.Trainer):
             evaluation.accuracy_matrix,
             time.perf_counter() - start,
             drift=[point for one in self.callbacks if isinstance(one, DriftTrigger) for point in one.history],
-            memory=next((one.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
+            memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
             examples=sum(len(experience.train) for experience in experiences),
         )
 
