@@ -49,6 +49,8 @@ class ContinualTrainer(pl.Trainer):
         experience: the experience being learnt, or None outside of ``fit_stream``.
     """
 
+    callbacks: list[pl.Callback]
+
     def __init__(self, **settings: Any) -> None:
         self._settings = _kept(settings)
         super().__init__(**settings)
@@ -71,6 +73,9 @@ class ContinualTrainer(pl.Trainer):
                 other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
             evaluate_on: the experiences to score after every update, seen or not. By default those seen so far.
 
+        A second call goes on where the first ended: the accuracy matrix gets more rows. A call that fails leaves what
+        was learnt of the experiences before; call it again with those that are left.
+
         Returns:
             The accuracy matrix, the metrics that follow from it, the seconds, and what drift triggers and the replay
             memory have to tell.
@@ -87,14 +92,18 @@ class ContinualTrainer(pl.Trainer):
         for scored in evaluate_on or ():
             evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)))
         start = time.perf_counter()
+        datamodules = [make(experience) for experience in experiences]
+        loaders = [  # made before anything is trained: an experience that cannot be scored is found at once
+            None if evaluate_on is not None else _evaluation_loader(experience, data)
+            for experience, data in zip(experiences, datamodules, strict=True)
+        ]
         try:
-            for number, experience in enumerate(experiences):
-                if number > 0:
+            for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
+                if self.state.fn is not None:
                     super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
                 self.experience = experience
-                data = make(experience)
-                if evaluate_on is None:
-                    evaluation.add_experience(experience.name, _evaluation_loader(experience, data))
+                if loader is not None:
+                    evaluation.add_experience(experience.name, loader)
                 if hasattr(module, "prepare_experience"):
                     module.prepare_experience(experience)
                 rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
@@ -142,7 +151,9 @@ def _default_datamodule(
     tokenizer = getattr(module, "tokenizer", None)
     if isinstance(stream, StreamDataModule):
         return lambda experience: stream.datamodule(experience, tokenizer)
-    columns = {"text": stream.text, "label": stream.label} if isinstance(stream, ExperienceStream) else {}
+    columns: dict[str, Any] = {}
+    if isinstance(stream, ExperienceStream):
+        columns = {"text": stream.text, "label": stream.label}
     made: dict[int, ExperienceDataModule] = {}
 
     def make(experience: Experience) -> ExperienceDataModule:
