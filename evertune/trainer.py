@@ -104,8 +104,9 @@ class ContinualTrainer(pl.Trainer):
                 self.experience = experience
                 if loader is not None:
                     evaluation.add_experience(experience.name, loader)
-                if hasattr(module, "prepare_experience"):
-                    module.prepare_experience(experience)
+                prepare = getattr(module, "prepare_experience", None)
+                if callable(prepare):
+                    prepare(experience)
                 rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
                 self.fit(module, datamodule=data)
         finally:

@@ -79,7 +79,7 @@ class EWC(ContinualCallback):
         n_examples: int = 500,
         batch_size: int = 16,
         logits: Callable[[pl.LightningModule, Any], Tensor] = logits_of,
-        targets: Callable[[Any], Tensor] = targets_of,
+        targets: Callable[[Any], Any] = targets_of,
         seed: int = 0,
     ) -> None:
         if ewc_lambda < 0:

@@ -42,7 +42,7 @@ def fit(arguments: Sequence[str]) -> None:
 
     Sections: ``trainer`` (every argument of ``Trainer``; the callbacks are the methods), ``model`` (any LightningModule
     by ``class_path``), ``data`` (of :class:`~evertune.streams.StreamDataModule`) and ``out``, the folder for
-    ``history.json``, ``report.html`` and the ``model``.
+    ``history.json``, ``report.html``, the ``model`` and the whole ``config.yaml``.
     """
     from pytorch_lightning import LightningModule
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -56,7 +56,7 @@ def fit(arguments: Sequence[str]) -> None:
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.prog = "evertune fit"
             parser.add_argument(
-                "--out", default="evertune-run", help="folder for history.json, report.html and the trained model"
+                "--out", default="evertune-run", help="folder for the model, history.json, report.html and config.yaml"
             )
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -68,16 +68,21 @@ def fit(arguments: Sequence[str]) -> None:
         trainer_class=ContinualTrainer,
         subclass_mode_model=True,
         run=False,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=None,
         parser_kwargs={"description": "Learn a stream of experiences, one update after the other."},
     )
     assert isinstance(cli.trainer, ContinualTrainer)
+    try:
+        _ = cli.datamodule.stream  # read now: a bad file is told in one line, before any process is started
+    except (OSError, ValueError) as error:
+        sys.exit(f"evertune fit: {error}")
     history = cli.trainer.fit_stream(cli.model, cli.datamodule)
     out = Path(cli.config["out"])
     if hasattr(cli.model, "save_pretrained"):
         cli.model.save_pretrained(out / "model")
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         save_history(out / "history.json", {"run": history})
+        cli.parser.save(cli.config, out / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         _report(out / "history.json", out / "report.html", None)
 
 
