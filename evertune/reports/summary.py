@@ -1,0 +1,109 @@
+"""What a run comes down to: the figures that the terminal, the page and the plots all show."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from evertune.metrics import functional
+from evertune.metrics.history import History, load_history
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNKNOWN = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+Runs = Mapping[str, History]
+"""Histories by the name of their run."""
+
+
+def as_runs(runs: Runs | str | os.PathLike[str]) -> Runs:
+    """The runs themselves, or those in a ``history.json``.
+
+    Raises:
+        ValueError: when there are none, or the file is no history.
+    """
+    if isinstance(runs, str | os.PathLike):
+        return load_history(runs)
+    if not runs:
+        raise ValueError("there are no runs to report")
+    return runs
+
+
+def is_joint(run: History) -> bool:
+    """Whether a run learned several experiences in one update: all data at once, the ceiling of the others."""
+    return len(run.accuracy_matrix) == 1 and len(run.experiences) > 1
+
+
+def average_over_updates(run: History) -> list[float]:
+    """The average accuracy after each update, over the experiences seen by then (all of them for a joint run)."""
+    if is_joint(run):
+        return [run.average_accuracy]
+    width = len(run.experiences)
+    rows = range(1, len(run.accuracy_matrix) + 1)
+    return [functional.average_accuracy(run.accuracy_matrix[:t], seen=min(t, width)) for t in rows]
+
+
+def percent(value: float, signed: bool = False) -> str:
+    """A share as a percentage with one decimal and without its sign; an en dash for NaN.
+
+    Example:
+        >>> percent(0.956), percent(-0.021, signed=True), percent(float("nan"))
+        ('95.6', '−2.1', '–')
+    """
+    if math.isnan(value):
+        return UNKNOWN
+    value = round(100 * value, 1) + 0.0
+    return f"{value:{'+' if signed and value else ''}.1f}".replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """A duration for people.
+
+    Example:
+        >>> duration(0.44), duration(42.4), duration(192), duration(7_260)
+        ('0.4 s', '42 s', '3 min 12 s', '2 h 01 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
+    """The runs side by side, for the terminal: ``rich.print(summary_table(runs))``.
+
+    Args:
+        runs: Histories by the name of their run, or the path of a ``history.json``.
+
+    Raises:
+        ValueError: when there are no runs, or the file is no history.
+
+    Example:
+        >>> table = summary_table({"naive": History(["a", "b"], [[1.0], [0.5, 1.0]], seconds=3.0)})
+        >>> [column.header for column in table.columns]
+        ['run', 'average accuracy', 'forgetting', 'backward transfer', 'time']
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("run", box=None, header_style="bold", pad_edge=False)
+    for header in ("average accuracy", "forgetting", "backward transfer", "time"):
+        table.add_column(header, justify="right")
+    for name, run in as_runs(runs).items():
+        several = len(run.accuracy_matrix) > 1
+        table.add_row(
+            Text(name),
+            f"{percent(run.average_accuracy)} %",
+            percent(run.forgetting) if several else UNKNOWN,
+            percent(run.backward_transfer, signed=True) if several else UNKNOWN,
+            duration(run.seconds),
+        )
+    return table
