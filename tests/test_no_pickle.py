@@ -156,7 +156,7 @@ def test_no_pickle_is_loaded_in_place_of_any_file(written: Written, tmp_path: Pa
         folder = tmp_path / str(number)
         shutil.copytree(written.folder, folder)
         (folder / name).write_bytes(bomb)
-        with pytest.raises(Exception) as caught, warnings.catch_warnings():  # noqa: PT011
+        with pytest.raises(Exception) as caught, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             written.readers(folder)[name.parts[0]]()
         assert not marker.exists(), f"{name} ran code"
