@@ -227,7 +227,7 @@ def _drift(name: str, history: History) -> Chart:
     thresholds = [point["threshold"] for point in points]
     steps = [point["step"] for point in points]
     low = min(0.0, *scores, *thresholds)
-    across, up = Axis(steps[0], steps[-1], 1, 99), Axis(low, 1.08 * max(*scores, *thresholds, 1e-12), 100, 0)
+    across, up = Axis(steps[0], steps[-1], 1, 99), Axis(low, 1.08 * max(0.0, *scores, *thresholds) or 1.0, 100, 0)
     kept = keep_peaks(scores)
     alarms = [point for point in points if point["alarm"]]
     chart = Chart(f"Drift score of {name} over {len(points)} tests; {len(alarms)} alarms")
