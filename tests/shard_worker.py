@@ -1,4 +1,4 @@
-"""What every rank runs in the tests of sharded training: a small BERT learns two experiences, then tells its weights."""
+"""What every rank runs in the tests of sharded training: a small BERT learns, then tells its weights."""
 
 from __future__ import annotations
 
@@ -76,23 +76,31 @@ def experience(name: str, n_steps: int, classes: list[str], seed: int) -> Experi
 
 
 def fit(
-    module: pl.LightningModule, data: Experience, strategy: str, accumulation: int, callbacks: list[pl.Callback], **more: Any
+    module: pl.LightningModule,
+    data: Experience,
+    strategy: str,
+    accumulation: int,
+    callbacks: list[pl.Callback],
+    ckpt_path: str | Path | None = None,
+    precision: Any = "32-true",
 ) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy=strategy,
+        precision=precision,
         accumulate_grad_batches=accumulation,
         callbacks=callbacks,
-        **({"logger": False, "enable_checkpointing": False} | more),
+        logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     batches = ExperienceDataModule(
         data, batch_size=GLOBAL_BATCH // WORLD_SIZE // accumulation, collate_fn=PadCollator(0), label="labels"
     )
-    trainer.fit(module, datamodule=batches)
+    trainer.fit(module, datamodule=batches, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -40,7 +40,7 @@ from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.outputs import logits_of, targets_of
-from evertune.strategies.support import check_strategy
+from evertune.strategies.support import check_strategy, warn_about_stock_deepspeed
 
 _ALL = 1 << 62
 _STATE = "replay.json"
@@ -132,6 +132,7 @@ class Replay(ContinualCallback):
         if stage != "fit":
             return
         check_strategy(trainer, "Replay")
+        warn_about_stock_deepspeed(trainer, "Replay")
         if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
         self._trainer, self._loader, self._schedule = trainer, None, Schedule()

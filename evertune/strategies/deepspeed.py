@@ -54,8 +54,9 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
 
     def __init__(self, stage: int = 2, config: str | Path | dict[str, Any] | None = None, **settings: Any) -> None:
         _prepare_environment()
-        # communication is not overlapped by default: on CPU there is nothing to overlap it with
-        settings.setdefault("overlap_comm", torch.cuda.is_available())
+        if not torch.cuda.is_available():  # nothing to overlap, and buckets for GPUs would take 800 MB of each rank
+            settings = {"overlap_comm": False, "reduce_bucket_size": 10_000_000, **settings}
+            settings.setdefault("allgather_bucket_size", settings["reduce_bucket_size"])
         super().__init__(stage=stage, config=copy.deepcopy(config), **settings)
 
     def setup_environment(self) -> None:
@@ -106,11 +107,7 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         if module is not None and hasattr(engine, "destroy"):
             if module.trainer.training and _masters_differ(engine):
                 vars(module)["_evertune_masters"] = Masters(ParameterShards.of(module.trainer))
-            engine.destroy()
-            engine.optimizer = None  # it would be destroyed again with the engine, and take the next one's fragments along
-            for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
-                if hasattr(engine, hook):
-                    getattr(engine, hook).remove()
+            _release(engine)
             self.model = None
             self.optimizers = []
             self.lr_scheduler_configs = []
@@ -174,6 +171,20 @@ class Masters:
         for fragment, value, master in zip(shards.fragments, shards.values(), moved, strict=True):
             known = max(0, min(fragment.numel, self._sizes.get(fragment.name, 0) - fragment.offset))
             value[:known] = master[:known]
+
+
+def _release(engine: Any) -> None:
+    """Destroy an engine, and undo what would keep it alive: its hooks, and the ways from the module's weights to it."""
+    optimizer = engine.optimizer
+    engine.destroy()
+    for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+        if hasattr(engine, hook):
+            getattr(engine, hook).remove()
+    for parameter in engine.module.parameters():
+        vars(parameter).pop("_z3_optimizer", None)
+    if hasattr(optimizer, "_backward_hook_state"):
+        optimizer._backward_hook_state = None  # it calls the engine back
+    engine.optimizer = None  # destroyed again with the engine, it would take the next one's fragments along
 
 
 def _masters_differ(engine: Any) -> bool:
