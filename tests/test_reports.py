@@ -109,6 +109,16 @@ def test_names_cannot_inject(tmp_path):
     assert evil in page.text
 
 
+def test_drift_goes_on_where_an_update_counts_its_steps_anew(tmp_path):
+    tests = [(10, 0.0), (20, 1.0), (5, 0.0), (20, 1.0)]
+    drift = [{"step": step, "score": score, "alarm": score > 0, "threshold": 0.5} for step, score in tests]
+    page = page_of(tmp_path, {"run": History(["a"], [[1.0]], 1, drift)})
+    assert "2 alarms, at steps 20, 40" in page.text
+    threshold = next(attrs["points"] for tag, attrs in page.tags if "dashed" in (attrs.get("class") or ""))
+    places = [float(point.split(",")[0]) for point in threshold.split()]
+    assert places == sorted(places)
+
+
 def test_points_lie_where_the_scores_say(tmp_path):
     page = page_of(tmp_path, {"run": History(["a", "b"], [[1.0], [0.25, 0.5]], 1)})
     lines = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]

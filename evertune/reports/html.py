@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evertune.metrics.history import History
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, spread, thin, ticks
-from evertune.reports.summary import Runs, as_runs, average_over_updates, duration, is_joint, percent
+from evertune.reports.summary import Runs, as_runs, average_over_updates, duration, is_joint, percent, running_steps
 
 N_COLORS = 6  # --run-0 to --run-5 of the template
 NBSP = "\N{NO-BREAK SPACE}"
@@ -110,7 +110,8 @@ class RunView:
     @property
     def alarm_text(self) -> str:
         """At which steps drift was detected, in words."""
-        steps = [f"{point['step']:,}" for point in self.history.drift if point["alarm"]]
+        tests = zip(running_steps(self.history), self.history.drift, strict=True)
+        steps = [f"{step:,}" for step, point in tests if point["alarm"]]
         if not steps:
             return "no alarm"
         named = ", ".join(steps[:MAX_NAMED_ALARMS]) + (", …" if len(steps) > MAX_NAMED_ALARMS else "")
@@ -225,11 +226,11 @@ def _drift(name: str, history: History) -> Chart:
     points = history.drift
     scores = [point["score"] for point in points]
     thresholds = [point["threshold"] for point in points]
-    steps = [point["step"] for point in points]
+    steps = running_steps(history)
     low = min(0.0, *scores, *thresholds)
     across, up = Axis(steps[0], steps[-1], 1, 99), Axis(low, 1.08 * max(0.0, *scores, *thresholds) or 1.0, 100, 0)
     kept = keep_peaks(scores)
-    alarms = [point for point in points if point["alarm"]]
+    alarms = [i for i, point in enumerate(points) if point["alarm"]]
     chart = Chart(f"Drift score of {name} over {len(points)} tests; {len(alarms)} alarms")
     chart.lines = [
         Line(
@@ -237,10 +238,7 @@ def _drift(name: str, history: History) -> Chart:
         ),
         Line(polyline([across(steps[i]) for i in kept], [up(scores[i]) for i in kept]), "var(--score)"),
     ]
-    chart.alarms = [
-        Mark(across(point["step"]), up(point["score"]), f"step {point['step']:,}: score {point['score']:.3g}")
-        for point in alarms
-    ]
+    chart.alarms = [Mark(across(steps[i]), up(scores[i]), f"step {steps[i]:,}: score {scores[i]:.3g}") for i in alarms]
     chart.y_ticks = [Mark(0, up(value), f"{value:g}") for value in ticks(up.high)]
     chart.x_ticks = [Mark(across(step), 100, f"{step:g}") for step in ticks(steps[-1], 5) if step >= steps[0]]
     return chart

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joint
+from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joint, running_steps
 
 COLORS = ("#c75a11", "#2a5fd0", "#8145c9", "#a8276b", "#6b7311", "#10748c")
 REFERENCE = "#5d6470"
@@ -103,15 +103,13 @@ def _accuracy_matrices(figure: Any, runs: Runs) -> None:
 def _drift(figure: Any, runs: Runs) -> None:
     figure.set_size_inches(8, 2.6 * len(runs))
     for axes, (name, run) in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs.items(), strict=True):
-        steps = [point["step"] for point in run.drift]
+        steps = running_steps(run)
         axes.plot(steps, [point["score"] for point in run.drift], color=COLORS[1], linewidth=1.2, label="score")
         axes.plot(
             steps, [point["threshold"] for point in run.drift], color=REFERENCE, linestyle="--", label="threshold"
         )
-        alarms = [point for point in run.drift if point["alarm"]]
-        axes.plot(
-            [point["step"] for point in alarms], [point["score"] for point in alarms], "o", color=ALARM, label="alarm"
-        )
+        alarms = [(step, point["score"]) for step, point in zip(steps, run.drift, strict=True) if point["alarm"]]
+        axes.plot([step for step, _ in alarms], [score for _, score in alarms], "o", color=ALARM, label="alarm")
         axes.set(title=name, xlabel="training step", ylabel="drift score")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=3)

@@ -47,6 +47,23 @@ def average_over_updates(run: History) -> list[float]:
     return [functional.average_accuracy(run.accuracy_matrix[:t], seen=min(t, width)) for t in rows]
 
 
+def running_steps(run: History) -> list[int]:
+    """The steps of the drift tests, counted on where a new update starts from zero again.
+
+    Example:
+        >>> points = [{"step": step, "score": 0.0, "alarm": False, "threshold": 1.0} for step in (10, 20, 5, 15)]
+        >>> running_steps(History(["a"], [[1.0]], 1.0, drift=points))
+        [10, 20, 25, 35]
+    """
+    steps, done, last = [], 0, 0
+    for point in run.drift:
+        if point["step"] < last:
+            done += last
+        last = point["step"]
+        steps.append(done + last)
+    return steps
+
+
 def percent(value: float, signed: bool = False) -> str:
     """A share as a percentage with one decimal and without its sign; an en dash for NaN.
 
