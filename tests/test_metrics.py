@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
@@ -118,6 +118,7 @@ def test_what_is_no_matrix_is_refused(matrix, message):
         metrics.average_accuracy(matrix)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6).flatmap(
         lambda n: st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n)
