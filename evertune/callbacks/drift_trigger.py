@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from evertune.callbacks.base import ContinualCallback, end_experience
+from evertune.callbacks.examples import count_new
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
 from evertune.strategies.support import check_strategy
 
@@ -96,7 +95,7 @@ class DriftTrigger(ContinualCallback):
         if not isinstance(features, Tensor) or features.ndim != 2:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"the featuriser must return a tensor [examples, n_features], got {got}")
-        self._pending.append(_of_all_ranks(features[: _n_new(trainer, len(features), batch_idx)], trainer))
+        self._pending.append(_of_all_ranks(features[: count_new(trainer, len(features), batch_idx)], trainer))
 
     def _decide(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         n_tests = self.detector.n_tests
@@ -154,18 +153,6 @@ class DriftTrigger(ContinualCallback):
             self._history = deque(state["history"], maxlen=self._history.maxlen)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a saved DriftTrigger: {type(error).__name__}: {error}") from error
-
-
-def _n_new(trainer: pl.Trainer, n_examples: int, batch_idx: int) -> int:
-    """How many examples of a batch are new, what the loader's own batch holds: replayed ones come after them."""
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return n_examples
-    n_new = min(n_examples, loader.batch_size)
-    if isinstance(loader.sampler, Sized):
-        left = len(loader.sampler) - batch_idx * loader.batch_size  # fewer than a batch at the end of an epoch
-        n_new = min(n_new, left) if left > 0 else n_new
-    return n_new
 
 
 def _of_all_ranks(features: Tensor, trainer: pl.Trainer) -> Tensor:

@@ -37,9 +37,9 @@ class EWC(ContinualCallback):
     is gathered, and it costs two fragments of memory (importance and anchor) and a small buffer.
 
     With ``mode="online"`` there is one anchor, the latest weights, and the importance decays:
-    ``F <- gamma * F + F_new`` (Schwarz et al. 2018). With ``mode="separate"`` every experience keeps its own anchor, as in the original paper. A
-    sum of quadratics is a quadratic, so this costs no more memory: ``F`` is the sum of the importances and ``anchor``
-    their weighted mean (Huszar 2018).
+    ``F <- gamma * F + F_new`` (Schwarz et al. 2018). With ``mode="separate"`` every experience keeps its own anchor, as
+    in the original paper. A sum of quadratics is a quadratic, so this costs no more memory: ``F`` is the sum of the
+    importances and ``anchor`` their weighted mean (Huszar 2018).
 
     Args:
         ewc_lambda: strength of the penalty. The Fisher is a mean over examples, so it does not depend on the size of
@@ -135,7 +135,7 @@ class EWC(ContinualCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._examples.see(trainer, batch)
+        self._examples.see(trainer, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

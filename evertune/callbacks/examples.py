@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from evertune.importance.fisher import IndexedBatch
 from evertune.outputs import batch_size_of
@@ -35,24 +42,27 @@ class ExampleSampler:
 
     def forget(self) -> None:
         """Let go of what was held: the next experience starts."""
-        self._held: list[Any] = []
+        self._held: list[IndexedBatch] = []
         self._seen = 0
         self._random = random.Random(self._seed)
 
-    def see(self, trainer: pl.Trainer, batch: Any) -> None:
+    def see(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Take note of a batch that is about to be trained on (reservoir sampling; Vitter 1985)."""
-        if _indexed_loader(trainer) is not None:
+        if _loader_by_index(trainer) is not None:
             return
         self._seen += 1
-        room = max(1, round(self._n_examples / (batch_size_of(batch) * trainer.world_size)))
-        if len(self._held) < room:
-            self._held.append(batch)
-        elif (slot := self._random.randrange(self._seen)) < len(self._held):
-            self._held[slot] = batch
+        size = batch_size_of(batch)
+        n_new = count_new(trainer, size, batch_idx)
+        room = max(1, round(self._n_examples / (n_new * trainer.world_size)))
+        slot = len(self._held) if len(self._held) < room else self._random.randrange(self._seen)
+        if slot < room:
+            first = self._seen * size * trainer.world_size + trainer.global_rank
+            indices = [first + i * trainer.world_size if i < n_new else -1 for i in range(size)]
+            self._held[slot : slot + 1] = [IndexedBatch(batch, indices)]
 
-    def batches(self, trainer: pl.Trainer) -> Iterator[Any]:
-        """The sample as batches on the module's device; every rank gets equally many."""
-        loader = _indexed_loader(trainer)
+    def batches(self, trainer: pl.Trainer) -> Iterator[IndexedBatch]:
+        """The sample as batches on the module's device, replayed examples not counted; equally many on every rank."""
+        loader = _loader_by_index(trainer)
         if loader is None:
             yield from self._held
             return
@@ -61,10 +71,9 @@ class ExampleSampler:
         rank, world_size = trainer.global_rank, trainer.world_size
         collate = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)  # without the replayed examples
         for start in range(0, len(drawn), self._batch_size * world_size):
-            positions = range(start + rank, start + self._batch_size * world_size, world_size)
-            indices = [position if position < len(drawn) else -1 for position in positions]
-            indices = [i for i in indices if i >= 0] or indices[:1]
-            batch = collate([loader.dataset[drawn[max(i, 0)]] for i in indices])
+            end = min(start + self._batch_size * world_size, len(drawn))
+            indices = list(range(start + rank, end, world_size)) or [-1]
+            batch = collate([loader.dataset[drawn[index]] for index in indices])
             yield IndexedBatch(to_device(trainer, batch), indices)
 
 
@@ -75,13 +84,36 @@ def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _indexed_loader(trainer: pl.Trainer) -> DataLoader[Any] | None:
-    """The training loader, when the examples of this experience can be read from it again by index."""
-    loader = trainer.train_dataloader
-    by_index = (
+def reads_by_index(trainer: pl.Trainer, loader: Any) -> bool:
+    """Whether the examples of this experience are just those of a dataset that can be read again by index.
+
+    Not so when the dataset is iterable, when a sampler of the user's own may leave examples out, or when a callback
+    ends experiences in the middle of a fit (``splits_fit``).
+    """
+    return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
+        and isinstance(loader.batch_sampler, BatchSampler)
+        and (
+            isinstance(loader.sampler, RandomSampler | SequentialSampler)
+            or (isinstance(loader.sampler, DistributedSampler) and loader.sampler.dataset is loader.dataset)
+        )
         and not any(getattr(callback, "splits_fit", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     )
-    return loader if by_index else None
+
+
+def count_new(trainer: pl.Trainer, n_examples: int, batch_idx: int) -> int:
+    """How many examples of a training batch are new: what the loader's own batch holds. Replayed ones come after."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return n_examples
+    n_new = min(n_examples, loader.batch_size)
+    if isinstance(loader.sampler, Sized):
+        left = len(loader.sampler) - batch_idx * loader.batch_size  # fewer than a batch at the end of an epoch
+        n_new = min(n_new, left) if left > 0 else n_new
+    return n_new
+
+
+def _loader_by_index(trainer: pl.Trainer) -> DataLoader[Any] | None:
+    loader = trainer.train_dataloader
+    return loader if reads_by_index(trainer, loader) else None

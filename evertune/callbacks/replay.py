@@ -18,12 +18,7 @@ from pytorch_lightning.loops.progress import _ProcessedTracker
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
 )
 
 from evertune.callbacks._loader import (
@@ -36,6 +31,7 @@ from evertune.callbacks._loader import (
     read_records,
 )
 from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.examples import reads_by_index
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
@@ -192,7 +188,7 @@ class Replay(ContinualCallback):
         if loader.batch_sampler is None:
             raise TypeError("Replay cannot join examples to a loader with batch_size=None, which does not collate")
         first_of_fit, self._loader = self._loader is None, copy.copy(loader)
-        by_index = self._by_index(loader)
+        by_index = reads_by_index(trainer, loader)
         if by_index:
             self._check_example(loader.dataset)
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
@@ -234,20 +230,6 @@ class Replay(ContinualCallback):
         for spool in self._spools():
             prune_records(spool, self._end_batch(trainer))
         self._schedule.start_iterator(_batches_done(trainer))
-
-    def _by_index(self, loader: DataLoader[Any]) -> bool:
-        """Whether the whole dataset is what is trained on, so that the memory can be filled by index."""
-        assert self._trainer is not None
-        sampler = loader.sampler
-        return (
-            not isinstance(loader.dataset, IterableDataset)
-            and isinstance(loader.batch_sampler, BatchSampler)
-            and (
-                isinstance(sampler, RandomSampler | SequentialSampler)
-                or (isinstance(sampler, DistributedSampler) and sampler.dataset is loader.dataset)
-            )
-            and not any(getattr(callback, "splits_fit", False) for callback in self._trainer.callbacks)  # type: ignore[attr-defined]
-        )
 
     def _check_example(self, dataset: Any) -> None:
         """See that an example can be stored and read before hours are spent on training."""
