@@ -6,7 +6,7 @@ from evertune import ContinualTrainer
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.reports import summary_table
-from evertune.streams import class_incremental
+from evertune.streams import ExperienceDataModule, class_incremental
 
 
 def main() -> None:
@@ -19,7 +19,11 @@ def main() -> None:
         enable_checkpointing=False,
         limit_val_batches=0,  # scored on the test split after each update
     )
-    history = trainer.fit_stream(module, stream)
+    history = trainer.fit_stream(
+        module,
+        stream,
+        lambda experience: ExperienceDataModule(experience, module.tokenizer, batch_size=16, max_length=32),
+    )
     print(summary_table({"replay+ewc": history}))
     print(module.predict(["Shares fell after the merger.", "The striker scored twice in the final."]))
 

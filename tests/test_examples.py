@@ -6,6 +6,7 @@ import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -44,7 +45,7 @@ def test_drift_example_finds_the_changes_of_topic() -> None:
     assert min(accuracy) > 0.5
 
 
-def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     with pytest.raises(SystemExit) as stop:
         cli.main(["fit", "--config", STREAM, *arguments, "--print_config"])
     assert stop.value.code == 0
@@ -73,10 +74,11 @@ def test_stream_yaml_takes_every_argument_of_the_trainer(capsys: pytest.CaptureF
 def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its whole run takes minutes: here only up to the training."""
     stream = example("stream")
-    seen = {}
+    seen: dict[str, Any] = {}
 
-    def fit_stream(trainer: object, module: object, experiences: object) -> None:
-        seen.update(module=module, names=[experience.name for experience in experiences])
+    def fit_stream(trainer: object, module: Any, stream: Any, datamodule: Any) -> None:
+        seen.update(module=module, names=[experience.name for experience in stream])
+        seen.update(batch=next(iter(datamodule(stream[0]).train_dataloader())))
         raise StopIteration
 
     monkeypatch.setattr(stream.ContinualTrainer, "fit_stream", fit_stream)
@@ -84,3 +86,4 @@ def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: p
         stream.main()
     assert seen["names"] == ["politics+tech", "sports+business", "entertainment"]
     assert seen["module"].freeze_layers == 2
+    assert seen["batch"]["input_ids"].shape[0] == len(seen["batch"]["labels"]) == 16
