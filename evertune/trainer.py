@@ -90,7 +90,7 @@ class ContinualTrainer(pl.Trainer):
         evaluation = self._evaluation()
         evaluation.evaluate_unseen |= evaluate_on is not None
         for scored in evaluate_on or ():
-            evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)))
+            evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
         start = time.perf_counter()
         datamodules = [make(experience) for experience in experiences]
         loaders = [  # made before anything is trained: an experience that cannot be scored is found at once
@@ -103,7 +103,7 @@ class ContinualTrainer(pl.Trainer):
                     super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
                 self.experience = experience
                 if loader is not None:
-                    evaluation.add_experience(experience.name, loader)
+                    evaluation.add_experience(experience.name, loader, experience.classes)
                 prepare = getattr(module, "prepare_experience", None)
                 if callable(prepare):
                     prepare(experience)

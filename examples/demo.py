@@ -6,15 +6,22 @@ documents with EWC; and all the data at once, the ceiling. Needs ``pip install e
 """
 
 import argparse
+import logging
+import warnings
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from evertune import ContinualTrainer, History
 from evertune.callbacks import EWC, Replay
+from evertune.drift import MMD, HashedNgrams, scan
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.locate import locate
 from evertune.metrics.history import save_history
 from evertune.reports import summary_table, write_report
 from evertune.streams import StreamDataModule
@@ -50,10 +57,20 @@ def run(name: str, data: StreamDataModule) -> History:
     return trainer.fit_stream(module, data)
 
 
+def arrival_drift(data: StreamDataModule) -> list[dict[str, Any]]:
+    """What a drift detector says of the documents as they arrive, not knowing where one experience ends."""
+    tokenizer = AutoTokenizer.from_pretrained(locate(MODEL))
+    batches = chain.from_iterable(data.datamodule(one, tokenizer).train_dataloader() for one in data.stream)
+    return scan(batches, MMD(arl=2_000, reference_size=128), HashedNgrams())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("evertune-demo"))
     out = parser.parse_args().out
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in ("LeafSpec", "on_before_batch_transfer", "many workers"):
+        warnings.filterwarnings("ignore", f".*{message}.*")
     data = StreamDataModule(
         TEXTS, "class_incremental", classes_per_experience=[2, 2, 1], batch_size=16, max_length=64, seed=0
     )
@@ -61,6 +78,7 @@ def main() -> None:
     for name in METHODS:
         console.rule(f"[bold]{name}")
         runs[name] = run(name, data)
+    runs["replay+ewc"].drift = arrival_drift(data)
     save_history(out / "history.json", runs)
     console.rule()
     console.print(summary_table(runs))

@@ -255,7 +255,7 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fragments-00000-of-00001.safetensors is corrupt"):
         EWC().load(tmp_path)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="fragments-00000-of-00001.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"fragments-00000-of-00001.safetensors is missing"):
         EWC().load(tmp_path)
     weights.write_bytes(whole)
     (tmp_path / "index.json").write_text('{"format": "evertune-fragments", "ver')

@@ -239,6 +239,15 @@ def test_evaluate_on_scores_all_after_every_update() -> None:
     assert all(0 <= score <= 1 for row in history.accuracy_matrix for score in row)
 
 
+def test_evaluate_on_leaves_open_what_a_growing_head_has_no_class_for(bert: str) -> None:
+    stream = texts_stream()
+    history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(small_bert(bert), stream, evaluate_on=stream)
+    check_history(history, ["business", "sport", "politics"])
+    whole = small_bert(bert, classes=stream.classes)
+    history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(whole, stream[:1], evaluate_on=stream)
+    assert not any(math.isnan(score) for score in history.accuracy_matrix[0])
+
+
 def test_a_stream_datamodule_makes_its_own_batches(bert: str, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     rows = [{"text": text, "label": name} for name, texts in TEXTS.items() for text in texts * 4]

@@ -151,7 +151,7 @@ class DriftTrigger(ContinualCallback):
             state = json.loads(path.read_text())
             self.experience_index = int(state["experience_index"])
             self._history = deque(state["history"], maxlen=self._history.maxlen)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a saved DriftTrigger: {type(error).__name__}: {error}") from error
 
 

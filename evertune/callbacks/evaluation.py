@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,7 @@ class ContinualEvaluation(ContinualCallback):
         """Names of the experiences: the columns of the matrix."""
         self._rows: list[list[float]] = []
         self._loaders: dict[str, DataLoader[Any]] = {}
+        self._classes: dict[str, set[str]] = {}
         self._fit_loader: DataLoader[Any] | None = None
 
     @property
@@ -100,13 +101,15 @@ class ContinualEvaluation(ContinualCallback):
         """One row per update, one column per experience; NaN where there was no evaluation."""
         return [row + [math.nan] * (len(self.experiences) - len(row)) for row in self._rows]
 
-    def add_experience(self, name: str, loader: DataLoader[Any]) -> None:
+    def add_experience(self, name: str, loader: DataLoader[Any], classes: Sequence[str] = ()) -> None:
         """Add the next experience, or give a known one its loader (as after a restart).
 
         Args:
             name: unique; the column's name.
             loader: a ``DataLoader`` over a map-style dataset. Only its dataset, batch size and ``collate_fn`` are
                 used: examples are read in order, each exactly once.
+            classes: the names of its classes. As long as a module with ``classes`` of its own lacks one of them, as a
+                head that is still to grow does, the score is NaN.
 
         Raises:
             ValueError: when the loader is of another kind, or empty.
@@ -115,6 +118,7 @@ class ContinualEvaluation(ContinualCallback):
         if name not in self.experiences:
             self.experiences.append(name)
         self._loaders[name] = loader
+        self._classes[name] = set(classes)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, by name, a strategy that this callback cannot work with."""
@@ -157,11 +161,16 @@ class ContinualEvaluation(ContinualCallback):
         row = []
         with _evaluating(trainer, module):
             for name in names:
-                loader = self._loaders.get(name)
+                loader = self._loaders.get(name) if self._knows(module, name) else None
                 if loader is not None and id(loader) not in scores:
                     scores[id(loader)] = self._mean_score(trainer, module, loader)
                 row.append(math.nan if loader is None else scores[id(loader)])
         return row
+
+    def _knows(self, module: pl.LightningModule, name: str) -> bool:
+        """Whether the module has a score for every class of an experience, as far as both say."""
+        known = getattr(module, "classes", None)
+        return known is None or self._classes.get(name, set()) <= set(known)
 
     def _mean_score(self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any]) -> float:
         share, n_real = _share(loader, trainer)
@@ -243,7 +252,7 @@ class ContinualEvaluation(ContinualCallback):
                 [math.nan if x is None else float(x) for x in r] for r in state["accuracy_matrix"]
             ]
             self.load_state_dict(state)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a saved ContinualEvaluation: {type(error).__name__}: {error}") from error
 
 

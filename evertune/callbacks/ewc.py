@@ -234,7 +234,10 @@ class EWC(ContinualCallback):
             FileNotFoundError: when a file is missing.
             ValueError: when a file is corrupt or of another format.
         """
-        self.experience_index = int(FragmentState.check(directory)["experience_index"])
+        extra = FragmentState.check(directory)
+        if "experience_index" not in extra:
+            raise ValueError(f"{directory} holds fragments that EWC has not saved: they have no experience_index")
+        self.experience_index = int(extra["experience_index"])
         self._saved_in = Path(directory)
 
 

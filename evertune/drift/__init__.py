@@ -3,5 +3,6 @@
 from evertune.drift.detector import Detector
 from evertune.drift.featurisers import Featuriser, FrozenEncoder, HashedNgrams, check_frozen
 from evertune.drift.mmd import MMD
+from evertune.drift.scan import scan
 
-__all__ = ["MMD", "Detector", "Featuriser", "FrozenEncoder", "HashedNgrams", "check_frozen"]
+__all__ = ["MMD", "Detector", "Featuriser", "FrozenEncoder", "HashedNgrams", "check_frozen", "scan"]

@@ -1,4 +1,4 @@
-"""Folders that hold a module: weights as safetensors, the rest as JSON, and a hash of every weight file."""
+"""Folders that hold a module: weights as safetensors, the rest as JSON, and a hash of every file."""
 
 from __future__ import annotations
 
@@ -85,14 +85,16 @@ def load_rest(module: nn.Module, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``evertune.json``: ``content`` and the sha256 of every weight file. It comes last: without it no module."""
-    weights = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    text = json.dumps({"format": FORMAT, **content, "sha256": weights}, indent=2)
+    """Write ``evertune.json``: ``content`` and the sha256 of every other file. It comes last: without it no module."""
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
+    )
+    text = json.dumps({"format": FORMAT, **content, "sha256": {path.name: _sha256(path) for path in files}}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``evertune.json`` and check every weight file against it.
+    """Read ``evertune.json`` and check every file against it.
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.

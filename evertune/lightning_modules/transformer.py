@@ -188,7 +188,7 @@ class TransformerModule(pl.LightningModule):
 
         The folder has the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
         tokenizer, ``head.safetensors`` for all other weights, and ``evertune.json`` with the settings and a sha256 of
-        every weight file.
+        every file.
 
         Raises:
             RuntimeError: before the weights are loaded.

@@ -63,8 +63,15 @@ class MemoryView:
 
     @classmethod
     def open(cls, path: str | Path) -> MemoryView:
-        """Memory-map a file that a :class:`ReplayMemory` wrote."""
-        return cls(pa.ipc.open_file(_mapped(Path(path))).read_all())
+        """Memory-map a file that a :class:`ReplayMemory` wrote.
+
+        Raises:
+            ValueError: when it is no Arrow file, or a truncated one.
+        """
+        try:
+            return cls(pa.ipc.open_file(_mapped(Path(path))).read_all())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not the Arrow file of a memory, or is truncated: {error}") from None
 
     @classmethod
     def empty(cls) -> MemoryView:

@@ -100,6 +100,19 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         """Run the engine's backward pass on a loss that Lightning has already divided by the accumulation."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Let every rank write its part of a checkpoint folder.
+
+        Raises:
+            RuntimeError: after the fit, when the engine has been released.
+        """
+        if not hasattr(self.model, "save_checkpoint"):
+            raise RuntimeError(
+                "a DeepSpeed checkpoint can be saved only during fit, while its engine lives: use ModelCheckpoint, "
+                "or save_pretrained of the module and save of the callbacks after fit"
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def teardown(self) -> None:
         """Release the engine, its hooks and its buffers; the module stays, its weights as this rank holds them."""
         engine: Any = self.model

@@ -179,6 +179,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); the saved state is corrupt") from None
     if not isinstance(index, dict) or index.get("format") != _FORMAT or index.get("version") != 1:
         raise ValueError(f"{path} is not an index of format {_FORMAT!r} version 1")
+    if missing := {"kinds", "shapes", "files", "extra"} - index.keys():
+        raise ValueError(f"{path} is damaged: it has no {sorted(missing)}")
     return index
 
 

@@ -2,8 +2,8 @@
 
 A source is a Hugging Face ``Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, a list of dicts, the path of a
 JSONL, CSV or Parquet file (also ``.gz``), a list of such paths, a dict of paths by split, a folder of
-``<label>/*.txt``, or the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data that
-come with an installed package.
+``<label>/*.txt``, or the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data
+that come with an installed package.
 """
 
 from __future__ import annotations
