@@ -8,6 +8,7 @@ documents with EWC; and all the data at once, the ceiling. Needs ``pip install e
 import argparse
 import logging
 import warnings
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def run(name: str, data: StreamDataModule) -> History:
         limit_val_batches=0,
     )
     if name == "joint":
-        return trainer.fit_stream(module, [data.stream.joint()], data.datamodule, evaluate_on=data.stream)
+        batches = partial(data.datamodule, tokenizer=module.tokenizer)
+        return trainer.fit_stream(module, [data.stream.joint()], batches, evaluate_on=data.stream)
     return trainer.fit_stream(module, data)
 
 

@@ -167,9 +167,9 @@ class Replay(ContinualCallback):
         """Leave the trainer as it was."""
         if self._trainer is trainer:
             self._detach()
-            self._trainer, self._loader = None, None
-            for spool in self._spools():
+            for spool in self._spools():  # this rank's own, which only the trainer can tell
                 spool.unlink()
+            self._trainer, self._loader = None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was; nothing is consolidated."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Featuriser: TypeAlias = Callable[[Any], Tensor]
+Featuriser: TypeAlias = Callable[[Any], Any]
 """A callable from a batch to a float tensor ``[examples, n_features]``."""
 
 _MIX = (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85)  # odd multipliers below 2**63
