@@ -17,12 +17,10 @@ from evertune.callbacks.examples import ExampleSampler
 from evertune.importance.fisher import Estimator, estimate_fisher
 from evertune.outputs import logits_of, targets_of
 from evertune.strategies.fragments import FragmentState
+from evertune.strategies.penalty import QuadraticPenalty
 from evertune.strategies.shards import ParameterShards
 from evertune.strategies.sidecars import read_sidecar, write_sidecar_with_checkpoints
 from evertune.strategies.support import check_strategy, is_deepspeed, warn_about_stock_deepspeed
-
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}
-"""Elements worked on at a time: on CPU what stays in the second-level cache between the three passes."""
 
 
 class EWC(ContinualCallback):
@@ -108,6 +106,7 @@ class EWC(ContinualCallback):
         self._state: FragmentState | None = None
         self._saved_in: Path | None = None
         self._shards: ParameterShards | None = None
+        self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,10 +126,7 @@ class EWC(ContinualCallback):
             self._saved_in = None
         elif self._state is not None:
             self._state = self._state.rearranged(self._shards)
-        values = self._shards.values()
-        device = values[0].device if values else pl_module.device
-        self._chunk = _CHUNK.get(device.type, _CHUNK["cuda"])
-        self._difference = torch.empty(min(self._chunk, max((v.numel() for v in values), default=1)), device=device)
+        self._set_penalty()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -141,30 +137,21 @@ class EWC(ContinualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the gradient of the penalty, once per optimizer step, in place."""
-        if self._state is None or self._shards is None or not _is_boundary(trainer):
-            return
-        scale = self.ewc_lambda * self._shards.gradient_scale
-        importances, anchors = self._state.tensors["importance"], self._state.tensors["anchor"]
-        values, gradients = self._shards.values(), self._shards.gradients()
-        for value, gradient, importance, anchor in zip(values, gradients, importances, anchors, strict=True):
-            for start in range(0, value.numel(), self._chunk):
-                part = slice(start, start + self._chunk)
-                difference = self._difference[: value[part].numel()]
-                torch.sub(value[part], anchor[part], out=difference)
-                gradient[part].add_(difference.mul_(importance[part]), alpha=scale)
-        self._shards.write_back()
+        if self._penalty is not None and _is_boundary(trainer):
+            self._penalty.add_gradient(self.ewc_lambda)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the strategy's buffers."""
-        self._shards = None
+        self._shards = self._penalty = None
 
     def penalty(self) -> Tensor:
         """The penalty at the present weights, summed over all ranks, shape ``[]``. Call on every rank, within a fit."""
-        if self._state is None or self._shards is None:
-            return torch.zeros(())
-        steps = [v - a for v, a in zip(self._shards.values(), self._state.tensors["anchor"], strict=True)]
-        weighted = [d * f for d, f in zip(steps, self._state.tensors["importance"], strict=True)]
-        return self.ewc_lambda / 2 * self._shards.dot(weighted, steps)
+        return torch.zeros(()) if self._penalty is None else self._penalty.value(self.ewc_lambda)
+
+    def _set_penalty(self) -> None:
+        if self._state is not None and self._shards is not None:
+            importance, anchor = self._state.tensors["importance"], self._state.tensors["anchor"]
+            self._penalty = QuadraticPenalty(self._shards, importance, anchor)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Estimate the importance of the weights for the experience just learnt, and anchor them."""
@@ -182,6 +169,7 @@ class EWC(ContinualCallback):
         shards.release()
         self._examples.forget()
         self._state = FragmentState.of(shards, self._consolidate(fisher, shards.values()))
+        self._set_penalty()
 
     def _consolidate(self, fisher: list[Tensor], values: list[Tensor]) -> dict[str, list[Tensor]]:
         anchor = [value.clone() for value in values]
