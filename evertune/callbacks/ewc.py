@@ -20,7 +20,12 @@ from evertune.strategies.fragments import FragmentState
 from evertune.strategies.penalty import QuadraticPenalty
 from evertune.strategies.shards import ParameterShards
 from evertune.strategies.sidecars import read_sidecar, write_sidecar_with_checkpoints
-from evertune.strategies.support import check_strategy, is_deepspeed, warn_about_stock_deepspeed
+from evertune.strategies.support import (
+    check_strategy,
+    is_deepspeed,
+    is_step_boundary,
+    warn_about_stock_deepspeed,
+)
 
 
 class EWC(ContinualCallback):
@@ -137,7 +142,7 @@ class EWC(ContinualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the gradient of the penalty, once per optimizer step, in place."""
-        if self._penalty is not None and _is_boundary(trainer):
+        if self._penalty is not None and is_step_boundary(trainer):
             self._penalty.add_gradient(self.ewc_lambda)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -227,11 +232,3 @@ class EWC(ContinualCallback):
             raise ValueError(f"{directory} holds fragments that EWC has not saved: they have no experience_index")
         self.experience_index = int(extra["experience_index"])
         self._saved_in = Path(directory)
-
-
-def _is_boundary(trainer: pl.Trainer) -> bool:
-    """Whether this is the last micro-batch before the optimizer moves; DeepSpeed calls the hook on each of them."""
-    if not is_deepspeed(trainer):
-        return True
-    engine: Any = trainer.strategy.model
-    return bool(engine.is_gradient_accumulation_boundary())

@@ -16,6 +16,12 @@ def is_deepspeed(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
+def is_step_boundary(trainer: pl.Trainer) -> bool:
+    """Whether ``on_before_optimizer_step`` really comes before a step: DeepSpeed calls it on every micro-batch."""
+    engine: Any = trainer.strategy.model
+    return not is_deepspeed(trainer) or bool(engine.is_gradient_accumulation_boundary())
+
+
 def check_strategy(trainer: pl.Trainer, who: str) -> None:
     """Refuse what cannot work, by name; call it in ``setup``.
 

@@ -1,0 +1,46 @@
+"""What ``import evertune`` costs and gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import evertune
+
+HEAVY = [
+    "deepspeed",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "jinja2",
+    "safetensors",
+    "evertune.callbacks",
+    "evertune.trainer",
+]
+
+LIST_NEW_MODULES = """
+import sys, json
+import pytorch_lightning
+before = set(sys.modules)
+import evertune
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_import_loads_nothing_heavy() -> None:
+    output = subprocess.run([sys.executable, "-c", LIST_NEW_MODULES], capture_output=True, text=True, check=True).stdout
+    new = set(json.loads(output.splitlines()[-1]))
+    assert "evertune.strategies.deepspeed" in new
+    assert not new.intersection(HEAVY)
+    others = {name.split(".")[0] for name in new} - {"evertune"}
+    assert others <= {"importlib_metadata"}, f"import evertune loads more than Lightning has: {sorted(others)}"
+
+
+def test_names_that_are_loaded_when_asked_for() -> None:
+    assert evertune.ContinualTrainer.__module__ == "evertune.trainer"
+    assert evertune.History.__module__ == "evertune.metrics.history"
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = evertune.Trainer
