@@ -128,6 +128,7 @@ def main() -> None:
                     "batch": BATCH,
                     "tokens": TOKENS,
                     "turns": turns,
+                    "pairs": pairs,
                     "precision": options.precision,
                 },
                 "results": {f"{name}_seconds": round(median(own), 5) for name, own in seconds.items()},
