@@ -35,17 +35,27 @@ def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"]
-)
-def test_shard_exact(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
-    run_ranks("tests.shard_worker:learn_two", 2, folder=bert, out=str(tmp_path), strategy=strategy, runs=RUNS)
-    for run in RUNS:
-        expected, found = weights(one_process, run), weights(tmp_path, run)
+def check(strategy: str, runs: list[dict[str, Any]], bert: str, one_process: Path, folder: Path) -> None:
+    run_ranks("tests.shard_worker:learn_two", 2, folder=bert, out=str(folder), strategy=strategy, runs=runs)
+    for run in runs:
+        expected, found = weights(one_process, run), weights(folder, run)
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             where = f"{run} {name}"
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"]
+)
+def test_shard_exact(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    check(strategy, RUNS, bert, one_process, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["evertune_deepspeed_stage_2_offload", "evertune_deepspeed_stage_3_offload"])
+def test_shard_exact_offloaded(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    runs = [run for run in RUNS if run["method"] == "replay+ewc" and run["optimizer"] == "adamw"]
+    check(strategy, runs, bert, one_process, tmp_path)
 
 
 def test_methods_change_the_weights(one_process: Path) -> None:

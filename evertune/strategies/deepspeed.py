@@ -58,6 +58,9 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             settings = {"overlap_comm": False, "reduce_bucket_size": 10_000_000, **settings}
             settings.setdefault("allgather_bucket_size", settings["reduce_bucket_size"])
         super().__init__(stage=stage, config=copy.deepcopy(config), **settings)
+        if config is None and settings.get("offload_optimizer"):
+            assert self.config is not None
+            self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW has a fused step on CPU of its own
 
     def setup_environment(self) -> None:
         """Join the process group; Lightning's own refuses every device but CUDA."""
