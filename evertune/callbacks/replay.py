@@ -36,6 +36,7 @@ from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.outputs import logits_of, targets_of
+from evertune.ranks import is_writer
 from evertune.strategies.support import check_strategy, warn_about_stock_deepspeed
 
 _ALL = 1 << 62
@@ -368,7 +369,7 @@ class Replay(ContinualCallback):
 
     def save(self, directory: str | Path) -> None:
         """Write the memory to a folder (Arrow and JSON). Call on every rank."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_writer():
             self.memory.save(directory)
             (Path(directory) / _STATE).write_text(json.dumps({"experience_index": self.experience_index}))
         _barrier()

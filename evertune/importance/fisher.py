@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from evertune.importance.per_example import PerExampleHooks, Use, add_squares, add_sums
 from evertune.importance.rules import take
 from evertune.outputs import batch_size_of, logits_of, targets_of
+from evertune.ranks import rank_and_world_size
 from evertune.strategies.shards import ParameterShards
 
 Estimator = Literal["auto", "exact", "sampled", "empirical", "batched"]
@@ -244,8 +244,7 @@ def _check_reached(unreached: set[str], shards: ParameterShards) -> None:
 def _indices(item: Any, size: int, seen: int) -> Sequence[int]:
     """The place of each example in the data over all ranks."""
     if not isinstance(item, IndexedBatch):
-        ranks = dist.is_available() and dist.is_initialized()
-        world_size, rank = (dist.get_world_size(), dist.get_rank()) if ranks else (1, 0)
+        rank, world_size = rank_and_world_size()
         return range(seen * world_size + rank, (seen + size) * world_size + rank, world_size)
     if len(item.indices) != size:
         raise ValueError(f"a batch of {size} examples needs as many indices, got {len(item.indices)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from evertune.files import sha256
+from evertune.ranks import is_writer
 
 MANIFEST = "evertune.json"
 BACKBONE = "backbone."
@@ -41,11 +42,6 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
-
-
-def is_writer() -> bool:
-    """Whether this process is the one that writes files (rank 0)."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +85,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files = sorted(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
     )
-    text = json.dumps({"format": FORMAT, **content, "sha256": {path.name: _sha256(path) for path in files}}, indent=2)
+    text = json.dumps({"format": FORMAT, **content, "sha256": {path.name: sha256(path) for path in files}}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -114,11 +110,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, expected in manifest["sha256"].items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
-        if _sha256(folder / name) != expected:
+        if sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is damaged or cut short: it does not match the sha256 in {MANIFEST}")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,6 @@ from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
     WEIGHTS,
-    is_writer,
     load_rest,
     read_manifest,
     whole_state,
@@ -27,6 +26,7 @@ from evertune.lightning_modules.saving import (
 )
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
 from evertune.locate import locate
+from evertune.ranks import is_writer
 
 
 class TransformerModule(pl.LightningModule):

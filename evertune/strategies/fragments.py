@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evertune.files import sha256
+from evertune.ranks import rank_and_world_size
 from evertune.strategies.shards import Fragment, ParameterShards
 
 _INDEX = "index.json"
@@ -86,7 +87,7 @@ class FragmentState:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        rank, world_size = _rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         writers = world_size if self.sharded else 1
         digest = torch.zeros(32, dtype=torch.uint8)
         if rank < writers:
@@ -97,7 +98,7 @@ class FragmentState:
                 for f, value in zip(self.fragments, values, strict=True)
             }
             save_file(pieces, path)
-            digest = torch.tensor(list(_sha256(path)), dtype=torch.uint8)
+            digest = torch.tensor(list(bytes.fromhex(sha256(path))), dtype=torch.uint8)
         digests = [digest]
         if writers > 1:
             digests = [torch.zeros_like(digest) for _ in range(writers)]
@@ -128,7 +129,7 @@ class FragmentState:
             path = Path(directory) / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; the saved state in {directory} is not complete")
-            if _sha256(path).hex() != expected:
+            if sha256(path) != expected:
                 raise ValueError(f"{path} is corrupt: its content does not have the digest that {_INDEX} states")
         extra: dict[str, Any] = index["extra"]
         return extra
@@ -184,16 +185,5 @@ def _read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def _file_name(rank: int, writers: int) -> str:
     return f"fragments-{rank:05d}-of-{writers:05d}.safetensors"
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

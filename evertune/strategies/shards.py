@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +28,6 @@ class Fragment:
     shape: torch.Size
     offset: int
     numel: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank holds every element of the parameter."""
-        return self.numel == math.prod(self.shape)
 
     def slice(self, full: Tensor) -> Tensor:
         """The elements of ``full`` (as large as the parameter, of any shape) that belong to this fragment, flat."""
