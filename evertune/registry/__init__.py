@@ -1,0 +1,1 @@
+"""Which version is in production: versions, aliases, the gate, and the way back."""
