@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -97,20 +98,11 @@ class ContinualTrainer(pl.Trainer):
             None if evaluate_on is not None else _evaluation_loader(experience, data)
             for experience, data in zip(experiences, datamodules, strict=True)
         ]
-        try:
-            for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
-                if self.state.fn is not None:
-                    super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
-                self.experience = experience
-                if loader is not None:
-                    evaluation.add_experience(experience.name, loader, experience.classes)
-                prepare = getattr(module, "prepare_experience", None)
-                if callable(prepare):
-                    prepare(experience)
-                rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
-                self.fit(module, datamodule=data)
-        finally:
-            self.experience = None
+        for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
+            if loader is not None:
+                evaluation.add_experience(experience.name, loader, experience.classes)
+            rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
+            self.fit_experience(module, experience, data)
         return History(
             evaluation.experiences,
             evaluation.accuracy_matrix,
@@ -119,6 +111,43 @@ class ContinualTrainer(pl.Trainer):
             memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
             examples=sum(len(experience.train) for experience in experiences),
         )
+
+    def fit_experience(
+        self,
+        module: pl.LightningModule,
+        experience: Experience,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        """Learn one experience: one update, with nothing evaluated but what callbacks evaluate.
+
+        Args:
+            module: any LightningModule; ``prepare_experience(experience)`` is called where it has one.
+            experience: what is learnt.
+            datamodule: its batches.
+            ckpt_path: a checkpoint of the same update, to go on from.
+        """
+        if self.state.fn is not None:
+            super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
+        prepare = getattr(module, "prepare_experience", None)
+        if callable(prepare):
+            prepare(experience)
+        self.experience = experience
+        try:
+            self.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+        finally:
+            self.experience = None
+
+    def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
+        """A trainer with the settings of this one, whose callbacks remember nothing that this one has not yet learnt.
+
+        Args:
+            callbacks: more callbacks, after copies of this one's.
+            settings: replace those of this one.
+        """
+        kept = _kept(self._settings)
+        copies = [copy.deepcopy(callback) for callback in kept["callbacks"]]
+        return ContinualTrainer(**{**kept, **settings, "callbacks": [*copies, *callbacks]})
 
     def _evaluation(self) -> ContinualEvaluation:
         """The evaluation among the callbacks, or a new one that stays for all updates."""

@@ -209,6 +209,7 @@ class TransformerModule(pl.LightningModule):
                 save_file(rest, folder / REST)
             self._save_tokenizer(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+            settings.pop("model_name_or_path")  # from now on the folder itself
             write_manifest(folder, {"module": type(self).__name__, "hparams": settings})
         if dist.is_initialized():
             dist.barrier()
