@@ -1,12 +1,46 @@
-"""What a saved file is known by."""
+"""Files that are whole or not there, and what a saved file is known by."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal; read piece by piece, however large it is."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: Any) -> None:
+    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a part.
+
+    Args:
+        path: the file; its folder must exist.
+        data: bytes, or anything else with their buffer.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

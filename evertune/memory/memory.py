@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evertune.files import write_atomically
 from evertune.memory.codec import decode, encode
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
 
@@ -350,9 +350,9 @@ class ReplayMemory:
         folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(data).hexdigest()
         name = f"memory-{digest[:16]}.arrow"
-        _write_atomically(folder / name, data)
+        write_atomically(folder / name, data)
         manifest = self._settings() | {"examples": len(self), "file": name, "sha256": digest}
-        _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
         for stale in folder.glob("memory-*.arrow"):
             if stale.name != name:
                 stale.unlink(missing_ok=True)
@@ -421,7 +421,7 @@ class ReplayMemory:
         self._directory = Path(directory)
         if data is not None:
             self._directory.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path(generation), data)
+            write_atomically(self.path(generation), data)
             weakref.finalize(self, _remove, self._directory, os.getpid())
         self.generation, self._view = generation, (-1, MemoryView.empty())
 
@@ -445,7 +445,7 @@ class ReplayMemory:
     def _write(self, tables: list[pa.Table], seen: int) -> None:
         """Leave the file of the next generation."""
         table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-        _write_atomically(self.path(self.generation + 1), _serialise(table, self._settings() | {"seen": seen}))
+        write_atomically(self.path(self.generation + 1), _serialise(table, self._settings() | {"seen": seen}))
         self._delete_older(than=self.generation)
 
     def _delete_older(self, than: int) -> None:
@@ -521,15 +521,6 @@ def _serialise(table: pa.Table, settings: dict[str, Any]) -> pa.Buffer:
 
 def _mapped(path: Path) -> pa.Buffer:
     return pa.memory_map(str(path)).read_buffer()
-
-
-def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _refuse_pickle(data: bytes, source: str | Path) -> None:
