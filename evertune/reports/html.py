@@ -6,8 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from evertune.metrics.history import History
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, spread, thin, ticks
@@ -50,20 +50,10 @@ def write_report(
 
 def render(runs: Runs, title: str) -> str:
     """The page as text; every name in it is escaped."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("the HTML report needs jinja2: pip install 'evertune[reports]'") from error
-
-    from evertune import __version__
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "duration": duration}
-    template = environment.from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
     views = [RunView(name, run, color) for (name, run), color in zip(runs.items(), _colors(runs), strict=True)]
-    return template.render(
+    return fill(
+        "template.html",
         title=title,
-        version=__version__,
         runs=views,
         experiences=_experiences(views),
         ceiling=any(view.joint for view in views),
@@ -74,6 +64,26 @@ def render(runs: Runs, title: str) -> str:
         overview=_overview(views),
         panels=[(name, _panel(name, views)) for name in _experiences(views)],
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file: escaped, and whole, as a name without a value is an error."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError("the HTML report needs jinja2: pip install 'evertune[reports]'") from error
+
+    from evertune import __version__
+
+    environment = Environment(
+        loader=PackageLoader("evertune", "reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "duration": duration}
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 @dataclass
