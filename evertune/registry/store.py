@@ -1,0 +1,578 @@
+"""Where a registry keeps its files: a local folder or a bucket, written so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from evertune.files import sha256
+
+MANIFEST = "manifest.json"
+"""The file of a published folder that says what else is in it. It appears last and goes first."""
+
+_THREADS = 8
+_PATIENCE = 10.0
+_T = TypeVar("_T")
+Names = list[str]
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EROFS: "the file system is read-only; mount it writable and run again",
+    errno.EACCES: "permission denied; give this user the right to it and run again",
+    errno.EPERM: "not permitted; give this user the right to it and run again",
+    errno.EIO: "the disk or its network mount fails; see to it and run again",
+    errno.ESTALE: "the network mount is gone; mount it again and run again",
+    errno.ENOTCONN: "the network mount is gone; mount it again and run again",
+}
+
+
+class RegistryError(RuntimeError):
+    """The registry is not as it should be, or refuses what was asked; the message says what to do."""
+
+
+class Store:
+    """Files under one root. Whoever reads sees an old file or a new one, a whole folder or none.
+
+    Names are relative, with ``/`` between their parts: ``"versions/7/manifest.json"``. Those that start with a dot are
+    the store's own and not listed: what a killed process leaves half-written lies under such a name.
+
+    A local root is made when it is missing, but not the folder it is in: where a disk is not mounted, an error is
+    better than a new, empty registry. A remote root is a bucket of an object store (``s3://``, ``gs://``, ...), whose
+    single writes are atomic; credentials and endpoints come from the environment or fsspec's configuration files.
+
+    Args:
+        root: a local folder, or any URL that fsspec reads.
+        cache: where :meth:`local` keeps copies of remote files; by default ``$EVERTUNE_CACHE``, else
+            ``~/.cache/evertune``.
+
+    Raises:
+        ValueError: when fsspec knows no such kind of URL.
+        ModuleNotFoundError: when what it takes to read the URL is not installed.
+
+    Example:
+        >>> store = Store("memory://doc/registry")
+        >>> store.write("slices/news.jsonl", b"{}")
+        >>> store.list("slices"), store.read("slices/news.jsonl")
+        (['news.jsonl'], b'{}')
+    """
+
+    def __init__(self, root: str | Path, cache: str | Path | None = None) -> None:
+        address = str(root)
+        for scheme in ("file://", "local://"):
+            address = address.removeprefix(scheme)
+        self.is_local = "://" not in address
+        self._files: _Folder | _Bucket
+        if self.is_local:
+            self._files = _Folder(Path(address).expanduser().absolute())
+        else:
+            self._files = _Bucket(address, Path(cache) if cache is not None else _default_cache())
+        self.root = self._files.root
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    def address(self, name: str) -> str:
+        """Where a file is, for people."""
+        return f"{self.root.rstrip('/')}/{_checked(name)}"
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+        """
+        with _explained("read", self.address(name)):
+            return self._files.read(name)
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The content of many files by name, without those that do not exist; from a bucket, several at a time."""
+
+        def read(name: str) -> bytes | None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return self.read(name)
+            return None
+
+        found = self._files.each(read, list(names))
+        return {name: content for name, content in found.items() if content is not None}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, replacing the old one: it is on the disk, whole, when this returns, or as it was before.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        with _explained("write", self.address(name)):
+            self._files.write(name, data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet: of several processes that try, one succeeds.
+
+        Raises:
+            FileExistsError: when it exists.
+        """
+        with _explained("write", self.address(name)):
+            self._files.create(name, data)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+        with _explained("read", self.address(name)):
+            return self._files.exists(name)
+
+    def list(self, folder: str = "") -> Names:
+        """The names of the files and folders in a folder, sorted, without those that start with a dot.
+
+        None when there is no such folder.
+        """
+        with _explained("list", self.address(folder) if folder else self.root):
+            return sorted(name for name in self._files.list(folder) if not name.startswith("."))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Every file in a folder and the folders in it, by name relative to it, with its size in bytes."""
+        with _explained("list", self.address(folder)):
+            return dict(sorted(self._files.sizes(folder).items()))
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a file, in hexadecimal, as the store holds it now.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+        """
+        with _explained("read", self.address(name)):
+            return self._files.sha256(name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder, which disappears as a whole; it may be missing."""
+        with _explained("delete", self.address(name)):
+            self._files.delete(name)
+
+    def local(self, name: str) -> Path:
+        """A file or a published folder as a local path, for reading.
+
+        In a local store, the path itself. Of a bucket, a copy in the cache: a folder is checked against the
+        ``files`` (name to sha256) of its ``manifest.json`` when it is downloaded and once in every process, and
+        downloaded again where it is damaged; copies of what the bucket no longer holds are deleted.
+
+        Raises:
+            FileNotFoundError: when it does not exist, or is a folder of a bucket without ``manifest.json``.
+            RegistryError: when the bucket's own files are damaged.
+        """
+        with _explained("read", self.address(name)):
+            return self._files.local(name)
+
+    def publish(self, folder: Path, name: str) -> None:
+        """Let a local folder appear under ``name``, whole or not at all; ``folder`` itself is gone afterwards.
+
+        Locally it is moved, when all in it is on the disk. To a bucket its files are copied, ``manifest.json`` last:
+        without it the folder is not there for :meth:`local`.
+
+        Raises:
+            FileExistsError: when there is such a folder.
+            OSError: when it cannot be written; ``folder`` is as it was.
+        """
+        with _explained("write", self.address(name)):
+            self._files.publish(folder, name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the other processes out of a few milliseconds of reading, comparing and writing.
+
+        By ``flock``, which ends with the process. Without effect in a bucket, and where the file system knows no
+        locks.
+
+        Raises:
+            RegistryError: when another process does not let go.
+        """
+        with self._files.locked():
+            yield
+
+    def age(self, name: str) -> float:
+        """Seconds since the newest change in a file or folder; 0 in a bucket, where only whole files are written."""
+        with _explained("read", self.address(name)):
+            return self._files.age(name)
+
+    def leftovers(self) -> Names:
+        """What killed processes have left half-written, or half-deleted, in the root and the folders in it."""
+        with _explained("list", self.root):
+            return sorted(self._files.leftovers())
+
+
+class _Folder:
+    """A store in a local folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.root = str(path)
+
+    def each(self, act: Callable[[str], _T], names: Sequence[str]) -> dict[str, _T]:
+        return {name: act(name) for name in names}
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._temporary(name, data) as temporary:
+            temporary.replace(self.path / name)
+
+    def create(self, name: str, data: bytes) -> None:
+        with self._temporary(name, data) as temporary:
+            try:
+                os.link(temporary, self.path / name)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                with (self.path / name).open("xb") as file:  # a file system without hard links
+                    file.write(data)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def list(self, folder: str) -> Names:
+        try:
+            return [path.name for path in (self.path / folder).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return {
+            path.relative_to(self.path / folder).as_posix(): path.stat().st_size
+            for path in (self.path / folder).rglob("*")
+            if path.is_file()
+        }
+
+    def sha256(self, name: str) -> str:
+        return sha256(self.path / name)
+
+    def delete(self, name: str) -> None:
+        path = self.path / name
+        if path.is_dir() and not path.is_symlink():
+            gone = path if _is_temporary(path.name) else path.with_name(_temporary_name(path.name))
+            path.rename(gone)
+            _sync(path.parent)
+            shutil.rmtree(gone)
+        else:
+            path.unlink(missing_ok=True)
+
+    def local(self, name: str) -> Path:
+        path = self.path / name
+        path.stat()
+        return path
+
+    def publish(self, folder: Path, name: str) -> None:
+        target = self.path / name
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        self._make(target.parent)
+        _sync_tree(folder)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            if error.errno != errno.EXDEV:
+                raise
+            self._move_across(folder, target)
+        _sync(target.parent)
+
+    def _move_across(self, folder: Path, target: Path) -> None:
+        """Move a folder that is on another file system."""
+        temporary = target.with_name(_temporary_name(target.name))
+        try:
+            shutil.copytree(folder, temporary)
+            _sync_tree(temporary)
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        self._make(self.path)
+        address = str(self.path / ".lock")
+        with _explained("write", address):
+            handle = os.open(address, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            deadline = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise RegistryError(
+                            f"another process has held {address} for {_PATIENCE:.0f} s, so it is stopped or hangs: "
+                            "end it and run again"
+                        ) from None
+                    time.sleep(0.005)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                        raise
+                    break
+            yield
+        finally:
+            os.close(handle)
+
+    def age(self, name: str) -> float:
+        path = self.path / name
+        times = [entry.lstat().st_mtime for entry in (path, *path.rglob("*"))]
+        return time.time() - max(times)
+
+    def leftovers(self) -> Names:
+        folders = [self.path, *(path for path in self.path.glob("*/") if not path.is_symlink())]
+        found = (path for folder in folders for path in folder.iterdir() if _is_temporary(path.name))
+        return [path.relative_to(self.path).as_posix() for path in found]
+
+    @contextmanager
+    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
+        """A file with the data, beside where they will be and on the disk; the folder is on the disk afterwards."""
+        target = self.path / name
+        self._make(target.parent)
+        temporary = target.with_name(_temporary_name(target.name))
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(target.parent)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder of the store and those it is in, down from the root, each on the disk."""
+        if folder.is_dir():
+            return
+        if folder != self.path:
+            self._make(folder.parent)
+        elif not folder.parent.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, f"there is no folder {folder.parent}: mount its disk, or make it with mkdir -p", self.root
+            )
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+class _Bucket:
+    """A store behind a URL. Every call names one file, so that no name is taken for a pattern."""
+
+    def __init__(self, url: str, cache: Path) -> None:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+        self.root = url.rstrip("/")
+        scheme = self.root.partition("://")[0]
+        try:
+            self._fs, self._path = url_to_fs(self.root, use_listings_cache=False)
+        except ImportError as error:
+            what = 'pip install "evertune[s3]"' if scheme in ("s3", "s3a") else str(error)
+            raise ModuleNotFoundError(f"{self.root} needs another package: {what}") from error
+        self._cache = cache / hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        self._checked: dict[str, bytes] = {}
+
+    def each(self, act: Callable[[str], _T], names: Sequence[str]) -> dict[str, _T]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(names, pool.map(act, names), strict=True))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._fs.cat_file(self._of(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._fs.pipe_file(self._of(name), data)
+
+    def create(self, name: str, data: bytes) -> None:
+        if self.exists(name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        try:
+            self._fs.pipe_file(self._of(name), data, mode="create")
+        except (NotImplementedError, ValueError, TypeError):  # not offered here: the newest writer wins
+            self.write(name, data)
+        if self.read(name) != data:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self._of(name)))
+
+    def list(self, folder: str) -> Names:
+        path = self._of(folder) if folder else self._path
+        try:
+            found = self._fs.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = (str(entry).rstrip("/").removeprefix(path.rstrip("/") + "/") for entry in found)
+        return [name for name in names if name and "/" not in name]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        path = self._of(folder)
+        found = self._fs.find(path, detail=True)
+        return {str(name).removeprefix(path + "/"): int(about["size"]) for name, about in found.items()}
+
+    def sha256(self, name: str) -> str:
+        with self._fs.open(self._of(name), "rb") as file:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def delete(self, name: str) -> None:
+        path = self._of(name)
+        if self._fs.isfile(path):
+            self._fs.rm_file(path)
+        else:
+            inside = self.sizes(name)
+            if MANIFEST in inside:
+                self._fs.rm_file(f"{path}/{MANIFEST}")
+                del inside[MANIFEST]
+            self.each(lambda file: self._fs.rm_file(f"{path}/{file}"), list(inside))
+            folders = {Path(file).parent.as_posix() for file in inside} | {"."}
+            for folder in sorted(folders, key=len, reverse=True):  # real or imagined, an empty one is of no use
+                with suppress(OSError):
+                    self._fs.rmdir(path if folder == "." else f"{path}/{folder}")
+        _remove(self._cache / name)
+
+    def local(self, name: str) -> Path:
+        path = self._cache / name
+        if self._fs.isfile(self._of(name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(_temporary_name(path.name))
+            try:
+                self._fs.get_file(self._of(name), str(temporary))
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return path
+        manifest = self.read(f"{name}/{MANIFEST}")
+        if self._checked.get(name) != manifest:
+            if not _holds(path, manifest):
+                self._download(name, manifest)
+            self._checked[name] = manifest
+        return path
+
+    def _download(self, name: str, manifest: bytes) -> None:
+        path = self._cache / name
+        temporary = path.with_name(_temporary_name(path.name))
+        try:
+            for file in (files := self.sizes(name)):
+                (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            self.each(lambda file: self._fs.get_file(f"{self._of(name)}/{file}", str(temporary / file)), list(files))
+            if not _holds(temporary, manifest):
+                raise RegistryError(
+                    f"{self.root}/{name} is damaged or was changed while it was read: see `evertune registry verify`"
+                )
+            _remove(path)
+            with suppress(OSError):  # another process was quicker, with the same files
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        parent = name.rpartition("/")[0]
+        kept = set(self.list(parent))
+        for other in path.parent.iterdir():
+            if other.name not in kept and not _is_temporary(other.name):
+                _remove(other)
+
+    def publish(self, folder: Path, name: str) -> None:
+        if self.exists(f"{name}/{MANIFEST}"):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        self.delete(name)  # what a killed process has left of it
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        first = [file for file in files if file != MANIFEST]
+        self.each(lambda file: self._fs.put_file(str(folder / file), f"{self._of(name)}/{file}"), first)
+        if MANIFEST in files:
+            self.write(f"{name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+        shutil.rmtree(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    def age(self, name: str) -> float:
+        return 0.0
+
+    def leftovers(self) -> Names:
+        return []
+
+    def _of(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+
+def _checked(name: str) -> str:
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"names in a registry are relative, with / between parts and without . and .., got {name!r}")
+    return name
+
+
+def _default_cache() -> Path:
+    named = os.environ.get("EVERTUNE_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "evertune"
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name}.{secrets.token_hex(4)}.tmp"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _holds(folder: Path, manifest: bytes) -> bool:
+    """Whether a folder has this manifest and the files it names, undamaged."""
+    try:
+        if (folder / MANIFEST).read_bytes() != manifest:
+            return False
+        files: dict[str, str] = json.loads(manifest)["files"]
+        return all(sha256(folder / _checked(name)) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder of the cache; a folder goes at once, so that nobody takes half of it for whole."""
+    with suppress(OSError):
+        if path.is_dir():
+            path = path.rename(path.with_name(_temporary_name(path.name)))
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts do not sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+@contextmanager
+def _explained(action: str, address: str) -> Iterator[None]:
+    """Let errors name the file, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        known = _ADVICE.get(error.errno or 0)
+        text = f"cannot {action}: {known}" if known else error.strerror or str(error) or type(error).__name__
+        number = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO)
+        raise OSError(number, text, address) from error
+    except (RegistryError, ValueError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except Exception as error:  # what a bucket's own library raises
+        raise OSError(errno.EIO, f"cannot {action}: {type(error).__name__}: {error}", address) from error
