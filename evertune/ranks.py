@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 import torch.distributed as dist
 
 
@@ -15,3 +18,40 @@ def rank_and_world_size() -> tuple[int, int]:
 def is_writer() -> bool:
     """Whether this process is the one that writes what all of them hold alike (rank 0)."""
     return rank_and_world_size()[0] == 0
+
+
+def is_leader() -> bool:
+    """Whether this process is rank 0 of its launch, told from the environment: before there is a process group.
+
+    Understands torchrun, SLURM, and the processes that Lightning starts itself.
+    """
+    names = ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def started_together() -> bool:
+    """Whether a launcher (torchrun) has started all ranks at once, so that they can find each other."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def tell_all(message: bytes | None) -> bytes:
+    """Rank 0 tells the others something before training, by a process group that is gone afterwards.
+
+    Args:
+        message: on rank 0; None on the others, which wait for it.
+
+    Returns:
+        The message, on every rank.
+    """
+    dist.init_process_group("gloo")
+    try:
+        length = torch.tensor([len(message or b"")])
+        dist.broadcast(length, src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if message:
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        if len(content):
+            dist.broadcast(content, src=0)
+        return content.numpy().tobytes()
+    finally:
+        dist.destroy_process_group()

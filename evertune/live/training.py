@@ -1,0 +1,162 @@
+"""The training of one update: from the version in production to new weights and learning state, resumable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+from torch.utils.data import ConcatDataset
+
+from evertune.callbacks.base import ContinualCallback
+from evertune.files import write_atomically
+from evertune.live.checkpoint import UpdateCheckpoint, latest
+from evertune.live.plan import Plan
+from evertune.live.slices import Row
+from evertune.memory.memory import MemoryView
+from evertune.ranks import is_writer
+from evertune.streams.datamodule import ExperienceDataModule, PadCollator, TokenizedDataset
+from evertune.streams.experience import Experience, class_names
+from evertune.streams.schema import RecordSchema
+from evertune.trainer import ContinualTrainer
+
+MODEL = "model"
+LEARNING = "learning"
+CHECKPOINTS = "checkpoints"
+VERSION = "version"
+_TRAINED = "trained.json"
+
+
+def trained(staging: Path) -> dict[str, Any] | None:
+    """What :func:`train` wrote when it was done; None before."""
+    path = staging / _TRAINED
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def train(
+    plan: Plan,
+    rows: Sequence[Row],
+    staging: Path,
+    production: Path | None,
+    model: Any,
+    trainer: ContinualTrainer,
+    schema: RecordSchema,
+    data: Mapping[str, Any],
+    seed: int,
+    checkpoint_every_n_steps: int,
+) -> None:
+    """Train a new version into ``staging/version``; called again after a crash, it goes on from its last checkpoint.
+
+    Call it on every rank.
+
+    Args:
+        plan: of the update.
+        rows: the records to train on.
+        staging: the folder of the update under way.
+        production: the folder of the version in production, None for the first.
+        model: what the first version and a rebuild start from.
+        trainer: its settings and methods; it stays as it is.
+        schema: which fields are the text and the label.
+        data: settings of :class:`~evertune.streams.ExperienceDataModule`.
+        seed: of everything random in this update.
+        checkpoint_every_n_steps: how much is lost at most when the process dies.
+
+    Raises:
+        RuntimeError: when the fit was interrupted.
+    """
+    start = time.perf_counter()
+    checkpoints = staging / CHECKPOINTS
+    learner = trainer.anew(
+        [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)], default_root_dir=str(staging)
+    )
+    pl.seed_everything(seed, workers=True, verbose=False)
+    module = starting_module(model, production if plan.kind == "update" else None)
+    if plan.kind == "update" and production is not None:
+        for name, callback in named_callbacks(learner):
+            if (production / LEARNING / name).is_dir():
+                callback.load(production / LEARNING / name)
+    experience, datamodule = _data(plan, rows, production, module, schema, {**data, "seed": seed})
+    fit_start = time.perf_counter()
+    learner.fit_experience(module, experience, datamodule, ckpt_path=latest(checkpoints))
+    fit_seconds = time.perf_counter() - fit_start
+    if learner.interrupted:
+        raise RuntimeError(f"update {plan.version} was interrupted; run it again to go on from its last checkpoint")
+    version = staging / VERSION
+    if is_writer():
+        shutil.rmtree(version, ignore_errors=True)
+        version.mkdir(parents=True)
+    if dist.is_initialized():
+        dist.barrier()
+    module.save_pretrained(version / MODEL)
+    for name, callback in named_callbacks(learner):
+        callback.save(version / LEARNING / name)
+    if is_writer():
+        content = {
+            "steps": learner.global_step,
+            "classes": list(getattr(module, "classes", [])),
+            "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start},
+        }
+        write_atomically(staging / _TRAINED, json.dumps(content).encode())
+
+
+def starting_module(model: Any, production: Path | None) -> Any:
+    """The module of an update: production's weights with the learning rate and the like of ``model``, or ``model``."""
+    if production is None:
+        return copy.deepcopy(model)
+    settings = {
+        name: value
+        for name, value in model.hparams.items()
+        if name not in ("model_name_or_path", "classes") and not name.startswith("_")
+    }
+    return type(model).from_pretrained(production / MODEL, lazy=True, **settings)
+
+
+def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
+    """The methods of a trainer by the names of the folders that keep what they have learnt."""
+    seen: Counter[str] = Counter()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ContinualCallback):
+            name = type(callback).__name__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name}-{seen[name]}", callback
+
+
+def _data(
+    plan: Plan,
+    rows: Sequence[Row],
+    production: Path | None,
+    module: Any,
+    schema: RecordSchema,
+    data: Mapping[str, Any],
+) -> tuple[Experience, ExperienceDataModule]:
+    """The records of an update as an experience and its batches; a rebuild learns the memory along with them."""
+    text = schema.text if isinstance(schema.text, str) else tuple(schema.text)
+    examples: list[dict[str, Any]] = [{**row["record"], "id": row["id"]} for row in rows]
+    columns: dict[str, Any] = {"text": text, "label": schema.label, "id_column": "id"}
+    classes = class_names(example[schema.label] for example in examples) if schema.label else []
+    memory = remembered(production) if production is not None and plan.kind == "rebuild" else None
+    if production is None or memory is None:
+        experience = Experience(plan.experience, examples, classes=classes)
+        return experience, ExperienceDataModule(experience, module.tokenizer, **columns, **data)
+    tokenizer = module.tokenizer
+    tokens = TokenizedDataset(examples, tokenizer, **columns, max_length=data.get("max_length", 128))
+    everything: Any = ConcatDataset([memory, tokens])  # type: ignore[list-item]
+    old = json.loads((production / MODEL / "evertune.json").read_bytes())["hparams"].get("classes", [])
+    experience = Experience(plan.experience, everything, classes=list(dict.fromkeys([*old, *classes])))
+    collate = PadCollator(tokenizer.pad_token_id, tokenizer.padding_side)
+    return experience, ExperienceDataModule(experience, collate_fn=collate, **columns, **data)
+
+
+def remembered(production: Path) -> MemoryView | None:
+    """The replay memory of a version, if it has one."""
+    manifest = production / LEARNING / "Replay" / "memory.json"
+    if not manifest.is_file():
+        return None
+    return MemoryView.open(manifest.with_name(json.loads(manifest.read_bytes())["file"]))

@@ -1,0 +1,554 @@
+"""An update as a transaction: take in what arrived, decide, train, evaluate, judge, publish, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from evertune.files import write_atomically
+from evertune.live.intake import Intake, IntakeReport
+from evertune.live.journal import Journal, Segment, latest
+from evertune.live.plan import Plan
+from evertune.live.slices import Row, hold_out, load_slice, save_slice, thin
+from evertune.live.triggers import Situation, Trigger, Volume
+from evertune.ranks import is_leader, started_together, tell_all
+from evertune.registry.gate import Check, Gate, Verdict
+from evertune.registry.registry import Registry, Version
+from evertune.streams.labels import LabelJoin
+from evertune.streams.masking import Masker
+from evertune.streams.schema import RecordSchema
+from evertune.streams.source import Source, SourceError
+
+if TYPE_CHECKING:
+    from evertune.live.evaluation import Predictions
+    from evertune.registry.mlflow import MLflowMirror
+    from evertune.trainer import ContinualTrainer
+
+logger = logging.getLogger("evertune.live")
+
+Status = Literal["promoted", "nothing", "refused", "stopped", "trained"]
+EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "stopped": 5, "trained": 0}
+"""What ``evertune update`` exits with; "trained" is all that a rank without the registry does."""
+
+_STOPPED = "stopped.json"
+_EVALUATION = "evaluation.json"
+_VERDICT = "verdict.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an update.
+
+    Args:
+        status: ``"promoted"``; ``"nothing"`` to do; ``"refused"`` by the gate after training; ``"stopped"`` by the
+            checks of the data before training.
+        words: why, for people.
+        version: the version that was made, promoted or refused.
+        verdict: of the gate, with every check.
+        seconds: what took how long.
+    """
+
+    status: Status
+    words: str
+    version: int | None = None
+    verdict: Verdict | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def code(self) -> int:
+        """The exit code of ``evertune update``: 0 promoted, 3 nothing to do, 4 refused, 5 stopped before training."""
+        return EXIT_CODES[self.status]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """How an update deals with its records.
+
+    Args:
+        holdout: share of the new records that is held out of training, to judge this and every later version.
+        max_holdout: records held out of one update at most.
+        max_records: records of one update at most; the rest waits for the next.
+        max_evaluation: held-out records of all past updates that a version is judged on, shared out evenly.
+        rebuild_after: after this many refusals in a row, train a new model from the pretrained one, on the memory and
+            what is pending; None never does.
+        checkpoint_every_n_steps: optimizer steps between two checkpoints, which is what a crash loses at most.
+        seed: of everything random; the version's number is added to it.
+
+    Raises:
+        ValueError: when a number is out of its range.
+    """
+
+    holdout: float = 0.2
+    max_holdout: int = 500
+    max_records: int = 50_000
+    max_evaluation: int = 5_000
+    rebuild_after: int | None = 3
+    checkpoint_every_n_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}")
+        for name in ("max_holdout", "max_records", "max_evaluation", "checkpoint_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.rebuild_after is not None and self.rebuild_after < 1:
+            raise ValueError(f"rebuild_after must be positive or None, got {self.rebuild_after}")
+
+
+class Updater:
+    """Keeps the version in production up to date with a source, one transaction at a time.
+
+    An update takes in what has arrived, and where a trigger fires it trains from the version in production, evaluates
+    on what was held out of every update so far, and lets the gate compare. A version that passes is published and
+    becomes production in the same instant as the records that it learnt are marked as learnt: one file is replaced.
+    A version that is refused leaves production as it was, and its records pending.
+
+    It can be killed at any moment: production still loads and verifies, and :meth:`run` goes on to the same bits.
+
+    Args:
+        registry: the folder, or the URL of one, that holds the versions; made when it is not there.
+        source: where records come from.
+        model: what the first version starts from: a module with ``tokenizer``, ``classes``, ``prepare_experience``,
+            ``save_pretrained`` and ``from_pretrained``, as
+            :class:`~evertune.lightning_modules.SequenceClassificationModule` has. Its learning rate and the like hold
+            for all updates.
+        trainer: how it is trained; its callbacks (Replay, EWC) are the methods. It is copied for each update.
+        schema: what a record must be.
+        data: settings of :class:`~evertune.streams.ExperienceDataModule`, such as ``batch_size``.
+        masker: takes personal data out of every text before anything is stored.
+        label_join: joins labels that arrive after their text.
+        trigger: when to update; by default when 200 new records are there.
+        gate: what a new version must hold against the one in production.
+        settings: see :class:`UpdateSettings`.
+        mirror: a second registry that is told of each version; its failures are logged, and change nothing.
+        work_dir: where the update under way is kept, on a disk of this machine (or, for several nodes, one that all
+            see). By default inside a local registry; a registry elsewhere needs it.
+        config: the whole configuration, recorded with each version.
+
+    Raises:
+        ValueError: when the registry is not on this machine and there is no ``work_dir``.
+
+    Example::
+
+        updater = Updater("registry", FolderSource("inbox"), SequenceClassificationModule("bert-base-uncased"),
+                          ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000)]))
+        outcome = updater.run()
+        print(outcome.words)
+    """
+
+    def __init__(
+        self,
+        registry: str | Path | Registry,
+        source: Source,
+        model: Any,
+        trainer: ContinualTrainer,
+        *,
+        schema: RecordSchema | None = None,
+        data: Mapping[str, Any] | None = None,
+        masker: Masker | None = None,
+        label_join: LabelJoin | None = None,
+        trigger: Trigger | None = None,
+        gate: Gate | None = None,
+        settings: UpdateSettings | None = None,
+        mirror: MLflowMirror | None = None,
+        work_dir: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.registry = registry if isinstance(registry, Registry) else Registry(registry)
+        self.source = source
+        self.model = model
+        self.trainer = trainer
+        self.schema = schema or RecordSchema()
+        self.data = dict(data or {})
+        self.trigger = trigger or Volume()
+        self.gate = gate or Gate()
+        self.settings = settings or UpdateSettings()
+        self.mirror = mirror
+        self.config = dict(config or {})
+        self.journal = Journal(self.registry.store)
+        self._intake = Intake(source, self.schema, self.journal, masker=masker, label_join=label_join)
+        if self.schema.label is None:
+            raise ValueError("an update is judged by labels: the schema needs the field that holds them")
+        if work_dir is None and not self.registry.store.is_local:
+            raise ValueError(
+                f"the registry {self.registry.store.root} is not on this machine: pass work_dir, a local folder"
+            )
+        self.staging = Path(work_dir) if work_dir is not None else self.registry.store.local("staging")
+
+    # --- what there is to do
+
+    def intake(self) -> IntakeReport:
+        """Take what has arrived from the source into the journal. Needs the registry's lease.
+
+        Raises:
+            SourceError: when the source cannot be read on.
+        """
+        production = self.registry.production
+        return self._intake.run(start=production.manifest["offset"] if production else None)
+
+    def situation(self) -> Situation:
+        """What is pending, as the trigger sees it."""
+        production = self.registry.production
+        segments = self._pending(production)
+        attempted = self._attempted(production)
+        return Situation(
+            records=lambda: self._rows(segments),
+            n_pending=sum(segment.records for segment in segments),
+            n_new=sum(segment.records for segment in segments if segment.number > attempted),
+            production=production,
+            memory_texts=lambda: self._known_texts(production),
+            last_update=production.created if production else None,
+            now=datetime.now(UTC),
+        )
+
+    def due(self) -> str | None:
+        """Why an update is to be made now, in words; None when there is nothing to do."""
+        plan = self._interrupted()
+        if plan is not None:
+            return f"update {plan.version} was interrupted"
+        situation = self.situation()
+        return self.trigger.reason(situation) if situation.n_new else None
+
+    # --- the transaction
+
+    def run(self, dry_run: bool = False) -> Outcome:
+        """Make one update, or finish the one that was interrupted. With several processes, call it on all of them.
+
+        Args:
+            dry_run: train and judge, but neither publish nor commit; the next call goes on from there.
+
+        Raises:
+            LeaseHeld: when another updater is at work on this registry.
+            SourceError: when the source cannot be read; what it gave before is kept.
+        """
+        if not is_leader():
+            return self._follow()
+        with self.registry.lease():
+            seconds: dict[str, float] = {}
+            decision: Plan | Outcome | None = None
+            try:
+                with _timed(seconds, "plan"):
+                    decision = self._interrupted() or self._plan()
+            finally:
+                if started_together():
+                    tell_all(b"train" if isinstance(decision, Plan) and self._to_be_trained(decision) else b"")
+            if isinstance(decision, Outcome):
+                return decision
+            return self._carry_out(decision, seconds, dry_run)
+
+    def _follow(self) -> Outcome:
+        """What the other ranks do: train along, where there is something to train."""
+        plan = None if started_together() and not tell_all(None) else Plan.load(self.staging)
+        if plan is not None:
+            self._train(plan)
+        return Outcome("trained", "this rank has trained along with the others")
+
+    def _to_be_trained(self, plan: Plan) -> bool:
+        from evertune.live.training import trained
+
+        return not self._is_published(plan) and trained(self.staging) is None
+
+    def _is_published(self, plan: Plan) -> bool:
+        return plan.version in {version.number for version in self.registry.versions()}
+
+    def _carry_out(self, plan: Plan, seconds: dict[str, float], dry_run: bool) -> Outcome:
+        logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "update", "version": plan.version})
+        if self._is_published(plan):  # killed between publishing and flipping the alias
+            return self._finish(plan, self.registry.version(plan.version), seconds)
+        with _timed(seconds, "train"):
+            self._train(plan)
+        with _timed(seconds, "evaluate"):
+            verdict = self._judge(plan)
+        if dry_run:
+            words = f"dry run: version {plan.version} would be {'promoted' if verdict.passed else 'refused'}; "
+            return Outcome(
+                "promoted" if verdict.passed else "refused", words + verdict.words(), plan.version, verdict, seconds
+            )
+        with _timed(seconds, "publish"):
+            version = self._publish(plan, verdict, seconds)
+            return self._finish(plan, version, seconds)
+
+    def _train(self, plan: Plan) -> None:
+        from evertune.live.training import train, trained
+
+        if trained(self.staging):
+            return
+        rows, _, _ = self._split(plan)
+        train(
+            plan,
+            rows,
+            self.staging,
+            self._folder_of(plan.parent),
+            self.model,
+            self.trainer,
+            self.schema,
+            self.data,
+            seed=self.settings.seed + plan.version,
+            checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
+        )
+
+    def _judge(self, plan: Plan) -> Verdict:
+        """Evaluate the new version and the one in production side by side, and let the gate compare them."""
+        from evertune.live.evaluation import evaluate, measure
+        from evertune.live.training import MODEL, VERSION
+        from evertune.registry.predictions import Predictions
+
+        folder = self.staging / VERSION
+        if (folder / _VERDICT).is_file():
+            return Verdict.from_dict(json.loads((folder / _VERDICT).read_bytes()))
+        rows, held_out, _ = self._split(plan)
+        production = self.registry.version(plan.parent) if plan.parent is not None else None
+        store, new = self.registry.store, plan.experience
+        entries = production.manifest["slices"] if production else []
+        slices = {entry["name"]: load_slice(store, entry) for entry in entries} | {new: held_out}
+        slices = {name: chosen for name, chosen in thin(slices, self.settings.max_evaluation).items() if chosen}
+        settings: dict[str, Any] = {"text": self.schema.text, "label": self.schema.label}
+        settings |= {"max_length": self.data.get("max_length", 128)}
+        challenger = type(self.model).from_pretrained(folder / MODEL)
+        said = evaluate(challenger, slices, **settings)
+        champion: dict[str, Predictions] | None = None
+        costs = None
+        if production is not None:
+            module = type(self.model).from_pretrained(production.folder() / MODEL)
+            stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
+            champion = {name: Predictions.from_dict(stored[name]) for name in slices if name in stored}
+            champion |= evaluate(module, {name: slices[name] for name in slices if name not in stored}, **settings)
+            texts = [self._text(row) for row in (held_out or rows)[:32]]
+            costs = measure(module, challenger, texts, max_length=settings["max_length"])
+        verdict = self.gate.judge(champion, said, new, costs, data_checks=self._check_data(plan))
+        write_atomically(folder / _EVALUATION, _json({"slices": {name: said[name].to_dict() for name in sorted(said)}}))
+        write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
+        return verdict
+
+    def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
+        """Make the staged folder a version of the registry, whole, with all that is known of it."""
+        from evertune import __version__
+        from evertune.live.training import VERSION, trained
+        from evertune.registry.predictions import Predictions
+
+        folder = self.staging / VERSION
+        rows, held_out, superseded = self._split(plan)
+        production = self.registry.version(plan.parent) if plan.parent is not None else None
+        slices = list(production.manifest["slices"]) if production else []
+        if held_out:
+            slices.append(save_slice(self.registry.store, plan.experience, held_out))
+        if superseded and verdict.passed:
+            self.journal.quarantine(
+                "superseded by a newer record with the same id", superseded, f"superseded-{plan.version}"
+            )
+        evaluation = json.loads((folder / _EVALUATION).read_bytes())["slices"]
+        accuracy = {name: Predictions.from_dict(values).accuracy for name, values in evaluation.items()}
+        training = trained(self.staging)
+        assert training is not None
+        segments = self._segments(plan)
+        manifest = {
+            "format": 1,
+            "version": plan.version,
+            "parent": plan.parent,
+            "created": plan.created,
+            "kind": plan.kind,
+            "experience": plan.experience,
+            "reason": plan.reason,
+            "consumed": plan.consumed,
+            "offset": plan.offset,
+            "module": type(self.model).__name__,
+            "classes": training["classes"],
+            "records": {
+                "train": len(rows),
+                "held_out": len(held_out),
+                "quarantined": sum(segment.quarantined for segment in segments) + len(superseded),
+            },
+            "slices": slices,
+            "verdict": {"passed": verdict.passed, "summary": verdict.words()},
+            "metrics": {
+                "accuracy": accuracy,
+                "average_accuracy": sum(accuracy.values()) / len(accuracy) if accuracy else None,
+            },
+            "seconds": {**seconds, **training["seconds"]},
+            "config": self.config,
+            "config_digest": plan.config,
+            "code": f"evertune {__version__}",
+        }
+        return self.registry.publish(folder, manifest)
+
+    def _finish(self, plan: Plan, version: Version, seconds: Mapping[str, float]) -> Outcome:
+        """Flip the aliases, which commits the records; tell the source; clear the staging folder. Good to repeat."""
+        verdict = Verdict.from_dict(json.loads((version.folder() / _VERDICT).read_bytes()))
+        production = self.registry.production
+        if not verdict.passed:
+            self.registry.set_candidate(version.number)
+        elif production is None or production.number != version.number:
+            self.registry.promote(version.number, reason=plan.reason, expected=plan.parent)
+        if verdict.passed and plan.offset is not None:
+            try:
+                self.source.commit(plan.offset)
+            except SourceError as error:
+                logger.warning("the source was not told of version %d: %s", version.number, error)
+        if self.mirror is not None:
+            try:
+                self.mirror.mirror(version, production=verdict.passed)
+            except Exception as error:
+                logger.warning("version %d is not mirrored: %s", version.number, error)
+        self._clear_staging()
+        status: Status = "promoted" if verdict.passed else "refused"
+        words = f"version {version.number}: {verdict.words()}"
+        return Outcome(status, words, version.number, verdict, {**version.manifest["seconds"], **seconds})
+
+    # --- what the plan rests on
+
+    def _plan(self) -> Plan | Outcome:
+        self.intake()
+        production = self.registry.production
+        situation = self.situation()
+        if not situation.n_new:
+            return Outcome("nothing", f"nothing new since the last update; {situation.n_pending} records are pending")
+        reason = self.trigger.reason(situation)
+        if reason is None:
+            return Outcome("nothing", f"{situation.n_pending} records are pending: {self.trigger.explanation}")
+        segments = self._at_most(self._pending(production))
+        plan = Plan(
+            version=self.registry.next_number(),
+            parent=production.number if production else None,
+            kind=self._kind(production),
+            after=segments[0].number - 1,
+            consumed=segments[-1].number,
+            offset=segments[-1].offset,
+            reason=reason,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config=self._config_digest(),
+        )
+        self._clear_staging()
+        failed = [check for check in self._check_data(plan) if not check.passed]
+        if failed:
+            words = "; ".join(check.words for check in failed)
+            self.staging.mkdir(parents=True, exist_ok=True)
+            stopped = {"parent": plan.parent, "consumed": plan.consumed, "config": plan.config, "words": words}
+            write_atomically(self.staging / _STOPPED, _json(stopped))
+            return Outcome("stopped", f"stopped before training: {words}", verdict=Verdict(False, failed))
+        plan.save(self.staging)
+        return plan
+
+    def _interrupted(self) -> Plan | None:
+        """The plan of an update that was not finished, if it still stands."""
+        plan = Plan.load(self.staging)
+        if plan is None:
+            return None
+        production = self.registry.production
+        flipped = any(event["action"] == "promote" and event["to"] == plan.version for event in self.registry.events)
+        parent_stands = (production.number if production else None) == plan.parent
+        if not flipped and parent_stands and plan.config == self._config_digest():
+            return plan
+        logger.info("update %d is dropped: it was planned under other settings or another version", plan.version)
+        self._clear_staging()
+        return None
+
+    def _kind(self, production: Version | None) -> Literal["first", "update", "rebuild"]:
+        if production is None:
+            return "first"
+        from evertune.live.training import remembered
+
+        refused = [v for v in self.registry.versions() if v.parent == production.number and not v.passed]
+        limit = self.settings.rebuild_after
+        if limit is None or len(refused) < limit:
+            return "update"
+        if remembered(production.folder()) is None:
+            logger.warning("no rebuild after %d refusals: production has no replay memory", len(refused))
+            return "update"
+        return "rebuild"
+
+    def _pending(self, production: Version | None) -> list[Segment]:
+        """The segments of the journal that production has not learnt."""
+        return self.journal.segments(after=production.manifest["consumed"] if production else 0)
+
+    def _at_most(self, segments: Sequence[Segment]) -> list[Segment]:
+        """As many segments as hold ``max_records``, at least one."""
+        total = 0
+        for number, segment in enumerate(segments):
+            total += segment.records
+            if total > self.settings.max_records and number > 0:
+                return list(segments[:number])
+        return list(segments)
+
+    def _attempted(self, production: Version | None) -> int:
+        """The last segment that an update of this parent, under these settings, has been tried on."""
+        parent, config = production.number if production else None, self._config_digest()
+        tried = [
+            version.manifest["consumed"]
+            for version in self.registry.versions()
+            if version.parent == parent and version.manifest.get("config_digest") == config
+        ]
+        stopped = self.staging / _STOPPED
+        if stopped.is_file():
+            mark = json.loads(stopped.read_bytes())
+            if mark["parent"] == parent and mark["config"] == config:
+                tried.append(mark["consumed"])
+        return max(tried, default=0)
+
+    def _segments(self, plan: Plan) -> list[Segment]:
+        return [s for s in self.journal.segments(after=plan.after) if s.number <= plan.consumed]
+
+    def _rows(self, segments: Sequence[Segment]) -> list[Row]:
+        return self.journal.records(segments)
+
+    def _split(self, plan: Plan) -> tuple[list[Row], list[Row], list[Row]]:
+        """The records of an update to train on, those held out, and those that a newer one has replaced."""
+        rows, superseded = latest(self._rows(self._segments(plan)))
+        assert self.schema.label is not None
+        train, held_out = hold_out(rows, self.schema.label, self.settings.holdout, self.settings.max_holdout)
+        return train, held_out, superseded
+
+    def _check_data(self, plan: Plan) -> list[Check]:
+        segments = self._segments(plan)
+        rows, _ = latest(self._rows(segments))
+        production = self.registry.version(plan.parent) if plan.parent is not None else None
+        return self.gate.judge_data(
+            [row["record"] for row in rows],
+            text=self.schema.text,
+            label=self.schema.label,
+            known_classes=production.manifest["classes"] if production else [],
+            n_bad=sum(segment.quarantined for segment in segments),
+            n_read=sum(segment.read for segment in segments),
+        )
+
+    def _known_texts(self, production: Version | None) -> list[str]:
+        """Held-out texts of every experience that production has learnt."""
+        entries = production.manifest["slices"] if production else []
+        texts = [self._text(row) for entry in entries for row in load_slice(self.registry.store, entry)]
+        return [text if isinstance(text, str) else " ".join(text) for text in texts]
+
+    def _text(self, row: Row) -> Any:
+        field = self.schema.text
+        return row["record"][field] if isinstance(field, str) else [row["record"][one] for one in field]
+
+    def _folder_of(self, number: int | None) -> Path | None:
+        return None if number is None else self.registry.version(number).folder()
+
+    def _config_digest(self) -> str:
+        return hashlib.sha256(_json(self.config)).hexdigest()[:16]
+
+    def _clear_staging(self) -> None:
+        (self.staging / "plan.json").unlink(missing_ok=True)  # first: what is left then belongs to no update
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, default=str).encode()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - start
