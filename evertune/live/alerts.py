@@ -1,0 +1,170 @@
+"""Tell people what they would want to know now: alerts that never stop what they are about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import string
+import threading
+import time
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+EVENTS = ("drift", "refusal", "quarantine", "error", "recovery", "promotion")
+"""What there is to tell: drift has been found; an update was refused; too many records are bad; the source, the disk or
+an update fails; it works again; a new version is in production."""
+
+_QUEUE = 100
+_WORTH_RETRYING = (408, 425, 429)
+
+logger = logging.getLogger("evertune.live")
+
+
+class Alert(ABC):
+    """One way to tell people. A subclass writes :meth:`send`, which neither waits nor raises."""
+
+    @abstractmethod
+    def send(self, event: str, text: str, **facts: Any) -> None:
+        """Tell of an event.
+
+        Args:
+            event: one of :data:`EVENTS`; those that nobody asked for are passed over.
+            text: what happened, for people.
+            facts: the same for programs, JSON values: ``registry``, ``version``, ...
+        """
+
+    def close(self, timeout: float = 2.0) -> None:  # noqa: B027
+        """Send what is waiting, for at most ``timeout`` seconds."""
+
+
+class Webhook(Alert):
+    """POSTs each event as JSON to a URL: ``{"event", "text", "time", "registry", "version", ...}``.
+
+    Slack, Mattermost and Teams' workflows show the ``text``. A thread of its own sends: a slow or dead receiver
+    delays nothing. What cannot be delivered is tried again with growing pauses (twice as long each time), then logged
+    and dropped; so is what comes when 100 events are waiting.
+
+    Example::
+
+        Webhook("$SLACK_WEBHOOK", events=["drift", "refusal", "error"])
+
+    Args:
+        url: where to; with http or https. A name such as ``$SLACK_WEBHOOK`` is taken from the environment, so that the
+            secret stands in no configuration. Nothing but the host is ever logged.
+        events: which of :data:`EVENTS`. Default: all but ``"promotion"``.
+        timeout: seconds to wait for the receiver, each time.
+        headers: more HTTP headers, such as ``{"Authorization": "Bearer $TOKEN"}``; names from the environment as in
+            ``url``.
+        retries: how often to try again.
+        pause: seconds before the first of them.
+
+    Raises:
+        ValueError: for a URL of another kind, a name that is not in the environment, an unknown event, or a number out
+            of its range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        events: Sequence[str] | None = None,
+        timeout: float = 5.0,
+        headers: Mapping[str, str] | None = None,
+        retries: int = 4,
+        pause: float = 1.0,
+    ) -> None:
+        self._url = _filled(url)
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must start with http:// or https:// and a host (it is not shown: it may be secret)")
+        self.events = tuple(EVENTS[:-1] if events is None else events)
+        unknown = sorted(set(self.events) - set(EVENTS))
+        if unknown:
+            raise ValueError(f"events must be among {', '.join(EVENTS)}, got {', '.join(unknown)}")
+        if timeout <= 0 or retries < 0 or pause < 0:
+            raise ValueError(f"timeout must be positive, retries and pause not negative, got {timeout, retries, pause}")
+        self.host, self.timeout, self.retries, self.pause = parts.hostname, timeout, retries, pause
+        self._headers = {name: _filled(value) for name, value in (headers or {}).items()}
+        self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE)
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def send(self, event: str, text: str, **facts: Any) -> None:
+        if event not in self.events:
+            return
+        message = {"event": event, "text": text, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="evertune-webhook", daemon=True)
+            self._thread.start()
+        try:
+            self._waiting.put_nowait(message)
+        except queue.Full:
+            self._dropped(event, f"{_QUEUE} others are waiting")
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Send what is waiting, for at most ``timeout`` seconds; nothing is tried again."""
+        self._closing.set()
+        deadline = time.monotonic() + timeout
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _work(self) -> None:
+        while True:
+            message = self._waiting.get()
+            try:
+                self._deliver(message)
+            except Exception as error:  # whatever it is, the next event may get through
+                self._dropped(message["event"], type(error).__name__)
+            self._waiting.task_done()
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        body = json.dumps(message, default=str).encode()
+        for attempt in range(self.retries + 1):
+            failure, may_pass = self._post(body)
+            if failure is None:
+                return
+            if not may_pass or attempt == self.retries or self._closing.wait(self.pause * 2**attempt):
+                break
+        self._dropped(message["event"], str(failure))
+
+    def _post(self, body: bytes) -> tuple[str | None, bool]:
+        """What went wrong, if anything, and whether it may go right later."""
+        headers = {"Content-Type": "application/json", "User-Agent": "evertune", **self._headers}
+        request = urllib.request.Request(self._url, body, headers, method="POST")
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout):
+                return None, True
+        except urllib.error.HTTPError as error:
+            error.close()
+            return f"HTTP {error.code}", error.code >= 500 or error.code in _WORTH_RETRYING
+        except urllib.error.URLError as error:
+            return type(error.reason).__name__, True
+        except (OSError, HTTPException) as error:
+            return type(error).__name__, True
+
+    def _dropped(self, event: str, why: str) -> None:
+        logger.warning("alert to %s is dropped: %s", self.host, why, extra={"event": "alert dropped", "dropped": event})
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST that follows a redirect arrives as an empty GET: it counts as not delivered."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _filled(text: str) -> str:
+    """The text with the names in it taken from the environment."""
+    try:
+        return string.Template(text).substitute(os.environ)
+    except KeyError as error:
+        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
+    except ValueError:
+        raise ValueError("a $ must be followed by a name from the environment; write $$ for the sign itself") from None

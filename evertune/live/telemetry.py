@@ -1,0 +1,243 @@
+"""How a service is seen from outside: metrics, a health endpoint, and structured logs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, TextIO
+
+logger = logging.getLogger("evertune.live")
+
+_SECONDS = (10, 30, 60, 120, 300, 600, 1_800, 3_600, 7_200, 14_400, 43_200, 86_400)
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class Telemetry:
+    """The metrics of ``evertune watch`` in Prometheus' form, and whether it is healthy.
+
+    It is unhealthy when its loop has stood still for ``stale_after`` seconds, or its last ``max_errors`` updates have
+    all failed. A source that is gone does not make it so: to start it anew would not help. That is told by
+    ``evertune_source_up`` and, in words, by the health endpoint.
+
+    Args:
+        stale_after: seconds without a :meth:`beat`.
+        max_errors: failures in a row.
+
+    Raises:
+        ModuleNotFoundError: without the extra ``live``.
+    """
+
+    def __init__(self, stale_after: float, max_errors: int = 3) -> None:
+        prometheus = _prometheus()
+        self.stale_after, self.max_errors = stale_after, max_errors
+        self.registry = prometheus.CollectorRegistry()
+        self._gauge = prometheus.Gauge
+        self._readings: dict[str, Any] = {}
+        self._last_beat = time.monotonic()
+        self._errors = 0  # updates that failed in a row
+        self._facts: dict[str, Any] = {"production": None, "pending": 0, "updating": False, "source": "ok"}
+        self._server: ThreadingHTTPServer | None = None
+
+        def gauge(name: str, text: str) -> Any:
+            return prometheus.Gauge(f"evertune_{name}", text, registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Any:
+            return prometheus.Counter(f"evertune_{name}", text, labels, registry=self.registry)
+
+        gauge("healthy", "1 when /healthz answers 200").set_function(lambda: float(not self._why_unhealthy()))
+        self._source_up = gauge("source_up", "0 while the source cannot be read")
+        self._source_up.set(1)
+        self._production = gauge("production_version", "Number of the version in production, 0 before the first")
+        self._pending = gauge("pending_records", "Records that production has not learnt")
+        self._new = gauge("new_records", "Pending records that no update was tried on")
+        self._last_update = gauge("last_update_timestamp", "When the last update was tried, in Unix seconds")
+        self._updating = gauge("updating", "1 while an update is under way")
+        self._read = counter("read_records_total", "Records read from the source")
+        self._quarantined = counter("quarantined_records_total", "Records put into quarantine when they were read")
+        self._updates = counter("updates_total", "Updates by what became of them", "outcome")
+        self._failures = counter("errors_total", "Failures of the service by where they happened", "where")
+        self._seconds = prometheus.Histogram(
+            "evertune_update_seconds", "How long updates took", buckets=_SECONDS, registry=self.registry
+        )
+
+    # --- what happens
+
+    def beat(self) -> None:
+        """The loop is alive."""
+        self._last_beat = time.monotonic()
+
+    def took_in(self, read: int, quarantined: int) -> None:
+        """Count records as they are read."""
+        self._read.inc(read)
+        self._quarantined.inc(quarantined)
+
+    def stands(self, production: int | None, pending: int, new: int, last_update: datetime | None) -> None:
+        """Show what is in production and what waits."""
+        self._facts |= {"production": production, "pending": pending}
+        self._production.set(production or 0)
+        self._pending.set(pending)
+        self._new.set(new)
+        if last_update is not None:
+            self._last_update.set(last_update.timestamp())
+
+    def measured(self, readings: Mapping[str, float]) -> None:
+        """Show what a trigger has measured: ``drift_score`` becomes ``evertune_drift_score``."""
+        for name, value in readings.items():
+            if name not in self._readings:
+                text = "As the trigger has last measured it"
+                self._readings[name] = self._gauge(f"evertune_{name}", text, registry=self.registry)
+            self._readings[name].set(value)
+
+    def updating(self, under_way: bool) -> None:
+        """Say whether an update is under way."""
+        self._facts["updating"] = under_way
+        self._updating.set(under_way)
+
+    def updated(self, outcome: str, seconds: float) -> None:
+        """Count an update; ``"error"`` counts toward ``max_errors``, ``"interrupted"`` is no outcome of its own."""
+        self._updates.labels(outcome).inc()
+        self._seconds.observe(seconds)
+        if outcome != "interrupted":
+            self._errors = self._errors + 1 if outcome == "error" else 0
+
+    def failed(self, where: str, words: str) -> None:
+        """Count a failure; those of the ``source`` show until it :meth:`recovered`."""
+        self._failures.labels(where).inc()
+        if where == "source":
+            self._source_up.set(0)
+            self._facts["source"] = words
+
+    def recovered(self, where: str) -> None:
+        """Take a failure back."""
+        if where == "source":
+            self._source_up.set(1)
+            self._facts["source"] = "ok"
+
+    # --- what is seen
+
+    @property
+    def health(self) -> dict[str, Any]:
+        """``{"healthy": bool, "why": [words], "production", "pending", "updating", "source"}``."""
+        why = self._why_unhealthy()
+        return {"healthy": not why, "why": why, **self._facts}
+
+    def _why_unhealthy(self) -> list[str]:
+        why = []
+        silent = time.monotonic() - self._last_beat
+        if silent > self.stale_after:
+            why.append(f"the loop has stood still for {silent:.0f} s")
+        if self._errors >= self.max_errors:
+            why.append(f"the last {self._errors} updates failed")
+        return why
+
+    def serve(self, port: int, host: str = "127.0.0.1") -> int:
+        """Answer ``/metrics`` and ``/healthz`` (200, or 503 when unhealthy, with :attr:`health` as JSON) in a thread.
+
+        Args:
+            port: 0 takes a free one.
+            host: the address to listen on. Default: this machine only; there is no password.
+
+        Returns:
+            The port.
+
+        Raises:
+            OSError: when the port is taken.
+        """
+        try:
+            self._server = _Server((host, port), _handler(self))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        threading.Thread(target=self._server.serve_forever, name="evertune-telemetry", daemon=True).start()
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stop answering."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news."""
+        logger.debug("a request for metrics failed", exc_info=True)
+
+
+def _handler(telemetry: Telemetry) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # for a client that says nothing
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path == "/metrics":
+                encode, kind = _prometheus().exposition.choose_encoder(self.headers.get("Accept", ""))
+                self._answer(200, kind, encode(telemetry.registry))
+            elif path == "/healthz":
+                health = telemetry.health
+                self._answer(200 if health["healthy"] else 503, "application/json", json.dumps(health).encode())
+            else:
+                self._answer(404, "text/plain", b"there are /metrics and /healthz\n")
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing of each request."""
+
+    return Handler
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: ``time``, ``level``, ``event``, ``message``, and what was passed as ``extra``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name != "event"}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:
+    """Send the logs of this process to a stream: evertune's from INFO on, those of others from WARNING on.
+
+    Args:
+        stream: where to. Default: standard error.
+        as_json: one JSON object a line (see :class:`JsonLines`), or words for people. Default: words on a terminal.
+
+    Returns:
+        The handler, now the only one of the root logger.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    as_json = not handler.stream.isatty() if as_json is None else as_json
+    words = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonLines() if as_json else words)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("evertune").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    return handler
+
+
+def _prometheus() -> Any:
+    try:
+        importlib.import_module("prometheus_client.exposition")
+        return importlib.import_module("prometheus_client")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "evertune[live]"', name=error.name) from error

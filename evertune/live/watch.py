@@ -1,0 +1,462 @@
+"""A service that keeps a registry up to date: it looks, and when an update is due it runs one as a child process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from evertune.live.alerts import Alert
+from evertune.live.telemetry import Telemetry
+from evertune.live.triggers import Situation, Trigger
+from evertune.streams.source import SourceError
+
+if TYPE_CHECKING:
+    from evertune.live.intake import IntakeReport
+    from evertune.registry.lease import Lease
+    from evertune.registry.registry import Registry
+
+OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
+"""What the exit codes of ``evertune update`` mean; all others are errors."""
+
+_SUPERVISOR = "EVERTUNE_SUPERVISOR"
+_TAIL = 20  # lines of an update's output that are kept to say why it failed
+_MIN_READ = 20  # records, before the share of bad ones says anything
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger("evertune.live")
+
+
+class Updating(Protocol):
+    """What is watched; :class:`~evertune.live.update.Updater` is one."""
+
+    @property
+    def registry(self) -> Registry: ...
+
+    @property
+    def trigger(self) -> Trigger: ...
+
+    def intake(self) -> IntakeReport: ...
+
+    def situation(self) -> Situation: ...
+
+    def due(self) -> str | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """How ``evertune watch`` watches.
+
+    Args:
+        poll: seconds between two looks at the source.
+        grace: seconds that an update has to end after SIGTERM, before it is killed. It goes on at the next start.
+        port: of ``/metrics`` and ``/healthz``; None for neither, 0 for a free one, which is logged.
+        host: the address they listen on. Default: this machine only; ``0.0.0.0`` in a container.
+        max_backoff: seconds between two tries, at most, of what fails again and again; the first comes after ``poll``,
+            and each pause is twice the one before.
+        max_errors: failures in a row after which alerts are repeated, and failing updates make the service unhealthy.
+        max_bad_share: tell when more than this share of what was read since the last update is bad.
+        alerts: whom to tell.
+        log: JSON lines or words for people. Default: words on a terminal, else JSON.
+
+    Raises:
+        ValueError: when a number is out of its range.
+    """
+
+    poll: float = 30.0
+    grace: float = 60.0
+    port: int | None = None
+    host: str = "127.0.0.1"
+    max_backoff: float = 600.0
+    max_errors: int = 3
+    max_bad_share: float = 0.05
+    alerts: list[Alert] = field(default_factory=list)
+    log: Literal["auto", "json", "words"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("poll", "max_backoff", "max_errors"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.grace < 0:
+            raise ValueError(f"grace must not be negative, got {self.grace}")
+        if not 0 < self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
+
+
+class Watch:
+    """Looks every few seconds at what has arrived, and runs an update as a child process when one is due.
+
+    Taking records in and asking the trigger is done here, under the registry's lease, which is held to the end;
+    training is done in a child, so that its memory is given back, and whatever kills it does not kill the service. An
+    update that died goes on where it stood when it is run again.
+
+    The source may go, the disk fill up, an update fail: each is told once, tried again after growing pauses, and told
+    when it works again.
+
+    SIGTERM or SIGINT ends it: at once when no update is under way; else the update gets a SIGTERM and ``grace``
+    seconds, then it is killed. A second signal kills it at once. Should this process be killed itself, an update that has called
+    :func:`end_with_supervisor` ends too.
+
+    Example::
+
+        updater = Updater("registry", FolderSource("inbox"), module, trainer)
+        code = Watch(updater, [sys.executable, "my_update.py"], WatchSettings(port=9090)).run()
+
+    Args:
+        updater: what is watched.
+        command: the child process that makes one update. Its exit code says what became of it: see :data:`OUTCOMES`.
+        settings: see :class:`WatchSettings`.
+
+    Raises:
+        ModuleNotFoundError: without the extra ``live``.
+    """
+
+    def __init__(self, updater: Updating, command: Sequence[str], settings: WatchSettings | None = None) -> None:
+        self.updater = updater
+        self.command = list(command)
+        self.settings = settings or WatchSettings()
+        self.telemetry = Telemetry(3 * self.settings.poll + 1, self.settings.max_errors)
+        self._intake = _Trouble("taking records in", self.settings)
+        self._look = _Trouble("looking for what is due", self.settings)
+        self._update = _Trouble("updating", self.settings)
+        self._stops = 0  # signals to end that have come
+        self._in_step = False  # whether one may break off what the main thread does
+        self._version: int | None = None
+        self._drifting = False
+        self._read = self._bad = 0  # since the last update
+        self._told_bad = False
+
+    def run(self) -> int:
+        """Watch until a signal ends it, in the main thread.
+
+        Returns:
+            The exit code: 0 after a signal, 1 when the lease was lost to another process.
+
+        Raises:
+            LeaseHeld: when another process updates this registry.
+            OSError: when the port is taken, or the registry cannot be written.
+        """
+        settings, registry = self.settings, self.updater.registry
+        try:
+            with self._signals(), ExitStack() as held:
+                with self._breakable():
+                    lease = held.enter_context(registry.lease("evertune watch"))
+                if settings.port is not None:
+                    port = self.telemetry.serve(settings.port, settings.host)
+                    self._say("serving", f"metrics and health on http://{settings.host}:{port}", port=port)
+                self._say("started", f"watching for {registry.store.root}, every {settings.poll:g} s")
+                return self._loop(lease)
+        except _Ended:
+            return 0
+        finally:
+            self._say("ended", "the watch has ended")
+            self.telemetry.close()
+            for alert in settings.alerts:
+                alert.close()
+
+    # --- the loop
+
+    def _loop(self, lease: Lease) -> int:
+        while not self._stops:
+            self.telemetry.beat()
+            if not self._holds(lease):
+                return 1
+            self._try(self._intake, self._take_in)
+            reason = self._try(self._look, self._due)
+            if reason is not None and not self._update.waits and not self._make_update(reason, lease):
+                return 1
+            self._sleep(self.settings.poll)
+        return 0
+
+    def _take_in(self) -> None:
+        report = self.updater.intake()
+        self.telemetry.took_in(report.read, report.bad)
+        self._read, self._bad = self._read + report.read, self._bad + report.bad
+        if report.read:
+            words = f"{report.read} records read, {report.bad} of them bad"
+            self._say("intake", words, read=report.read, bad=report.bad)
+        if self._read >= _MIN_READ and self._bad > self.settings.max_bad_share * self._read and not self._told_bad:
+            self._told_bad = True
+            words = f"{self._bad} of {self._read} records are bad: see `quarantine` in the registry for why"
+            self._say("quarantine", words, logging.WARNING, bad=self._bad, read=self._read)
+
+    def _due(self) -> str | None:
+        situation = self.updater.situation()
+        self._version = situation.production.number if situation.production else None
+        self.telemetry.stands(self._version, situation.n_pending, situation.n_new, situation.last_update)
+        reason = self.updater.due()
+        readings = self.updater.trigger.readings
+        self.telemetry.measured(readings)
+        drifting = readings.get("drift_score", 0.0) > readings.get("drift_threshold", float("inf"))
+        if drifting and not self._drifting:
+            self._say("drift", self.updater.trigger.explanation, logging.WARNING, **readings)
+        self._drifting = drifting
+        return reason
+
+    def _make_update(self, reason: str, lease: Lease) -> bool:
+        """Run one update. False when the lease was lost on the way."""
+        self._say("update", f"an update starts: {reason}", reason=reason)
+        start, tail, code = time.monotonic(), deque[str](maxlen=_TAIL), 1
+        self.telemetry.updating(True)
+        try:
+            code = self._run_child(lease, tail)
+        except OSError as error:
+            tail.append(f"it could not be started: {error}")
+        finally:
+            self.telemetry.updating(False)
+        seconds = time.monotonic() - start
+        outcome = OUTCOMES.get(code, "interrupted" if self._stops else "error")
+        self.telemetry.updated(outcome, seconds)
+        self._read = self._bad = 0
+        self._told_bad = False
+        self._report(outcome, code, tail, seconds)
+        return self._holds(lease)
+
+    def _report(self, outcome: str, code: int, tail: Sequence[str], seconds: float) -> None:
+        end = "\n".join(tail)
+        facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1)}
+        if outcome == "error":
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            self._failed(self._update, f"the update {how}; it goes on where it stood\n{end}", "update")
+            return
+        if outcome == "nothing":  # though it was due: no error, but not to be repeated all the time either
+            self._update.failed()
+            self._say("updated", f"the update found nothing to do\n{end}", **facts)
+            return
+        self._worked(self._update)
+        if outcome == "interrupted":
+            self._say("updated", "the update was interrupted; it goes on at the next start", **facts)
+        elif outcome == "stopped":
+            self._say("refusal", f"the update was stopped before training\n{end}", logging.WARNING, **facts)
+        else:
+            with suppress(Exception):  # only to say more
+                version = self.updater.registry.versions()[-1]
+                facts |= {"version": version.number}
+                end = version.manifest["verdict"]["summary"]
+            if outcome == "refused":
+                self._say("refusal", f"the new version was refused: {end}", logging.WARNING, **facts)
+            else:
+                self._say("promotion", f"a new version is in production: {end}", **facts)
+
+    # --- the child
+
+    def _run_child(self, lease: Lease, tail: deque[str]) -> int:
+        """Run the command to its end, passing signals on; returns its exit code, negative for a signal."""
+        theirs, ours = os.pipe()
+        environment = {**os.environ, "EVERTUNE_LEASE": lease.token, _SUPERVISOR: str(theirs)}
+        try:
+            process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=environment,
+                pass_fds=(theirs,),
+                start_new_session=True,  # a group of its own, with all that it starts
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        reader = threading.Thread(target=_pass_on, args=(process, tail), name="evertune-output", daemon=True)
+        reader.start()
+        deadline: float | None = None
+        while process.poll() is None:
+            self.telemetry.beat()
+            now = time.monotonic()
+            if self._stops and deadline is None:
+                process.terminate()
+                deadline = now + self.settings.grace
+            if self._stops > 1 or (deadline is not None and now >= deadline) or not self._holds(lease):
+                _kill_group(process)
+                process.wait()
+                break
+            self._sleep(self.settings.poll if deadline is None else min(self.settings.poll, deadline - now))
+        _kill_group(process)  # what it may have left running
+        os.close(ours)
+        reader.join(5)
+        return process.returncode
+
+    # --- what goes wrong
+
+    def _try(self, trouble: _Trouble, step: Callable[[], _T]) -> _T | None:
+        """Do one step of the loop, unless it has to wait; whatever goes wrong is told, and the loop goes on."""
+        if trouble.waits:
+            return None
+        try:
+            with self._breakable():
+                result = step()
+        except SourceError as error:
+            self._failed(trouble, f"the source cannot be read: {error}", "source")
+        except OSError as error:
+            self._failed(trouble, f"files cannot be read or written: {error}", "storage")
+        except Exception as error:
+            self._failed(trouble, f"{trouble.what} failed: {type(error).__name__}: {error}", "watch", exc_info=True)
+        else:
+            self._worked(trouble)
+            return result
+        return None
+
+    def _failed(self, trouble: _Trouble, words: str, where: str, exc_info: bool = False) -> None:
+        words = _without_passwords(words)
+        pause = trouble.failed()
+        self.telemetry.failed(where, words)
+        about = {"event": "error", "where": where}
+        logger.error("%s; next try in %.0f s", words, pause, extra=about, exc_info=exc_info)
+        if trouble.count in (1, self.settings.max_errors):
+            trouble.told = True
+            self._alert("error", words, where=where, failures=trouble.count)
+
+    def _worked(self, trouble: _Trouble) -> None:
+        if trouble is self._intake:
+            self.telemetry.recovered("source")
+        failures, told = trouble.count, trouble.told
+        trouble.recovered()
+        if told:
+            self._say("recovery", f"{trouble.what} works again, after {failures} failures", failures=failures)
+
+    def _holds(self, lease: Lease) -> bool:
+        from evertune.registry.registry import RegistryError
+
+        try:
+            lease.check()
+        except RegistryError as error:
+            self._say("error", f"the watch ends: {error}", logging.ERROR)
+            return False
+        except OSError:  # nobody knows; whoever writes will ask again
+            pass
+        return True
+
+    def _say(self, event: str, words: str, level: int = logging.INFO, **facts: Any) -> None:
+        words = _without_passwords(words.strip())
+        logger.log(level, "%s", words, extra={"event": event, **facts})
+        if event in ("drift", "refusal", "quarantine", "error", "recovery", "promotion"):
+            self._alert(event, words, **facts)
+
+    def _alert(self, event: str, words: str, **facts: Any) -> None:
+        facts = {"registry": self.updater.registry.store.root, "version": self._version, **facts}
+        for alert in self.settings.alerts:
+            try:
+                alert.send(event, words, **facts)
+            except Exception:
+                logger.exception("an alert failed", extra={"event": "alert failed"})
+
+    # --- signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are counted; they and the end of a child end a :meth:`_sleep`."""
+        self._awake, wake = socket.socketpair()
+        for end in (self._awake, wake):
+            end.setblocking(False)
+        old_fd = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGCHLD: lambda *_: None}
+        old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
+            self._awake.close()
+            wake.close()
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stops += 1
+        if self._in_step:
+            raise _Ended
+
+    @contextmanager
+    def _breakable(self) -> Iterator[None]:
+        """A step that a signal may break off: it leaves files as a kill would, whole."""
+        self._in_step = True
+        try:
+            if self._stops:
+                raise _Ended
+            yield
+        finally:
+            self._in_step = False
+
+    def _sleep(self, seconds: float) -> None:
+        if select.select([self._awake], [], [], max(seconds, 0))[0]:
+            with suppress(BlockingIOError):
+                while self._awake.recv(4_096):
+                    pass
+
+
+class _Ended(BaseException):
+    """A signal came while nothing was to be waited for."""
+
+
+class _Trouble:
+    """The failures in a row of one thing, whether somebody was told, and when to try it again."""
+
+    def __init__(self, what: str, settings: WatchSettings) -> None:
+        self.what = what
+        self.first, self.longest = settings.poll, settings.max_backoff
+        self.recovered()
+
+    @property
+    def waits(self) -> bool:
+        return time.monotonic() < self._until
+
+    def failed(self) -> float:
+        """Count a failure; returns the seconds to the next try."""
+        self.count += 1
+        pause: float = min(self.longest, self.first * 2.0 ** min(self.count - 1, 30))
+        self._until = time.monotonic() + pause
+        return pause
+
+    def recovered(self) -> None:
+        """Forget them."""
+        self.count, self._until, self.told = 0, 0.0, False
+
+
+def end_with_supervisor() -> None:
+    """Let this process, and all of its group, be killed when the ``evertune watch`` that runs it dies.
+
+    Called first by ``evertune update``; does nothing in a process that no watch has started.
+    """
+    pipe = os.environ.pop(_SUPERVISOR, None)  # not for the processes that this one starts
+
+    def wait() -> None:
+        assert pipe is not None
+        os.read(int(pipe), 1)  # returns when the other end is closed
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    if pipe is not None:
+        threading.Thread(target=wait, name="evertune-supervisor", daemon=True).start()
+
+
+def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
+    """Log what a child prints, line by line."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            if line := line.rstrip():
+                tail.append(line)
+                logger.info("%s", line, extra={"event": "output"})
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _without_passwords(words: str) -> str:
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", words)
