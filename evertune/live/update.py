@@ -18,7 +18,7 @@ from evertune.files import write_atomically
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
-from evertune.live.slices import Row, hold_out, load_slice, save_slice, thin
+from evertune.live.slices import Row, draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.ranks import is_leader, started_together, tell_all
 from evertune.registry.gate import Check, Gate, Verdict
@@ -42,6 +42,9 @@ EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "
 _STOPPED = "stopped.json"
 _EVALUATION = "evaluation.json"
 _VERDICT = "verdict.json"
+_SHOWN = "trained on"
+_ENOUGH = 500
+"""Records that wrong labels are looked for in: those held out, and so many of those trained on as are missing."""
 
 
 @dataclass(frozen=True)
@@ -311,21 +314,32 @@ class Updater:
         store, new = self.registry.store, plan.experience
         entries = production.manifest["slices"] if production else []
         slices = {entry["name"]: load_slice(store, entry) for entry in entries} | {new: held_out}
-        slices = {name: chosen for name, chosen in thin(slices, self.settings.max_evaluation).items() if chosen}
+        slices = thin(slices, self.settings.max_evaluation)
+        shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
         settings: dict[str, Any] = {"text": self.schema.text, "label": self.schema.label}
         settings |= {"max_length": self.data.get("max_length", 128)}
         challenger = type(self.model).from_pretrained(folder / MODEL)
         said = evaluate(challenger, slices, **settings)
         champion: dict[str, Predictions] | None = None
-        costs = None
+        costs, shown_to_both = None, {}
         if production is not None:
             module = type(self.model).from_pretrained(production.folder() / MODEL)
             stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
             champion = {name: Predictions.from_dict(stored[name]) for name in slices if name in stored}
-            champion |= evaluate(module, {name: slices[name] for name in slices if name not in stored}, **settings)
+            unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
+            champion |= evaluate(module, unseen | shown, **settings)
+            shown_to_both = evaluate(challenger, shown, **settings)
             texts = [self._text(row) for row in (held_out or rows)[:32]]
             costs = measure(module, challenger, texts, max_length=settings["max_length"])
-        verdict = self.gate.judge(champion, said, new, costs, data_checks=self._check_data(plan))
+        verdict = self.gate.judge(
+            champion,
+            said | shown_to_both,
+            new,
+            costs,
+            data_checks=self._check_data(plan),
+            trained=_SHOWN if shown_to_both else None,
+            groups=self.gate.groups(row for chosen in slices.values() for row in chosen),
+        )
         write_atomically(folder / _EVALUATION, _json({"slices": {name: said[name].to_dict() for name in sorted(said)}}))
         write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
         return verdict
@@ -512,7 +526,7 @@ class Updater:
         rows, _ = latest(self._rows(segments))
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         return self.gate.judge_data(
-            [row["record"] for row in rows],
+            rows,
             text=self.schema.text,
             label=self.schema.label,
             known_classes=production.manifest["classes"] if production else [],
