@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from evertune.files import sha256
+from evertune.files import sha256, sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 """The file of a published folder that says what else is in it. It appears last and goes first."""
@@ -159,9 +159,9 @@ class Store:
     def local(self, name: str) -> Path:
         """A file or a published folder as a local path, for reading.
 
-        In a local store, the path itself. Of a bucket, a copy in the cache: a folder is checked against the
-        ``files`` (name to sha256) of its ``manifest.json`` when it is downloaded and once in every process, and
-        downloaded again where it is damaged; copies of what the bucket no longer holds are deleted.
+        In a local store, the path itself, whether or not it exists. Of a bucket, a copy in the cache: a folder is
+        checked against the ``files`` (name to sha256) of its ``manifest.json`` when it is downloaded and once in every
+        process, and downloaded again where it is damaged; copies of what the bucket no longer holds are deleted.
 
         Raises:
             FileNotFoundError: when it does not exist, or is a folder of a bucket without ``manifest.json``.
@@ -221,18 +221,24 @@ class _Folder:
         return (self.path / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        with self._temporary(name, data) as temporary:
-            temporary.replace(self.path / name)
+        self._make((self.path / name).parent)
+        write_atomically(self.path / name, data)
 
     def create(self, name: str, data: bytes) -> None:
-        with self._temporary(name, data) as temporary:
-            try:
-                os.link(temporary, self.path / name)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-                    raise
-                with (self.path / name).open("xb") as file:  # a file system without hard links
-                    file.write(data)
+        target = self.path / name
+        self._make(target.parent)
+        draft = target.with_name(_temporary_name(target.name))
+        try:
+            write_atomically(draft, data)
+            os.link(draft, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            with target.open("xb") as file:  # a file system without hard links
+                file.write(data)
+        finally:
+            draft.unlink(missing_ok=True)
+        sync_folder(target.parent)
 
     def exists(self, name: str) -> bool:
         return (self.path / name).exists()
@@ -258,15 +264,13 @@ class _Folder:
         if path.is_dir() and not path.is_symlink():
             gone = path if _is_temporary(path.name) else path.with_name(_temporary_name(path.name))
             path.rename(gone)
-            _sync(path.parent)
+            sync_folder(path.parent)
             shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)
 
     def local(self, name: str) -> Path:
-        path = self.path / name
-        path.stat()
-        return path
+        return self.path / name
 
     def publish(self, folder: Path, name: str) -> None:
         target = self.path / name
@@ -282,7 +286,7 @@ class _Folder:
             if error.errno != errno.EXDEV:
                 raise
             self._move_across(folder, target)
-        _sync(target.parent)
+        sync_folder(target.parent)
 
     def _move_across(self, folder: Path, target: Path) -> None:
         """Move a folder that is on another file system."""
@@ -294,7 +298,7 @@ class _Folder:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(folder)
 
     @contextmanager
@@ -334,22 +338,6 @@ class _Folder:
         found = (path for folder in folders for path in folder.iterdir() if _is_temporary(path.name))
         return [path.relative_to(self.path).as_posix() for path in found]
 
-    @contextmanager
-    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
-        """A file with the data, beside where they will be and on the disk; the folder is on the disk afterwards."""
-        target = self.path / name
-        self._make(target.parent)
-        temporary = target.with_name(_temporary_name(target.name))
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync(target.parent)
-
     def _make(self, folder: Path) -> None:
         """Make a folder of the store and those it is in, down from the root, each on the disk."""
         if folder.is_dir():
@@ -361,7 +349,7 @@ class _Folder:
                 errno.ENOENT, f"there is no folder {folder.parent}: mount its disk, or make it with mkdir -p", self.root
             )
         folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
 
 
 class _Bucket:
@@ -546,20 +534,14 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts do not sync folders
-            raise
-    finally:
-        os.close(handle)
-
-
 def _sync_tree(folder: Path) -> None:
+    """Put a folder and all in it on the disk."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager

@@ -1,0 +1,703 @@
+"""The registry: numbered versions that never change, and one small file that says which of them is in production."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+from evertune.files import sha256, write_atomically
+from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
+from evertune.registry.store import MANIFEST, RegistryError, Store
+
+__all__ = ["ALIASES", "Finding", "Garbage", "LeaseHeld", "LeaseLost", "Registry", "RegistryError", "Version"]
+
+ALIASES = ("production", "previous", "candidate")
+FORMAT = 1
+
+_ALIASES = "aliases.json"
+_VERSIONS = "versions"
+_SLICES = "slices"
+_PENDING = "pending"
+_STAGING = "staging"
+_EVENTS = 200
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Version:
+    """One attempt to update the model that got as far as the gate, whether it was promoted or refused.
+
+    Args:
+        number: counts the versions of a registry, from 1.
+        manifest: what is known of it.
+    """
+
+    number: int
+    manifest: Mapping[str, Any]
+    store: Store = field(repr=False, compare=False)
+
+    @property
+    def parent(self) -> int | None:
+        """The version that it was trained from; None for the first."""
+        return self.manifest.get("parent")
+
+    @property
+    def created(self) -> datetime:
+        """When it was made, in UTC."""
+        return datetime.fromisoformat(self.manifest["created"])
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate let it pass. A version that was never judged has."""
+        return bool((self.manifest.get("verdict") or {}).get("passed", True))
+
+    @property
+    def experience(self) -> str:
+        """The name of what it learnt."""
+        return str(self.manifest.get("experience", ""))
+
+    def folder(self) -> Path:
+        """Its files on this machine: the folder itself, or a verified copy of a registry elsewhere.
+
+        Raises:
+            RegistryError: when the files of a registry elsewhere are damaged.
+        """
+        return self.store.local(_folder(self.number))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a registry.
+
+    Args:
+        version: the number of the version it is about; None for the registry itself.
+        words: what is wrong.
+        usable: whether the version can be loaded in spite of it.
+    """
+
+    version: int | None
+    words: str
+    usable: bool
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something in a registry that nothing needs any more.
+
+    Args:
+        name: of the file or folder.
+        size: of all its files, in bytes.
+        why: nobody needs it.
+    """
+
+    name: str
+    size: int
+    why: str
+
+
+@dataclass
+class _State:
+    """The content of ``aliases.json``."""
+
+    aliases: dict[str, int] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def encoded(self) -> bytes:
+        return json.dumps(self.aliases | {"events": self.events[-_EVENTS:]}, indent=1).encode()
+
+
+class Registry:
+    """Versions of a model, with what is known of each, and the aliases ``production``, ``previous`` and ``candidate``.
+
+    ``aliases.json`` holds the aliases and the last 200 events. Replacing this file is what puts a version into
+    production: it happens at once or not at all, whatever is killed or full. The records that a version has learnt
+    are named in its manifest (``consumed``, ``offset``), so that they are committed by the same stroke, and pending
+    again after a rollback.
+
+    Args:
+        root: a local folder, or the URL of one in an object store (``s3://bucket/registry``). It is made by the first
+            write.
+        cache: see :class:`~evertune.registry.store.Store`.
+
+    Example:
+        >>> import tempfile
+        >>> registry = Registry("memory://doc/versions")
+        >>> for accuracy in (0.8, 0.9):
+        ...     folder = Path(tempfile.mkdtemp())
+        ...     _ = (folder / "weights").write_bytes(b"123")
+        ...     manifest = {"version": registry.next_number(), "metrics": {"average_accuracy": accuracy}}
+        ...     _ = registry.promote(registry.publish(folder, manifest).number, reason="volume")
+        >>> registry.aliases
+        {'production': 2, 'previous': 1}
+        >>> registry.rollback("answers are too long").number, registry.verify()
+        (1, [])
+    """
+
+    def __init__(self, root: str | Path, cache: str | Path | None = None) -> None:
+        self.store = Store(root, cache)
+        self._lease: Lease | None = None
+
+    def __repr__(self) -> str:
+        return f"Registry({self.store.root!r})"
+
+    # --- what there is
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first. One whose manifest is damaged is left out, with a warning."""
+        names = [_manifest(number) for number in self._numbers()]
+        versions = []
+        for name, content in self.store.read_all(names).items():
+            try:
+                versions.append(self._parsed(int(name.split("/")[1]), content))
+            except RegistryError as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        return versions
+
+    def version(self, which: int | str) -> Version:
+        """A version by its number or an alias.
+
+        Raises:
+            RegistryError: when there is none, or its manifest is damaged.
+        """
+        number = self._number(which)
+        found = self.store.read_all([_manifest(number)])
+        if not found:
+            raise RegistryError(f"{self.store.root} has no version {number}; it has {_listed(self._numbers())}")
+        return self._parsed(number, found[_manifest(number)])
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """The number of the version behind each alias that is set.
+
+        Raises:
+            RegistryError: when ``aliases.json`` is damaged, or missing though there are versions.
+        """
+        return dict(self._state().aliases)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the aliases, oldest first, 200 at most.
+
+        Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"candidate"``), ``from``, ``to``, ``reason`` and
+        ``by``; a rollback that asked for it has ``discard``, the version whose records are not to be learnt again.
+        """
+        return list(self._state().events)
+
+    @property
+    def production(self) -> Version | None:
+        """The version in production; None as long as nothing was promoted."""
+        number = self.aliases.get("production")
+        return None if number is None else self.version(number)
+
+    def next_number(self) -> int:
+        """The number of the version to be published next."""
+        numbers = self._numbers()
+        while numbers and not self.store.exists(_manifest(numbers[-1])):
+            numbers.pop()  # of a publication that was interrupted
+        return numbers[-1] + 1 if numbers else 1
+
+    # --- what changes it
+
+    def lease(self, owner: str | None = None, ttl: float = 60.0) -> Lease:
+        """The right to write, for one process at a time; a context manager.
+
+        As long as it is held, :meth:`publish` and whatever changes an alias make sure that it is not lost.
+
+        Args:
+            owner: who this is, for the message that others get.
+            ttl: seconds without a sign of life after which others may take over.
+
+        Raises:
+            LeaseHeld: on entering, when another process is writing.
+        """
+        lease = Lease(self.store, owner, ttl)
+        if self._lease is None or not self._lease.held:
+            self._lease = lease
+        return lease
+
+    def publish(self, folder: Path, manifest: Mapping[str, Any]) -> Version:
+        """Make a local folder the version ``manifest["version"]``, whole or not at all; the folder is moved.
+
+        The manifest is completed with ``format``, ``files`` (name to sha256), and ``created`` if it has none. No alias
+        changes.
+
+        Raises:
+            RegistryError: when there is such a version, or the lease is lost.
+            OSError: when it cannot be written; the folder stays where it is.
+        """
+        number = int(manifest["version"])
+        if number < 1:
+            raise ValueError(f"versions are counted from 1, got {number}")
+        self._check_lease()
+        if self.store.exists(_manifest(number)):
+            raise RegistryError(f"{self.store.root} has a version {number}, and versions never change")
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        complete = {
+            "format": FORMAT,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **manifest,
+            "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        }
+        content = json.dumps(_finite(complete), indent=1, allow_nan=False).encode()
+        version = self._parsed(number, content)
+        write_atomically(folder / MANIFEST, content)
+        with self.store.locked():
+            if not self.store.exists(_ALIASES) and self.next_number() == 1:
+                self.store.write(_ALIASES, _State().encoded())
+        self.store.publish(folder, _folder(number))
+        return version
+
+    def promote(
+        self,
+        which: int | str,
+        reason: str = "",
+        expected: int | EllipsisType | None = ...,
+        *,
+        verify: bool = True,
+        force: bool = False,
+        by: str | None = None,
+    ) -> Version:
+        """Put a version into production; what was there becomes ``previous``, and there is no ``candidate`` any more.
+
+        A version that is in production already stays there, and nothing changes.
+
+        Args:
+            which: its number or alias.
+            reason: why, for the events.
+            expected: the number that must be in production now (None: nothing may be): who decided by comparing with
+                it must not overrule somebody else. Not given, it does not matter.
+            verify: whether to compare all files with their sha256 first.
+            force: promote what the gate has refused. It also makes a new ``aliases.json`` where that is damaged or
+                lost; the damaged one is kept as ``aliases.json.damaged``.
+            by: who, for the events; by default ``user@host``.
+
+        Raises:
+            RegistryError: when there is no such version, it is damaged, the gate has refused it, another version than
+                ``expected`` is in production, or the lease is lost. Nothing has changed then.
+        """
+        version = self.version(which)
+        if not version.passed and not force:
+            raise RegistryError(
+                f"version {version.number} was refused: {_summary(version)}. To promote it all the same: force=True, "
+                "or --force"
+            )
+        problems = [finding.words for finding in self._inspect(version.number, verify) if not finding.usable]
+        if problems:
+            raise RegistryError(f"version {version.number} is damaged and not promoted: {'; '.join(problems)}")
+        with self._changing(repair=force) as state:
+            now = state.aliases.get("production")
+            if now == version.number:
+                return version
+            if expected is not ... and expected != now:
+                raise RegistryError(
+                    f"version {version.number} is not promoted: it was compared with version {expected}, but version "
+                    f"{now} is in production by now"
+                )
+            state.aliases = {"production": version.number} | ({} if now is None else {"previous": now})
+            state.events.append(_event("promote", now, version.number, reason, by))
+        return version
+
+    def set_candidate(self, which: int | str, reason: str = "", by: str | None = None) -> Version:
+        """Let ``candidate`` name a version; what answers in production stays.
+
+        Raises:
+            RegistryError: when there is no such version, or the lease is lost.
+        """
+        version = self.version(which)
+        with self._changing() as state:
+            now = state.aliases.get("candidate")
+            if now != version.number:
+                state.aliases["candidate"] = version.number
+                state.events.append(_event("candidate", now, version.number, reason, by))
+        return version
+
+    def rollback(self, reason: str = "", *, discard: bool = False, by: str | None = None) -> Version:
+        """Put ``previous`` back into production, at once: one small file changes, and nothing is copied or hashed.
+
+        ``previous`` then becomes the version that the new production was trained from, so that a second rollback goes
+        a step further back, and never forth: to undo a rollback, promote the version by its number. When that version
+        does not exist any more, there is no ``previous``, and another rollback is refused.
+
+        Args:
+            reason: why, for the events.
+            discard: ask the next update not to learn again what the version rolled back from had learnt; those
+                records would be pending otherwise. Only recorded in the event, for whoever updates.
+            by: who, for the events; by default ``user@host``.
+
+        Returns:
+            The version in production now.
+
+        Raises:
+            RegistryError: when there is no previous version, or files of it are missing.
+        """
+        with self._changing() as state:
+            now, back = state.aliases.get("production"), state.aliases.get("previous")
+            if now is None or back is None:
+                raise RegistryError(
+                    f"there is no previous version of {self.store.root} to go back to: promote one by its number, "
+                    f"of {_listed(self._numbers())}"
+                )
+            version = self.version(back)
+            problems = [finding.words for finding in self._inspect(back, hashes=False) if not finding.usable]
+            if problems:
+                raise RegistryError(
+                    f"version {back} is damaged: {'; '.join(problems)}. Promote another one by its number, of "
+                    f"{_listed(self._numbers())}"
+                )
+            state.aliases["production"] = back
+            del state.aliases["previous"]
+            if version.parent is not None and self.store.exists(_manifest(version.parent)):
+                state.aliases["previous"] = version.parent
+            event = _event("rollback", now, back, reason, by)
+            state.events.append(event | ({"discard": now} if discard else {}))
+        return version
+
+    # --- whether it is sound
+
+    def verify(self, which: int | str | None = None) -> list[str]:
+        """What is wrong with a version, or with all of them and the aliases; see :meth:`inspect`.
+
+        Example:
+            >>> Registry("memory://doc/empty").verify()
+            []
+        """
+        return [finding.words for finding in self.inspect(which)]
+
+    def inspect(self, which: int | str | None = None) -> list[Finding]:
+        """Compare everything with what it should be.
+
+        Of a version: files that are missing, damaged, cut short or in none of the manifest's business; a manifest of
+        another format; held-out slices that are missing or damaged, without which the version answers, but no update
+        can start from it. Of the registry: the aliases.
+
+        Args:
+            which: the number or alias of a version; None for the whole registry.
+
+        Raises:
+            RegistryError: when there is no such version.
+        """
+        if which is not None:
+            number = self._number(which)
+            if number not in self._numbers():
+                raise RegistryError(f"{self.store.root} has no version {number}; it has {_listed(self._numbers())}")
+            return self._inspect(number)
+        findings = []
+        try:
+            for alias, number in self.aliases.items():
+                if not self.store.exists(_manifest(number)):
+                    findings.append(Finding(None, f"{alias} names version {number}, which does not exist", False))
+        except RegistryError as error:
+            findings.append(Finding(None, str(error), False))
+        for number in self._numbers():
+            if self.store.exists(_manifest(number)):
+                findings += self._inspect(number)
+        return findings
+
+    def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
+        """What changed from one version to another.
+
+        Returns:
+            ``a`` and ``b``, the numbers; ``manifest``, ``records``, ``metrics``, ``seconds`` and ``config``: by name
+            (nested ones joined by dots) the pair of values, where they differ, None where one has none (all of
+            ``records`` and ``metrics``); ``classes``: ``added`` and ``removed``; ``files``: ``added``, ``removed`` and
+            ``changed``, by name the pair of sizes, and how many are ``unchanged``; ``size``: the pair of sizes of all
+            files, in bytes.
+        """
+        one, two = self.version(a), self.version(b)
+        first, second = one.manifest, two.manifest
+        sizes = self.store.sizes(_folder(one.number)), self.store.sizes(_folder(two.number))
+        plain = [
+            name
+            for name in dict.fromkeys((*first, *second))
+            if not isinstance(first.get(name, second.get(name)), dict | list)
+        ]
+        files: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}, "unchanged": 0}
+        for name in sorted({**first["files"], **second["files"]}):
+            hashes = first["files"].get(name), second["files"].get(name)
+            if hashes[0] == hashes[1]:
+                files["unchanged"] += 1
+                continue
+            kind = "added" if hashes[0] is None else "removed" if hashes[1] is None else "changed"
+            files[kind][name] = [size.get(name) for size in sizes]
+        classes = [list(manifest.get("classes") or []) for manifest in (first, second)]
+        return {
+            "a": one.number,
+            "b": two.number,
+            "manifest": _changes({name: first.get(name) for name in plain}, {name: second.get(name) for name in plain}),
+            "records": _changes(first.get("records"), second.get("records"), all_of_them=True),
+            "metrics": _changes(first.get("metrics"), second.get("metrics"), all_of_them=True),
+            "seconds": _changes(first.get("seconds"), second.get("seconds")),
+            "config": _changes(first.get("config"), second.get("config")),
+            "classes": {
+                "added": [name for name in classes[1] if name not in classes[0]],
+                "removed": [name for name in classes[0] if name not in classes[1]],
+            },
+            "files": files,
+            "size": [sum(size.values()) for size in sizes],
+        }
+
+    # --- what it no longer needs
+
+    def garbage(self, keep: int = 5, stale_days: float = 7.0) -> list[Garbage]:
+        """What :meth:`gc` would delete, in its order.
+
+        Raises:
+            RegistryError: when the aliases or a manifest that is needed to tell are damaged.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be positive, got {keep}: the newest version is never deleted")
+        numbers, aliases = self._numbers(), self.aliases
+        whole = list(self.store.read_all([_manifest(number) for number in numbers]))
+        published = [int(name.split("/")[1]) for name in whole]
+        retained = sorted({*published[-keep:], *aliases.values()})
+        manifests = [self.version(number).manifest for number in retained]
+
+        garbage = []
+        for number in numbers:
+            if number not in retained:
+                why = "old" if number in published else "never published whole"
+                garbage.append(self._garbage(_folder(number), why))
+        needed = {str(entry["file"]) for manifest in manifests for entry in manifest.get("slices") or []}
+        for name in self.store.list(_SLICES) if retained else []:
+            if f"{_SLICES}/{name}" not in needed:
+                garbage.append(self._garbage(f"{_SLICES}/{name}", "no version needs it"))
+        garbage += self._learnt_segments(manifests)
+        old = [name for name in self.store.leftovers() if self.store.age(name) > stale_days * _DAY]
+        garbage += [self._garbage(name, "left by a process that was killed") for name in old]
+        if self.store.exists(_STAGING) and self.store.age(_STAGING) > stale_days * _DAY:
+            garbage.append(self._garbage(_STAGING, "an update that nobody went on with"))
+        return garbage
+
+    def gc(self, keep: int = 5, dry_run: bool = False, *, stale_days: float = 7.0) -> list[str]:
+        """Delete old versions, and what only they needed.
+
+        Kept are the versions behind the aliases, the newest ``keep``, their held-out slices, the records after the
+        smallest ``consumed`` of theirs, the newest segment of records, and all quarantined records. It takes the
+        lease, unless this object or the parent process holds it.
+
+        Args:
+            keep: how many of the newest versions stay, promoted or refused.
+            dry_run: delete nothing.
+            stale_days: what killed processes have left half-written, and an unfinished update, is deleted when it
+                has not changed for so long.
+
+        Returns:
+            The names of what was, or would be, deleted.
+
+        Raises:
+            LeaseHeld: when another process is writing.
+        """
+        if dry_run:
+            return [entry.name for entry in self.garbage(keep, stale_days)]
+        leased = self._lease is not None and self._lease.held
+        with nullcontext() if leased else self.lease("evertune registry gc"):
+            names = [entry.name for entry in self.garbage(keep, stale_days)]
+            for name in names:
+                self._check_lease()
+                self.store.delete(name)
+        return names
+
+    # --- inside
+
+    def _learnt_segments(self, manifests: Sequence[Mapping[str, Any]]) -> Iterator[Garbage]:
+        """The segments of records that every retained version has learnt; never the newest."""
+        learnt = min((int(manifest.get("consumed") or 0) for manifest in manifests), default=0)
+        segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
+        newest = max((int(name.partition(".")[0]) for name in segments), default=0)
+        for name in segments:
+            if int(name.partition(".")[0]) <= min(learnt, newest - 1):
+                yield self._garbage(f"{_PENDING}/{name}", "every version that is kept has learnt it")
+
+    def _garbage(self, name: str, why: str) -> Garbage:
+        sizes = self.store.sizes(name)
+        return Garbage(name, sum(sizes.values()), why)
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(name) for name in self.store.list(_VERSIONS) if name.isdecimal() and str(int(name)) == name)
+
+    def _number(self, which: int | str) -> int:
+        if isinstance(which, int) or which.isdecimal():
+            return int(which)
+        if which not in ALIASES:
+            raise RegistryError(f"a version is named by its number or one of {', '.join(ALIASES)}, got {which!r}")
+        aliases = self.aliases
+        if which not in aliases:
+            raise RegistryError(
+                f"{self.store.root} has no {which} version: name one by its number, of {_listed(self._numbers())}"
+            )
+        return aliases[which]
+
+    def _parsed(self, number: int, content: bytes) -> Version:
+        """A version, if this is its manifest."""
+        address = self.store.address(_manifest(number))
+        try:
+            manifest = json.loads(content)
+            created = datetime.fromisoformat(manifest["created"])
+            if manifest["format"] != FORMAT:
+                raise RegistryError(
+                    f"{address} is of format {manifest['format']!r}, and this evertune reads format {FORMAT}: use the "
+                    "evertune that wrote it, or a newer one"
+                )
+            if manifest["version"] != number or not isinstance(manifest["files"], dict) or created.tzinfo is None:
+                raise ValueError(f"it is not of version {number}, or lacks files or a time zone")
+        except (ValueError, KeyError, TypeError) as error:
+            raise RegistryError(f"{address} is damaged or cut short ({error}): restore it from a backup") from None
+        return Version(number, manifest, self.store)
+
+    def _state(self) -> _State:
+        """What ``aliases.json`` says."""
+        address = self.store.address(_ALIASES)
+        repair = (
+            f"Restore it from a backup, or make a new one with `evertune registry promote {self.store.root} N --force`"
+        )
+        content = self.store.read_all([_ALIASES]).get(_ALIASES)
+        if content is None:
+            if self.next_number() > 1:
+                raise RegistryError(f"{address} is missing, though there are versions. {repair}")
+            return _State()
+        try:
+            parsed = json.loads(content)
+            aliases = {name: parsed[name] for name in ALIASES if parsed.get(name) is not None}
+            events = parsed["events"]
+            if not all(type(number) is int for number in aliases.values()):
+                raise ValueError("an alias is not a number")
+            if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+                raise ValueError("its events are no list")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RegistryError(f"{address} is damaged or cut short ({error}). {repair}") from None
+        return _State(aliases, events)
+
+    @contextmanager
+    def _changing(self, repair: bool = False) -> Iterator[_State]:
+        """The aliases, to be changed: read, compared and replaced while no other process does the same."""
+        with self.store.locked():
+            self._check_lease()
+            try:
+                state = self._state()
+            except RegistryError:
+                if not repair:
+                    raise
+                for damaged in self.store.read_all([_ALIASES]).values():
+                    self.store.write(f"{_ALIASES}.damaged", damaged)
+                state = _State()
+            before = state.encoded()
+            yield state
+            if state.encoded() != before:
+                self.store.write(_ALIASES, state.encoded())
+
+    def _check_lease(self) -> None:
+        if self._lease is not None and self._lease.held:
+            self._lease.check()
+
+    def _inspect(self, number: int, hashes: bool = True) -> list[Finding]:
+        """What is wrong with one version; without ``hashes``, only what can be seen without reading its files."""
+        folder, findings = _folder(number), []
+
+        def find(words: str, usable: bool = False) -> None:
+            findings.append(Finding(number, words, usable))
+
+        try:
+            manifest = self.version(number).manifest
+        except RegistryError as error:
+            return [Finding(number, str(error), False)]
+        there = self.store.sizes(folder)
+        for name, digest in manifest["files"].items():
+            if name not in there:
+                find(f"{folder}/{name} is missing")
+            elif hashes and self.store.sha256(f"{folder}/{name}") != digest:
+                find(f"{folder}/{name} is damaged or cut short: its sha256 is not the manifest's")
+        for name in sorted(there.keys() - manifest["files"].keys() - {MANIFEST}):
+            find(f"{folder}/{name} is not in the manifest: it was added later")
+        for entry in manifest.get("slices") or [] if hashes else []:
+            try:
+                if self.store.sha256(entry["file"]) != entry["sha256"]:
+                    find(f"{entry['file']} is damaged or cut short: no update can start from this version", usable=True)
+            except FileNotFoundError:
+                find(f"{entry['file']} is missing: no update can start from this version", usable=True)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                find(
+                    f"{_manifest(number)} names {entry!r} as a slice: no update can start from this version",
+                    usable=True,
+                )
+        return findings
+
+
+def _folder(number: int) -> str:
+    return f"{_VERSIONS}/{number}"
+
+
+def _manifest(number: int) -> str:
+    return f"{_VERSIONS}/{number}/{MANIFEST}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Version numbers for a message: the newest few."""
+    if not numbers:
+        return "none"
+    shown = ", ".join(str(number) for number in numbers[-10:])
+    return f"..., {shown}" if len(numbers) > 10 else shown
+
+
+def _summary(version: Version) -> str:
+    return str((version.manifest.get("verdict") or {}).get("summary") or "the gate gave no reason").rstrip(".")
+
+
+def _event(action: str, old: int | None, new: int, reason: str, by: str | None) -> dict[str, Any]:
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "action": action,
+        "from": old,
+        "to": new,
+        "reason": reason,
+        "by": by or _who(),
+    }
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a list of users
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names.
+
+    Example:
+        >>> _flat({"trainer": {"devices": 2}, "seed": 0})
+        {'trainer.devices': 2, 'seed': 0}
+    """
+    if not isinstance(value, Mapping):
+        return {prefix: value} if prefix else {}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _changes(a: Any, b: Any, all_of_them: bool = False) -> dict[str, list[Any]]:
+    """By name, the values of both, where they differ."""
+    first, second = _flat(a), _flat(b)
+    pairs = {name: [first.get(name), second.get(name)] for name in dict.fromkeys((*first, *second))}
+    return {name: pair for name, pair in pairs.items() if all_of_them or pair[0] != pair[1]}
