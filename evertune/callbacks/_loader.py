@@ -33,6 +33,10 @@ class Schedule:
         self._cells = torch.tensor([0, 0, _NEVER, 0, 0, _NEVER, 0, 0], dtype=torch.int64)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
 
+    def reset(self) -> None:
+        """Forget the updates. There must be no iterator at work."""
+        self._cells[2] = self._cells[5] = _NEVER
+
     def start_iterator(self, first_batch: int) -> None:
         """From now on the loader's iterator is a new one. There must be no other at work."""
         self._cells[1] = first_batch

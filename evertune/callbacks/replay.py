@@ -37,6 +37,7 @@ from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.outputs import logits_of, targets_of
 from evertune.ranks import is_writer
+from evertune.resume import restart_loaders
 from evertune.strategies.support import check_strategy, warn_about_stock_deepspeed
 
 _ALL = 1 << 62
@@ -115,12 +116,14 @@ class Replay(ContinualCallback):
         self._loader: DataLoader[Any] | None = None
         self._schedule = Schedule()
         self._is_writer = True
+        self._set_up_early = False  # whether the loader was, before Lightning had read its own part of the checkpoint
         self._experience_start = 0  # the number of the experience's first batch in the fit
         self._update_start = 0  # the number of the first batch with this update's draws, not before
         self._before: tuple[int, int] | None = (
             None  # where the update before it in the same fit started, and its number
         )
-        self._captured = b""  # from the checkpoint that a fit resumes from
+        self._resumed = False  # whether this fit goes on from a checkpoint with this callback's state
+        self._captured = b""  # from that checkpoint
 
     # --- the loader
 
@@ -132,7 +135,7 @@ class Replay(ContinualCallback):
         warn_about_stock_deepspeed(trainer, "Replay")
         if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
-        self._trainer, self._loader, self._schedule = trainer, None, Schedule()
+        self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
         self._is_writer = trainer.local_rank == 0
         if trainer.world_size > 1:
             directory, generation = trainer.strategy.broadcast((str(self.memory.directory), self.memory.generation))
@@ -149,9 +152,15 @@ class Replay(ContinualCallback):
         trainer.strategy.process_dataloader = process_and_wrap  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse several loaders."""
+        """Refuse several loaders; start anew with one that was set up before the checkpoint was read."""
         if not isinstance(trainer.train_dataloader, DataLoader):
             raise ValueError("Replay does not support several training loaders at once; pass one DataLoader")
+        if self._resumed and self._set_up_early:
+            assert trainer.fit_loop._combined_loader is not None
+            trainer.fit_loop._combined_loader.reset()  # no worker may be at work now
+            self._start_schedule(trainer)
+            restart_loaders(trainer)
+        self._captured = b""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning makes a new iterator over the loader right after this, except in the first epoch of a fit."""
@@ -215,17 +224,24 @@ class Replay(ContinualCallback):
             ),
         )
         if first_of_fit:
-            if not trainer.fit_loop.is_resuming:
-                self._experience_start = self._update_start = _batches_done(trainer)
-                self._before = None
-            elif self._captured and trainer.global_rank == 0:
-                (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
-            self._captured = b""
-            if self._before is not None:
-                self._schedule.start_update(*self._before, self.memory.generation - 1)
-            self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
-        self._start_iterator(trainer)
+            self._set_up_early = not trainer.fit_loop.is_resuming
+            self._start_schedule(trainer)
+        else:
+            self._start_iterator(trainer)
         return self._loader
+
+    def _start_schedule(self, trainer: pl.Trainer) -> None:
+        """Tell the loader which batch is its first, and which memory it draws from."""
+        if not self._resumed:
+            self._experience_start = self._update_start = _batches_done(trainer)
+            self._before = None
+        elif self._captured and trainer.global_rank == 0:
+            (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
+        self._schedule.reset()
+        if self._before is not None:
+            self._schedule.start_update(*self._before, self.memory.generation - 1)
+        self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
+        self._start_iterator(trainer)
 
     def _start_iterator(self, trainer: pl.Trainer) -> None:
         for spool in self._spools():
@@ -365,6 +381,7 @@ class Replay(ContinualCallback):
         self.experience_index = state_dict["experience_index"]
         self._experience_start, self._update_start = state_dict["experience_start"], state_dict["update_start"]
         self._captured = state_dict["captured"].numpy().tobytes()
+        self._resumed = True
         _barrier()
 
     def save(self, directory: str | Path) -> None:

@@ -27,6 +27,7 @@ from evertune.lightning_modules.saving import (
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
 from evertune.locate import locate
 from evertune.ranks import is_writer
+from evertune.resume import resume_loaders
 
 
 class TransformerModule(pl.LightningModule):
@@ -180,6 +181,10 @@ class TransformerModule(pl.LightningModule):
         factor = partial(learning_rate_factor, n_warmup=n_warmup, n_steps=n_steps, schedule=self.schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Resume in the middle of an epoch, though the schedule has had the loaders set up before the checkpoint."""
+        resume_loaders(self.trainer)
 
     # --- folders
 
