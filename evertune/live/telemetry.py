@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -200,7 +201,10 @@ def _handler(telemetry: Telemetry) -> type[BaseHTTPRequestHandler]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: ``time``, ``level``, ``event``, ``message``, and what was passed as ``extra``."""
+    """One JSON object a line: ``time``, ``level``, ``event``, ``message``, and what was passed as ``extra``.
+
+    Passwords in URLs are blotted out.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -212,7 +216,27 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name != "event"}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return without_passwords(json.dumps(line, default=str))
+
+
+class Words(logging.Formatter):
+    """Time, level and message, for people."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
+def without_passwords(words: str) -> str:
+    """The words with the passwords in URLs blotted out.
+
+    Example:
+        >>> without_passwords("redis://feed:secret@broker:6379 does not answer")
+        'redis://feed:***@broker:6379 does not answer'
+    """
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", words)
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:
@@ -227,8 +251,7 @@ def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     as_json = not handler.stream.isatty() if as_json is None else as_json
-    words = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(JsonLines() if as_json else words)
+    handler.setFormatter(JsonLines() if as_json else Words())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("evertune").setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import select
 import signal
 import socket
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from evertune.live.alerts import Alert
-from evertune.live.telemetry import Telemetry
+from evertune.live.telemetry import Telemetry, without_passwords
 from evertune.live.triggers import Situation, Trigger
 from evertune.streams.source import SourceError
 
@@ -106,8 +105,8 @@ class Watch:
     when it works again.
 
     SIGTERM or SIGINT ends it: at once when no update is under way; else the update gets a SIGTERM and ``grace``
-    seconds, then it is killed. A second signal kills it at once. Should this process be killed itself, an update that has called
-    :func:`end_with_supervisor` ends too.
+    seconds, then it is killed. A second signal kills it at once. Should this process be killed itself, an update that
+    has called :func:`end_with_supervisor` ends too.
 
     Example::
 
@@ -313,10 +312,10 @@ class Watch:
         return None
 
     def _failed(self, trouble: _Trouble, words: str, where: str, exc_info: bool = False) -> None:
-        words = _without_passwords(words)
+        words = without_passwords(words)
         pause = trouble.failed()
         self.telemetry.failed(where, words)
-        about = {"event": "error", "where": where}
+        about = {"event": "error", "where": where, "pause": pause}
         logger.error("%s; next try in %.0f s", words, pause, extra=about, exc_info=exc_info)
         if trouble.count in (1, self.settings.max_errors):
             trouble.told = True
@@ -343,7 +342,7 @@ class Watch:
         return True
 
     def _say(self, event: str, words: str, level: int = logging.INFO, **facts: Any) -> None:
-        words = _without_passwords(words.strip())
+        words = without_passwords(words.strip())
         logger.log(level, "%s", words, extra={"event": event, **facts})
         if event in ("drift", "refusal", "quarantine", "error", "recovery", "promotion"):
             self._alert(event, words, **facts)
@@ -456,7 +455,3 @@ def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
 def _kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _without_passwords(words: str) -> str:
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", words)
