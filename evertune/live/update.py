@@ -196,6 +196,7 @@ class Updater:
         Raises:
             SourceError: when the source cannot be read on.
         """
+        self._quarantine_discarded()
         production = self.registry.production
         return self._intake.run(start=production.manifest["offset"] if production else None)
 
@@ -481,8 +482,27 @@ class Updater:
         return "rebuild"
 
     def _pending(self, production: Version | None) -> list[Segment]:
-        """The segments of the journal that production has not learnt."""
-        return self.journal.segments(after=production.manifest["consumed"] if production else 0)
+        """The segments of the journal that production has not learnt, and nobody has given up."""
+        learnt = [version.manifest["consumed"] for version in (production, *self._discarded()) if version]
+        return self.journal.segments(after=max(learnt, default=0))
+
+    def _discarded(self) -> list[Version]:
+        """The versions rolled back from since the last promotion whose records are not to be learnt again."""
+        numbers = []
+        for event in reversed(self.registry.events):
+            if event["action"] == "promote":
+                break
+            if event.get("discard") is not None:
+                numbers.append(event["discard"])
+        return [version for version in self.registry.versions() if version.number in numbers]
+
+    def _quarantine_discarded(self) -> None:
+        production = self.registry.production
+        for version in self._discarded():
+            after = production.manifest["consumed"] if production else 0
+            segments = [s for s in self.journal.segments(after=after) if s.number <= version.manifest["consumed"]]
+            reason = f"learnt by version {version.number}, which was rolled back"
+            self.journal.quarantine(reason, self._rows(segments), f"discarded-{version.number}")
 
     def _at_most(self, segments: Sequence[Segment]) -> list[Segment]:
         """As many segments as hold ``max_records``, at least one."""
