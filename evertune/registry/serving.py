@@ -1,0 +1,315 @@
+"""The version in production, ready to predict, in the process that serves it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from evertune.files import sha256
+from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL = "model/"
+PATIENCE = 10.0
+"""Seconds that the end of the process, or ``close``, waits for a version that is being loaded."""
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor(Protocol):
+    """What a module class has to offer to be served: a module from a folder, which answers texts."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, /) -> Any:
+        """Read a module from a folder."""
+
+    def predict(self, texts: Sequence[Any], /) -> Any:
+        """Answer texts."""
+
+
+def load(
+    registry: Registry | str | Path,
+    alias: str | int = "production",
+    follow: float | None = None,
+    *,
+    module_class: type[Predictor] | None = None,
+    device: str | torch.device | None = None,
+    on_change: Callable[[Version], None] | None = None,
+) -> Served:
+    """Load the version behind an alias, verified, ready to ``predict``.
+
+    With ``follow``, a thread looks at the alias every so many seconds, loads a new version beside the old one (there
+    must be memory for two) and swaps them; requests under way finish on the old one. A rollback is followed in the same
+    way. A version that is damaged or cannot be loaded never takes over: the old one stays, and a warning is logged.
+
+    Args:
+        registry: a registry, its folder or its URL.
+        alias: ``production``, ``previous``, ``candidate`` or the number of a version.
+        follow: seconds between two looks at the alias; None stays with the version found now. A thread does not survive
+            a fork: load in each worker process.
+        module_class: the class of a module that is not evertune's own. No class is ever loaded by a name in a file,
+            but evertune's own.
+        device: where the module goes; None for the GPU if there is one, else the CPU.
+        on_change: called with the new version after each swap.
+
+    Raises:
+        RegistryError: when there is no registry, no such version, or it is damaged.
+        ValueError: for an unknown alias, or a ``follow`` that is not positive or comes with the number of a version.
+
+    Example::
+
+        with evertune.load("registry", follow=5) as served:
+            served.predict(["Shares fell after the merger."])  # [{"business": 0.98, "sport": 0.02}]
+            served.version.number  # 7
+    """
+    if not _is_number(alias) and alias not in ALIASES:
+        raise ValueError(f"alias must be one of {', '.join(ALIASES)} or the number of a version, got {alias!r}")
+    if follow is not None and follow <= 0:
+        raise ValueError(f"follow must be a positive number of seconds, or None, got {follow}")
+    if follow is not None and _is_number(alias):
+        raise ValueError(f"version {alias} never changes, so there is nothing to follow: pass an alias, or follow=None")
+    registry = registry if isinstance(registry, Registry) else Registry(registry)
+    served = Served(registry, alias, module_class=module_class, device=device, on_change=on_change)
+    if follow is not None:
+        served.follow(follow)
+    return served
+
+
+@dataclass(frozen=True, eq=False)
+class Answering:
+    """A version and its module: both of one piece, whatever is swapped meanwhile."""
+
+    version: Version
+    module: Any
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def predict(self, texts: Sequence[Any], **settings: Any) -> Any:
+        """What ``module.predict`` returns. Threads take turns: a tokenizer holds the settings of one call at a time."""
+        with self._turn:
+            return self.module.predict(texts, **settings)
+
+
+class Served:
+    """The version behind an alias; :func:`load` makes one. Its methods may be called from any thread.
+
+    Attributes:
+        problem: why the version that the alias names is not the one that answers; None when it is.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        alias: str | int = "production",
+        *,
+        module_class: type[Predictor] | None = None,
+        device: str | torch.device | None = None,
+        on_change: Callable[[Version], None] | None = None,
+    ) -> None:
+        self.problem: str | None = None
+        self._registry = registry
+        self._alias = alias
+        self._module_class = module_class
+        self._device = device
+        self._on_change = on_change
+        self._loading = threading.Lock()
+        self._failed: int | None = None
+        self._warned: tuple[int | None, type[Exception]] | None = None
+        self._end: Callable[[], None] | None = None
+        self._answering = self._open(self._wanted())
+
+    def __repr__(self) -> str:
+        return f"Served(version {self.version.number} of {self._registry.store.root!r}, {self._alias!r})"
+
+    @property
+    def answering(self) -> Answering:
+        """The version and its module together, for answers that must say which version gave them.
+
+        Example::
+
+            answering = served.answering
+            log(answering.version.number, answering.predict(texts))
+        """
+        return self._answering
+
+    @property
+    def version(self) -> Version:
+        """The version that answers now."""
+        return self._answering.version
+
+    @property
+    def module(self) -> Any:
+        """The module that answers now, in evaluation mode, its weights without gradients."""
+        return self._answering.module
+
+    def predict(self, texts: Sequence[Any], **settings: Any) -> Any:
+        """What the module's ``predict`` returns; all answers of one call are of one version."""
+        return self._answering.predict(texts, **settings)
+
+    def refresh(self) -> bool:
+        """Look at the alias now and load its version if it is another one; whether it was.
+
+        Raises:
+            RegistryError: when it is damaged, or there is none; the old one goes on answering.
+        """
+        return self._take(self._wanted())
+
+    def follow(self, seconds: float) -> None:
+        """Let a thread :meth:`refresh` every so many seconds, until :meth:`close` or until nobody holds this object."""
+        self.close()
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_watch, args=(weakref.ref(self), stop, seconds), name="evertune-follow", daemon=True
+        )
+        self._end = weakref.finalize(self, _stop, stop, thread)
+        thread.start()
+
+    def close(self) -> None:
+        """Stop following; the version at hand goes on answering."""
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wanted(self) -> int:
+        """The number of the version that should answer."""
+        if _is_number(self._alias):
+            return int(self._alias)
+        number = self._registry.aliases.get(str(self._alias))
+        if number is None:
+            raise RegistryError(_absent(self._registry, str(self._alias)))
+        return number
+
+    def _take(self, number: int) -> bool:
+        """Let a version answer; whether it is another one than before."""
+        with self._loading:
+            changed = number != self.version.number
+            if changed:
+                self._answering = self._open(number)
+            self._failed = self._warned = self.problem = None
+        if changed:
+            logger.info("version %d of %s answers now", number, self._registry.store.root)
+            self._announce()
+        return changed
+
+    def _announce(self) -> None:
+        if self._on_change is not None:
+            try:
+                self._on_change(self.version)
+            except Exception:
+                logger.exception("on_change failed at version %d", self.version.number)
+
+    def _look(self) -> None:
+        """One round of the thread. What failed is tried again when the alias has moved.
+
+        Where the store cannot be reached, it is tried again in every round.
+        """
+        number: int | None = None
+        try:
+            number = self._wanted()
+            if number != self._failed:
+                self._take(number)
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+            self._failed = None if isinstance(error, OSError) else number
+            if self._warned != (number, type(error)):
+                self._warned = (number, type(error))
+                what = self._alias if number is None else f"version {number}"
+                logger.warning("%s is not loaded, version %d stays: %s", what, self.version.number, self.problem)
+
+    def _open(self, number: int) -> Answering:
+        version = self._registry.version(number)
+        folder = version.folder()
+        _verify(version, folder, self._registry)
+        module: Any = (self._module_class or _own_class(version)).from_pretrained(folder / MODEL)
+        return Answering(version, _ready(module, self._device))
+
+
+def _watch(reference: weakref.ref[Served], stop: threading.Event, seconds: float) -> None:
+    while not stop.wait(seconds):
+        served = reference()
+        if served is None:
+            return
+        served._look()
+        del served
+
+
+def _stop(stop: threading.Event, thread: threading.Thread) -> None:
+    """End the thread, and wait for it: a library that loads while the interpreter goes away may crash."""
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(PATIENCE)
+
+
+def _is_number(alias: str | int) -> bool:
+    return isinstance(alias, int) or alias.isdecimal()
+
+
+def _absent(registry: Registry, alias: str) -> str:
+    """Why an alias names no version, and what to do."""
+    root, numbers = registry.store.root, [version.number for version in registry.versions()]
+    if not numbers:
+        return f"{root} holds no versions: check the path, or make the first one with `evertune update --config ...`"
+    return (
+        f"{root} has no {alias} version yet: promote one of {numbers} with `evertune registry promote {root} N`, "
+        "or load one by its number"
+    )
+
+
+def _verify(version: Version, folder: Path, registry: Registry) -> None:
+    """Compare the model's files with the manifest: nothing missing, nothing changed, nothing added."""
+    expected = {name: digest for name, digest in version.manifest["files"].items() if name.startswith(MODEL)}
+    found = {path.relative_to(folder).as_posix() for path in (folder / MODEL).rglob("*") if path.is_file()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
+    problems += [f"{name} is not in its manifest" for name in sorted(found - expected.keys())]
+    problems += [
+        f"{name} does not match its sha256"
+        for name in sorted(expected.keys() & found)
+        if sha256(folder / name) != expected[name]
+    ]
+    if problems or not expected:
+        root = registry.store.root
+        raise RegistryError(
+            f"version {version.number} of {root} is damaged: {'; '.join(problems) or 'it holds no model'}. "
+            f"If it is in production, go back with `evertune registry rollback {root}`"
+        )
+
+
+def _own_class(version: Version) -> Any:
+    """The class that the manifest names, if it is one of evertune's own modules."""
+    from evertune import lightning_modules as own
+
+    named = {name: getattr(own, name) for name in own.__all__}
+    modules = {
+        name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, own.TransformerModule)
+    }
+    name = version.manifest.get("module")
+    if name not in modules:
+        raise RegistryError(
+            f"version {version.number} holds a {name}, which is none of evertune's own modules {sorted(modules)}: "
+            "pass its class as module_class="
+        )
+    return modules[name]
+
+
+def _ready(module: Any, device: str | torch.device | None) -> Any:
+    """A module that only answers: in memory of its own, with nothing left to read from the registry."""
+    import torch
+
+    if isinstance(module, torch.nn.Module):
+        module.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()  # it may be a view of the file: if that is cut short, we would crash
+        getattr(module, "tokenizer", None)  # a transformer reads it when first asked for
+    return module
