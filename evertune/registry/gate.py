@@ -12,7 +12,7 @@ import numpy as np
 
 from evertune.registry import statistics
 from evertune.registry.label_noise import known_classes as classes_seen
-from evertune.registry.label_noise import label_noise
+from evertune.registry.label_noise import Noise, label_noise
 from evertune.registry.predictions import Cost, Predictions
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ class Gate:
             if self.min_new_accuracy is not None:
                 checks.append(_at_least("new accuracy", new, fresh[1], self.min_new_accuracy))
             checks += self._agreement(new, fresh[1], pooled[1])
-            checks += self._label_noise(new, [fresh] if shown is None else [fresh, shown], list(past.values()))
+            checks += self._label_noise(new, fresh, shown, list(past.values()))
         if costs is not None:
             checks += self._costs(*costs)
         return Verdict.of(checks)
@@ -438,23 +438,33 @@ class Gate:
     def _label_noise(
         self,
         new: str,
-        fresh: list[tuple[Predictions, Predictions]],
+        fresh: tuple[Predictions, Predictions],
+        shown: tuple[Predictions, Predictions] | None,
         past: list[tuple[Predictions, Predictions]],
     ) -> list[Check]:
+        """Tests of the held-out records, and of all that were given: what was learnt by heart is contradicted by one
+        version only, so that the records trained on may hide what the held-out ones show; if not, they are many more.
+        """
         limit = self.max_label_noise
         if limit is None:
             return []
-        known = classes_seen([old for old, _ in fresh + past], [old for old, _ in past])
-        now = label_noise([old for old, _ in fresh], [one for _, one in fresh], known)
-        then = label_noise([old for old, _ in past], [one for _, one in past], known)
-        p_value = statistics.fisher(now.contradicted, now.records, then.contradicted, then.records)
-        words = (
-            f"about {_percent(now.share)} of the new labels look wrong: both versions contradict {now.contradicted} "
-            f"of {now.records} with confidence, and {then.contradicted} of {then.records} past ones "
-            f"(p = {_p(p_value)}, limit {100 * limit:.1f} points more than in the past)"
-        )
-        passed = not (now.share - then.share > limit and p_value < self.alpha)
-        return [_check("label noise", new, then.share, now.share, limit, passed, words, p_value)]
+        sets = {new: [fresh]} if shown is None else {new: [fresh], f"{new}, all records": [fresh, shown]}
+        everything = [fresh, *past] if shown is None else [fresh, shown, *past]
+        known = classes_seen((old for old, _ in everything), (old for old, _ in past))
+        then = _noise(past, known)
+        usual = (then.contradicted + 1) / (then.sure + 2)  # Laplace's rule: few past records do not prove that it is 0
+        found = {name: _noise(pairs, known) for name, pairs in sets.items()}
+        p_values = statistics.holm([statistics.binomial_tail(n.contradicted, n.sure, usual) for n in found.values()])
+        checks = []
+        for (name, now), p_value in zip(found.items(), p_values, strict=True):
+            words = (
+                f"about {_percent(now.share)} of the labels of {name!r} look wrong: of {now.sure} records that both "
+                f"versions are sure of, {now.contradicted} have another label; of {then.sure} past ones "
+                f"{then.contradicted} (p = {_p(p_value)}, limit {100 * limit:.1f} points more than in the past)"
+            )
+            passed = not (now.share - then.share > limit and p_value < self.alpha)
+            checks.append(_check("label noise", name, then.share, now.share, limit, passed, words, p_value))
+        return checks
 
     def _costs(self, old: Cost, now: Cost) -> list[Check]:
         compared: list[tuple[str, float, float, float | None, Unit]] = [
@@ -514,6 +524,10 @@ def pool(parts: Iterable[Predictions]) -> Predictions:
         np.concatenate([np.empty(0), *(part.confidence for part in slices)]),
         np.concatenate([np.empty(0), *(part.label_probability for part in slices)]),
     )
+
+
+def _noise(pairs: Sequence[tuple[Predictions, Predictions]], known: set[str]) -> Noise:
+    return label_noise([old for old, _ in pairs], [now for _, now in pairs], known)
 
 
 def _grouped(

@@ -48,20 +48,6 @@ def mcnemar(losses: int, gains: int) -> float:
     return binomial_tail(losses, losses + gains, 0.5)
 
 
-def fisher(successes: int, trials: int, successes_before: int, trials_before: int) -> float:
-    """The one-sided p-value of a higher rate than before (Fisher's exact test of a 2 x 2 table).
-
-    Example:
-        >>> round(fisher(3, 3, 0, 3), 6)
-        0.05
-    """
-    total, both = trials + trials_before, successes + successes_before
-    all_draws = _log_choose(total, trials)
-    counts = range(max(successes, both - trials_before), min(trials, both) + 1)
-    logs = [_log_choose(both, k) + _log_choose(total - both, trials - k) - all_draws for k in counts]
-    return _sum_of_exponentials(logs)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for being several (Holm 1979).
 
