@@ -1,0 +1,51 @@
+"""``evertune watch``: keep a registry up to date as records arrive."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evertune.live.watch import WatchSettings
+
+
+def watch(arguments: Sequence[str]) -> int:
+    """Watch as a configuration describes it: that of ``evertune update``, and its section ``watch``.
+
+    Each update is made by a child process, ``evertune update`` with the same arguments, so that it reads the
+    configuration again.
+
+    Args:
+        arguments: without the name of the command.
+
+    Returns:
+        The exit code: 0 after SIGTERM or SIGINT; 1 when it cannot start, or has lost the registry to another process.
+    """
+    from evertune.launch.update import updater_from
+    from evertune.live.telemetry import log_to
+    from evertune.live.watch import Watch
+    from evertune.registry.store import RegistryError
+
+    command = [sys.executable, "-m", "evertune", "update", *arguments]
+    try:
+        updater, options = updater_from(arguments, "evertune watch")
+        settings = _settings(vars(options)["watch"])
+        log_to(as_json=None if settings.log == "auto" else settings.log == "json")
+        return Watch(updater, command, settings).run()
+    except (RegistryError, OSError, ValueError, ArgumentError, ModuleNotFoundError) as error:
+        print(f"evertune watch: {error}", file=sys.stderr)
+        return 1
+
+
+def _settings(section: Mapping[str, Any]) -> WatchSettings:
+    """The section ``watch``, checked here and not by an update, which needs none of its secrets."""
+    from jsonargparse import ArgumentParser
+
+    from evertune.live.watch import WatchSettings
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(WatchSettings, "watch")
+    settings: WatchSettings = parser.instantiate(parser.parse_object({"watch": section}))["watch"]
+    return settings
