@@ -420,7 +420,7 @@ class Registry:
         plain = [
             name
             for name in dict.fromkeys((*first, *second))
-            if not isinstance(first.get(name, second.get(name)), dict | list)
+            if name != "version" and not isinstance(first.get(name, second.get(name)), dict | list)
         ]
         files: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}, "unchanged": 0}
         for name in sorted({**first["files"], **second["files"]}):

@@ -1,0 +1,346 @@
+"""``evertune registry``: look at the versions of a registry, change which is in production, check and clean up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_UNKNOWN = "\N{EN DASH}"
+
+
+def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``registry`` and its commands to a parser; what they parse is for :func:`run_registry`."""
+    parser = subparsers.add_parser(
+        "registry",
+        help="look at versions, promote, roll back, verify, clean up",
+        description="Look at the versions of a registry, change which is in production, check and clean up.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, words: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        action.add_argument("registry", metavar="REGISTRY", help="its folder, or its URL: s3://bucket/registry")
+        action.add_argument("--json", action="store_true", help="print JSON, for machines")
+        return action
+
+    one_of = f"its number, or {', '.join(ALIASES)}"
+    listing = add("list", "list all versions")
+    listing.add_argument("--events", action="store_true", help="list what happened to the aliases instead")
+    show = add("show", "show all that is known of a version")
+    show.add_argument("version", nargs="?", default="production", help=f"{one_of} (default: production)")
+    promote = add("promote", "put a version into production")
+    promote.add_argument("version", help=one_of)
+    promote.add_argument("--reason", default="", help="why, for the list of events")
+    promote.add_argument(
+        "--force",
+        action="store_true",
+        help="even if the gate refused it; also makes new aliases where they are damaged",
+    )
+    promote.add_argument("--no-verify", action="store_true", help="do not compare its files with their sha256 first")
+    rollback = add("rollback", "put the previous version back into production")
+    rollback.add_argument("--reason", default="", help="why, for the list of events")
+    rollback.add_argument(
+        "--discard", action="store_true", help="do not learn again what the version rolled back from had learnt"
+    )
+    diff = add("diff", "compare two versions")
+    diff.add_argument("a", nargs="?", default="previous", help=f"{one_of} (default: previous)")
+    diff.add_argument("b", nargs="?", default="production", help=f"{one_of} (default: production)")
+    verify = add("verify", "compare all files with their sha256")
+    verify.add_argument("version", nargs="?", help=f"{one_of} (default: the whole registry)")
+    gc = add("gc", "delete old versions and what only they needed")
+    gc.add_argument("--keep", type=int, default=5, help="how many of the newest versions stay (default: 5)")
+    gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    gc.add_argument(
+        "--stale-days", type=float, default=7.0, help="days after which unfinished things are deleted (default: 7)"
+    )
+
+
+def run_registry(arguments: argparse.Namespace) -> int:
+    """Run one of the commands.
+
+    Returns:
+        The exit code: 0, or 1 when something is wrong, which is then told in one line on standard error.
+    """
+    try:
+        registry = Registry(arguments.registry)
+        if not registry.store.list():
+            raise RegistryError(
+                f"there is no registry at {registry.store.root}: check the path, and that it is mounted"
+            )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            code = _ACTIONS[arguments.action](registry, arguments)
+        for warning in caught:
+            _complain(arguments, str(warning.message))
+        return code
+    except (RegistryError, OSError, ValueError, ModuleNotFoundError) as error:
+        _complain(arguments, str(error))
+        return 1
+
+
+def _complain(arguments: argparse.Namespace, words: str) -> None:
+    print(f"evertune registry {arguments.action}: {' '.join(words.split())}", file=sys.stderr)
+
+
+def _list(registry: Registry, arguments: argparse.Namespace) -> int:
+    if arguments.events:
+        columns = ["time", "action", "from", "to", "reason", "by"]
+        rows = [[event.get(column) for column in columns] for event in registry.events]
+        _print(arguments, registry.events, lambda: [_table(columns, rows)])
+        return 0
+    problem = ""
+    try:
+        aliases = registry.aliases
+    except RegistryError as error:  # the versions are what one needs to see then
+        problem, aliases = str(error), {}
+    versions = registry.versions()
+    found: dict[str, Any] = {
+        "registry": registry.store.root,
+        "aliases": aliases,
+        "versions": [_line(version, aliases) for version in versions],
+    }
+
+    def tables() -> Iterable[Any]:
+        if not versions:
+            return [f"{registry.store.root} holds no version yet"]
+        columns = ["version", "alias", "created (UTC)", "parent", "kind", "records", "accuracy", "verdict", "reason"]
+        rows = [
+            [
+                line["version"],
+                " ".join(line["aliases"]),
+                line["created"][:16].replace("T", " "),
+                line["parent"],
+                line["kind"],
+                line["records"].get("train"),
+                _percent(line["average_accuracy"]),
+                "passed" if line["passed"] else "refused",
+                line["reason"],
+            ]
+            for line in found["versions"]
+        ]
+        return [_table(columns, rows, right=("version", "parent", "records", "accuracy"))]
+
+    _print(arguments, found, tables)
+    if problem:
+        raise RegistryError(problem)
+    return 0
+
+
+def _line(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
+    """A version in a list."""
+    manifest = version.manifest
+    summary = (manifest.get("verdict") or {}).get("summary")
+    return {
+        "version": version.number,
+        "aliases": [alias for alias, number in aliases.items() if number == version.number],
+        "created": manifest["created"],
+        "parent": version.parent,
+        "kind": manifest.get("kind"),
+        "experience": version.experience,
+        "records": manifest.get("records") or {},
+        "average_accuracy": (manifest.get("metrics") or {}).get("average_accuracy"),
+        "passed": version.passed,
+        "reason": (manifest.get("reason") or summary) if version.passed else summary,
+    }
+
+
+def _show(registry: Registry, arguments: argparse.Namespace) -> int:
+    version = registry.version(arguments.version)
+    manifest, aliases = version.manifest, registry.aliases
+    events = [event for event in registry.events if version.number in (event.get("from"), event.get("to"))]
+    sizes = registry.store.sizes(f"versions/{version.number}")
+    found = {**manifest, "aliases": _line(version, aliases)["aliases"], "size": sum(sizes.values()), "events": events}
+
+    def tables() -> Iterable[Any]:
+        verdict, metrics = manifest.get("verdict") or {}, dict(manifest.get("metrics") or {})
+        accuracy = metrics.pop("accuracy", None) or {}
+        facts = {
+            "version": version.number,
+            "aliases": ", ".join(found["aliases"]),
+            **{name: manifest.get(name) for name in ("created", "parent", "kind", "experience", "reason")},
+            "verdict": f"{'passed' if version.passed else 'refused'}: {verdict.get('summary', '')}".rstrip(": "),
+            **_named(manifest.get("records"), "{} records"),
+            **{name.replace("_", " "): value for name, value in metrics.items()},
+            "classes": ", ".join(map(str, manifest.get("classes") or [])),
+            **{name: manifest.get(name) for name in ("module", "consumed", "offset")},
+            **_named(manifest.get("seconds"), "seconds to {}"),
+            **{name: manifest.get(name) for name in ("code", "config")},
+            "size": f"{_size(found['size'])} in {len(sizes)} files",
+        }
+        yield _table(["", ""], [[name, value] for name, value in facts.items() if value not in (None, "", {})])
+        if accuracy:
+            examples = {entry["name"]: entry["examples"] for entry in manifest.get("slices") or []}
+            rows = [[name, examples.get(name), _percent(value)] for name, value in accuracy.items()]
+            yield _table(["slice", "examples", "accuracy"], rows, right=("examples", "accuracy"))
+        if events:
+            columns = ["time", "action", "from", "to", "reason", "by"]
+            yield _table(columns, [[event.get(column) for column in columns] for event in events])
+
+    _print(arguments, found, tables)
+    return 0
+
+
+def _promote(registry: Registry, arguments: argparse.Namespace) -> int:
+    before = registry.aliases if not arguments.force else {}
+    version = registry.promote(
+        arguments.version, arguments.reason, verify=not arguments.no_verify, force=arguments.force
+    )
+    already = before.get("production") == version.number
+    words = f"version {version.number} is {'already ' if already else ''}in production"
+    _print(arguments, {"aliases": registry.aliases}, lambda: [words])
+    return 0
+
+
+def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
+    version = registry.rollback(arguments.reason, discard=arguments.discard)
+    event = registry.events[-1]
+    words = f"version {version.number} is in production again, in place of {event['from']}"
+    _print(arguments, {"aliases": registry.aliases, "event": event}, lambda: [words])
+    return 0
+
+
+def _diff(registry: Registry, arguments: argparse.Namespace) -> int:
+    found = registry.diff(arguments.a, arguments.b)
+    sides = [f"version {found['a']}", f"version {found['b']}"]
+
+    def tables() -> Iterable[Any]:
+        for part in ("manifest", "records", "metrics", "seconds", "config"):
+            if found[part]:
+                rows = [[name, *pair, _change(*pair)] for name, pair in found[part].items()]
+                yield _table([part, *sides, "change"], rows, right=("change",))
+        classes = [[sign, name] for sign in ("added", "removed") for name in found["classes"][sign]]
+        if classes:
+            yield _table(["classes", ""], classes)
+        files = [
+            [name, *(_UNKNOWN if size is None else _size(size) for size in pair), sign]
+            for sign in ("added", "removed", "changed")
+            for name, pair in found["files"][sign].items()
+        ]
+        total = ["all files", *map(_size, found["size"]), f"{found['files']['unchanged']} unchanged"]
+        yield _table(["files", *sides, "change"], [*files, total], right=sides)
+
+    _print(arguments, found, tables)
+    return 0
+
+
+def _verify(registry: Registry, arguments: argparse.Namespace) -> int:
+    findings = registry.inspect(arguments.version)
+    rows = [[finding.version or "aliases", "yes" if finding.usable else "no", finding.words] for finding in findings]
+    found = {
+        "sound": not findings,
+        "problems": [
+            {"version": finding.version, "usable": finding.usable, "problem": finding.words} for finding in findings
+        ],
+    }
+    sound = "the registry is sound" if arguments.version is None else f"version {arguments.version} is sound"
+    _print(arguments, found, lambda: [_table(["version", "usable", "problem"], rows) if findings else sound])
+    return 1 if findings else 0
+
+
+def _gc(registry: Registry, arguments: argparse.Namespace) -> int:
+    settings = {"keep": arguments.keep, "stale_days": arguments.stale_days}
+    if arguments.dry_run:
+        garbage = registry.garbage(**settings)
+    else:
+        with registry.lease("evertune registry gc"):
+            garbage = registry.garbage(**settings)
+            registry.gc(**settings)
+    size = sum(entry.size for entry in garbage)
+    found = {
+        "dry_run": arguments.dry_run,
+        "size": size,
+        "deleted": [{"name": entry.name, "size": entry.size, "why": entry.why} for entry in garbage],
+    }
+
+    def tables() -> Iterable[Any]:
+        if garbage:
+            rows = [[entry.name, _size(entry.size), entry.why] for entry in garbage]
+            yield _table(["would be deleted" if arguments.dry_run else "deleted", "size", "why"], rows, right=("size",))
+        yield f"{_size(size)} {'would be freed' if arguments.dry_run else 'freed'}" if garbage else "nothing to delete"
+
+    _print(arguments, found, tables)
+    return 0
+
+
+_ACTIONS = {
+    "list": _list,
+    "show": _show,
+    "promote": _promote,
+    "rollback": _rollback,
+    "diff": _diff,
+    "verify": _verify,
+    "gc": _gc,
+}
+
+
+def _print(arguments: argparse.Namespace, found: Any, tables: Any) -> None:
+    """JSON for machines; tables and lines for people, which are only made when they are wanted."""
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for number, part in enumerate(tables()):
+        if number:
+            console.print()
+        console.print(part, markup=False)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
+    for number, column in enumerate(columns):
+        last = number == len(columns) - 1
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
+    for row in rows:
+        table.add_row(*(Text(_text(value)) for value in row))
+    return table
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return _UNKNOWN
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _named(values: Mapping[str, Any] | None, pattern: str) -> dict[str, Any]:
+    return {pattern.format(name.replace("_", " ")): value for name, value in (values or {}).items()}
+
+
+def _change(a: Any, b: Any) -> str:
+    """By how much a number has changed; nothing for other values."""
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (a, b)):
+        return ""
+    return f"{b - a:+.4g}" if a != b else ""
+
+
+def _percent(share: float | None) -> str:
+    return _UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def _size(size: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> _size(999), _size(92_000_000)
+        ('999 B', '92.0 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
