@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from evertune.registry import statistics
-from evertune.registry.label_noise import known_classes as classes_seen
 from evertune.registry.label_noise import Noise, label_noise
+from evertune.registry.label_noise import known_classes as classes_seen
 from evertune.registry.predictions import Cost, Predictions
 
 if TYPE_CHECKING:
@@ -448,12 +448,13 @@ class Gate:
         limit = self.max_label_noise
         if limit is None:
             return []
-        sets = {new: [fresh]} if shown is None else {new: [fresh], f"{new}, all records": [fresh, shown]}
         everything = [fresh, *past] if shown is None else [fresh, shown, *past]
         known = classes_seen((old for old, _ in everything), (old for old, _ in past))
-        then = _noise(past, known)
+        then = sum((label_noise(*pair, known) for pair in past), Noise(0, 0))
         usual = (then.contradicted + 1) / (then.sure + 2)  # Laplace's rule: few past records do not prove that it is 0
-        found = {name: _noise(pairs, known) for name, pairs in sets.items()}
+        found = {new: label_noise(*fresh, known)}
+        if shown is not None:
+            found[f"{new}, all records"] = found[new] + label_noise(*shown, known, learnt=True)
         p_values = statistics.holm([statistics.binomial_tail(n.contradicted, n.sure, usual) for n in found.values()])
         checks = []
         for (name, now), p_value in zip(found.items(), p_values, strict=True):
@@ -524,10 +525,6 @@ def pool(parts: Iterable[Predictions]) -> Predictions:
         np.concatenate([np.empty(0), *(part.confidence for part in slices)]),
         np.concatenate([np.empty(0), *(part.label_probability for part in slices)]),
     )
-
-
-def _noise(pairs: Sequence[tuple[Predictions, Predictions]], known: set[str]) -> Noise:
-    return label_noise([old for old, _ in pairs], [now for _, now in pairs], known)
 
 
 def _grouped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ from evertune.registry.predictions import Label, Predictions
 
 UNSURE = 0.25
 """The part of its agreeing predictions that a witness is less sure of than it must be to count."""
-UNSURE_SECOND = 0.1
-"""The same for the new version where the one in production is the main witness."""
+UNSURE_LEARNT = 0.1
+"""The same for the second witness about records that it was trained on, which it half believes."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Noise:
         """
         return self.contradicted / self.sure if self.sure else 0.0
 
+    def __add__(self, other: Noise) -> Noise:
+        return Noise(self.sure + other.sure, self.contradicted + other.contradicted)
 
-def label_noise(champion: Sequence[Predictions], challenger: Sequence[Predictions], known: Collection[str]) -> Noise:
+
+def label_noise(old: Predictions, new: Predictions, known: Collection[str], learnt: bool = False) -> Noise:
     """Count the labels that are contradicted by those who are sure.
 
     A wrong label is a good text under another name. A model that can do the task is as sure of such a text as of any
@@ -51,19 +54,16 @@ def label_noise(champion: Sequence[Predictions], challenger: Sequence[Prediction
     meanings pass. About a class that the champion does not know, the challenger is the only witness.
 
     Args:
-        champion: predictions of the version in production, one for each set of records.
-        challenger: predictions of the new version about the same records.
+        old: predictions of the version in production, the champion.
+        new: predictions of the new version, the challenger, about the same records.
         known: the classes that the champion knows.
+        learnt: whether the challenger was trained on these records.
     """
-    sure = contradicted = 0
-    for old, new in zip(champion, challenger, strict=True):
-        known_to_both = _known(new.labels, known) & _known(new.predicted, known)
-        agree = np.array([_names(a) == _names(b) for a, b in zip(old.predicted, new.predicted, strict=True)], bool)
-        two = agree & _sure(old, UNSURE) & _sure(new, UNSURE_SECOND)
-        counted = np.where(known_to_both, two, _sure(new, UNSURE))
-        sure += int(counted.sum())
-        contradicted += int((counted & ~old.correct & ~new.correct).sum())
-    return Noise(sure, contradicted)
+    known_to_both = _known(new.labels, known) & _known(new.predicted, known)
+    agree = np.array([_names(a) == _names(b) for a, b in zip(old.predicted, new.predicted, strict=True)], bool)
+    two = agree & _sure(old, UNSURE) & _sure(new, UNSURE_LEARNT if learnt else UNSURE)
+    counted = np.where(known_to_both, two, _sure(new, UNSURE))
+    return Noise(int(counted.sum()), int((counted & ~old.correct & ~new.correct).sum()))
 
 
 def known_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
