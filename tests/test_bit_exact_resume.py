@@ -10,11 +10,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from evertune.callbacks import Replay
+from evertune.callbacks import EWC, ContinualCallback, Replay
+from evertune.callbacks.base import end_experience
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import ExperienceDataModule
 from evertune.streams.datamodule import PadCollator
-from tests.shard_worker import CLASSES, experience, make_bert
+from tests.shard_worker import CLASSES, SmallBert, experience, make_bert
+from tests.shard_worker import fit as fit_on_one
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,43 @@ def test_a_schedule_that_asks_for_the_length_of_the_fit_resumes_with_the_next_ba
     assert another.memory.ids == replay.memory.ids
     for one, other in zip(module.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Split(pl.Callback):
+    """Ends an experience in the middle of a fit, as a ``DriftTrigger`` does."""
+
+    splits_fit = True
+
+    def __init__(self, method: ContinualCallback, step: int) -> None:
+        self.method, self.step = method, step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            end_experience(self.method, trainer, pl_module)
+            self.method.on_experience_start(trainer, pl_module)
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_what_ewc_has_seen_comes_back_and_the_folder_it_was_loaded_from_does_not(
+    bert: str, step: int, tmp_path: Path
+) -> None:
+    def fit(seed: int, ewc: EWC, *callbacks: pl.Callback, ckpt_path: Any = None) -> pl.LightningModule:
+        pl.seed_everything(0, verbose=False)
+        module = SmallBert(bert, CLASSES, "adamw")
+        data = experience("one", 14, CLASSES, seed)
+        fit_on_one(module, data, "auto", 1, [ewc, *callbacks], ckpt_path)
+        return module
+
+    first = EWC(n_examples=24)
+    fit(1, first)
+    first.save(tmp_path / "ewc")
+    whole, resumed = EWC(n_examples=48), EWC(n_examples=48)
+    whole.load(tmp_path / "ewc")
+    resumed.load(tmp_path / "ewc")
+    module = fit(2, whole, Split(whole, 6), Seen(tmp_path / "a.ckpt", step))
+    twin = fit(2, resumed, Split(resumed, 6), ckpt_path=tmp_path / "a.ckpt")
+    for one, other in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+    whole.save(tmp_path / "whole")
+    resumed.save(tmp_path / "resumed")
+    assert (tmp_path / "whole/index.json").read_bytes() == (tmp_path / "resumed/index.json").read_bytes()

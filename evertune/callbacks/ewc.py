@@ -27,6 +27,9 @@ from evertune.strategies.support import (
     warn_about_stock_deepspeed,
 )
 
+_EXAMPLES = "evertune.ewc.examples"
+"""Where in a checkpoint the batches are that all ranks hold for the next estimation."""
+
 
 class EWC(ContinualCallback):
     """Elastic weight consolidation, on one device, DDP and ZeRO-1, 2 and 3.
@@ -200,11 +203,19 @@ class EWC(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.experience_index = state_dict["experience_index"]
         if "tensors" in state_dict:
-            self._state = FragmentState.from_state_dict(state_dict)
+            self._state, self._saved_in = FragmentState.from_state_dict(state_dict), None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if examples := self._examples.state_dict(trainer):
+            checkpoint[_EXAMPLES] = examples
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if _EXAMPLES in checkpoint:
+            self._examples.load_state_dict(checkpoint[_EXAMPLES], trainer)
         if is_deepspeed(trainer):
             read_sidecar(trainer, self)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from lightning_fabric.utilities import move_data_to_device
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +21,7 @@ from torch.utils.data import (
 )
 
 from evertune.importance.fisher import IndexedBatch
+from evertune.memory.codec import decode, encode
 from evertune.outputs import batch_size_of
 
 
@@ -44,7 +48,6 @@ class ExampleSampler:
         """Let go of what was held: the next experience starts."""
         self._held: list[IndexedBatch] = []
         self._seen = 0
-        self._random = random.Random(self._seed)
 
     def see(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Take note of a batch that is about to be trained on (reservoir sampling; Vitter 1985)."""
@@ -54,7 +57,9 @@ class ExampleSampler:
         size = batch_size_of(batch)
         n_new = count_new(trainer, size, batch_idx)
         room = max(1, round(self._n_examples / (n_new * trainer.world_size)))
-        slot = len(self._held) if len(self._held) < room else self._random.randrange(self._seen)
+        slot = len(self._held)
+        if slot >= room:
+            slot = int(np.random.default_rng((self._seed, self._seen)).integers(self._seen))
         if slot < room:
             first = self._seen * size * trainer.world_size + trainer.global_rank
             indices = [first + i * trainer.world_size if i < n_new else -1 for i in range(size)]
@@ -75,6 +80,44 @@ class ExampleSampler:
             indices = list(range(start + rank, end, world_size)) or [-1]
             batch = collate([loader.dataset[drawn[index]] for index in indices])
             yield IndexedBatch(to_device(trainer, batch), indices)
+
+    def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What every rank holds, as tensors; nothing where the examples are drawn by index. Call on every rank."""
+        if not self._held:
+            return {}
+        try:
+            own = encode({"seen": self._seen, "held": [(one.batch, list(one.indices)) for one in self._held]})
+        except TypeError as error:
+            rank_zero_warn(
+                f"a checkpoint cannot hold the batches seen so far ({error}): if a fit goes on from it, the importance "
+                "is estimated on the batches that come after it"
+            )
+            return {}
+        parts = gather_bytes(own, trainer)
+        return {"ranks": [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any], trainer: pl.Trainer) -> None:
+        """Go on from a :meth:`state_dict`; at another world size the sample starts anew."""
+        if len(state["ranks"]) != trainer.world_size:
+            return
+        own = decode(state["ranks"][trainer.global_rank].numpy().tobytes())
+        self._seen = own["seen"]
+        device = trainer.strategy.root_device
+        self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in own["held"]]
+
+
+def gather_bytes(content: bytes, trainer: pl.Trainer) -> list[bytes]:
+    """The bytes of each rank; call on every rank."""
+    if trainer.world_size == 1 or trainer.interrupted:  # the others may not be there any more
+        return [content]
+    device = trainer.strategy.root_device
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(trainer.world_size)]
+    dist.all_gather(sizes, torch.tensor([len(content)], device=device))
+    longest = int(max(sizes))
+    mine = torch.frombuffer(bytearray(content.ljust(longest + 1, b"\0")), dtype=torch.uint8).to(device)
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine)
+    return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:

@@ -31,7 +31,7 @@ from evertune.callbacks._loader import (
     read_records,
 )
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.examples import reads_by_index
+from evertune.callbacks.examples import gather_bytes, reads_by_index
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
@@ -322,8 +322,8 @@ class Replay(ContinualCallback):
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
         """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived."""
         own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
-        content = _gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
-        arrived = sorted(parse_records(content), key=lambda record: (record.arrival, record.id))
+        content = gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
+        arrived = sorted(parse_records(b"".join(content)), key=lambda record: (record.arrival, record.id))
         last = {record.id: record for record in arrived}
         return sorted(last.values(), key=lambda record: (record.arrival, record.id))
 
@@ -532,20 +532,6 @@ def _progress(tracker: object) -> _ProcessedTracker:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _gather_bytes(content: bytes, trainer: pl.Trainer) -> bytes:
-    """The bytes of all ranks, one after another."""
-    if trainer.world_size == 1 or trainer.interrupted:  # the others may not be there any more
-        return content
-    device = trainer.strategy.root_device
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(trainer.world_size)]
-    dist.all_gather(sizes, torch.tensor([len(content)], device=device))
-    longest = int(max(sizes))
-    mine = torch.frombuffer(bytearray(content.ljust(longest + 1, b"\0")), dtype=torch.uint8).to(device)
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    return b"".join(part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True))
 
 
 @contextmanager
