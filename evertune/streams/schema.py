@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Annotated, Any
 
@@ -131,20 +131,21 @@ class RecordSchema:
         self._label_is: type | None = None
         if model is not None:
             self.model = _import_model(model)
-            self._arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
+            self.arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
         else:
             if fields and label in fields:
                 self._label_is = list if fields[label].strip().startswith("list") else str
             self.model = _make_model(
                 {name: _ROLE_TYPES[role][0] for name, role in named.items()} if fields is None else fields, named
             )
-            self._arrives_as = {name: [name] for name in fields or named}
+            self.arrives_as = {name: [name] for name in fields or named}
         for name, role in named.items():
-            if name not in self._arrives_as:
+            if name not in self.arrives_as:
                 raise ValueError(
-                    f"{role}={name!r} is no field of the records: they have {', '.join(self._arrives_as)}; "
+                    f"{role}={name!r} is no field of the records: they have {', '.join(self.arrives_as)}; "
                     f"declare it, or name another field"
                 )
+        self.known_keys = frozenset(key for keys in self.arrives_as.values() for key in keys)
         self._validator = self.model.__pydantic_validator__
         self._serializer = self.model.__pydantic_serializer__
 
@@ -170,7 +171,8 @@ class RecordSchema:
                 self._check_text(record[field])
             if self.label is not None:
                 field = self.label
-                record[field] = self._checked_label(record[field])
+                record[field] = label_value(record[field])
+                self._check_label(record[field])
             if self.id is not None and record[self.id] is not None:
                 field = self.id
                 record[field] = id_value(record[field])
@@ -190,17 +192,20 @@ class RecordSchema:
             ValueError: when it can never become a good record, with the reasons.
         """
         assert self.label is not None, "only a schema with a label has halves"
+        check: Callable[[Any], None]
         if self.has_text(value):
-            self._validated(value, but=self._arrives_as[self.label])
-        names = self.texts if self.has_text(value) else [self.label]
+            self._validated(value, but=self.arrives_as[self.label])
+            value = {key: part for key, part in value.items() if key not in self.arrives_as[self.label]}
+            names, check = self.texts, self._check_text
+        else:
+            names, check = [self.label], self._check_label
         for name in names:
             try:
-                (self._checked_label if name == self.label else self._check_text)(self._get(value, name))
+                check(self.get(value, name))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"field {name!r}: {error}") from None
         if self.model.model_config.get("extra") != "allow":
-            declared = {key for keys in self._arrives_as.values() for key in keys}
-            value = {key: value[key] for key in value if key in declared}
+            value = {key: part for key, part in value.items() if key in self.known_keys}
         try:
             _refuse_unwritable(value)
             half: Record = to_jsonable_python(value)
@@ -210,16 +215,16 @@ class RecordSchema:
 
     def has_text(self, value: Mapping[str, Any]) -> bool:
         """Whether any text has arrived, be it good or bad."""
-        return any(self._get(value, name) is not None for name in self.texts)
+        return any(self.get(value, name) is not None for name in self.texts)
 
     def has_label(self, value: Mapping[str, Any]) -> bool:
         """Whether a label has arrived, be it good or bad; null, NaN and the empty text are none."""
-        label = None if self.label is None else self._get(value, self.label)
+        label = None if self.label is None else self.get(value, self.label)
         return not (label is None or label == "" or (isinstance(label, float) and math.isnan(label)))
 
-    def _get(self, value: Mapping[str, Any], name: str) -> Any:
+    def get(self, value: Mapping[str, Any], name: str) -> Any:
         """A field as it arrived, under its name or its alias."""
-        return next((value[key] for key in self._arrives_as[name] if value.get(key) is not None), None)
+        return next((value[key] for key in self.arrives_as[name] if value.get(key) is not None), None)
 
     def _validated(self, value: Mapping[str, Any], but: Collection[str] = ()) -> Any:
         """The value as the model has it; errors in the fields ``but`` do not count (and then there is no value)."""
@@ -238,7 +243,7 @@ class RecordSchema:
         if len(text_value(text)) > self.max_text_length:
             raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
 
-    def _checked_label(self, value: Any) -> str | list[str]:
+    def _check_label(self, value: Any) -> None:
         label = label_value(value)
         if self._label_is is not None and not isinstance(label, self._label_is):
             raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
@@ -247,7 +252,6 @@ class RecordSchema:
                 raise ValueError(f"the label {name!r} is not a name")
             if self._classes and name not in self._classes:
                 raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
-        return label
 
 
 def id_value(value: Any) -> str:

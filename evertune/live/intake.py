@@ -1,0 +1,298 @@
+"""Taking in what has arrived: masked, checked, joined with its label, and written to the journal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evertune.live.journal import Journal, Row
+from evertune.streams.labels import Half, LabelJoin
+from evertune.streams.masking import Masker
+from evertune.streams.schema import RecordSchema, id_value
+from evertune.streams.source import Incoming, Offset, Source, SourceError
+
+_MAX_REASON = 500  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakeReport:
+    """What one intake took in.
+
+    Args:
+        read: records read from the source.
+        good: records written to the journal, among them those that had waited for their label.
+        bad: records that were unreadable or did not fit the schema.
+        superseded: records that a newer one with the same id replaced.
+        expired: texts or labels for which the other half did not come in time.
+        waiting: texts and labels that wait now.
+        segments: segments written.
+        seconds: how long it took.
+    """
+
+    read: int
+    good: int
+    bad: int
+    superseded: int
+    expired: int
+    waiting: int
+    segments: int
+    seconds: float
+
+    @property
+    def bad_share(self) -> float:
+        """Bad records among those read; 0 when none were."""
+        return self.bad / self.read if self.read else 0.0
+
+
+class Intake:
+    """Takes what has arrived from a source into the journal.
+
+    Each record is masked first, then checked, then joined with its label where labels come apart; then it is in the
+    journal, or in quarantine with the reason, or it waits for its other half, in exactly one of them. Nothing that is
+    not masked reaches the disk. Of several records with one id in a chunk the newest counts; across chunks it is
+    :func:`~evertune.live.journal.latest` that tells.
+
+    A chunk becomes a segment of the journal, whole or not at all, with the offset at which the next one starts. So an
+    intake can be killed at any moment: the next one reads the same records again, and comes to the same end.
+
+    Args:
+        source: where records come from.
+        schema: what they must look like.
+        journal: where they go.
+        masker: removes personal data; by default nothing is masked. What identifies a record is replaced by a hash
+            where it holds personal data.
+        label_join: for labels that arrive apart from their texts; by default a record without label is bad.
+        chunk_size: records read at a time: how many are in memory, and at most read again after a crash.
+
+    Raises:
+        ValueError: when ``label_join`` joins by other fields than the schema has as id and label, or ``chunk_size`` is
+            not positive.
+
+    Example::
+
+        intake = Intake(FolderSource("tickets/"), RecordSchema(id="id"), Journal(Store("registry")), PatternMasker())
+        report = intake.run()
+        print(f"{report.good} records, {report.bad_share:.1%} bad")
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        schema: RecordSchema,
+        journal: Journal,
+        masker: Masker | None = None,
+        label_join: LabelJoin | None = None,
+        chunk_size: int = 10_000,
+    ) -> None:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+        if label_join is not None and (label_join.id, label_join.label) != (schema.id, schema.label):
+            raise ValueError(
+                f"the labels are joined by id={label_join.id!r} as label={label_join.label!r}, but the schema has "
+                f"id={schema.id!r} and label={schema.label!r}: name the same fields in both"
+            )
+        self.source, self.schema, self.journal = source, schema, journal
+        self.masker, self.label_join, self.chunk_size = masker, label_join, chunk_size
+
+    def run(self, limit: int | None = None, start: Offset | None = None) -> IntakeReport:
+        """Read until nothing new is there.
+
+        Args:
+            limit: stop after so many records.
+            start: the offset to start from where the journal has none; by default the beginning of the source.
+
+        Raises:
+            SourceError: when the source cannot be read on. The segments written before stay.
+            OSError: when the journal cannot be written. The segments written before stay.
+        """
+        began = time.perf_counter()
+        last = self.journal.last
+        offset = last.offset if last is not None else start
+        waiting = self.journal.waiting()
+        if self.label_join is not None:
+            self.label_join.restore(waiting, last.clock if last is not None else None)
+            waiting = []
+        kinds: Counter[str] = Counter()
+        read = good = segments = 0
+        while limit is None or read < limit:
+            size = self.chunk_size if limit is None else min(self.chunk_size, limit - read)
+            chunk = self.source.read(offset, size)
+            if chunk.records and chunk.offset == offset:
+                raise SourceError(f"{type(self.source).__name__} gave records but did not move its offset {offset}")
+            batch = self._batch(chunk.records, orphans=waiting)
+            if not (chunk.records or batch.bad) and chunk.offset == offset:
+                break
+            self.journal.append(
+                list(batch.rows.values()),
+                batch.bad,
+                waiting=self.label_join.waiting if self.label_join is not None else [],
+                offset=chunk.offset,
+                read=len(chunk.records),
+                clock=self.label_join.clock if self.label_join is not None else None,
+            )
+            waiting = []
+            offset = chunk.offset
+            read += len(chunk.records)
+            good += len(batch.rows)
+            segments += 1
+            kinds.update(row["kind"] for row in batch.bad)
+            if not chunk.records:
+                break
+        return IntakeReport(
+            read=read,
+            good=good,
+            bad=kinds["unreadable"] + kinds["refused"],
+            superseded=kinds["superseded"],
+            expired=kinds["expired"],
+            waiting=len(self.label_join.waiting) if self.label_join is not None else 0,
+            segments=segments,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _batch(self, records: Sequence[Incoming], orphans: Sequence[Mapping[str, Any]]) -> _Batch:
+        """What becomes of the records of a chunk, and of what waits although labels are no longer joined."""
+        batch = _Batch()
+        for half in orphans:
+            missing = "label" if half["has_text"] else "text"
+            reason = f"it waited for its {missing}, and labels are no longer joined"
+            batch.put_aside("expired", reason, half["origin"], half["value"], id=half["id"])
+        for incoming in records:
+            origin = _printable(incoming.origin)
+            if incoming.value is None:
+                self._put_aside_unreadable(batch, origin, incoming)
+                continue
+            try:
+                value = self._masked(incoming.value)
+            except (ValueError, RecursionError) as error:
+                reason = f"personal data in it could not be masked ({type(error).__name__}): it is left out here"
+                batch.put_aside("refused", reason, origin, "")
+                continue
+            try:
+                self._sort_in(batch, origin, value)
+            except ValueError as error:
+                batch.put_aside("refused", str(error), origin, value, id=self._id(value))
+        if self.label_join is not None:
+            for gone in self.label_join.given_up():
+                kind = "superseded" if gone.superseded else "expired"
+                batch.put_aside(kind, gone.reason, gone.half.origin, gone.half.value, id=gone.half.id)
+        return batch
+
+    def _put_aside_unreadable(self, batch: _Batch, origin: str, incoming: Incoming) -> None:
+        reason, raw = incoming.error or "it cannot be read", incoming.raw
+        if self.masker is not None:
+            try:
+                reason, raw = self.masker.mask(reason), self.masker.mask(raw)
+            except ValueError:
+                reason, raw = "it cannot be read, and personal data in it could not be masked: it is left out here", ""
+        batch.put_aside("unreadable", reason, origin, raw)
+
+    def _masked(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        masker, schema = self.masker, self.schema
+        if masker is None:
+            return value
+        masked = {
+            key if key in schema.known_keys else masker.mask(str(key)): masker.mask_value(part)
+            for key, part in value.items()
+        }
+        if schema.id is not None:
+            for key in schema.arrives_as[schema.id]:  # two people must not become one record
+                if key in masked and masked[key] != value[key] and isinstance(value[key], (str, int)):
+                    masked[key] = masker.mask_id(str(value[key]))
+        return masked
+
+    def _sort_in(self, batch: _Batch, origin: str, value: Mapping[str, Any]) -> None:
+        """Add a record to the batch, or let it wait for its label or text; ValueError when it is bad."""
+        schema, join = self.schema, self.label_join
+        if join is None or (schema.has_label(value) and schema.has_text(value)):
+            record = schema.check(value)
+            known_by = record[schema.id] if schema.id is not None else None
+            id = origin if known_by is None else known_by
+            if join is not None:
+                join.passed(id, origin, value)
+            batch.add({"id": id, "origin": origin, "record": record})
+            return
+        assert schema.id is not None
+        if not (schema.has_text(value) or schema.has_label(value)):
+            raise ValueError("it has neither text nor label")
+        try:
+            id = id_value(schema.get(value, schema.id))
+        except ValueError as error:
+            raise ValueError(f"field {schema.id!r}, by which text and label find each other: {error}") from None
+        pair = join.add(Half(id, origin, schema.check_half(value), schema.has_text(value)))
+        if pair is None:
+            return
+        text, label = pair
+        whole = label.value | {key: part for key, part in text.value.items() if part is not None}
+        origins = {"origin": text.origin, "label_origin": label.origin}
+        try:
+            batch.add({"id": id, **origins, "record": schema.check(whole)})
+        except ValueError as error:
+            batch.put_aside("refused", str(error), value=whole, id=id, **origins)
+
+    def _id(self, value: Mapping[str, Any]) -> str | None:
+        """The id of a bad record, if that at least is good."""
+        try:
+            return None if self.schema.id is None else id_value(self.schema.get(value, self.schema.id))
+        except ValueError:
+            return None
+
+
+class _Batch:
+    """The good and bad records of one chunk."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.bad: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        older = self.rows.pop(row["id"], None)
+        if older is not None:
+            self.bad.append({**older, "kind": "superseded", "reason": f"superseded by {row['origin']}"})
+        self.rows[row["id"]] = row
+
+    def put_aside(
+        self,
+        kind: str,
+        reason: str,
+        origin: str,
+        value: Mapping[str, Any] | str,
+        id: str | None = None,
+        **more: str,
+    ) -> None:
+        row: Row = {} if id is None else {"id": id}
+        row |= {"origin": origin, **more, "kind": kind, "reason": _short(reason)}
+        self.bad.append({**row, **_content(value)})
+
+
+def _content(value: Mapping[str, Any] | str) -> Row:
+    """What was read, for the quarantine: as a record where JSON can say it, else as text."""
+    if isinstance(value, str):
+        return {"raw": value}
+    try:
+        json.dumps(value, allow_nan=False)
+        return {"record": value}
+    except (TypeError, ValueError, RecursionError):
+        pass
+    for write in (_dump, repr):
+        try:
+            return {"raw": write(value)}
+        except (TypeError, ValueError, RecursionError):
+            continue
+    return {"raw": ""}
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_REASON else text[: _MAX_REASON - 1] + "…"
+
+
+def _printable(origin: str) -> str:
+    """An origin that can be written, whatever bytes are in the name of a file."""
+    return origin if origin.isascii() else origin.encode(errors="backslashreplace").decode()

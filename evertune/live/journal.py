@@ -1,0 +1,310 @@
+"""The journal: what has been taken from the source, in numbered segments that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evertune.registry.store import Store
+from evertune.streams.source import Offset
+
+Row = dict[str, Any]
+"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
+
+_FOLDER = "pending"
+_QUARANTINE = "quarantine"
+_WAITING = ".waiting.jsonl"
+_META = re.compile(r"(\d{6,})\.json")
+_NAME = re.compile(r"[A-Za-z][\w.-]*")
+_FORMAT = 1
+_BAD = ("unreadable", "refused")
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """What one read of the source gave.
+
+    Args:
+        number: from 1, in the order in which they were read.
+        offset: where the source stands after it.
+        read: how many records were read.
+        records: how many of them, and of those that had waited, are in the segment.
+        quarantined: how many went to quarantine with it, whatever the reason.
+        bad: how many of these were unreadable or refused; the rest were superseded, or waited in vain.
+        waiting: how many halves wait for the other after it.
+        clock: where the label join stands after it.
+        sha256: of the file with the records.
+        sha256_quarantined: of the file in quarantine; None where nothing was quarantined.
+        sha256_waiting: of the file with the waiting halves; None where none wait.
+    """
+
+    number: int
+    offset: Offset | None
+    read: int
+    records: int
+    quarantined: int
+    bad: int
+    waiting: int
+    clock: dict[str, Any] | None
+    sha256: str
+    sha256_quarantined: str | None
+    sha256_waiting: str | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether only the offset moved."""
+        return not (self.read or self.records or self.quarantined)
+
+
+class Journal:
+    """The records that have been taken from a source, in the folders ``pending`` and ``quarantine`` of a store.
+
+    A segment is there when its ``pending/<number>.json`` is, which is written last: whatever a killed process left
+    before is no part of the journal, and the next :meth:`append` writes over it. So reading again from the offset of
+    the :attr:`last` segment loses nothing and doubles nothing. Every file is checked against its SHA-256 when read.
+
+    One process at a time may write, as the registry's lease sees to; any number may read.
+
+    Args:
+        store: where the files are.
+
+    Example:
+        >>> journal = Journal(Store("memory://doc/journal"))
+        >>> row = {"id": "a", "origin": "tickets.jsonl:1", "record": {"text": "Charged twice", "label": "billing"}}
+        >>> segment = journal.append([row], bad=[], waiting=[], offset={"line": 1})
+        >>> segment.number, journal.last.offset, journal.records(journal.segments(after=0)) == [row]
+        (1, {'line': 1}, True)
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def segments(self, after: int = 0) -> list[Segment]:
+        """The segments with a number above ``after``, oldest first.
+
+        Raises:
+            ValueError: when the description of one is damaged.
+        """
+        return [self._segment(number) for number in self._numbers() if number > after]
+
+    @property
+    def last(self) -> Segment | None:
+        """The newest segment, if there is any."""
+        numbers = self._numbers()
+        return self._segment(numbers[-1]) if numbers else None
+
+    def append(
+        self,
+        records: Sequence[Row],
+        bad: Sequence[Row],
+        waiting: Sequence[Mapping[str, Any]],
+        offset: Offset | None,
+        read: int | None = None,
+        clock: dict[str, Any] | None = None,
+    ) -> Segment:
+        """Write the next segment: when this returns it is on the disk, and when it does not, it is not there.
+
+        A segment without records, after one without, takes its place: an offset that moves by itself fills no disk.
+
+        Args:
+            records: the good ones: ``id``, ``origin`` and ``record``.
+            bad: those for the quarantine: ``origin``, ``reason``, ``kind`` (``"unreadable"``, ``"refused"``,
+                ``"superseded"`` or ``"expired"``), perhaps ``id``, and the ``record`` or what was read of it, ``raw``.
+            waiting: the halves that wait for the other, all of them.
+            offset: where the source stands after it.
+            read: how many records were read; by default ``records`` and ``bad`` together.
+            clock: where the label join stands.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        last = self.last
+        if last is not None and last.empty and not (records or bad or read):
+            number = last.number
+        else:
+            number = last.number + 1 if last is not None else 1
+        kept, refused, halves = _lines(records), _lines({**row, "segment": number} for row in bad), _lines(waiting)
+        segment = Segment(
+            number=number,
+            offset=offset,
+            read=len(records) + len(bad) if read is None else read,
+            records=len(records),
+            quarantined=len(bad),
+            bad=sum(row["kind"] in _BAD for row in bad),
+            waiting=len(waiting),
+            clock=clock,
+            sha256=_sha256(kept),
+            sha256_quarantined=_sha256(refused) if bad else None,
+            sha256_waiting=_sha256(halves) if waiting else None,
+        )
+        if bad:
+            self.store.write(_quarantine_name(number), refused)
+        else:  # what a killed process may have left
+            self.store.delete(_quarantine_name(number))
+        if waiting:
+            self.store.write(_waiting_name(number), halves)
+        self.store.write(_records_name(number), kept)
+        self.store.write(_meta_name(number), json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode())
+        for name in self.store.list(_FOLDER):
+            if name.endswith(_WAITING) and name != f"{number:06d}{_WAITING}":
+                self.store.delete(f"{_FOLDER}/{name}")
+        return segment
+
+    def records(self, segments: Iterable[Segment]) -> list[Row]:
+        """The records of these segments, in the order in which they arrived.
+
+        Raises:
+            ValueError: when a file is damaged or missing.
+        """
+        return [
+            row
+            for segment in segments
+            for row in self._rows(_records_name(segment.number), segment.sha256, segment.records)
+        ]
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """The halves that wait for the other, after the last segment.
+
+        Raises:
+            ValueError: when the file is damaged or missing.
+        """
+        last = self.last
+        if last is None or last.sha256_waiting is None:
+            return []
+        return self._rows(_waiting_name(last.number), last.sha256_waiting, last.waiting)
+
+    def quarantine(self, reason: str, records: Sequence[Row], name: str, kind: str = "withdrawn") -> None:
+        """Put records into quarantine that were good when they arrived. Once more under the same name replaces them.
+
+        Args:
+            reason: why, in words; a row with a ``reason`` of its own, as from :func:`latest`, keeps it.
+            records: rows of the journal.
+            name: of the file in ``quarantine``; it starts with a letter.
+            kind: as in :meth:`append`, for statistics.
+
+        Raises:
+            ValueError: for a name that is none for a file, or could be a segment's.
+            OSError: when it cannot be written.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name must start with a letter and have letters, digits, ., - and _ only, got {name!r}")
+        rows = [{"reason": reason, "kind": kind, **row, "segment": name} for row in records]
+        if rows:
+            self.store.write(f"{_QUARANTINE}/{name}.jsonl", _lines(rows))
+        else:
+            self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
+
+    def quarantined(self) -> list[Row]:
+        """All that is in quarantine, with its reason: first what came with the segments, then what came later.
+
+        Files that were deleted, by a person who has seen to them, are left out.
+
+        Raises:
+            ValueError: when a file is damaged.
+        """
+        numbers = self._numbers()
+        described = {segment.number: segment for segment in self.segments()}
+        rows: list[Row] = []
+        for file in self.store.list(_QUARANTINE):
+            name = file.removesuffix(".jsonl")
+            if not name.isdecimal():
+                rows += self._rows(f"{_QUARANTINE}/{file}")
+            elif int(name) in described:
+                segment = described[int(name)]
+                if segment.sha256_quarantined is not None:
+                    rows += self._rows(f"{_QUARANTINE}/{file}", segment.sha256_quarantined, segment.quarantined)
+            elif numbers and int(name) < numbers[-1]:  # of a segment that was discarded
+                rows += self._rows(f"{_QUARANTINE}/{file}")
+        return rows
+
+    def discard(self, upto: int) -> None:
+        """Delete the segments up to number ``upto``, but never the last: it says where to go on reading.
+
+        What they put into quarantine stays.
+        """
+        for number in self._numbers()[:-1]:
+            if number <= upto:
+                self.store.delete(_records_name(number))
+                self.store.delete(_meta_name(number))
+
+    def _numbers(self) -> list[int]:
+        found = (_META.fullmatch(name) for name in self.store.list(_FOLDER))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _segment(self, number: int) -> Segment:
+        name = _meta_name(number)
+        try:
+            meta = json.loads(self.store.read(name))
+            if meta.pop("format") != _FORMAT:
+                raise ValueError("another version of evertune wrote it")
+            return Segment(**meta)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.store.address(name)} is damaged: {error}") from None
+
+    def _rows(self, name: str, sha256: str | None = None, expected: int = 0) -> list[Row]:
+        address = self.store.address(name)
+        try:
+            content = self.store.read(name)
+        except FileNotFoundError:
+            raise ValueError(f"{address} is missing, with {expected} lines of the journal") from None
+        if sha256 is not None and _sha256(content) != sha256:
+            raise ValueError(f"{address} is damaged or cut short: it does not match the sha256 of its segment")
+        return [json.loads(line) for line in content.split(b"\n") if line]
+
+
+def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Of the records with one id, the newest.
+
+    Args:
+        rows: in the order in which they arrived.
+
+    Returns:
+        The rows to keep, in the order in which they arrived, and the superseded ones, each with a ``reason``.
+
+    Example:
+        >>> old, new = {"id": "a", "origin": "f:1", "record": {}}, {"id": "a", "origin": "f:2", "record": {}}
+        >>> kept, superseded = latest([old, new])
+        >>> kept == [new], superseded[0]["reason"]
+        (True, 'superseded by f:2')
+    """
+    rows = list(rows)
+    newest = {row["id"]: place for place, row in enumerate(rows)}
+    if len(newest) == len(rows):
+        return rows, []
+    kept, superseded = [], []
+    for place, row in enumerate(rows):
+        if newest[row["id"]] == place:
+            kept.append(row)
+        else:
+            superseded.append({**row, "reason": f"superseded by {rows[newest[row['id']]]['origin']}"})
+    return kept, superseded
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """JSON lines. A lone surrogate, which UTF-8 cannot say, becomes the escape that JSON has for it."""
+    return "".join([_encode(row) + "\n" for row in rows]).encode(errors="backslashreplace")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _meta_name(number: int) -> str:
+    return f"{_FOLDER}/{number:06d}.json"
+
+
+def _records_name(number: int) -> str:
+    return f"{_FOLDER}/{number:06d}.jsonl"
+
+
+def _waiting_name(number: int) -> str:
+    return f"{_FOLDER}/{number:06d}{_WAITING}"
+
+
+def _quarantine_name(number: int) -> str:
+    return f"{_QUARANTINE}/{number:06d}.jsonl"
