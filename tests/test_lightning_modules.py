@@ -510,6 +510,18 @@ def test_lazy_loading(model, tmp_path):
     assert lazy.predict(["the bank"]) == module.predict(["the bank"])
 
 
+def test_classes_named_before_a_lazy_module_is_read(model, tmp_path):
+    module = build(model)
+    module.save_pretrained(tmp_path)
+    lazy = SequenceClassificationModule.from_pretrained(tmp_path, lazy=True)
+    lazy.add_classes(["weather"])
+    lazy.configure_model()
+    n = len(module.classes)
+    assert lazy.classes == [*module.classes, "weather"]
+    assert lazy.head.out_features == n + 1
+    assert torch.equal(lazy.head.weight[:n], module.head.weight)
+
+
 def test_no_tokenizer_no_failure(model, tmp_path):
     shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     module = build(str(tmp_path / "bare"))

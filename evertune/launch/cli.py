@@ -1,12 +1,15 @@
-"""The command line: ``evertune fit`` learns a stream, ``evertune report`` shows what became of it."""
+"""The command line: ``fit`` a stream, ``update`` and ``watch`` a registry, and look at what became of it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from evertune.launch.registry import add_registry_commands, run_registry
+from evertune.registry.store import RegistryError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,23 +21,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "fit", help="learn a stream of experiences: --config stream.yaml, --print_config, --help", add_help=False
-    )
-    report = commands.add_parser("report", help="make the HTML page, and plots, of a history.json")
-    report.add_argument("history", type=Path, help="the history.json that a run has written")
+    for name, (_, what) in _CONFIGURED.items():
+        commands.add_parser(name, help=f"{what}: --config FILE, --print_config, --help", add_help=False)
+    report = commands.add_parser("report", help="make the HTML page of a history.json, or of a registry")
+    report.add_argument("history", type=Path, help="the history.json that a run has written, or a registry's folder")
     report.add_argument("--out", type=Path, help="the page to write (default: report.html beside the history)")
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")
-    known, rest = parser.parse_known_args(arguments[:1] if arguments[:1] == ["fit"] else arguments)
-    if known.command == "fit":
-        fit(arguments[1:])
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
-        try:
-            _report(known.history, known.out or known.history.with_name("report.html"), known.plots)
-        except (OSError, ValueError) as error:
-            sys.exit(f"evertune report: {error}")
+    add_registry_commands(commands)
+    if arguments[:1] and arguments[0] in _CONFIGURED:
+        sys.exit(_CONFIGURED[arguments[0]][0](arguments[1:]))
+    known = parser.parse_args(arguments)
+    if known.command == "registry":
+        sys.exit(run_registry(known))
+    try:
+        _report(known.history, known.out, known.plots)
+    except (OSError, ValueError, RegistryError) as error:
+        sys.exit(f"evertune report: {error}")
 
 
 def fit(arguments: Sequence[str]) -> None:
@@ -86,14 +88,41 @@ def fit(arguments: Sequence[str]) -> None:
         _report(out / "history.json", out / "report.html", None)
 
 
-def _report(history: Path, page: Path, plots: Path | None) -> None:
+def _update(arguments: Sequence[str]) -> int:
+    from evertune.launch.update import update
+
+    return update(arguments)
+
+
+def _watch(arguments: Sequence[str]) -> int:
+    from evertune.launch.watch import watch
+
+    return watch(arguments)
+
+
+_CONFIGURED: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
+    "fit": (fit, "learn a stream of experiences"),
+    "update": (_update, "learn what has arrived, and promote it if it is no worse"),
+    "watch": (_watch, "keep on updating as records arrive"),
+}
+
+
+def _report(history: Path, page: Path | None, plots: Path | None) -> None:
     from rich.console import Console
 
     from evertune.reports import save_plots, summary_table, write_report
 
     console = Console()
+    if history.is_dir():
+        from evertune.reports.versions import versions_table, write_versions_report
+
+        if plots is not None:
+            raise ValueError("--plots is for a history.json; the page of a registry has its plots in it")
+        console.print(versions_table(history))
+        console.print(f"report: {write_versions_report(history, page or Path('report.html'))}")
+        return
     console.print(summary_table(history))
-    console.print(f"report: {write_report(history, page)}")
+    console.print(f"report: {write_report(history, page or history.with_name('report.html'))}")
     if plots is not None:
         save_plots(history, plots)
         console.print(f"plots: {plots}")

@@ -49,6 +49,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
                 skip={"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"},
                 instantiate=False,
             )
+            parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
             parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -88,7 +89,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
 def _recorded(config: Any) -> dict[str, Any]:
     """What of the configuration decides about a version: not where it is kept, nor what the run is called."""
     values = dict(config.as_dict())
-    for name in ("config", "registry", "work_dir", "dry_run", "mirror", "seed_everything"):
+    for name in ("config", "registry", "work_dir", "dry_run", "mirror", "watch", "seed_everything"):
         values.pop(name, None)
     return values
 
@@ -97,9 +98,11 @@ def update(arguments: Sequence[str]) -> int:
     """Make one update; returns the exit code."""
     from rich.console import Console
 
+    from evertune.live.watch import end_with_supervisor
     from evertune.registry.registry import RegistryError
     from evertune.streams.source import SourceError
 
+    end_with_supervisor()
     try:
         updater, options = updater_from(arguments)
         outcome = updater.run(dry_run=options.dry_run)

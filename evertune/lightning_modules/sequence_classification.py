@@ -119,6 +119,7 @@ class SequenceClassificationModule(TransformerModule):
         self.head = None
         self._classes: list[str] = []
         self._name_classes(_checked_names(classes))
+        self._n_constructed = len(self._classes)
 
     # --- classes
 
@@ -184,10 +185,13 @@ class SequenceClassificationModule(TransformerModule):
         if not self._classes:
             raise ValueError("there are no classes yet: pass classes=[...] or call add_classes([...])")
         super().configure_model()
+        if len(self._classes) > self.head.out_features:  # named after the folder was opened, before it was read
+            self.head.grow(len(self._classes))
 
     def configure_head(self) -> None:
         """Build the head, with a row for each class named and each one allocated ahead."""
-        n_rows = max(len(self._classes), self.n_classes_ahead or 0)
+        n_named = len(self._classes) if self._saved is None else self._n_constructed
+        n_rows = max(n_named, self.n_classes_ahead or 0)
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
         self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)

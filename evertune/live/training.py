@@ -74,7 +74,9 @@ def train(
     start = time.perf_counter()
     checkpoints = staging / CHECKPOINTS
     learner = trainer.anew(
-        [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)], default_root_dir=str(staging)
+        [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)],
+        default_root_dir=str(staging),
+        enable_checkpointing=True,
     )
     pl.seed_everything(seed, workers=True, verbose=False)
     module = starting_module(model, production if plan.kind == "update" else None)

@@ -211,8 +211,9 @@ class Updater:
             n_new=sum(segment.records for segment in segments if segment.number > attempted),
             production=production,
             memory_texts=lambda: self._known_texts(production),
-            last_update=production.created if production else None,
+            last_update=max((version.created for version in self.registry.versions()), default=None),
             now=datetime.now(UTC),
+            text=self.schema.text,
         )
 
     def due(self) -> str | None:
@@ -550,14 +551,14 @@ class Updater:
             text=self.schema.text,
             label=self.schema.label,
             known_classes=production.manifest["classes"] if production else [],
-            n_bad=sum(segment.quarantined for segment in segments),
+            n_bad=sum(segment.bad for segment in segments),
             n_read=sum(segment.read for segment in segments),
         )
 
     def _known_texts(self, production: Version | None) -> list[str]:
         """Held-out texts of every experience that production has learnt."""
         entries = production.manifest["slices"] if production else []
-        texts = [self._text(row) for entry in entries for row in load_slice(self.registry.store, entry)]
+        texts = (self._text(row) for entry in entries for row in load_slice(self.registry.store, entry))
         return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
     def _text(self, row: Row) -> Any:
