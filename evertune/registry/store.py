@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from evertune.files import sha256, sync_folder, write_atomically
@@ -292,7 +292,12 @@ class _Folder:
         """Move a folder that is on another file system."""
         temporary = target.with_name(_temporary_name(target.name))
         try:
-            shutil.copytree(folder, temporary)
+            for path in (folder, *sorted(folder.rglob("*"))):
+                copy = temporary / path.relative_to(folder)
+                if path.is_dir():
+                    copy.mkdir()
+                else:
+                    shutil.copyfile(path, copy)
             _sync_tree(temporary)
             temporary.rename(target)
         except BaseException:
@@ -334,8 +339,7 @@ class _Folder:
         return time.time() - max(times)
 
     def leftovers(self) -> Names:
-        folders = [self.path, *(path for path in self.path.glob("*/") if not path.is_symlink())]
-        found = (path for folder in folders for path in folder.iterdir() if _is_temporary(path.name))
+        found = (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"))
         return [path.relative_to(self.path).as_posix() for path in found]
 
     def _make(self, folder: Path) -> None:
@@ -422,10 +426,11 @@ class _Bucket:
                 self._fs.rm_file(f"{path}/{MANIFEST}")
                 del inside[MANIFEST]
             self.each(lambda file: self._fs.rm_file(f"{path}/{file}"), list(inside))
-            folders = {Path(file).parent.as_posix() for file in inside} | {"."}
-            for folder in sorted(folders, key=len, reverse=True):  # real or imagined, an empty one is of no use
-                with suppress(OSError):
-                    self._fs.rmdir(path if folder == "." else f"{path}/{folder}")
+            folders = {parent for file in inside for parent in PurePosixPath(path, file).parents}
+            for folder in sorted(map(str, folders), key=len, reverse=True):  # some kinds of bucket keep empty ones
+                if folder.startswith(path):
+                    with suppress(OSError):
+                        self._fs.rmdir(folder)
         _remove(self._cache / name)
 
     def local(self, name: str) -> Path:
