@@ -22,10 +22,12 @@ class Noise:
     Args:
         sure: records that the witnesses are sure of.
         contradicted: those of them that have another label.
+        resolved: records whose label the champion is sure to contradict, and the challenger predicts.
     """
 
     sure: int
     contradicted: int
+    resolved: int = 0
 
     @property
     def share(self) -> float:
@@ -36,8 +38,14 @@ class Noise:
         """
         return self.contradicted / self.sure if self.sure else 0.0
 
+    @property
+    def drifted(self) -> bool:
+        """Whether the world has changed: most labels that the champion contradicts could be learnt, so they mean
+        something, and the rest may as well be what is not learnt yet."""
+        return self.resolved >= max(self.contradicted, 1)
+
     def __add__(self, other: Noise) -> Noise:
-        return Noise(self.sure + other.sure, self.contradicted + other.contradicted)
+        return Noise(self.sure + other.sure, self.contradicted + other.contradicted, self.resolved + other.resolved)
 
 
 def label_noise(old: Predictions, new: Predictions, known: Collection[str], learnt: bool = False) -> Noise:
@@ -63,7 +71,8 @@ def label_noise(old: Predictions, new: Predictions, known: Collection[str], lear
     agree = np.array([_names(a) == _names(b) for a, b in zip(old.predicted, new.predicted, strict=True)], bool)
     two = agree & _sure(old, UNSURE) & _sure(new, UNSURE_LEARNT if learnt else UNSURE)
     counted = np.where(known_to_both, two, _sure(new, UNSURE))
-    return Noise(int(counted.sum()), int((counted & ~old.correct & ~new.correct).sum()))
+    resolved = known_to_both & _sure(old, UNSURE) & ~old.correct & new.correct
+    return Noise(int(counted.sum()), int((counted & ~old.correct & ~new.correct).sum()), int(resolved.sum()))
 
 
 def known_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
