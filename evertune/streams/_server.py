@@ -1,12 +1,11 @@
-"""What the sources that read from a server share: their library, their secrets, the JSON in their messages."""
+"""What the sources that read from a server share: their library and their secrets."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 
 def library(module: str, extra: str) -> Any:
@@ -49,30 +48,3 @@ def without_secrets(url: str) -> str:
         'redis://localhost:6379/0'
     """
     return re.sub(r"://.*@", "://", url, flags=re.DOTALL).split("?")[0]
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that a message holds.
-
-    Raises:
-        ValueError: with the reason why it holds none.
-
-    Example:
-        >>> json_object(b'{"text": "hello"}')
-        {'text': 'hello'}
-    """
-    try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("not readable: its JSON is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")

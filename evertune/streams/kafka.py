@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from evertune.streams._server import fill_in, json_object, library
+from evertune.streams._json import json_object
+from evertune.streams._server import fill_in, library
 from evertune.streams.source import Chunk, Incoming, Offset, Source, SourceError
 
 _OURS = (
@@ -17,9 +18,11 @@ _OURS = (
     "enable.auto.commit",
     "enable.auto.offset.store",
     "enable.partition.eof",
+    "session.timeout.ms",
     "auto.offset.reset",
 )
 _PAUSE = 0.1
+_CLOSE_WAIT_MS = 2_000  # we never join the group; the library also waits so long for a commit when it is closed
 _FETCH_WAIT_MS = 10  # a broker answers a connection's requests in turn: do not let one wait for new messages
 
 
@@ -91,6 +94,7 @@ class KafkaSource(Source):
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
+            "session.timeout.ms": _CLOSE_WAIT_MS,
             "auto.offset.reset": "error",
             "error_cb": self._note,
             "on_commit": self._note_commit,

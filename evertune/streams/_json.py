@@ -1,0 +1,94 @@
+"""Values as JSON has them: from the text of a message, and from what a database or a table gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+_MAX_DEPTH = 100
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that ``data`` holds.
+
+    Raises:
+        ValueError: with the reason why it holds none, or one that cannot be written again.
+
+    Example:
+        >>> json_object(b'{"text": "hello"}')
+        {'text': 'hello'}
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise ValueError("not valid UTF-8") from None
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object but a {type(value).__name__}")
+    if text.count("{") + text.count("[") > _MAX_DEPTH or "\\u" in text:
+        plain(value)
+    return value
+
+
+def plain(value: Any, depth: int = _MAX_DEPTH) -> Any:  # noqa: PLR0911
+    """A value as JSON has it: times in ISO 8601, decimals (exactly) and UUIDs as strings, durations in seconds.
+
+    Raises:
+        ValueError: with the reason why JSON cannot have it.
+
+    Example:
+        >>> plain({"at": date(2026, 1, 31), "price": Decimal("1.10")})
+        {'at': '2026-01-31', 'price': '1.10'}
+    """
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        return _whole(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is no JSON number")
+        return value
+    if depth == 0:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+    if isinstance(value, dict):
+        return {_whole(str(name)): plain(item, depth - 1) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, depth - 1) for item in value]
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, (Decimal, UUID)):
+        return str(value)
+    raise ValueError(f"a value of the type {type(value).__name__}, which JSON has not")
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no character") from None
+    return text
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"the number {number[:20]} is beyond bounds")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
