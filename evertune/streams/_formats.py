@@ -118,6 +118,7 @@ class Gunzip:
     def __init__(self, blob: Blob) -> None:
         self.header: _Header | None = None
         self._file = io.BufferedReader(blob, _BLOCK)
+        self._data = b""
         self._rewind()
         while self._unpack():
             pass

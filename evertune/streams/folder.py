@@ -46,7 +46,7 @@ class FolderSource(Source):
     once. What is read must stay: a file that is truncated, rewritten or, half-read, deleted raises an error and loses
     nothing silently. To see it, a file that has changed since is compared with the fingerprint that the offset keeps:
     the 4 KiB at either end of what was read (of a Parquet or gz file: at either end of it, and its size). A renamed
-    file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 50 bytes.
+    file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
 
     Becoming bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and numbers
     and nesting beyond bounds (they are no JSON, whatever Python reads); CSV rows with too few or too many fields, or
@@ -116,7 +116,8 @@ class FolderSource(Source):
         self._settle = settle
         self._max_line_bytes = max_line_bytes
         self._warned = False
-        self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None  # only saves beginning anew
+        self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None
+        self._listed: tuple[Offset, dict[str, _Info]] | None = None  # what a full chunk has left
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         """The next records, at most ``limit`` of them, file by file.
@@ -131,13 +132,13 @@ class FolderSource(Source):
         if offset is not None and not isinstance(offset.get("files"), dict):
             raise ValueError(f"this is not the offset of a folder: {str(offset)[:200]}")
         marks: dict[str, list[Any]] = dict(offset["files"]) if offset else {}
-        listing = self._list()
+        listing = self._listed[1] if self._listed and self._listed[0] == offset else self._list()
         for name, entry in marks.items():
             if not entry[-1] and name not in listing and self._wanted(name):
                 raise self._deleted(name)
         records: list[Incoming] = []
-        for name in sorted(listing):
-            info, known = listing[name], marks.get(name)
+        for name, info in listing.items():
+            known = marks.get(name)
             if known[-1] == _version(info) if known else not info["size"]:
                 continue
             if len(records) == limit:
@@ -146,10 +147,12 @@ class FolderSource(Source):
             records += new
             if mark and (mark.position or mark.version):
                 marks[name] = list(mark)
-        return Chunk(records, {"files": marks})
+        chunk = Chunk(records, {"files": marks})
+        self._listed = (chunk.offset, listing) if len(records) == limit else None
+        return chunk
 
     def close(self) -> None:
-        self._open = None
+        self._open = self._listed = None
 
     def _wanted(self, name: str) -> bool:
         """Whether a file of this name is one to read, its kind apart."""
@@ -160,7 +163,7 @@ class FolderSource(Source):
         )
 
     def _list(self) -> dict[str, _Info]:
-        """The files there are, by their names, with what the filesystem says of them."""
+        """The files there are, in the order of their names, with what the filesystem says of them."""
         self._call(self._fs.invalidate_cache)
         listing: dict[str, _Info] = {}
         other: list[str] = []
@@ -183,11 +186,11 @@ class FolderSource(Source):
                         folders.append(path)
                 elif not name:
                     self._refuse_file(info)
-                elif self._wanted(name):
-                    if not kind(name):
-                        other.append(name)
-                    elif found := self._regular(info):
+                elif self._wanted(name) and (found := self._regular(info)):
+                    if kind(name):
                         listing[_printable(name)] = found
+                    else:
+                        other.append(name)
         if other and not self._warned:
             self._warned = True
             warn(
@@ -195,7 +198,7 @@ class FolderSource(Source):
                 "give a pattern that leaves them out",
                 stacklevel=3,
             )
-        return listing
+        return dict(sorted(listing.items()))
 
     def _is_empty_bucket(self) -> bool:
         """Whether this is a place where a folder is there only while something is in it."""
@@ -295,7 +298,7 @@ class FolderSource(Source):
             bad = Incoming(name, None, str(error), f"{blob.size} bytes, fingerprint {fingerprint}")
             return _Reading([bad], _BAD, 0, fingerprint, more=False)
         if sealed and not more:
-            self.close()
+            self._open = None
         return _Reading(records, position, line, blob.fingerprint(blob.size if sealed else position), more)
 
     def _check(self, name: str, blob: Blob, mark: _Mark, sealed: bool) -> None:
@@ -392,5 +395,5 @@ def _printable(name: str) -> str:
 def _version(info: _Info) -> str:
     """What changes when a file changes."""
     tag = next((info[key] for key in _TAGS if info.get(key)), None)
-    stamps = str(tag).strip('"') if tag else [str(info.get(key)) for key in _TIMES]
+    stamps = str(tag).strip('"') if tag else list(map(info.get, _TIMES))
     return digest(f"{info['size']} {stamps}".encode(), 6)
