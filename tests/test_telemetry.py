@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from evertune.live.alerts import EVENTS, Webhook
 from evertune.live.telemetry import Telemetry, log_to
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -169,19 +169,25 @@ def test_the_port_is_free_again_after_closing() -> None:
 
 @pytest.fixture
 def restored_logging() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("evertune")
-    handlers, level, our_level = root.handlers[:], root.level, ours.level
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     yield
     logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    ours.setLevel(our_level)
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("restored_logging")
 def test_logs_are_one_json_object_a_line() -> None:
-    stream = io.StringIO()
+    stream, own = io.StringIO(), io.StringIO()
+    chatty = logging.getLogger("chatty")
+    chatty.addHandler(logging.StreamHandler(own))
+    chatty.setLevel(logging.INFO)
+    chatty.propagate = False
     log_to(stream)
+    chatty.info("not shown")
+    assert not own.getvalue()
     logger = logging.getLogger("evertune.live")
     logger.info("update %d\nstarts", 7, extra={"event": "update", "version": 7, "when": datetime(2026, 1, 1)})
     logger.debug("not shown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evertune.live.watch import WatchSettings
+
+logger = logging.getLogger("evertune.live")
 
 
 def watch(arguments: Sequence[str]) -> int:
@@ -29,13 +32,15 @@ def watch(arguments: Sequence[str]) -> int:
     from evertune.registry.store import RegistryError
 
     command = [sys.executable, "-m", "evertune", "update", *arguments]
+    log_to()
     try:
         updater, options = updater_from(arguments, "evertune watch")
         settings = _settings(vars(options)["watch"])
-        log_to(as_json=None if settings.log == "auto" else settings.log == "json")
+        if settings.log != "auto":
+            log_to(as_json=settings.log == "json")
         return Watch(updater, command, settings).run()
     except (RegistryError, OSError, ValueError, ArgumentError, ModuleNotFoundError) as error:
-        print(f"evertune watch: {error}", file=sys.stderr)
+        logger.error("evertune watch: %s", error, extra={"event": "error"})
         return 1
 
 

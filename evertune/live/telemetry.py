@@ -247,11 +247,16 @@ def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging
         as_json: one JSON object a line (see :class:`JsonLines`), or words for people. Default: words on a terminal.
 
     Returns:
-        The handler, now the only one of the root logger.
+        The handler, now the only one of all loggers.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     as_json = not handler.stream.isatty() if as_json is None else as_json
     handler.setFormatter(JsonLines() if as_json else Words())
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("evertune"))
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.handlers:  # Lightning's, for one
+            logger.handlers.clear()
+            logger.propagate = True
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("evertune").setLevel(logging.INFO)
     logging.captureWarnings(True)

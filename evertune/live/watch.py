@@ -227,17 +227,19 @@ class Watch:
         end = "\n".join(tail)
         facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1)}
         if outcome == "error":
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            killed = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else None
+            how = killed or f"failed with exit code {code}"
             self._failed(self._update, f"the update {how}; it goes on where it stood\n{end}", "update")
             return
         if outcome == "nothing":  # though it was due: no error, but not to be repeated all the time either
             self._update.failed()
             self._say("updated", f"the update found nothing to do\n{end}", **facts)
             return
-        self._worked(self._update)
         if outcome == "interrupted":
             self._say("updated", "the update was interrupted; it goes on at the next start", **facts)
-        elif outcome == "stopped":
+            return
+        self._worked(self._update)
+        if outcome == "stopped":
             self._say("refusal", f"the update was stopped before training\n{end}", logging.WARNING, **facts)
         else:
             with suppress(Exception):  # only to say more
