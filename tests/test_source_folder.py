@@ -632,11 +632,11 @@ def test_a_sealed_file_replaced_while_it_is_read_gives_no_mixture(
     rng = random.Random(4)
 
     def write(letter: str) -> None:
-        rows = [{"text": f"{letter}{i}", "noise": rng.randbytes(500).hex()} for i in range(4000)]
+        rows = [{"text": f"{letter}{i}", "noise": rng.randbytes(500).hex()} for i in range(2500)]
         if suffix == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
         else:
-            path.write_bytes(gzip.compress(lines(*rows).encode()))
+            path.write_bytes(gzip.compress(lines(*rows).encode(), 1))
 
     source = FolderSource(f"meddling://{tmp_path}")
     for after in range(1, 6):
@@ -646,7 +646,7 @@ def test_a_sealed_file_replaced_while_it_is_read_gives_no_mixture(
         if not chunk.records:  # it was in pieces, and was left to settle
             chunk = source.read(chunk.offset, 5000)
         letter = "old" if meddle else "new"  # it may have been read before the moment came
-        assert texts(list(chunk.records)) == [f"{letter}{i}" for i in range(4000)]
+        assert texts(list(chunk.records)) == [f"{letter}{i}" for i in range(2500)]
     write("old")
     first = source.read(None, 1500)
     write("new")
@@ -684,6 +684,58 @@ def test_lines_appended_while_it_is_read_come_with_the_next_chunk(tmp_path: Path
         offset = chunk.offset
         seen += texts(list(chunk.records))
     assert seen == ["a"] * 3000 + ["b", "halfb", "halfb"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl.gz", "jsonl"])
+def test_a_store_that_fails_now_and_then_loses_and_doubles_nothing(
+    tmp_path: Path, meddle: list[Any], suffix: str
+) -> None:
+    rng = random.Random(5)
+    rows = [{"text": str(i), "noise": rng.randbytes(500).hex()} for i in range(4000)]
+    data = lines(*rows).encode()
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=500)
+    else:
+        (tmp_path / f"a.{suffix}").write_bytes(gzip.compress(data, 1) if suffix == "jsonl.gz" else data)
+
+    def fail() -> None:
+        raise ConnectionError("now and then")
+
+    meddle += [fail if rng.random() < 0.2 else lambda: None for _ in range(200)]
+    source, offset, seen, failures = FolderSource(f"meddling://{tmp_path}"), None, [], 0
+    while True:
+        try:
+            chunk = source.read(offset, 300)
+        except SourceError:
+            failures += 1
+            continue
+        if not chunk.records:
+            break
+        seen += texts(list(chunk.records))
+        offset = chunk.offset
+    assert seen == [str(i) for i in range(4000)]
+    assert failures > 1
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_long_documents_make_short_chunks(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evertune.streams.folder._CHUNK_BYTES", 3 << 20)
+    monkeypatch.setattr("evertune.streams._formats._BATCH_BYTES", 1 << 18)
+    text = "x" * (1 << 16)
+    for part in range(2):
+        path = tmp_path / f"{part}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": [f"{i}{text}" for i in range(50)]}), path)
+        elif suffix == "csv":
+            path.write_text("text\n" + f"{text}\n" * 50)
+        else:
+            path.write_text(lines({"text": text}) * 50)
+    source, offset, sizes = FolderSource(str(tmp_path)), None, []
+    while (chunk := source.read(offset, 1000)).records:
+        offset = chunk.offset
+        sizes.append(len(chunk.records))
+    assert sum(sizes) == 100
+    assert max(sizes) <= 70
 
 
 class FailingFileSystem(MeddlingFileSystem):

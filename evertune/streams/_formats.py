@@ -26,7 +26,7 @@ _Line = tuple[int, bytes, bool]  # the bytes it takes, its text, and whether a n
 
 _BLOCK = 1 << 20  # bytes read at once
 _WINDOW = 4096  # bytes at either end of what a fingerprint is of
-_BATCH = 1024  # rows of a Parquet file decoded at once
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # of a Parquet file, decoded at once
 _MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
@@ -156,28 +156,33 @@ class ParquetReader:
         with _parquet_errors():
             self._file = pq.ParquetFile(blob)
             names = self._file.schema_arrow.names
-            for _ in self._file.iter_batches(_BATCH):
+            metadata = self._file.metadata
+            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+            self._n_rows: int = metadata.num_rows
+            self._n_batch = min(max(_BATCH_BYTES * self._n_rows // max(size, 1), 1), _BATCH_ROWS)
+            for _ in self._file.iter_batches(self._n_batch):
                 pass
         if len(set(names)) < len(names):
             raise BadFileError(f"two columns have the same name: {', '.join(names)}")
-        self.n_rows: int = self._file.metadata.num_rows
         self._batch: Any = b""
         self._next = -1
 
-    def read(self, name: str, start: int, limit: int) -> list[Incoming]:
-        """Up to ``limit`` records, the first of row ``start``."""
+    def read(self, name: str, start: int, limit: int, room: int) -> tuple[list[Incoming], int, bool]:
+        """Records from row ``start`` on, up to ``limit`` and about ``room`` bytes; their size; if more are left."""
         if start != self._next:
             self._begin(start)
         records: list[Incoming] = []
-        while len(records) < limit and self._next < self.n_rows:
+        size = 0
+        while len(records) < limit and size < room and self._next < self._n_rows:
             if not len(self._batch):
                 with _parquet_errors():
                     self._batch = next(self._batches)
             batch = self._batch[: limit - len(records)]
             self._batch = self._batch[len(batch) :]
             records += _row_records(name, self._next, batch)
+            size += batch.nbytes
             self._next += len(batch)
-        return records
+        return records, size, self._next < self._n_rows
 
     def _begin(self, start: int) -> None:
         metadata = self._file.metadata
@@ -185,7 +190,7 @@ class ParquetReader:
         while group < metadata.num_row_groups and first + metadata.row_group(group).num_rows <= start:
             first += metadata.row_group(group).num_rows
             group += 1
-        self._batches = self._file.iter_batches(_BATCH, row_groups=range(group, metadata.num_row_groups))
+        self._batches = self._file.iter_batches(self._n_batch, row_groups=range(group, metadata.num_row_groups))
         self._batch = b""
         while first < start:
             with _parquet_errors():
@@ -210,8 +215,9 @@ class TextReader:
         self._text = text
         self._most = most
 
-    def read_jsonl(self, limit: int, final: bool) -> bool:
-        """Up to ``limit`` records; ``final``: no newline will come to the last line."""
+    def read_jsonl(self, limit: int, room: int, final: bool) -> bool:
+        """Up to ``limit`` records and ``room`` bytes; ``final``: no newline will come to the last line."""
+        stop = self.position + room
         lines = self._lines(final)
         if len(self.records) == limit:
             return True
@@ -223,12 +229,13 @@ class TextReader:
             self.line += 1
             if record:
                 self.records.append(record)
-                if len(self.records) == limit:
+                if len(self.records) == limit or self.position >= stop:
                     return True
         return False
 
-    def read_csv(self, limit: int, delimiter: str, final: bool) -> bool:
-        """Up to ``limit`` records; ``final``: no newline will come to the last line, and no quote to close it."""
+    def read_csv(self, limit: int, room: int, delimiter: str, final: bool) -> bool:
+        """As :meth:`read_jsonl`; ``final``: nor will a quote come that closes an open one."""
+        stop = self.position + room
         field_limit = csv.field_size_limit(max(csv.field_size_limit(), self._most))
         try:
             header = self._text.header = self._text.header or self._read_header(delimiter, final)
@@ -237,7 +244,7 @@ class TextReader:
             if self.position < header.position:
                 self.position, self.line = header.position, header.line
             rows = _CsvRows(self._lines(final), delimiter, self._most)
-            while len(self.records) < limit:
+            while len(self.records) < limit and self.position < stop:
                 row = rows.read()
                 if row is None:
                     return False

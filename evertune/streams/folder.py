@@ -23,13 +23,13 @@ from evertune.streams._formats import (
 from evertune.streams.source import Chunk, Incoming, Offset, Source, SourceError
 
 _T = TypeVar("_T")
-_Sealed = TypeVar("_Sealed", Gunzip, ParquetReader)
 _Info = dict[str, Any]
 
 _UNFINISHED = (".tmp", ".part", "~")
 _BUCKETS = {"s3", "gs", "gcs", "abfs", "az", "oss"}  # where a folder is there only while something is in it
 _TAGS = ("ETag", "etag", "md5Hash")  # what a store calls a version of a file by; else the times and the inode tell
 _TIMES = ("mtime", "created", "ino", "LastModified", "last_modified", "updated", "modified")
+_CHUNK_BYTES = 1 << 26  # of text in a chunk, give or take a line: long documents may not fill the memory
 _ATTEMPTS = 3  # readings of a file that changes meanwhile
 _BAD = -1  # the position in a file that cannot be read at all
 
@@ -133,22 +133,26 @@ class FolderSource(Source):
             raise ValueError(f"this is not the offset of a folder: {str(offset)[:200]}")
         marks: dict[str, list[Any]] = dict(offset["files"]) if offset else {}
         listing = self._listed[1] if self._listed and self._listed[0] == offset else self._list()
+        self._listed = None
         for name, entry in marks.items():
             if not entry[-1] and name not in listing and self._wanted(name):
                 raise self._deleted(name)
         records: list[Incoming] = []
+        room = _CHUNK_BYTES
         for name, info in listing.items():
             known = marks.get(name)
             if known[-1] == _version(info) if known else not info["size"]:
                 continue
-            if len(records) == limit:
+            if len(records) == limit or room <= 0:
                 break
-            new, mark = self._read_file(name, info, _Mark(*known) if known else None, limit - len(records))
-            records += new
-            if mark and (mark.position or mark.version):
-                marks[name] = list(mark)
+            reading = self._read_file(name, info, _Mark(*known) if known else None, limit - len(records), room)
+            if reading:
+                records += reading.records
+                room -= reading.size
+                if reading.mark.position or reading.mark.version:
+                    marks[name] = list(reading.mark)
         chunk = Chunk(records, {"files": marks})
-        self._listed = (chunk.offset, listing) if len(records) == limit else None
+        self._listed = (chunk.offset, listing) if len(records) == limit or room <= 0 else None
         return chunk
 
     def close(self) -> None:
@@ -229,28 +233,25 @@ class FolderSource(Source):
                 f"cannot read {args[0] if args else self.path}: {error}; nothing is lost: read on when that is mended"
             ) from error
 
-    def _read_file(self, name: str, info: _Info, mark: _Mark | None, limit: int) -> tuple[list[Incoming], _Mark | None]:
+    def _read_file(self, name: str, info: _Info, mark: _Mark | None, limit: int, room: int) -> _Reading | None:
         """Read on in a file: from one version of it, or from one to which lines are being appended."""
         try:
             for _ in range(_ATTEMPTS):
                 try:
-                    reading = self._read_once(name, info, mark, limit)
+                    reading = self._read_once(name, info, mark, limit, room)
                     now = self._stat(info)
-                    if _version(now) != _version(info) and reading != self._read_once(
-                        name, {**now, "size": info["size"]}, mark, limit
-                    ):
-                        raise ChangedError
+                    if _version(now) == _version(info):
+                        return reading
+                    again = self._read_once(name, {**now, "size": info["size"]}, mark, limit, room)
+                    if (again and again.unmarked) == (reading and reading.unmarked):
+                        return reading  # with the old version: what was appended is there for the next reading
                 except ChangedError:
-                    info = self._stat(info)
-                    continue
-                if reading is None:
-                    return [], None
-                version = "" if reading.more else _version(info)
-                return reading.records, _Mark(reading.position, reading.line, reading.fingerprint, version)
+                    pass
+                info = self._stat(info)
         except FileNotFoundError:
             if mark and not mark.version:
                 raise self._deleted(name) from None
-            return [], None
+            return None
         raise SourceError(
             f"{self.path}/{name} keeps changing while it is read: only append to it, or write it elsewhere and move "
             "it here when it is whole"
@@ -261,45 +262,47 @@ class FolderSource(Source):
         now: _Info = self._call(self._fs.info, info["name"])
         return now
 
-    def _read_once(self, name: str, info: _Info, mark: _Mark | None, limit: int) -> _Reading | None:
+    def _read_once(self, name: str, info: _Info, mark: _Mark | None, limit: int, room: int) -> _Reading | None:
         """Read on in a file as if it did not change meanwhile; None while it waits for the rest of itself."""
+        version = _version(info)
         blob = Blob(lambda start, end: self._call(self._fs.cat_file, info["name"], start=start, end=end), info["size"])
         if mark and mark.position == _BAD:
             if blob.fingerprint(blob.size) == mark.fingerprint:
-                return _Reading([], _BAD, 0, mark.fingerprint, more=False)
+                return _Reading([], mark._replace(version=version), 0)
             mark = None
-        suffix = kind(name)
-        sealed = suffix.endswith((".gz", ".parquet"))
+        sealed = kind(name).endswith((".gz", ".parquet"))
         if mark:
             self._check(name, blob, mark, sealed)
-        position, line = mark[:2] if mark else (0, 0)
+        start, line = mark[:2] if mark else (0, 0)
         try:
-            if suffix == ".parquet":
-                table = self._opened(ParquetReader, name, info, blob)
-                records = table.read(name, position, limit)
-                position += len(records)
-                more = position < table.n_rows
+            opened = self._opened(name, version, blob) if sealed else blob
+            if isinstance(opened, ParquetReader):
+                records, size, more = opened.read(name, start, limit, room)
+                position = start + len(records)
             else:
-                text = self._opened(Gunzip, name, info, blob) if sealed else blob
-                reader = TextReader(name, text, position, line, self._max_line_bytes)
-                if suffix.startswith(".csv"):
-                    more = reader.read_csv(limit, self._delimiter, final=sealed or self._settled(info))
+                reader = TextReader(name, opened, start, line, self._max_line_bytes)
+                if kind(name).startswith(".csv"):
+                    more = reader.read_csv(limit, room, self._delimiter, final=sealed or self._settled(info))
                 else:
-                    more = reader.read_jsonl(limit, final=sealed)
+                    more = reader.read_jsonl(limit, room, final=sealed)
                 records, position, line = reader.records, reader.position, reader.line
+                size = position - start
+                more = more and (sealed or position < blob.size)
         except BadFileError as error:
-            if mark:
-                raise SourceError(
-                    f"{self.path}/{name} can no longer be read: {error}; put it back as it was"
-                ) from error
-            if sealed and not self._settled(info):
-                return None
-            fingerprint = blob.fingerprint(blob.size)
-            bad = Incoming(name, None, str(error), f"{blob.size} bytes, fingerprint {fingerprint}")
-            return _Reading([bad], _BAD, 0, fingerprint, more=False)
-        if sealed and not more:
-            self._open = None
-        return _Reading(records, position, line, blob.fingerprint(blob.size if sealed else position), more)
+            return self._bad_file(name, info, blob, str(error), waits=sealed, begun=mark is not None)
+        if more and not isinstance(opened, Blob):
+            self._open = ((name, version), opened)
+        fingerprint = blob.fingerprint(blob.size if sealed else position)
+        return _Reading(records, _Mark(position, line, fingerprint, "" if more else version), size)
+
+    def _bad_file(self, name: str, info: _Info, blob: Blob, reason: str, waits: bool, begun: bool) -> _Reading | None:
+        if begun:
+            raise SourceError(f"{self.path}/{name} can no longer be read: {reason}; put it back as it was")
+        if waits and not self._settled(info):
+            return None
+        fingerprint = blob.fingerprint(blob.size)
+        bad = Incoming(name, None, reason, f"{blob.size} bytes, fingerprint {fingerprint}")
+        return _Reading([bad], _Mark(_BAD, 0, fingerprint, _version(info)), 0)
 
     def _check(self, name: str, blob: Blob, mark: _Mark, sealed: bool) -> None:
         """Refuse a file that is no longer the one that was read up to the mark."""
@@ -320,15 +323,12 @@ class FolderSource(Source):
             "to go on without the rest of it"
         )
 
-    def _opened(self, reader: type[_Sealed], name: str, info: _Info, blob: Blob) -> _Sealed:
-        """A sealed file, checked whole when it is opened, and left open where the last chunk ended."""
-        key = (name, _version(info))
-        if self._open and self._open[0] == key and isinstance(self._open[1], reader):
-            return self._open[1]
-        self._open = None
-        opened = reader(blob)
-        self._open = (key, opened)
-        return opened
+    def _opened(self, name: str, version: str, blob: Blob) -> Gunzip | ParquetReader:
+        """A sealed file: as the last chunk left it, or opened and checked whole."""
+        left, self._open = self._open, None  # whoever stumbles does not leave it half-way
+        if left and left[0] == (name, version):
+            return left[1]
+        return ParquetReader(blob) if kind(name) == ".parquet" else Gunzip(blob)
 
     def _settled(self, info: _Info) -> bool:
         """Whether a file has rested. A clock that went backwards since makes it look as if it came from the future."""
@@ -356,10 +356,13 @@ class _Mark(NamedTuple):
 
 class _Reading(NamedTuple):
     records: list[Incoming]
-    position: int
-    line: int
-    fingerprint: str
-    more: bool
+    mark: _Mark
+    size: int
+
+    @property
+    def unmarked(self) -> tuple[Any, ...]:
+        """All but the version of the file."""
+        return self.records, self.mark[:3], self.size
 
 
 def _filesystem(path: str, options: dict[str, Any]) -> tuple[Any, str]:
