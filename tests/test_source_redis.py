@@ -200,9 +200,11 @@ def test_server_killed_and_restarted_in_mid_read(server):
     records = list(source.read(None, 20).records)
     offset = source.read(None, 20).offset
     os.kill(server.process.pid, signal.SIGSTOP)  # the next read hangs in the middle of its question
-    threading.Timer(0.3, server.kill).start()
+    killer = threading.Timer(0.3, server.kill)
+    killer.start()
     with pytest.raises(SourceError, match=r"does not answer.* reading goes on from the same offset"):
         source.read(offset, 20)
+    killer.join()
     server.start()
     add(server, "s", 50, 60)
     rest, _ = read_all(source, offset, limit=7)

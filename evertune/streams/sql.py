@@ -128,7 +128,7 @@ class SQLSource(Source):
                 if len(rows) <= limit:
                     self._check_placed(connection)
         except self._sa.exc.SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error).strip()
+            reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
             raise SourceError(
                 f"{self} cannot be read: {reason}. When that is mended, reading goes on from the same offset"
             ) from error
