@@ -11,14 +11,19 @@ from evertune.strategies import register_strategies
 
 if TYPE_CHECKING:
     from evertune.metrics.history import History
+    from evertune.registry.serving import load
     from evertune.trainer import ContinualTrainer
 
-__all__ = ["ContinualTrainer", "History"]
+__all__ = ["ContinualTrainer", "History", "load"]
 __version__ = version("evertune")
 
 register_strategies()
 
-_HOMES = {"ContinualTrainer": "evertune.trainer", "History": "evertune.metrics.history"}
+_HOMES = {
+    "ContinualTrainer": "evertune.trainer",
+    "History": "evertune.metrics.history",
+    "load": "evertune.registry.serving",
+}
 
 
 def __getattr__(name: str) -> Any:

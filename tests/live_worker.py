@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evertune.live.intake import Intake
-from evertune.registry.gate import Gate
 
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.intake import Intake
 from evertune.live.triggers import Volume
 from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.registry.gate import Gate
 from evertune.streams.folder import FolderSource
 from evertune.streams.schema import RecordSchema
 from evertune.trainer import ContinualTrainer
@@ -58,7 +58,7 @@ def updater(folder: str | Path, **changes: Any) -> Updater:
         "settings": UpdateSettings(checkpoint_every_n_steps=4),
     }
     return Updater(
-        folder / "registry",
+        changes.pop("registry", folder / "registry"),
         FolderSource(str(folder / "inbox")),
         SequenceClassificationModule(str(folder / "bert"), learning_rate=3e-3),
         ContinualTrainer(**{**trainer, **changes.pop("trainer", {})}),
