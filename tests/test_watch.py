@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
@@ -19,7 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from evertune.launch.watch import _settings as settings_of
 from evertune.live.alerts import Alert
 from evertune.live.telemetry import log_to
 from evertune.live.triggers import Drift, Situation, Volume
@@ -28,6 +32,7 @@ from evertune.registry.lease import LeaseHeld
 from evertune.registry.registry import Registry
 from evertune.streams.source import SourceError
 
+LIVE = Path(__file__).resolve().parent.parent / "examples" / "live"
 WORKER = Path(__file__).with_name("watch_worker.py")
 FAST = {"poll": 0.05, "max_backoff": 0.2, "grace": 20.0}
 PATIENCE = 120.0  # for a busy machine
@@ -296,7 +301,7 @@ def test_an_update_stopped_before_training_says_why(watch: Callable[..., Running
     watch()
     alert = told(root, "refusal")
     assert alert["outcome"] == "stopped"
-    assert alert["text"] == "the update was stopped before training\nupdating é stop"
+    assert alert["text"] == "the update was stopped before training: updating é stop"
 
 
 def test_an_update_that_dies_is_tried_again_until_it_works(watch: Callable[..., Running], root: Path) -> None:
@@ -304,7 +309,8 @@ def test_an_update_that_dies_is_tried_again_until_it_works(watch: Callable[..., 
     arrives(root, 2)
     running = watch()
     first = told(root, "error")
-    assert first["text"].startswith("the update was killed by signal 9 (Killed)") and first["where"] == "update"
+    assert first["text"] == "the update was killed by signal 9 (Killed): updating é die"
+    assert first["where"] == "update" and first["output"] == "updating é die"
     again = told(root, "error", 2)  # the last of three failures
     assert again["failures"] == 3
     assert running.until("update", 2)[1]["reason"] == "an update was interrupted"
@@ -533,3 +539,50 @@ def test_a_port_that_is_taken_is_told_by_name(root: Path) -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WatchSettings(**settings)
+
+
+def test_the_section_of_the_configuration_is_checked_and_its_secrets_stay_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hook = {"class_path": "evertune.live.alerts.Webhook", "init_args": {"url": "$HOOK", "events": ["drift"]}}
+    section = {"poll": 5, "port": 9090, "alerts": [hook]}
+    with pytest.raises(ValueError, match="the environment variable HOOK is not set"):
+        settings_of(section)
+    monkeypatch.setenv("HOOK", "https://hooks.example/s3cret")
+    settings = settings_of(section)
+    assert (settings.poll, settings.port, settings.grace) == (5.0, 9090, 60.0)
+    assert settings.alerts[0].events == ("drift",)
+    with pytest.raises(ArgumentError, match="'pol'"):
+        settings_of({"pol": 5})
+
+
+# --- examples/live
+
+
+def test_the_example_feeds_the_same_lines_however_often_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("feed", LIVE / "feed.py")
+    assert spec is not None and spec.loader is not None
+    feed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(feed)
+    for limit in (["--limit", "300"], ["--limit", "700"], []):
+        monkeypatch.setattr(sys, "argv", ["feed.py", "--out", str(tmp_path), "--tick", "0", *limit])
+        feed.main()
+    files = sorted(tmp_path.glob("*.jsonl"))
+    written = [(file.name, line) for file in files for line in file.read_text().splitlines()]
+    assert written == list(feed.lines())
+    records = [json.loads(line) for _, line in written if line not in feed.BROKEN]
+    texts = {record["id"]: record["time"] for record in records if "text" in record}
+    labels = {record["id"]: record["label"] for record in records if "label" in record}
+    assert len(texts) == 2_225 and labels.keys() == texts.keys()
+    assert sum("text" in record and "label" not in record for record in records) > 100
+    topics = [labels[id] for id in sorted(texts, key=lambda id: texts[id])]
+    first = {topic: topics.index(topic) for topic in feed.FIRST_MONTH}
+    assert max(first["business"], first["sports"]) < 20
+    assert first["politics"] > 100 and first["tech"] > 400 and first["entertainment"] > 800
+
+
+def test_the_example_says_how_it_watches() -> None:
+    section = yaml.safe_load((LIVE / "live.yaml").read_text())["watch"]
+    assert settings_of(section) == WatchSettings(poll=5, port=9090)

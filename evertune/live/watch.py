@@ -224,23 +224,23 @@ class Watch:
         return self._holds(lease)
 
     def _report(self, outcome: str, code: int, tail: Sequence[str], seconds: float) -> None:
-        end = "\n".join(tail)
+        end = tail[-1] if tail else "it has said nothing"
         facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1)}
         if outcome == "error":
             killed = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else None
             how = killed or f"failed with exit code {code}"
-            self._failed(self._update, f"the update {how}; it goes on where it stood\n{end}", "update")
+            self._failed(self._update, f"the update {how}: {end}", "update", output="\n".join(tail))
             return
         if outcome == "nothing":  # though it was due: no error, but not to be repeated all the time either
             self._update.failed()
-            self._say("updated", f"the update found nothing to do\n{end}", **facts)
+            self._say("updated", f"the update found nothing to do: {end}", **facts)
             return
         if outcome == "interrupted":
             self._say("updated", "the update was interrupted; it goes on at the next start", **facts)
             return
         self._worked(self._update)
         if outcome == "stopped":
-            self._say("refusal", f"the update was stopped before training\n{end}", logging.WARNING, **facts)
+            self._say("refusal", f"the update was stopped before training: {end}", logging.WARNING, **facts)
         else:
             with suppress(Exception):  # only to say more
                 version = self.updater.registry.versions()[-1]
@@ -313,7 +313,7 @@ class Watch:
             return result
         return None
 
-    def _failed(self, trouble: _Trouble, words: str, where: str, exc_info: bool = False) -> None:
+    def _failed(self, trouble: _Trouble, words: str, where: str, exc_info: bool = False, **facts: Any) -> None:
         words = without_passwords(words)
         pause = trouble.failed()
         self.telemetry.failed(where, words)
@@ -321,7 +321,7 @@ class Watch:
         logger.error("%s; next try in %.0f s", words, pause, extra=about, exc_info=exc_info)
         if trouble.count in (1, self.settings.max_errors):
             trouble.told = True
-            self._alert("error", words, where=where, failures=trouble.count)
+            self._alert("error", words, where=where, failures=trouble.count, **facts)
 
     def _worked(self, trouble: _Trouble) -> None:
         if trouble is self._intake:
@@ -351,6 +351,7 @@ class Watch:
 
     def _alert(self, event: str, words: str, **facts: Any) -> None:
         facts = {"registry": self.updater.registry.store.root, "version": self._version, **facts}
+        facts = {name: without_passwords(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         for alert in self.settings.alerts:
             try:
                 alert.send(event, words, **facts)
