@@ -43,12 +43,12 @@ class FolderSource(Source):
     files of other kinds.
 
     Plain text files may grow. Parquet and gz files are checked whole before their first record is taken, and are read
-    once. What is read must stay: a file that is truncated, rewritten or, half-read, deleted raises an error and loses
-    nothing silently. To see it, a file that has changed since is compared with the fingerprint that the offset keeps:
-    the 4 KiB at either end of what was read (of a Parquet or gz file: at either end of it, and its size). A renamed
-    file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
+    once. What has been read must stay as it was: a file that is truncated, rewritten, or deleted before it was read to
+    its end is an error. It is told by the fingerprint that the offset keeps, with which a file is compared when it has
+    changed: the 4 KiB at either end of what was read (of a Parquet or gz file: at either end of it, and its size). A
+    renamed file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
 
-    Becoming bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and numbers
+    These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and numbers
     and nesting beyond bounds (they are no JSON, whatever Python reads); CSV rows with too few or too many fields, or
     with quotes in wrong places; Parquet rows that cannot be JSON; lines over ``max_line_bytes``, of which only the head
     is kept; a Parquet or gz file that is corrupt, as one bad record: it is read anew once another version replaces it.
@@ -116,7 +116,7 @@ class FolderSource(Source):
         self._settle = settle
         self._max_line_bytes = max_line_bytes
         self._warned = False
-        self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None
+        self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None  # where the last chunk ended
         self._listed: tuple[Offset, dict[str, _Info]] | None = None  # what a full chunk has left
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
