@@ -64,6 +64,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
         seed_everything_default=False,
         parser_kwargs={"description": "Update a registry once: 0 promoted, 3 nothing to do, 4 refused, 5 bad data."},
     )
+    assert isinstance(cli.trainer, ContinualTrainer)
     made = cli.config_init
     return (
         Updater(

@@ -29,8 +29,8 @@ from evertune.streams.schema import RecordSchema
 from evertune.streams.source import Source, SourceError
 
 if TYPE_CHECKING:
-    from evertune.live.evaluation import Predictions
     from evertune.registry.mlflow import MLflowMirror
+    from evertune.registry.predictions import Predictions
     from evertune.trainer import ContinualTrainer
 
 logger = logging.getLogger("evertune.live")
@@ -182,6 +182,7 @@ class Updater:
         self._intake = Intake(source, self.schema, self.journal, masker=masker, label_join=label_join)
         if self.schema.label is None:
             raise ValueError("an update is judged by labels: the schema needs the field that holds them")
+        self._label: str = self.schema.label
         if work_dir is None and not self.registry.store.is_local:
             raise ValueError(
                 f"the registry {self.registry.store.root} is not on this machine: pass work_dir, a local folder"
@@ -318,7 +319,7 @@ class Updater:
         slices = {entry["name"]: load_slice(store, entry) for entry in entries} | {new: held_out}
         slices = thin(slices, self.settings.max_evaluation)
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
-        settings: dict[str, Any] = {"text": self.schema.text, "label": self.schema.label}
+        settings: dict[str, Any] = {"text": self.schema.text, "label": self._label}
         settings |= {"max_length": self.data.get("max_length", 128)}
         challenger = type(self.model).from_pretrained(folder / MODEL)
         said = evaluate(challenger, slices, **settings)
@@ -538,8 +539,7 @@ class Updater:
     def _split(self, plan: Plan) -> tuple[list[Row], list[Row], list[Row]]:
         """The records of an update to train on, those held out, and those that a newer one has replaced."""
         rows, superseded = latest(self._rows(self._segments(plan)))
-        assert self.schema.label is not None
-        train, held_out = hold_out(rows, self.schema.label, self.settings.holdout, self.settings.max_holdout)
+        train, held_out = hold_out(rows, self._label, self.settings.holdout, self.settings.max_holdout)
         return train, held_out, superseded
 
     def _check_data(self, plan: Plan) -> list[Check]:
@@ -549,7 +549,7 @@ class Updater:
         return self.gate.judge_data(
             rows,
             text=self.schema.text,
-            label=self.schema.label,
+            label=self._label,
             known_classes=production.manifest["classes"] if production else [],
             n_bad=sum(segment.bad for segment in segments),
             n_read=sum(segment.read for segment in segments),
