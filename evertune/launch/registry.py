@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _UNKNOWN = "\N{EN DASH}"
+_SHOWN = 50
 
 
 def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,7 +34,8 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
         return action
 
     one_of = f"its number, or {', '.join(ALIASES)}"
-    listing = add("list", "list all versions")
+    listing = add("list", "list the versions")
+    listing.add_argument("--all", action="store_true", help=f"not only the newest {_SHOWN}; JSON always has all")
     listing.add_argument("--events", action="store_true", help="list what happened to the aliases instead")
     show = add("show", "show all that is known of a version")
     show.add_argument("version", nargs="?", default="production", help=f"{one_of} (default: production)")
@@ -111,7 +113,10 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
 
     def tables() -> Iterable[Any]:
         if not versions:
-            return [f"{registry.store.root} holds no version yet"]
+            yield f"{registry.store.root} holds no version yet"
+            return
+        newest = len(versions) if arguments.all else _SHOWN
+        shown = [line for line in found["versions"][:-newest] if line["aliases"]] + found["versions"][-newest:]
         columns = ["version", "alias", "created (UTC)", "parent", "kind", "records", "accuracy", "verdict", "reason"]
         rows = [
             [
@@ -125,9 +130,11 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
                 "passed" if line["passed"] else "refused",
                 line["reason"],
             ]
-            for line in found["versions"]
+            for line in shown
         ]
-        return [_table(columns, rows, right=("version", "parent", "records", "accuracy"))]
+        yield _table(columns, rows, right=("version", "parent", "records", "accuracy"))
+        if len(shown) < len(versions):
+            yield f"{len(versions) - len(shown)} older versions are not shown: --all"
 
     _print(arguments, found, tables)
     if problem:

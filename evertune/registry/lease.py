@@ -22,6 +22,8 @@ TOKEN = "EVERTUNE_LEASE"
 _FOLDER = "lease"
 _BEATS = 5
 """Heartbeats within the time to live."""
+_GRACE = 1.0
+"""Seconds in which a process of this machine that was just killed may go away."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,8 @@ class Lease:
         """Take the lease.
 
         Raises:
-            LeaseHeld: when its holder is alive. Unless that can be told at once, this waits for a heartbeat of the
-                holder, a fifth of its time to live at most.
+            LeaseHeld: when its holder is alive: it runs on this machine, which takes a second to tell, or its heart
+                beats, which takes a fifth of its time to live at most.
             LeaseLost: when ``EVERTUNE_LEASE`` names a lease that is over.
         """
         inherited = os.environ.get(TOKEN)
@@ -153,16 +155,16 @@ class Lease:
                 if self._take(seen):
                     return
                 continue
-            if _is_running(record) or (first is not None and seen != first):
+            if first is None:
+                first, since = seen, time.monotonic()
+            elif seen != first or (now - since >= _GRACE and _is_running(record)):
                 raise LeaseHeld(
                     f"{self._store.root} is being written to by {_holder(record)}, since {record.get('since')}: "
                     "wait until it is done, or end it"
                 )
-            if first is None:
-                first, since = seen, time.monotonic()
             elif now - since >= record.get("ttl", self.ttl) and self._take(seen):
                 return
-            time.sleep(min(0.25, self.ttl / 20))
+            time.sleep(min(0.05, self.ttl / 20))
 
     def _take(self, seen: tuple[int, bytes]) -> bool:
         """Become the next holder, if the lease is still as it was seen and no other is quicker."""
