@@ -48,10 +48,11 @@ class FolderSource(Source):
     changed: the 4 KiB at either end of what was read (of a Parquet or gz file: at either end of it, and its size). A
     renamed file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
 
-    These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and numbers
-    and nesting beyond bounds (they are no JSON, whatever Python reads); CSV rows with too few or too many fields, or
-    with quotes in wrong places; Parquet rows that cannot be JSON; lines over ``max_line_bytes``, of which only the head
-    is kept; a Parquet or gz file that is corrupt, as one bad record: it is read anew once another version replaces it.
+    These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and
+    numbers and nesting beyond bounds (they are no JSON, whatever Python reads); CSV rows with too few or too many
+    fields, or with quotes in wrong places; Parquet rows that cannot be JSON; lines over ``max_line_bytes``, of which
+    only the head is kept; a Parquet or gz file that is corrupt, as one bad record: it is read anew once another version
+    replaces it.
     Where a CSV row cannot be told apart, its first line is bad and reading goes on at the next.
 
     A last line without a newline may still be being written. In JSONL it is taken as soon as it is a whole JSON object.
