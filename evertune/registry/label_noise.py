@@ -12,7 +12,7 @@ from evertune.registry.predictions import Label, Predictions
 UNSURE = 0.25
 """The part of its agreeing predictions that a witness is less sure of than it must be to count."""
 UNSURE_LEARNT = 0.1
-"""The same for the second witness about records that it was trained on, which it half believes."""
+"""The same for the new version about records that it was trained on, whose labels it half believes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Noise:
         return Noise(self.sure + other.sure, self.contradicted + other.contradicted, self.resolved + other.resolved)
 
 
-def label_noise(old: Predictions, new: Predictions, known: Collection[str], learnt: bool = False) -> Noise:
+def label_noise(old: Predictions, new: Predictions, known: Collection[str], second: float | None = UNSURE) -> Noise:
     """Count the labels that are contradicted by those who are sure.
 
     A wrong label is a good text under another name. A model that can do the task is as sure of such a text as of any
@@ -58,21 +58,27 @@ def label_noise(old: Predictions, new: Predictions, known: Collection[str], lear
     version that is less confident in general, as one trained on noise is, does not hide anything.
 
     The champion is the first witness: it learnt nothing from these records. The challenger is the second: where it has
-    come to disagree with the champion, the world has changed rather than the label been wrong. So new domains and new
-    meanings pass. About a class that the champion does not know, the challenger is the only witness.
+    come to disagree with the champion, the world may have changed rather than the label been wrong. About a class that
+    the champion does not know, the challenger is the only witness.
 
     Args:
         old: predictions of the version in production, the champion.
         new: predictions of the new version, the challenger, about the same records.
         known: the classes that the champion knows.
-        learnt: whether the challenger was trained on these records.
+        second: the part of its agreeing predictions that the challenger must be surer than; None asks the champion
+            alone, where it can tell.
     """
-    known_to_both = _known(new.labels, known) & _known(new.predicted, known)
-    agree = np.array([_names(a) == _names(b) for a, b in zip(old.predicted, new.predicted, strict=True)], bool)
-    two = agree & _sure(old, UNSURE) & _sure(new, UNSURE_LEARNT if learnt else UNSURE)
-    counted = np.where(known_to_both, two, _sure(new, UNSURE))
-    resolved = known_to_both & _sure(old, UNSURE) & ~old.correct & new.correct
-    return Noise(int(counted.sum()), int((counted & ~old.correct & ~new.correct).sum()), int(resolved.sum()))
+    known_label = _known(new.labels, known)
+    sure_before = known_label & _sure(old, UNSURE)
+    if second is None:
+        first, told = sure_before, known_label
+    else:
+        agree = np.array([_same(*said) for said in zip(old.predicted, new.predicted, strict=True)], bool)
+        first, told = sure_before & agree & _sure(new, second), known_label & _known(new.predicted, known)
+    counted = np.where(told, first, _sure(new, UNSURE))
+    wrong = ~old.correct & np.where(told & (second is None), True, ~new.correct)
+    resolved = sure_before & ~old.correct & new.correct
+    return Noise(int(counted.sum()), int((counted & wrong).sum()), int(resolved.sum()))
 
 
 def known_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
@@ -88,7 +94,13 @@ def _sure(predictions: Predictions, unsure: float) -> np.ndarray:
 
 
 def _known(labels: Iterable[Label], known: Collection[str]) -> np.ndarray:
-    return np.array([all(name in known for name in _names(label)) for label in labels], bool)
+    return np.array(
+        [label in known if isinstance(label, str) else all(name in known for name in label) for label in labels], bool
+    )
+
+
+def _same(left: Label, right: Label) -> bool:
+    return left == right or _names(left) == _names(right)
 
 
 def _names(label: Label) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,11 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def correct(self) -> np.ndarray:
         """Whether each record is predicted right (with several labels: all of them), as bools ``[records]``."""
         pairs = zip(self.labels, self.predicted, strict=True)
-        return np.array([_names(label) == _names(predicted) for label, predicted in pairs], bool)
+        return np.array([label == said or _names(label) == _names(said) for label, said in pairs], bool)
 
     @property
     def accuracy(self) -> float:
