@@ -1,0 +1,192 @@
+"""A mirror of a registry in MLflow, for those who look there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from evertune.registry.registry import RegistryError, Version
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient  # type: ignore[import-not-found]
+
+MODEL = "model"
+ALIAS = "production"
+MAX_TAG = 5_000
+"""Characters of a tag that every MLflow server takes."""
+
+_NO_METRIC_NAME = re.compile(r"[^\w\-. /]")
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Set in the environment where the user has not: MLflow tries for minutes, and prints, by itself."""
+
+
+class MLflowMirror:
+    """Shows versions in MLflow's model registry: their metrics, lineage and verdict, and which one is in production.
+
+    The registry stays the one that counts; nothing is ever read back. Each version becomes a run with its metrics and a
+    model version with tags (``evertune.version``, ``evertune.parent``, ``evertune.digest``, ...). MLflow counts model
+    versions by itself: look for the tag. Mirroring a version again changes nothing but the alias ``production``.
+
+    Needs the extra ``evertune[mlflow]``. A server that is away is given up after seconds instead of MLflow's minutes,
+    unless ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` is set.
+
+    Args:
+        tracking_uri: MLflow's server, or any URI that MLflow takes; None for MLflow's own setting
+            (``MLFLOW_TRACKING_URI``).
+        name: of the registered model and of the experiment with the runs; one for each registry.
+        upload: whether the model's files are copied to MLflow. If not, its model versions point to the files in the
+            registry. None copies only where MLflow takes no pointer: from a local folder to a server.
+
+    Example::
+
+        mirror = MLflowMirror("http://mlflow.internal:5000", name="news-topics")
+        mirror.mirror(registry.production, production=True)
+    """
+
+    def __init__(self, tracking_uri: str | None = None, name: str = "evertune", upload: bool | None = None) -> None:
+        if not name or set(name) & set("/:"):
+            raise ValueError(f"name must not be empty and have no / or :, got {name!r}")
+        self.tracking_uri = tracking_uri
+        self.name = name
+        self.upload = upload
+
+    def mirror(self, version: Version, production: bool) -> str:
+        """Show a version in MLflow; once, however often it is called.
+
+        Args:
+            version: of the registry.
+            production: whether it is in production now, so that the alias ``production`` goes to it.
+
+        Returns:
+            The number that MLflow gave to the model version.
+
+        Raises:
+            ModuleNotFoundError: without the extra ``evertune[mlflow]``.
+            RegistryError: when MLflow cannot be reached or refuses, or has the version of another registry under this
+                name.
+        """
+        try:
+            from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException  # type: ignore[import-not-found]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError('the mirror needs MLflow: pip install "evertune[mlflow]"') from error
+
+        for variable, value in _SETTINGS.items():
+            os.environ.setdefault(variable, value)
+        client = MlflowClient(self.tracking_uri)
+        try:
+            number = self._find(client, version) or self._create(client, version)
+            if production:
+                client.set_registered_model_alias(self.name, ALIAS, number)
+        except (MlflowException, OSError) as error:
+            raise RegistryError(
+                f"version {version.number} is not mirrored as {self.name!r} in MLflow at {client.tracking_uri}: {error}"
+            ) from error
+        return number
+
+    def _find(self, client: MlflowClient, version: Version) -> str | None:
+        """The number of the model version that shows a version already."""
+        where = f"name = '{_quoted(self.name)}' and tags.`evertune.version` = '{version.number}'"
+        for found in client.search_model_versions(where):
+            if found.tags.get("evertune.digest") != digest(version):
+                raise RegistryError(
+                    f"MLflow has another version {version.number} under the name {self.name!r}, of the registry "
+                    f"{found.tags.get('evertune.registry')}: give each registry a name of its own"
+                )
+            return str(found.version)
+        return None
+
+    def _create(self, client: MlflowClient, version: Version) -> str:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_registered_model(self.name, description="Mirrored by evertune; the registry is what counts.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        tags, words = _tags(version), _words(version)
+        run = self._run(client, version, tags | {"mlflow.note.content": words[:MAX_TAG]})
+        source = f"{version.store.address(f'versions/{version.number}')}/{MODEL}"
+        server = client.tracking_uri.startswith(("http://", "https://", "databricks"))
+        if version.store.is_local and server if self.upload is None else self.upload:
+            client.log_artifacts(run.info.run_id, str(version.folder() / MODEL), MODEL)
+            source = f"{run.info.artifact_uri}/{MODEL}"
+        created = client.create_model_version(
+            self.name, source, run.info.run_id, tags=tags, description=words[:MAX_TAG], await_creation_for=0
+        )
+        return str(created.version)
+
+    def _run(self, client: MlflowClient, version: Version, tags: dict[str, str]) -> Any:
+        """The run with the metrics of a version: an unfinished one of an attempt before, or a new one."""
+        from mlflow.entities import Metric  # type: ignore[import-not-found]
+
+        experiment = client.get_experiment_by_name(self.name)
+        number = experiment.experiment_id if experiment else client.create_experiment(self.name)
+        mine = f"tags.`evertune.version` = '{version.number}' and tags.`evertune.digest` = '{digest(version)}'"
+        found = client.search_runs([number], mine, max_results=1)
+        run = found[0] if found else client.create_run(number, tags=tags, run_name=f"version {version.number}")
+        time = int(version.created.timestamp() * 1000)
+        metrics = [Metric(name, value, time, version.number) for name, value in _metrics(version).items()]
+        for start in range(0, len(metrics), 1000):
+            client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+        client.set_terminated(run.info.run_id)
+        return run
+
+
+def digest(version: Version) -> str:
+    """What a version's files are known by: the SHA-256 over the names and hashes in its manifest."""
+    return hashlib.sha256(json.dumps(version.manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def _words(version: Version) -> str:
+    return str((version.manifest.get("verdict") or {}).get("summary") or "")
+
+
+def _tags(version: Version) -> dict[str, str]:
+    manifest = version.manifest
+    tags = {
+        "version": version.number,
+        "parent": version.parent,
+        "digest": digest(version),
+        "verdict": "passed" if version.passed else "refused",
+        "registry": version.store.root,
+        "experience": version.experience,
+        "created": manifest["created"],
+        **{name: manifest.get(name) for name in ("kind", "reason", "consumed", "offset", "module", "code")},
+    }
+    shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in tags.items()}
+    return {f"evertune.{name}": value[:MAX_TAG] for name, value in shown.items() if tags[name] not in (None, "")}
+
+
+def _metrics(version: Version) -> dict[str, float]:
+    """Everything that was counted or measured, by names that MLflow takes.
+
+    Slices whose names only differ in characters that MLflow does not take share a metric.
+    """
+    manifest = version.manifest
+    found = _flat({name: manifest.get(name) or {} for name in ("metrics", "records", "seconds")})
+    return {_NO_METRIC_NAME.sub("_", name.removeprefix("metrics/"))[:250]: value for name, value in found.items()}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, float]:
+    """The numbers in nested dictionaries, by their path.
+
+    Example:
+        >>> _flat({"accuracy": {"sport": 0.9, "tech": None}, "n": 3})
+        {'accuracy/sport': 0.9, 'n': 3.0}
+    """
+    if isinstance(values, dict):
+        parts = [_flat(inner, f"{prefix}/{name}" if prefix else str(name)) for name, inner in values.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    return {prefix: float(values)} if isinstance(values, int | float) and not isinstance(values, bool) else {}
+
+
+def _quoted(name: str) -> str:
+    return name.replace("'", "''")
