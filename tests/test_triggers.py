@@ -187,6 +187,7 @@ def test_drift_looks_anew_at_another_version_or_after_a_rollback() -> None:
     business, sport = texts(BUSINESS, 300, seed=0), texts(SPORT, 300, seed=1)
     trigger, pending = Drift(), texts(SPORT, 100, seed=2)
     assert trigger.reason(situation(pending, version=1, memory=business)) is not None
+    assert trigger.reason(situation(pending[:5], version=2, memory=sport)) is None and trigger.readings == {}
     assert trigger.reason(situation(pending, version=2, memory=sport)) is None
     given_back = texts(SPORT, 90, seed=4) + pending
     assert trigger.reason(situation(given_back, version=2, memory=sport)) is None
@@ -205,7 +206,7 @@ def test_drift_waits_for_new_records_after_a_refusal() -> None:
     ("detector", "words"),
     [
         (None, "a reference of 30 records is too small .* reference_size must be at least 128"),
-        (MMD(reference_size=256), "the 30 texts that production remembers are too few for the detector's reference"),
+        (MMD(reference_size=256), "the 30 texts known of production are too few for the detector's reference"),
     ],
 )
 def test_drift_with_too_small_a_reference_gives_no_reason_and_says_why(detector: MMD | None, words: str) -> None:
@@ -225,6 +226,20 @@ def test_drift_without_production_reads_nothing() -> None:
     trigger = Drift()
     assert trigger.reason(here) is None
     assert trigger.explanation == "drift: nothing is in production to compare with"
+
+
+def test_drift_reads_no_record_again_until_there_are_more() -> None:
+    pending, memory = texts(BUSINESS, 100, seed=1), texts(BUSINESS, 300, seed=0)
+    read: list[int] = []
+    trigger = Drift()
+
+    def look(n: int) -> None:
+        here = situation(pending[:n], memory=memory)
+        assert trigger.reason(dataclasses.replace(here, records=lambda: read.append(n) or here.records())) is None
+
+    for n in (70, 70, 80, 80, 80, 100):
+        look(n)
+    assert read == [70, 80, 100]
 
 
 def test_drift_uses_the_detector_and_featuriser_it_is_given_and_leaves_them_alone() -> None:

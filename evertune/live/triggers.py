@@ -194,14 +194,13 @@ class Every(Trigger):
 class Drift(Trigger):
     """Due when what arrives no longer looks like what production has learnt.
 
-    The detector's reference is a sample of the texts that production remembers; then it looks at the pending records in
-    order, up to the first alarm. Without a version in production, or with too few texts to hold the detector's
-    false-alarm rate, there is no reason, and :attr:`explanation` says so: combine it with another trigger (``AnyOf``)
-    that brings the first updates.
+    The detector's reference is a sample of the texts that are known of what production has learnt; then it looks at the
+    pending records in order, up to the first alarm. Without a version in production, or with too few texts to hold the
+    detector's false-alarm rate, there is no reason, and :attr:`explanation` says so: combine it with another trigger
+    (``AnyOf``) that brings the first updates.
 
-    What it compares with is the memory: one that holds all classes alike (``class_balanced``) differs from a
-    stream that does not, and a reservoir does not. News that arrive in spells ask for a detector with a ``block_size``
-    (see :class:`~evertune.drift.MMD`).
+    Records that arrive in spells, all of a kind together, look like drift: they ask for a detector with a
+    ``block_size`` (see :class:`~evertune.drift.MMD`).
 
     Args:
         detector: decides; used as a template, it stays as it is. Default: :class:`~evertune.drift.MMD` with one false
@@ -229,27 +228,34 @@ class Drift(Trigger):
         self._n_reference = 0
 
     def reason(self, situation: Situation) -> str | None:
+        if situation.production is None or situation.production.number != self._version:
+            self.readings = {}
         if situation.production is None:
             self.explanation = "drift: nothing is in production to compare with"
             return None
         if situation.n_new < self.min_records:
             self.explanation = f"drift: {situation.n_new} new records ({self.min_records} needed for a look)"
             return None
+        if self._version != situation.production.number or len(self._ids) != situation.n_pending:
+            self._look(situation, situation.production.number)
+        if isinstance(self._watching, str):
+            self.explanation = f"drift: cannot tell, {self._watching}"
+            return None
+        return self._decision(self._watching)
+
+    def _look(self, situation: Situation, production: int) -> None:
+        """Look at the pending records that are new; those of one version in production only grow in number."""
         rows = situation.records()
         ids = [row["id"] for row in rows]
         version, self._version = self._version, None  # should this look fail, the next starts anew
-        if version != situation.production.number or ids[: len(self._ids)] != self._ids:
+        if version != production or ids[: len(self._ids)] != self._ids:
             self._ids, self._watching = [], self._armed(situation.memory_texts())
         if isinstance(self._watching, Detector):
             texts = [_text(row["record"], situation.text) for row in rows[len(self._ids) :]]
             for features in self._features(texts):
                 if not self._watching.drift_detected:  # the first alarm stands
                     self._watching.update(features)
-        self._version, self._ids = situation.production.number, ids
-        if isinstance(self._watching, str):
-            self.explanation = f"drift: cannot tell, {self._watching}"
-            return None
-        return self._decision(self._watching)
+        self._version, self._ids = production, ids
 
     def _decision(self, detector: Detector) -> str | None:
         if not detector.n_tests:
@@ -279,7 +285,7 @@ class Drift(Trigger):
                 if not detector.armed:
                     detector.update(record)
         self._n_reference = detector.n_seen
-        too_few = f"the {len(texts)} texts that production remembers are too few for the detector's reference"
+        too_few = f"the {len(texts)} texts known of production are too few for the detector's reference"
         return detector if detector.armed else too_few
 
     def _features(self, texts: list[str]) -> list[Any]:

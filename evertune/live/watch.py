@@ -133,7 +133,7 @@ class Watch:
         self._stops = 0  # signals to end that have come
         self._in_step = False  # whether one may break off what the main thread does
         self._version: int | None = None
-        self._drifting = False
+        self._drift_told: int | None = None  # the version in production when it was last told
         self._read = self._bad = 0  # since the last update
         self._told_bad = False
 
@@ -199,9 +199,9 @@ class Watch:
         readings = self.updater.trigger.readings
         self.telemetry.measured(readings)
         drifting = readings.get("drift_score", 0.0) > readings.get("drift_threshold", float("inf"))
-        if drifting and not self._drifting:
+        if drifting and self._drift_told != self._version:
+            self._drift_told = self._version
             self._say("drift", self.updater.trigger.explanation, logging.WARNING, **readings)
-        self._drifting = drifting
         return reason
 
     def _make_update(self, reason: str, lease: Lease) -> bool:
