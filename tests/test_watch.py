@@ -21,9 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
+from evertune.launch.update import updater_from
 from evertune.launch.watch import _settings as settings_of
+from evertune.launch.watch import watch as watch_command
 from evertune.live.alerts import Alert
 from evertune.live.telemetry import log_to
 from evertune.live.triggers import Drift, Situation, Volume
@@ -544,7 +545,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 def test_the_section_of_the_configuration_is_checked_and_its_secrets_stay_in_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hook = {"class_path": "evertune.live.alerts.Webhook", "init_args": {"url": "$HOOK", "events": ["drift"]}}
+    hook = {"class_path": "evertune.live.alerts.Webhook", "init_args": {"url": "${HOOK}", "events": ["drift"]}}
     section = {"poll": 5, "port": 9090, "alerts": [hook]}
     with pytest.raises(ValueError, match="the environment variable HOOK is not set"):
         settings_of(section)
@@ -583,6 +584,31 @@ def test_the_example_feeds_the_same_lines_however_often_it_is_stopped(
     assert first["politics"] > 100 and first["tech"] > 400 and first["entertainment"] > 800
 
 
-def test_the_example_says_how_it_watches() -> None:
-    section = yaml.safe_load((LIVE / "live.yaml").read_text())["watch"]
-    assert settings_of(section) == WatchSettings(poll=5, port=9090)
+def test_the_example_is_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    updater, options = updater_from(["--config", str(LIVE / "live.yaml"), "--watch.port", "0"], "evertune watch")
+    assert settings_of(vars(options)["watch"]) == WatchSettings(poll=5, port=0)
+    assert [type(trigger) for trigger in updater.trigger.triggers] == [Volume, Drift]
+    (tmp_path / "inbox").mkdir()
+    assert updater.due() is None
+    again, _ = updater_from(["--config", str(LIVE / "live.yaml"), "--watch.poll", "1"], "evertune update")
+    assert again.config == updater.config
+
+
+def test_what_cannot_start_says_why(tmp_path: Path) -> None:
+    """In a process of its own: it takes over all logs."""
+    log = tmp_path / "log"
+
+    def start() -> None:
+        with log.open("w") as sys.stderr:
+            code = watch_command(
+                ["--config", str(LIVE / "live.yaml"), f"--registry={tmp_path}", "--watch", '{"poll": 0}']
+            )
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 1
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["message"] == "evertune watch: poll must be positive, got 0.0" and last["level"] == "error"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
-import string
 import threading
 import time
 import urllib.error
@@ -17,6 +15,8 @@ from datetime import UTC, datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
+
+from evertune.streams._server import fill_in
 
 EVENTS = ("drift", "refusal", "quarantine", "error", "recovery", "promotion")
 """What there is to tell: drift has been found; an update was refused; too many records are bad; the source, the disk or
@@ -54,15 +54,15 @@ class Webhook(Alert):
 
     Example::
 
-        Webhook("$SLACK_WEBHOOK", events=["drift", "refusal", "error"])
+        Webhook("${SLACK_WEBHOOK}", events=["drift", "refusal", "error"])
 
     Args:
-        url: where to; with http or https. A name such as ``$SLACK_WEBHOOK`` is taken from the environment, so that the
-            secret stands in no configuration. Nothing but the host is ever logged.
+        url: where to; with http or https. ``${SLACK_WEBHOOK}`` is taken from the environment, so that the secret
+            stands in no configuration. Nothing but the host is ever logged.
         events: which of :data:`EVENTS`. Default: all but ``"promotion"``.
         timeout: seconds to wait for the receiver, each time.
-        headers: more HTTP headers, such as ``{"Authorization": "Bearer $TOKEN"}``; names from the environment as in
-            ``url``.
+        headers: more HTTP headers, such as ``{"Authorization": "Bearer ${TOKEN}"}``; with names from the environment
+            as in ``url``.
         retries: how often to try again.
         pause: seconds before the first of them.
 
@@ -80,7 +80,7 @@ class Webhook(Alert):
         retries: int = 4,
         pause: float = 1.0,
     ) -> None:
-        self._url = _filled(url)
+        self._url = fill_in(url)
         parts = urlsplit(self._url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url must start with http:// or https:// and a host (it is not shown: it may be secret)")
@@ -91,7 +91,7 @@ class Webhook(Alert):
         if timeout <= 0 or retries < 0 or pause < 0:
             raise ValueError(f"timeout must be positive, retries and pause not negative, got {timeout, retries, pause}")
         self.host, self.timeout, self.retries, self.pause = parts.hostname, timeout, retries, pause
-        self._headers = {name: _filled(value) for name, value in (headers or {}).items()}
+        self._headers = {name: fill_in(value) for name, value in (headers or {}).items()}
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -158,13 +158,3 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
-
-
-def _filled(text: str) -> str:
-    """The text with the names in it taken from the environment."""
-    try:
-        return string.Template(text).substitute(os.environ)
-    except KeyError as error:
-        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
-    except ValueError:
-        raise ValueError("a $ must be followed by a name from the environment; write $$ for the sign itself") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import re
@@ -13,6 +12,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TextIO
+
+from evertune.streams._server import library
 
 logger = logging.getLogger("evertune.live")
 
@@ -36,7 +37,7 @@ class Telemetry:
     """
 
     def __init__(self, stale_after: float, max_errors: int = 3) -> None:
-        prometheus = _prometheus()
+        prometheus = library("prometheus_client", "live")
         self.stale_after, self.max_errors = stale_after, max_errors
         self.registry = prometheus.CollectorRegistry()
         self._gauge = prometheus.Gauge
@@ -179,7 +180,8 @@ def _handler(telemetry: Telemetry) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
-                encode, kind = _prometheus().exposition.choose_encoder(self.headers.get("Accept", ""))
+                choose = library("prometheus_client.exposition", "live").choose_encoder
+                encode, kind = choose(self.headers.get("Accept", ""))
                 self._answer(200, kind, encode(telemetry.registry))
             elif path == "/healthz":
                 health = telemetry.health
@@ -233,10 +235,11 @@ def without_passwords(words: str) -> str:
     """The words with the passwords in URLs blotted out.
 
     Example:
-        >>> without_passwords("redis://feed:secret@broker:6379 does not answer")
-        'redis://feed:***@broker:6379 does not answer'
+        >>> without_passwords("redis://feed:p@ss@broker:6379 and https://host/x?a=1&token=secret do not answer")
+        'redis://feed:***@broker:6379 and https://host/x?a=1&token=*** do not answer'
     """
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", words)
+    words = re.sub(r"(://[^/\s:@\"]*):[^/\s\"]+@", r"\1:***@", words)
+    return re.sub(r"(?i)([?&](?:password|passwd|token|secret|key|sig|signature)=)[^&\s\"']+", r"\1***", words)
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:
@@ -261,11 +264,3 @@ def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging
     logging.getLogger("evertune").setLevel(logging.INFO)
     logging.captureWarnings(True)
     return handler
-
-
-def _prometheus() -> Any:
-    try:
-        importlib.import_module("prometheus_client.exposition")
-        return importlib.import_module("prometheus_client")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{error}: pip install "evertune[live]"', name=error.name) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import random
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams
+from evertune.streams._server import library
 
 if TYPE_CHECKING:
     from evertune.registry.registry import Version
@@ -153,7 +153,7 @@ class Schedule(Trigger):
 
     def _newest(self, moment: datetime) -> datetime:
         """The newest moment of the schedule that is not after ``moment``."""
-        croniter = _extra("croniter").croniter
+        croniter = library("croniter", "live").croniter
         after = moment.astimezone(self.timezone) + timedelta(milliseconds=1)  # get_prev means strictly before
         found: datetime = croniter(self.cron, after).get_prev(datetime)
         return found
@@ -342,10 +342,3 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
-
-
-def _extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{error}: pip install "evertune[live]"', name=error.name) from error
