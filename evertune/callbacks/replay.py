@@ -99,8 +99,8 @@ class Replay(ContinualCallback):
         memory_size: int,
         policy: str | Policy = "reservoir",
         replay_ratio: float = 1.0,
-        label: Callable[[Any], Any] | str | int | None = None,
-        id: Callable[[Any], Any] | str | int | None = None,
+        label: str | int | Callable[[Any], Any] | None = None,
+        id: str | int | Callable[[Any], Any] | None = None,
         features: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         seed: int = 0,
         directory: str | Path | None = None,
@@ -150,6 +150,9 @@ class Replay(ContinualCallback):
             return self._wrap(process(dataloader)) if trainer.training else process(dataloader)
 
         trainer.strategy.process_dataloader = process_and_wrap  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loader learns of the experience that starts now when it is set up, which may have been before this."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse several loaders; start anew with one that was set up before the checkpoint was read."""
@@ -266,8 +269,6 @@ class Replay(ContinualCallback):
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """In the middle of a fit: let the loader processes switch to the new memory, all at the same batch."""
-        if self._loader is None:
-            return
         accumulated = trainer.accumulate_grad_batches
         steps = -(-self._batches_ahead() // accumulated)
         self._before = self._update_start, self.experience_index - 1
@@ -320,12 +321,20 @@ class Replay(ContinualCallback):
         return erased
 
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
-        """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived."""
+        """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived.
+
+        As many of each group as the memory has room for: how many more a spool holds depends on the processes.
+        """
         own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
         content = gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
         arrived = sorted(parse_records(b"".join(content)), key=lambda record: (record.arrival, record.id))
         last = {record.id: record for record in arrived}
-        return sorted(last.values(), key=lambda record: (record.arrival, record.id))
+        best: dict[str, list[Record]] = {}
+        for record in sorted(last.values(), key=lambda record: (record.priority, record.id)):
+            group = best.setdefault(self.memory.policy.group(record.label), [])
+            if len(group) < self.memory.memory_size:
+                group.append(record)
+        return sorted((record for group in best.values() for record in group), key=lambda r: (r.arrival, r.id))
 
     def _features_of(self, dataset: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """One vector for each example, computed by all ranks together."""
