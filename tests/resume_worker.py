@@ -1,0 +1,243 @@
+"""What every process runs in the tests of a killed update: it learns a version, dies when told to, and goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from evertune.callbacks import EWC, ContinualCallback, DriftTrigger, Replay
+from evertune.drift import MMD, HashedNgrams
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.checkpoint import UpdateCheckpoint, latest
+from evertune.streams import Experience, ExperienceDataModule
+from evertune.trainer import ContinualTrainer
+from tests.lightning_modules import TEXTS, WORDS
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+GLOBAL_BATCH, STEPS, EPOCHS = 8, 10, 3
+
+
+class Classifier(SequenceClassificationModule):
+    """The module that users have, with an optimizer that does not blow up the rounding of gradients that are zero."""
+
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        for group in made["optimizer"].param_groups:
+            group["eps"] = 1e-5
+        return made
+
+
+def news(name: str, labels: list[str], n_steps: int) -> Experience:
+    """Texts of some labels with a word of chance each."""
+    chance = random.Random(name)
+    rows = []
+    for number in range(n_steps * GLOBAL_BATCH):
+        label = labels[number % len(labels)]
+        text = f"{chance.choice(TEXTS[label])} {' '.join(chance.choices(WORDS, k=chance.randrange(1, 6)))}"
+        rows.append({"id": f"{name}-{number}", "text": text, "label": label})
+    return Experience(name, rows, classes=labels)
+
+
+def methods(name: str) -> list[pl.Callback]:
+    """Learning methods; "drift" lets alarms end experiences in the middle of the update."""
+    made: list[pl.Callback] = [Replay(memory_size=24), EWC(ewc_lambda=50.0, n_examples=24, batch_size=4)]
+    if name == "drift":
+        made.append(DriftTrigger(MMD(arl=40, reference_size=64, window_size=16), HashedNgrams(16)))
+    return made
+
+
+def learn(
+    module: SequenceClassificationModule,
+    experience: Experience,
+    strategy: str,
+    callbacks: list[pl.Callback],
+    epochs: int = EPOCHS,
+    accumulation: int = 2,
+    ckpt_path: Path | None = None,
+) -> ContinualTrainer:
+    trainer = ContinualTrainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy=strategy,
+        accumulate_grad_batches=accumulation,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=any(isinstance(one, UpdateCheckpoint) for one in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = ExperienceDataModule(experience, module.tokenizer, batch_size=GLOBAL_BATCH // WORLD_SIZE // accumulation)
+    trainer.fit_experience(module, experience, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def save(module: SequenceClassificationModule, callbacks: list[pl.Callback], folder: Path) -> None:
+    """Write what an update leaves: the model and what each method has learnt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    module.save_pretrained(folder / "model")
+    for callback in callbacks:
+        if isinstance(callback, ContinualCallback):
+            callback.save(folder / type(callback).__name__)
+
+
+def load(version: Path, callbacks: list[pl.Callback], **settings: Any) -> SequenceClassificationModule:
+    for callback in callbacks:
+        if isinstance(callback, ContinualCallback) and (version / type(callback).__name__).is_dir():
+            callback.load(version / type(callback).__name__)
+    return Classifier.from_pretrained(version / "model", lazy=True, **settings)
+
+
+def seed_all(seed: int) -> None:
+    """Other random numbers on every rank, so that dropout tells whose state has come back."""
+    random.seed(seed + RANK)
+    np.random.seed(seed + RANK)
+    torch.manual_seed(seed + RANK)
+
+
+class Kill(pl.Callback):
+    """SIGKILL, at a moment of a step."""
+
+    def __init__(self, step: int, moment: str) -> None:
+        self.step = step
+        setattr(self, moment, self._kill)
+
+    def _kill(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            die()
+
+
+class KillWhileSaving(UpdateCheckpoint):
+    """SIGKILL, while the checkpoint of a step is written: half a file, all files, or before the older one is gone."""
+
+    def __init__(self, directory: Path, every_n_steps: int, step: int, moment: str) -> None:
+        super().__init__(directory, every_n_steps)
+        self.step, self.moment = step, moment
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step >= self.step:
+            self._instead(trainer, "save_checkpoint" if self.moment == "half" else "barrier")
+        super()._save(trainer)
+
+    def _instead(self, trainer: pl.Trainer, name: str) -> None:
+        call: Callable[..., Any] = getattr(trainer.strategy, name)
+
+        def call_and_die(*arguments: Any, **settings: Any) -> None:
+            call(*arguments, **settings)
+            if name == "save_checkpoint" and RANK == 0:
+                for path in self.directory.rglob(".step-*/**/*"):
+                    if path.is_file():
+                        os.truncate(path, path.stat().st_size // 2)
+            if name == "save_checkpoint" or "the parts of a checkpoint" in arguments:
+                die()
+
+        setattr(trainer.strategy, name, call_and_die)
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        if self.moment == "removing" and kept is not None and int(kept.name[5:]) >= self.step:
+            die()
+        super()._remove_all_but(kept)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first(bert: str, out: str) -> None:
+    """The version in production."""
+    seed_all(1)
+    callbacks = methods("replay+ewc")
+    module = Classifier(bert, classes=["business"], learning_rate=1e-3)
+    learn(module, news("first", ["business", "sport"], 4), "auto", callbacks, epochs=1)
+    save(module, callbacks, Path(out))
+
+
+def update(
+    version: str, out: str, strategy: str, method: str, kill: dict[str, Any] | None = None, resume: bool = False
+) -> list[dict[str, Any]]:
+    """Learn an update undisturbed, then once more until killed; or ``resume`` that and finish it.
+
+    Returns:
+        The alarms of the drift trigger, and where the fit started.
+    """
+    told = []
+    for part in ["resumed"] if resume else ["undisturbed", "killed"]:
+        checkpoints, callbacks = Path(out) / "checkpoints", methods(method)
+        module = load(Path(version), callbacks)
+        seed_all(1000 if resume else 2)
+        more: list[pl.Callback] = [Started()]
+        if resume:
+            more.append(UpdateCheckpoint(checkpoints, every_n_steps=4))
+        elif part == "killed":
+            assert kill is not None
+            if kill["moment"] in ("half", "unnamed", "removing"):
+                more.append(KillWhileSaving(checkpoints, 4, **kill))
+            else:
+                more += [UpdateCheckpoint(checkpoints, every_n_steps=4), Kill(**kill)]
+        experience = news("second", ["sport", "politics"], STEPS)
+        ckpt_path = latest(checkpoints) if resume else None
+        learn(module, experience, strategy, [*callbacks, *more], ckpt_path=ckpt_path)
+        save(module, callbacks, Path(out) / part)
+        alarms = [test["alarm"] for one in callbacks if isinstance(one, DriftTrigger) for test in one.history]
+        told.append({"start": more[0].step, "alarms": alarms})  # type: ignore[attr-defined]
+    return told
+
+
+class Started(pl.Callback):
+    """The step at which training started."""
+
+    step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+
+
+class Steps(pl.Callback):
+    """What this rank trains on in each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[Any]] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True)
+        texts = [[[token for token, on in zip(ids, mask, strict=True) if on], label] for ids, mask, label in rows]
+        self.steps.setdefault(f"{trainer.current_epoch}, {trainer.global_step}", []).extend(texts)
+
+
+def one_of_three(bert: str, parent: str | None, out: str, strategy: str, number: int) -> dict[str, Any]:
+    """One of three updates, without dropout: what ranks drop is their own."""
+    callbacks, steps = methods("replay+ewc"), Steps()
+    seed_all(number)
+    labels = [["business", "sport"], ["sport", "politics"], ["business", "politics"]][number]
+    settings = {"dropout": 0.0, "learning_rate": 1e-3}
+    torch.manual_seed(number)  # of the head's new rows, on all ranks
+    module = load(Path(parent), callbacks) if parent else Classifier(bert, classes=["business"], **settings)  # type: ignore[arg-type]
+    learn(module, news(str(number), labels, 6), strategy, [*callbacks, steps], epochs=2)
+    save(module, callbacks, Path(out))
+    return steps.steps
+
+
+def resume_elsewhere(version: str, out: str, strategy: str) -> str:
+    """Resume a checkpoint that other processes have written; tell the error."""
+    callbacks = methods("replay+ewc")
+    module = load(Path(version), callbacks)
+    checkpoint = UpdateCheckpoint(Path(out) / "checkpoints", every_n_steps=4)
+    try:
+        learn(
+            module,
+            news("second", ["sport", "politics"], STEPS),
+            strategy,
+            [*callbacks, checkpoint],
+            ckpt_path=latest(checkpoint.directory),
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
