@@ -107,7 +107,7 @@ class Verdict:
         table.add_column("verdict")
         for check in self.checks:
             values = (_shown(value, check.unit) for value in (check.champion, check.challenger, check.limit))
-            p_value = "" if check.p_value is None else _p(check.p_value)
+            p_value = "" if check.p_value is None else _p(check.p_value).removeprefix("p ").removeprefix("= ")
             verdict = Text("passed", style="green") if check.passed else Text("refused", style="bold red")
             table.add_row(Text(check.name), Text(check.slice), *values, p_value, verdict)
         return table
@@ -141,9 +141,13 @@ class Gate:
     once for all past slices together (Holm 1979), and once for each other kind of check.
 
     Labels that are wrong at random do little harm to a pretrained model at first, so its accuracy does not show them.
-    :func:`~evertune.registry.label_noise.label_noise` finds them. Its power comes from the number of new records: a
-    tenth of wrong labels is found with more than 99 % probability among 300 records of which 75 are held out, if the
-    records trained on are shown too (``trained`` in :meth:`judge`). 100 held-out records alone find it in about 90 %.
+    :func:`~evertune.registry.label_noise.label_noise` does. Its power comes from the number of new records: in
+    simulations a tenth of wrong labels is found in 99 % of updates of 300 records, if those trained on are shown too
+    (``trained`` in :meth:`judge`) and production is right on 85 % or more; 100 held-out records alone find it in 70 to
+    80 %. At most 3 % of clean updates are refused, new classes and new domains among them.
+
+    A module that cannot do its task yet (a test's random one) is refused by ``min_new_agreement`` only if it can do the
+    past's.
 
     Every limit may be None: not checked.
 
@@ -382,7 +386,7 @@ class Gate:
             words = (
                 f"on {slice_name!r} the new version is right on {_percent(now.accuracy)} of {len(now)} held-out "
                 f"records, the one in production on {_percent(old.accuracy)} "
-                f"(p = {_p(p_value)}, limit {100 * limit:.1f} points)"
+                f"({_p(p_value)}, limit {100 * limit:.1f} points)"
             )
             passed = not (broken or collapsed)
             checks.append(_check(name, slice_name, old.accuracy, now.accuracy, limit, passed, words, p_value))
@@ -402,7 +406,7 @@ class Gate:
         share, p_value = flips / len(now), statistics.binomial_tail(flips, len(now), limit)
         words = (
             f"{flips} of {len(now)} past records that production has right are wrong now "
-            f"({_percent(share)}, p = {_p(p_value)}, limit {_percent(limit)})"
+            f"({_percent(share)}, {_p(p_value)}, limit {_percent(limit)})"
         )
         passed = not (share > limit and p_value < self.alpha)
         return [_check("negative flips", POOLED, None, share, limit, passed, words, p_value)]
@@ -474,7 +478,7 @@ class Gate:
             words = (
                 f"about {_percent(now.share)} of the labels of {name!r} look wrong: {now.contradicted} of {now.sure} "
                 f"are contradicted with confidence, of past ones {then.contradicted} of {then.sure} "
-                f"(p = {_p(p_value)}, limit {100 * limit:.1f} points more than in the past)"
+                f"({_p(p_value)}, limit {100 * limit:.1f} points more than in the past)"
             )
             excused = now is held_out and held_out.drifted
             if excused:
@@ -614,7 +618,7 @@ def _percent(share: float) -> str:
 
 
 def _p(p_value: float) -> str:
-    return "< 0.0001" if p_value < 0.0001 else f"{p_value:.2g}"
+    return "p < 0.0001" if p_value < 0.0001 else f"p = {p_value:.2g}"
 
 
 def _shown(value: float | None, unit: Unit) -> str:
