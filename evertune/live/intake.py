@@ -277,16 +277,10 @@ def _content(value: Mapping[str, Any] | str) -> Row:
         return {"record": value}
     except (TypeError, ValueError, RecursionError):
         pass
-    for write in (_dump, repr):
-        try:
-            return {"raw": write(value)}
-        except (TypeError, ValueError, RecursionError):
-            continue
-    return {"raw": ""}
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return {"raw": json.dumps(value, default=str, skipkeys=True, ensure_ascii=False)}
+    except (ValueError, RecursionError):
+        return {"raw": ""}
 
 
 def _short(text: str) -> str:

@@ -150,8 +150,8 @@ class Journal:
             self.store.write(_waiting_name(number), halves)
         self.store.write(_records_name(number), kept)
         self.store.write(_meta_name(number), json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode())
-        for name in self.store.list(_FOLDER):
-            if name.endswith(_WAITING) and name != f"{number:06d}{_WAITING}":
+        for name in self.store.list(_FOLDER):  # what waited earlier, and what killed processes have left
+            if name.endswith(_WAITING) and not (waiting and f"{_FOLDER}/{name}" == _waiting_name(number)):
                 self.store.delete(f"{_FOLDER}/{name}")
         return segment
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-_LONG_NUMBER = 10**12
+_LONG_NUMBER = 10**12  # cards have 13 digits or more
 
 
 class Masker(ABC):
@@ -23,18 +23,24 @@ class Masker(ABC):
         """The text without the personal data that were recognised."""
 
     def mask_value(self, value: Any) -> Any:
-        """A JSON value without personal data: its texts, its keys, and whole numbers long enough to be a card's."""
+        """A value of a record without personal data, through and through.
+
+        Masked are texts, keys, numbers long enough to be a card's, and whatever shows personal data when it is written
+        as text. Bytes become text.
+        """
         if isinstance(value, str):
             return self.mask(value)
-        if isinstance(value, dict):
-            return {self.mask(k) if isinstance(k, str) else k: self.mask_value(part) for k, part in value.items()}
-        if isinstance(value, (list, tuple)):
+        if value is None or (isinstance(value, (int, float)) and not abs(value) >= _LONG_NUMBER):
+            return value
+        if isinstance(value, Mapping):
+            return {self.mask(str(key)): self.mask_value(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
             return [self.mask_value(part) for part in value]
-        if isinstance(value, int) and abs(value) >= _LONG_NUMBER:
-            digits = str(value)
-            masked = self.mask(digits)
-            return value if masked == digits else masked
-        return value
+        if isinstance(value, (bytes, bytearray)):
+            return self.mask(value.decode(errors="backslashreplace"))
+        text = str(value)
+        masked = self.mask(text)
+        return value if masked == text else masked
 
     def mask_id(self, text: str) -> str:
         """What identifies a record, without personal data: where there are any, a hash of it.

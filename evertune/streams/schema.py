@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import importlib
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import ErrorDetails, PydanticSerializationError, to_jsonable_python
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from evertune.streams.sources import label_value, text_value
 
 Record = dict[str, Any]
 """The fields of a record by name: JSON values only."""
 
-_INT64 = Field(ge=-(2**63), lt=2**63)
+_SURROGATE = "it has a lone surrogate, which no encoding can write"
+
+
+def _writable(text: str) -> str:
+    if not _is_utf8(text):
+        raise ValueError(_SURROGATE)
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_writable)]
+_Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
 FIELD_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": Annotated[int, _INT64],
+    "str": _Text,
+    "int": _Int,
     "float": float,
     "bool": bool,
     "date": date,
     "datetime": datetime,
-    "list[str]": list[str],
-    "list[int]": list[Annotated[int, _INT64]],
+    "list[str]": list[_Text],
+    "list[int]": list[_Int],
     "list[float]": list[float],
 }
 """The types that a field declared by name may have; each also with ``| None``, for a field that may be absent."""
@@ -60,6 +72,9 @@ _GOT: dict[type, str] = {
     dict: "an object",
 }
 _MAX_REASONS = 3
+_MAX_DEPTH = 100
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 80
 _NOT_JSON = "the record holds a value that JSON cannot say"
 
 
@@ -159,12 +174,9 @@ class RecordSchema:
             ValueError: when it does not fit, with the reasons, naming the fields.
         """
         checked = self._validated(value)
-        try:
-            if not self._made:  # the fields of a model made here cannot hold such values
-                _refuse_unwritable(self._serializer.to_python(checked))
-            record: Record = self._serializer.to_python(checked, mode="json", by_alias=self._made)
-        except (PydanticSerializationError, UnicodeError, RecursionError):
-            raise ValueError(_NOT_JSON) from None
+        if not self._made:  # the fields of a model made here cannot hold such values
+            _refuse_unwritable(self._as_json(checked, "python"))
+        record = self._as_json(checked, "json")
         field = ""
         try:
             for field in self.texts:
@@ -206,10 +218,10 @@ class RecordSchema:
                 raise ValueError(f"field {name!r}: {error}") from None
         if self.model.model_config.get("extra") != "allow":
             value = {key: part for key, part in value.items() if key in self.known_keys}
+        _refuse_unwritable(value)
         try:
-            _refuse_unwritable(value)
             half: Record = to_jsonable_python(value)
-        except (PydanticSerializationError, UnicodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ValueError(_NOT_JSON) from None
         return half
 
@@ -239,6 +251,13 @@ class RecordSchema:
             raise ValueError(f"the record could not be checked ({type(error).__name__}: {error})") from None
         return None
 
+    def _as_json(self, checked: Any, mode: Literal["json", "python"]) -> Record:
+        try:
+            record: Record = self._serializer.to_python(checked, mode=mode, by_alias=self._made)
+        except (ValueError, RecursionError):
+            raise ValueError(_NOT_JSON) from None
+        return record
+
     def _check_text(self, text: Any) -> None:
         if len(text_value(text)) > self.max_text_length:
             raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
@@ -261,7 +280,7 @@ def id_value(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip() or not _is_utf8(value):
-        raise ValueError(f"{value!r} does not identify a record")
+        raise ValueError(f"{_show(value)} does not identify a record")
     return value
 
 
@@ -285,9 +304,9 @@ def time_value(value: Any) -> str:
             seconds = value / 1000 if abs(value) >= _MILLISECONDS else value
             value = datetime.fromtimestamp(seconds, UTC)
         except (ValueError, OverflowError, OSError):
-            raise ValueError(f"{value!r} is not a time since 1970") from None
+            raise ValueError(f"{_show(value)} is not a time since 1970") from None
     if not isinstance(value, datetime):
-        raise ValueError(f"{value!r} is not a time")
+        raise ValueError(f"{_show(value)} is not a time")
     if value.tzinfo is None:
         raise ValueError(f"the time {value.isoformat()} has no time zone; write {value.isoformat()}+00:00 for UTC")
     if value.year not in _YEARS:
@@ -301,7 +320,7 @@ def _parsed(text: str) -> datetime | float:
             return parse(text)
         except ValueError:
             continue
-    raise ValueError(f"{text!r} is not a time; write it like 2024-05-17T10:00:00+00:00")
+    raise ValueError(f"{_show(text)} is not a time; write it like 2024-05-17T10:00:00+00:00")
 
 
 def _import_model(model: type[BaseModel] | str) -> type[BaseModel]:
@@ -360,34 +379,41 @@ def _reason(detail: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return f"{where} is not declared"
     if kind == "string_unicode":
-        return f"{where} has a lone surrogate, which no encoding can write"
+        return f"{where}: {_SURROGATE}"
     expected = _EXPECTED.get(kind.partition("_")[0])
     got = _GOT.get(type(detail["input"]))
     if kind == "finite_number":
         return f"{where} must be a finite number"
     if expected and got and kind.endswith(("_type", "_parsing")):
         return f"{where} must be {expected}, not {got}"
-    return f"{where}: {detail['msg']}"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
 
 
-def _refuse_unwritable(value: Any, where: str = "") -> None:
-    """Refuse, wherever they are, the numbers and texts that JSON files and tables cannot hold."""
+def _refuse_unwritable(value: Any, where: str = "", depth: int = 0) -> None:
+    """Refuse, wherever they are, what JSON files and tables cannot hold."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"the record is nested more than {_MAX_DEPTH} levels deep")
     problem = None
     if isinstance(value, str):
-        problem = None if _is_utf8(value) else "has a lone surrogate, which no encoding can write"
+        problem = None if _is_utf8(value) else f": {_SURROGATE}"
     elif isinstance(value, float):
-        problem = None if math.isfinite(value) else "must be a finite number"
+        problem = None if math.isfinite(value) else " must be a finite number"
     elif isinstance(value, int):
-        problem = None if value.bit_length() < 64 else "must be a number of at most 64 bits"
+        problem = None if value.bit_length() < 64 else " must be a number of at most 64 bits"
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            _refuse_unwritable(str(key), where)
-            _refuse_unwritable(part, f"{where}.{key}" if where else str(key))
+            _refuse_unwritable(str(key), where, depth)
+            _refuse_unwritable(part, f"{where}.{key}" if where else str(key), depth + 1)
     elif isinstance(value, (list, tuple)):
         for number, part in enumerate(value):
-            _refuse_unwritable(part, f"{where}.{number}")
+            _refuse_unwritable(part, f"{where}.{number}", depth + 1)
     if problem:
-        raise ValueError(f"field {where!r} {problem}" if where else f"a field's name {problem}")
+        raise ValueError(f"field {where!r}{problem}" if where else f"a field's name{problem}")
+
+
+def _show(value: Any) -> str:
+    """A value in a message: not all of it where it is long or deep."""
+    return _shortener.repr(value)
 
 
 def _is_utf8(text: str) -> bool:

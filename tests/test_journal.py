@@ -1,0 +1,260 @@
+"""The journal: segments are whole or not there, whenever the process dies."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from evertune.live.journal import Journal, latest
+from evertune.registry.store import Store
+
+
+def row(id, text="x"):
+    return {"id": id, "origin": f"file:{id}", "record": {"text": text, "label": "a"}}
+
+
+def bad(origin, kind="refused"):
+    return {"origin": origin, "kind": kind, "reason": "because", "raw": "{"}
+
+
+def half(id):
+    return {"id": id, "origin": f"texts:{id}", "value": {"id": id, "text": "x"}, "has_text": True, "since": 1}
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path):
+    return Store(tmp_path / "registry" if request.param == "folder" else f"memory://{tmp_path.name}")
+
+
+def files(store):
+    """Everything in a store, by name."""
+    return {
+        f"{folder}/{name}": store.read(f"{folder}/{name}") for folder in store.list() for name in store.list(folder)
+    }
+
+
+def test_what_goes_in_comes_out(store):
+    journal = Journal(store)
+    assert journal.last is None
+    assert journal.segments() == [] and journal.waiting() == [] and journal.quarantined() == []
+    odd = row("b", "Ünïcode   \n \x00 \U0001f600")
+    one = journal.append([row("a"), odd], [bad("f:3")], [half("w")], {"line": 3}, clock={"position": 3})
+    two = journal.append([row("c")], [], [], {"line": 9}, read=6)
+    assert (one.number, one.read, one.records, one.quarantined, one.bad, one.waiting) == (1, 3, 2, 1, 1, 1)
+    assert (two.number, two.read, two.records, two.quarantined, two.bad, two.waiting) == (2, 6, 1, 0, 0, 0)
+    again = Journal(store)
+    assert again.segments() == [one, two]
+    assert again.segments(after=1) == [two] and again.segments(after=2) == []
+    assert again.last == two
+    assert again.last.offset == {"line": 9} and again.segments()[0].clock == {"position": 3}
+    assert again.records([one, two]) == [row("a"), odd, row("c")]
+    assert again.quarantined() == [bad("f:3") | {"segment": 1}]
+
+
+def test_only_the_last_segment_says_what_waits(store):
+    journal = Journal(store)
+    journal.append([], [], [half("a")], {"n": 1}, read=1)
+    assert journal.waiting() == [half("a")]
+    journal.append([], [], [half("a"), half("b")], {"n": 2}, read=1)
+    assert journal.waiting() == [half("a"), half("b")]
+    assert [name for name in store.list("pending") if "waiting" in name] == ["000002.waiting.jsonl"]
+    journal.append([row("a"), row("b")], [], [], {"n": 3})
+    assert journal.waiting() == []
+    assert [name for name in store.list("pending") if "waiting" in name] == []
+
+
+def test_a_lone_surrogate_survives(store):
+    journal = Journal(store)
+    segment = journal.append([row("a", "half \ud83d")], [bad("f\udcff:1")], [], None)
+    assert journal.records([segment])[0]["record"]["text"] == "half \ud83d"
+    assert journal.quarantined()[0]["origin"] == "f\udcff:1"
+    store.read("pending/000001.jsonl").decode()
+
+
+def test_offsets_that_move_by_themselves_fill_no_disk(store):
+    journal = Journal(store)
+    for number in range(5):
+        journal.append([], [], [], {"n": number})
+    assert [segment.offset for segment in journal.segments()] == [{"n": 4}]
+    journal.append([row("a")], [], [], {"n": 5})
+    journal.append([], [], [half("b")], {"n": 6}, read=1)
+    for number in range(7, 10):
+        journal.append([], [], [half("b")], {"n": number})
+    assert [segment.offset["n"] for segment in journal.segments()] == [4, 5, 6, 9]
+    assert journal.waiting() == [half("b")]
+
+
+def test_more_than_a_million_segments_stay_in_order(store):
+    journal = Journal(store)
+    journal.append([row("a")], [], [], {"n": 1})
+    meta = json.loads(store.read("pending/000001.json"))
+    for number in (999_999, 1_000_000):
+        store.write(f"pending/{number}.json", json.dumps(meta | {"number": number}).encode())
+    assert journal.append([row("b")], [], [], {"n": 2}).number == 1_000_001
+    assert [segment.number for segment in journal.segments()] == [1, 999_999, 1_000_000, 1_000_001]
+
+
+@pytest.mark.parametrize("name", ["pending/000001.jsonl", "quarantine/000001.jsonl", "pending/000001.waiting.jsonl"])
+def test_damage_is_found_and_named(store, name):
+    journal = Journal(store)
+    journal.append([row("a")], [bad("f:1")], [half("w")], {"n": 1})
+    content = store.read(name)
+    for damaged in (content[:-5], content.replace(b"x", b"y").replace(b"because", b"becalse"), b""):
+        store.write(name, damaged)
+        with pytest.raises(ValueError, match=f"{name} is damaged or cut short"):
+            everything(journal)
+    store.write(name, content)
+    everything(journal)
+
+
+def everything(journal):
+    return journal.records(journal.segments()), journal.quarantined(), journal.waiting()
+
+
+def test_a_damaged_description_is_named(store):
+    journal = Journal(store)
+    journal.append([row("a")], [], [], {"n": 1})
+    meta = json.loads(store.read("pending/000001.json"))
+    for damaged in (b"", b"{}", b"[]", json.dumps(meta | {"format": 9}).encode(), json.dumps(meta | {"x": 1}).encode()):
+        store.write("pending/000001.json", damaged)
+        with pytest.raises(ValueError, match=r"pending/000001.json is damaged"):
+            journal.segments()
+
+
+def test_missing_records_are_named(store):
+    journal = Journal(store)
+    segment = journal.append([row("a")], [bad("f:1")], [], {"n": 1})
+    store.delete("pending/000001.jsonl")
+    with pytest.raises(ValueError, match=r"pending/000001.jsonl is missing, with 1 lines of the journal"):
+        journal.records([segment])
+    store.delete("quarantine/000001.jsonl")  # a person may do that
+    assert journal.quarantined() == []
+
+
+def test_discarded_segments_leave_their_quarantine(store):
+    journal = Journal(store)
+    for number in range(1, 5):
+        journal.append([row(str(number))], [bad(f"f:{number}")], [], {"n": number})
+    journal.discard(upto=2)
+    assert [segment.number for segment in journal.segments()] == [3, 4]
+    assert [line["origin"] for line in journal.quarantined()] == ["f:1", "f:2", "f:3", "f:4"]
+    journal.discard(upto=99)
+    assert [segment.number for segment in journal.segments()] == [4]
+    assert sorted(files(store)) == ["pending/000004.json", "pending/000004.jsonl"] + [
+        f"quarantine/00000{number}.jsonl" for number in range(1, 5)
+    ]
+    assert journal.append([], [], [], {"n": 5}).number == 5
+
+
+def test_quarantine_at_a_later_stage_is_idempotent(store):
+    journal = Journal(store)
+    journal.append([row("a"), row("b")], [bad("f:1")], [], {"n": 1})
+    for _ in range(2):
+        journal.quarantine("rolled back", [row("a"), row("b") | {"reason": "of its own"}], "discarded-3")
+        assert [(line.get("id"), line["reason"], line["segment"]) for line in journal.quarantined()] == [
+            (None, "because", 1),
+            ("a", "rolled back", "discarded-3"),
+            ("b", "of its own", "discarded-3"),
+        ]
+    journal.quarantine("rolled back", [], "discarded-3")
+    assert len(journal.quarantined()) == 1
+    for name in ("000001", "1", "a/b", "../x", ""):
+        with pytest.raises(ValueError, match="name must start with a letter"):
+            journal.quarantine("x", [row("a")], name)
+
+
+def test_latest():
+    rows = [row("a", "1"), row("b", "1"), row("a", "2"), row("c", "1"), row("a", "3")]
+    kept, superseded = latest(rows)
+    assert kept == [rows[1], rows[3], rows[4]]
+    assert superseded == [rows[0] | {"reason": "superseded by file:a"}, rows[2] | {"reason": "superseded by file:a"}]
+    assert latest(kept) == (kept, [])
+    assert latest([]) == ([], [])
+
+
+class Dies(Store):
+    """A store that stops after so many changes, as if the power went: what was done stays, and nothing more comes."""
+
+    def __init__(self, root, changes):
+        super().__init__(root)
+        self.left = changes
+
+    def write(self, name, data):
+        self._spend()
+        super().write(name, data)
+
+    def delete(self, name):
+        self._spend()
+        super().delete(name)
+
+    def _spend(self):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+
+
+STEPS = [  # records, bad, waiting: with and without each
+    ([row("a"), row("b")], [bad("f:1")], [half("w")]),
+    ([row("c")], [], [half("w"), half("v")]),
+    ([], [bad("f:2"), bad("f:3", "superseded")], []),
+    ([row("d")], [], []),
+]
+
+
+def go_on(store):
+    """Append what is not there yet, as an intake does: from the offset of the last segment."""
+    journal = Journal(store)
+    while (last := journal.last) is None or last.offset["step"] < len(STEPS):
+        done = 0 if last is None else last.offset["step"]
+        records, refused, waiting = STEPS[done]
+        journal.append(records, refused, waiting, {"step": done + 1})
+    return journal
+
+
+@pytest.mark.parametrize("other", [[bad("f:9")], []])
+def test_killed_between_any_two_writes(tmp_path, other):
+    """The next one may find other records in that place, as more has arrived: nothing of the dead one counts."""
+    expected = files(go_on(Store(tmp_path / "undisturbed")).store)
+    for changes in range(100):
+        root = tmp_path / f"{len(other)}-{changes}"
+        try:
+            go_on(Dies(root, changes))
+            break
+        except KeyboardInterrupt:
+            everything(Journal(Store(root)))
+        try:  # another one dies at its very end, with other bad records and other waiting halves
+            journal = Journal(Dies(root, 3))
+            journal.append([row("z")], other, [half("z")], {"step": 99})
+        except KeyboardInterrupt:
+            everything(Journal(Store(root)))
+        assert files(go_on(Store(root)).store) == expected
+    assert changes > 12
+
+
+def test_killed_by_the_system_at_any_time(tmp_path):
+    """A process that appends in a loop is killed with SIGKILL again and again; another always finds whole segments."""
+    root, draw, seen, kills = tmp_path / "registry", random.Random(0), 0, 0
+    while kills < 20 or seen < 5:
+        kills += 1
+        child = os.fork()
+        if child == 0:
+            journal = Journal(Store(root))
+            while True:
+                number = journal.last.number + 1 if journal.last else 1
+                rows = [row(f"{number}-{place}", "x" * 1000) for place in range(50)]
+                journal.append(rows, [bad(f"f:{number}")], [half(str(number))], {"n": number})
+        time.sleep(draw.random() * 0.005 * kills)  # longer each time, so that a busy machine gets on too
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        journal = Journal(Store(root))
+        segments = journal.segments()
+        assert [segment.number for segment in segments] == list(range(1, len(segments) + 1))
+        records, quarantined, waiting = everything(journal)
+        assert [line["id"] for line in records] == [f"{s.number}-{place}" for s in segments for place in range(50)]
+        assert [line["origin"] for line in quarantined] == [f"f:{segment.number}" for segment in segments]
+        assert [line["id"] for line in waiting] == [str(len(segments))][: len(segments)]
+        assert len(segments) >= seen
+        seen = len(segments)
