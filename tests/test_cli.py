@@ -261,3 +261,17 @@ def test_every_method_can_be_named_in_a_configuration(name: str) -> None:
     }
     for key, value in kept.items():
         assert type(vars(method)[key]) is type(value), key
+
+
+def test_a_key_in_a_configuration_is_no_function() -> None:
+    """``id`` is also the name of a function of Python's."""
+    from jsonargparse import ArgumentParser
+
+    from evertune.callbacks import Replay
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Replay, "callback")
+    settings = {"class_path": "evertune.callbacks.Replay", "init_args": {"memory_size": 3, "id": "id"}}
+    config = parser.parse_object({"callback": settings})
+    assert parser.instantiate_classes(config)["callback"].id_of({"id": "ticket-7"}) == "ticket-7"
+    assert json.loads(parser.dump(config, format="json"))["callback"]["init_args"]["id"] == "id"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evertune.live.triggers import Trigger
 from evertune.live.update import Updater, UpdateSettings
 from evertune.registry.gate import Gate
 from evertune.registry.mlflow import MLflowMirror
+from evertune.streams._server import without_secrets
 from evertune.streams.labels import LabelJoin
 from evertune.streams.masking import Masker
 from evertune.streams.schema import RecordSchema
 from evertune.streams.source import Source
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningArgumentParser
 
 
 def updater_from(arguments: Sequence[str], program: str = "evertune update") -> tuple[Updater, argparse.Namespace]:
@@ -24,75 +29,75 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
     ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``, and,
     as in ``evertune fit``, ``model``, ``trainer`` and ``data``.
     """
+    from evertune.trainer import ContinualTrainer
+
+    parser = _parser(program)
+    config = parser.parse_args(list(arguments))
+    made = parser.instantiate_classes(config)
+    updater = Updater(
+        made["registry"],
+        made["source"],
+        made["model"],
+        ContinualTrainer(**made["trainer"].as_dict()),
+        schema=made["schema"],
+        data=config["data"].as_dict(),
+        masker=made["masker"],
+        label_join=made["label_join"],
+        trigger=made["trigger"],
+        gate=made["gate"],
+        settings=made["update"],
+        mirror=made["mirror"],
+        work_dir=made["work_dir"],
+        config=_recorded(parser, config),
+    )
+    return updater, made
+
+
+def _parser(program: str) -> LightningArgumentParser:
     from pytorch_lightning import LightningModule
-    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    from pytorch_lightning.cli import ActionConfigFile, LightningArgumentParser
 
     from evertune.streams.datamodule import ExperienceDataModule
     from evertune.trainer import ContinualTrainer
 
-    class UpdateCLI(LightningCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.prog = program
-            parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, of the versions")
-            parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
-            parser.add_subclass_arguments(Source, "source", required=True)
-            parser.add_class_arguments(RecordSchema, "schema")
-            parser.add_subclass_arguments(Masker, "masker", required=False)
-            parser.add_argument("--label_join", type=LabelJoin | None, default=None)
-            parser.add_subclass_arguments(Trigger, "trigger", required=False)
-            parser.add_class_arguments(Gate, "gate")
-            parser.add_class_arguments(UpdateSettings, "update")
-            parser.add_argument("--mirror", type=MLflowMirror | None, default=None)
-            parser.add_class_arguments(
-                ExperienceDataModule,
-                "data",
-                skip={"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"},
-                instantiate=False,
-            )
-            parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
-            parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
-
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            self.config = parser.parse_args(list(arguments))
-
-    cli = UpdateCLI(
-        LightningModule,
-        trainer_class=ContinualTrainer,
-        subclass_mode_model=True,
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=False,
-        parser_kwargs={"description": "Update a registry once: 0 promoted, 3 nothing to do, 4 refused, 5 bad data."},
+    parser = LightningArgumentParser(
+        prog=program,
+        description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
     )
-    assert isinstance(cli.trainer, ContinualTrainer)
-    made = cli.config_init
-    return (
-        Updater(
-            made["registry"],
-            made["source"],
-            cli.model,
-            cli.trainer,
-            schema=made["schema"],
-            data=dict(cli.config["data"].as_dict()),
-            masker=made.get("masker"),
-            label_join=made["label_join"],
-            trigger=made.get("trigger"),
-            gate=made["gate"],
-            settings=made["update"],
-            mirror=made["mirror"],
-            work_dir=made["work_dir"],
-            config=_recorded(cli.config),
-        ),
-        made,
-    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+    parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
+    parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
+    parser.add_argument("--source", type=Source, required=True, help="where records come from")
+    parser.add_class_arguments(RecordSchema, "schema")
+    parser.add_argument("--masker", type=Masker | None, default=None, help="takes personal data out")
+    parser.add_argument("--label_join", type=LabelJoin | None, default=None, help="joins labels that come later")
+    parser.add_argument("--trigger", type=Trigger | None, default=None, help="when to update: 200 new records")
+    parser.add_class_arguments(Gate, "gate")
+    parser.add_class_arguments(UpdateSettings, "update")
+    parser.add_argument("--mirror", type=MLflowMirror | None, default=None, help="another registry to keep informed")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(ContinualTrainer, "trainer")
+    given = {"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"}
+    parser.add_class_arguments(ExperienceDataModule, "data", skip=given, instantiate=False)
+    parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
+    parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
+    return parser
 
 
-def _recorded(config: Any) -> dict[str, Any]:
-    """What of the configuration decides about a version: not where it is kept, nor what the run is called."""
-    values = dict(config.as_dict())
-    for name in ("config", "registry", "work_dir", "dry_run", "mirror", "watch", "seed_everything"):
+def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """What of the configuration decides about a version: not where it is kept; and no password in a URL."""
+    values = json.loads(parser.dump(config, format="json", skip_none=False))
+    for name in ("config", "registry", "work_dir", "dry_run", "mirror", "watch"):
         values.pop(name, None)
-    return values
+    return dict(_without_secrets(values))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_secrets(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
 def update(arguments: Sequence[str]) -> int:

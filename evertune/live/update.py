@@ -276,10 +276,9 @@ class Updater:
         with _timed(seconds, "evaluate"):
             verdict = self._judge(plan)
         if dry_run:
-            words = f"dry run: version {plan.version} would be {'promoted' if verdict.passed else 'refused'}; "
-            return Outcome(
-                "promoted" if verdict.passed else "refused", words + verdict.words(), plan.version, verdict, seconds
-            )
+            status: Status = "promoted" if verdict.passed else "refused"
+            words = f"dry run: version {plan.version} would be {status}: {_reasons(verdict)}"
+            return Outcome(status, words, plan.version, verdict, seconds)
         with _timed(seconds, "publish"):
             version = self._publish(plan, verdict, seconds)
             return self._finish(plan, version, seconds)
@@ -386,7 +385,7 @@ class Updater:
                 "quarantined": sum(segment.quarantined for segment in segments) + len(superseded),
             },
             "slices": slices,
-            "verdict": {"passed": verdict.passed, "summary": verdict.words()},
+            "verdict": {"passed": verdict.passed, "summary": _reasons(verdict)},
             "metrics": {
                 "accuracy": accuracy,
                 "average_accuracy": sum(accuracy.values()) / len(accuracy) if accuracy else None,
@@ -418,7 +417,7 @@ class Updater:
                 logger.warning("version %d is not mirrored: %s", version.number, error)
         self._clear_staging()
         status: Status = "promoted" if verdict.passed else "refused"
-        words = f"version {version.number}: {verdict.words()}"
+        words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {_reasons(verdict)}"
         return Outcome(status, words, version.number, verdict, {**version.manifest["seconds"], **seconds})
 
     # --- what the plan rests on
@@ -574,6 +573,11 @@ class Updater:
     def _clear_staging(self) -> None:
         (self.staging / "plan.json").unlink(missing_ok=True)  # first: what is left then belongs to no update
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _reasons(verdict: Verdict) -> str:
+    """The words of a verdict without the decision itself."""
+    return verdict.words().partition(": ")[2]
 
 
 def _json(content: Any) -> bytes:
