@@ -33,7 +33,7 @@ def main() -> int:
         while not saved:
             time.sleep(0.01)
         (folder / "saved").touch()
-        return 143
+        return 0  # as Lightning does
     if mode == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "promote":

@@ -217,6 +217,8 @@ class Watch:
             self.telemetry.updating(False)
         seconds = time.monotonic() - start
         outcome = OUTCOMES.get(code, "interrupted" if self._stops else "error")
+        if self._stops and outcome == "promoted" and not self._moved():  # Lightning ends well after SIGTERM
+            outcome = "interrupted"
         self.telemetry.updated(outcome, seconds)
         self._read = self._bad = 0
         self._told_bad = False
@@ -250,6 +252,14 @@ class Watch:
                 self._say("refusal", f"the new version was refused: {end}", logging.WARNING, **facts)
             else:
                 self._say("promotion", f"a new version is in production: {end}", **facts)
+
+    def _moved(self) -> bool:
+        """Whether another version is in production than before the update."""
+        try:
+            production = self.updater.registry.production
+        except Exception:  # nobody knows
+            return False
+        return (production.number if production else None) != self._version
 
     # --- the child
 
