@@ -457,6 +457,13 @@ def test_gc_keeps_the_last_segment(registry: Registry) -> None:
     assert registry.gc() == ["pending/000001.json", "pending/000001.jsonl"]
 
 
+def test_gc_keeps_the_last_segment_beside_what_a_killed_writer_left(registry: Registry) -> None:
+    segments(registry, 2)
+    registry.store.write("pending/000003.jsonl", b"no segment: its .json was never written")
+    release(registry, consumed=2)
+    assert registry.gc() == ["pending/000001.json", "pending/000001.jsonl"]
+
+
 def test_gc_sweeps_what_is_stale(disk: Registry) -> None:
     release(disk)
     root = Path(disk.store.root)

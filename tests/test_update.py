@@ -225,6 +225,23 @@ def test_source_that_is_gone_changes_nothing(folder: Path) -> None:
     assert updater(folder).run().status == "promoted"
 
 
+def test_reading_on_from_another_offset(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    lines = (folder / "inbox/a.jsonl").read_text()
+    (folder / "inbox/a.jsonl").write_text(lines.replace("a", "e"))  # what has been read must not change
+    live = updater(folder)
+    with pytest.raises(SourceError, match=r"a\.jsonl"):
+        live.run()
+    last = live.journal.last
+    assert last is not None
+    assert last.offset is not None
+    del last.offset["files"]["a.jsonl"]
+    (folder / "inbox/a.jsonl").unlink()
+    live.read_on_from(last.offset)
+    assert live.run().status == "promoted"
+    assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+
+
 def test_one_updater_at_a_time(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     with Registry(folder / "registry").lease("somebody else"), pytest.raises(RuntimeError, match="somebody else"):
@@ -252,7 +269,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
         pytest.skip("this user may not mount a file system")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)  # weights may still be mapped
 
 
 def test_full_disk_changes_nothing(folder: Path, small_disk: Path) -> None:

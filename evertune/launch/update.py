@@ -55,7 +55,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
 
 def _parser(program: str) -> LightningArgumentParser:
     from pytorch_lightning import LightningModule
-    from pytorch_lightning.cli import ActionConfigFile, LightningArgumentParser
+    from pytorch_lightning.cli import ActionConfigFile, LightningArgumentParser  # type: ignore[attr-defined]
 
     from evertune.streams.datamodule import ExperienceDataModule
     from evertune.trainer import ContinualTrainer
@@ -80,6 +80,7 @@ def _parser(program: str) -> LightningArgumentParser:
     given = {"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"}
     parser.add_class_arguments(ExperienceDataModule, "data", skip=given, instantiate=False)
     parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
+    parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")
     parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
     return parser
 
@@ -87,7 +88,7 @@ def _parser(program: str) -> LightningArgumentParser:
 def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """What of the configuration decides about a version: not where it is kept; and no password in a URL."""
     values = json.loads(parser.dump(config, format="json", skip_none=False))
-    for name in ("config", "registry", "work_dir", "dry_run", "mirror", "watch"):
+    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch"):
         values.pop(name, None)
     return dict(_without_secrets(values))
 
@@ -111,6 +112,8 @@ def update(arguments: Sequence[str]) -> int:
     end_with_supervisor()
     try:
         updater, options = updater_from(arguments)
+        if options.read_on_from is not None:
+            updater.read_on_from(options.read_on_from)
         outcome = updater.run(dry_run=options.dry_run)
     except (SourceError, RegistryError, OSError, ValueError) as error:
         print(f"evertune update: {error}", file=sys.stderr)

@@ -201,6 +201,17 @@ class Updater:
         production = self.registry.production
         return self._intake.run(start=production.manifest["offset"] if production else None)
 
+    def read_on_from(self, offset: Mapping[str, Any]) -> None:
+        """Read the source from another offset next: the way on where a :class:`SourceError` says that records are lost.
+
+        Args:
+            offset: as the message of the error has it.
+        """
+        with self.registry.lease():
+            last = self.journal.last
+            waiting = self.journal.waiting()
+            self.journal.append([], [], waiting, dict(offset), clock=last.clock if last is not None else None)
+
     def situation(self) -> Situation:
         """What is pending, as the trigger sees it."""
         production = self.registry.production

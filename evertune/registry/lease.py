@@ -106,7 +106,7 @@ class Lease:
             self._thread.join()
             self._thread = None
             try:
-                self._write(released=True)
+                self._release()
             except (OSError, LeaseLost) as error:
                 logger.warning("the lease is not released, others take it when this process has ended: %s", error)
         self.number = 0
@@ -205,6 +205,12 @@ class Lease:
                 return
             except OSError as error:
                 logger.warning("the lease could not be renewed, and is tried again: %s", error)
+
+    def _release(self) -> None:
+        try:
+            self._write(released=True)
+        except OSError:  # on a full disk there is no room to say so, but a file can be deleted
+            self._store.delete(_name(self.number))
 
     def _write(self, **changes: Any) -> None:
         with self._writing:

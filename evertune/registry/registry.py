@@ -514,7 +514,8 @@ class Registry:
         """The segments of records that every retained version has learnt; never the newest."""
         learnt = min((int(manifest.get("consumed") or 0) for manifest in manifests), default=0)
         segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
-        newest = max((int(name.partition(".")[0]) for name in segments), default=0)
+        whole = [name for name in segments if name.count(".") == 1 and name.endswith(".json")]  # written last
+        newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
         for name in segments:
             if int(name.partition(".")[0]) <= min(learnt, newest - 1):
                 yield self._garbage(f"{_PENDING}/{name}", "every version that is kept has learnt it")
