@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from evertune.live.training import remembered
 from evertune.registry.registry import Registry
 from tests.live_worker import feed, prepare
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 CONFIG = """
 registry: registry
 source:
@@ -53,8 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "evertune", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def test_exit_codes(folder: Path) -> None:
@@ -77,6 +79,20 @@ def test_exit_codes(folder: Path) -> None:
     config = registry.version(2).manifest["config"]
     assert config["gate"]["min_accuracy"] == 1.0
     assert "watch" not in config
+
+
+def test_terminated_update_goes_on(folder: Path) -> None:
+    slow = ["update", "--config", "live.yaml", "--trainer.max_epochs", "40", "--update.checkpoint_every_n_steps", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "evertune", *slow], cwd=folder, env=ENVIRONMENT)
+    while not list(folder.glob("registry/staging/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert Registry(folder / "registry").production is None
+    done = evertune(folder, *slow)
+    assert done.returncode == 0, done.stderr
+    assert Registry(folder / "registry").aliases == {"production": 1}
 
 
 def test_lightning_starts_the_other_rank(folder: Path) -> None:

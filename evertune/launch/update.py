@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,11 @@ def _without_secrets(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
+def _end(number: int, frame: object) -> None:
+    """End at once, with the exit code of a process that SIGTERM has ended: the next call goes on."""
+    raise SystemExit(128 + number)
+
+
 def update(arguments: Sequence[str]) -> int:
     """Make one update; returns the exit code."""
     from rich.console import Console
@@ -110,6 +116,7 @@ def update(arguments: Sequence[str]) -> int:
     from evertune.streams.source import SourceError
 
     end_with_supervisor()
+    signal.signal(signal.SIGTERM, _end)
     try:
         updater, options = updater_from(arguments)
         if options.read_on_from is not None:
@@ -121,5 +128,5 @@ def update(arguments: Sequence[str]) -> int:
     console = Console()
     if outcome.verdict is not None:
         console.print(outcome.verdict.table())
-    console.print(outcome.words)
+    console.print(outcome.words, soft_wrap=True)
     return outcome.code

@@ -24,7 +24,8 @@ def draw(row: Row) -> str:
 def hold_out(rows: Sequence[Row], label: str, share: float, at_most: int) -> tuple[list[Row], list[Row]]:
     """Split records into those to train on and those to hold out, the same way at every attempt.
 
-    The share is taken of each class, rounded down, so that no class is held out whole.
+    The share is taken of each class; what rounding leaves over goes to the next classes, and of each class at least
+    one record is trained on.
 
     Args:
         rows: all records of an update.
@@ -40,9 +41,11 @@ def hold_out(rows: Sequence[Row], label: str, share: float, at_most: int) -> tup
         classes[json.dumps(row["record"].get(label))].append(row)
     share = min(share, at_most / len(rows)) if rows else share
     held: set[str] = set()
-    for members in classes.values():
-        members.sort(key=draw)
-        held.update(row["id"] for row in members[: int(share * len(members))])
+    due = 0.0
+    for _, members in sorted(classes.items()):
+        due += share * len(members)
+        chosen = sorted(members, key=draw)[: min(int(due + 1e-9) - len(held), len(members) - 1)]
+        held.update(row["id"] for row in chosen)
     return [row for row in rows if row["id"] not in held], [row for row in rows if row["id"] in held]
 
 

@@ -194,12 +194,16 @@ class Updater:
     def intake(self) -> IntakeReport:
         """Take what has arrived from the source into the journal. Needs the registry's lease.
 
+        It stops after twice the records of one update; the next call takes in the rest.
+
         Raises:
             SourceError: when the source cannot be read on.
         """
         self._quarantine_discarded()
         production = self.registry.production
-        return self._intake.run(start=production.manifest["offset"] if production else None)
+        return self._intake.run(
+            limit=2 * self.settings.max_records, start=production.manifest["offset"] if production else None
+        )
 
     def read_on_from(self, offset: Mapping[str, Any]) -> None:
         """Read the source from another offset next: the way on where a :class:`SourceError` says that records are lost.
@@ -223,7 +227,7 @@ class Updater:
             n_new=sum(segment.records for segment in segments if segment.number > attempted),
             production=production,
             memory_texts=lambda: self._known_texts(production),
-            last_update=max((version.created for version in self.registry.versions()), default=None),
+            last_update=self._last_attempt(),
             now=datetime.now(UTC),
             text=self.schema.text,
         )
@@ -459,7 +463,7 @@ class Updater:
         if failed:
             words = "; ".join(check.words for check in failed)
             self.staging.mkdir(parents=True, exist_ok=True)
-            stopped = {"parent": plan.parent, "consumed": plan.consumed, "config": plan.config, "words": words}
+            stopped = {name: getattr(plan, name) for name in ("parent", "consumed", "config", "created")}
             write_atomically(self.staging / _STOPPED, _json(stopped))
             return Outcome("stopped", f"stopped before training: {words}", verdict=Verdict(False, failed))
         plan.save(self.staging)
@@ -539,6 +543,14 @@ class Updater:
             if mark["parent"] == parent and mark["config"] == config:
                 tried.append(mark["consumed"])
         return max(tried, default=0)
+
+    def _last_attempt(self) -> datetime | None:
+        """When an update was last tried, whatever became of it."""
+        moments = [version.created for version in self.registry.versions()]
+        stopped = self.staging / _STOPPED
+        if stopped.is_file():
+            moments.append(datetime.fromisoformat(json.loads(stopped.read_bytes())["created"]))
+        return max(moments, default=None)
 
     def _segments(self, plan: Plan) -> list[Segment]:
         return [s for s in self.journal.segments(after=plan.after) if s.number <= plan.consumed]

@@ -1,0 +1,79 @@
+"""What is held out of training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evertune.live.slices import hold_out, load_slice, save_slice, thin
+from evertune.registry.store import Store
+
+
+def rows(sizes: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{label}-{number}", "origin": f"f:{number}", "record": {"text": "t", "label": label}}
+        for label, size in sizes.items()
+        for number in range(size)
+    ]
+
+
+def test_share_of_every_class() -> None:
+    train, held_out = hold_out(rows({"a": 100, "b": 50, "c": 10}), "label", share=0.2, at_most=500)
+    assert Counter(row["record"]["label"] for row in held_out) == {"a": 20, "b": 10, "c": 2}
+    assert len(train) == 128
+    assert not {row["id"] for row in train} & {row["id"] for row in held_out}
+
+
+def test_many_small_classes_together_make_the_share() -> None:
+    train, held_out = hold_out(rows({f"c{i:02}": 3 for i in range(50)}), "label", share=0.2, at_most=500)
+    assert len(held_out) == 30
+    assert len({row["record"]["label"] for row in train}) == 50
+
+
+def test_no_class_is_held_out_whole() -> None:
+    train, held_out = hold_out(rows({"a": 1, "b": 1, "c": 2}), "label", share=0.9, at_most=500)
+    assert {row["record"]["label"] for row in train} == {"a", "b", "c"}
+    assert [row["record"]["label"] for row in held_out] == ["c"]
+
+
+def test_at_most() -> None:
+    _, held_out = hold_out(rows({"a": 1000, "b": 500}), "label", share=0.2, at_most=30)
+    assert Counter(row["record"]["label"] for row in held_out) == {"a": 20, "b": 10}
+
+
+def test_does_not_depend_on_the_order_of_arrival() -> None:
+    some = rows({"a": 40, "b": 20})
+    _, held_out = hold_out(some, "label", share=0.25, at_most=500)
+    _, again = hold_out(some[::-1], "label", share=0.25, at_most=500)
+    assert {row["id"] for row in held_out} == {row["id"] for row in again}
+
+
+def test_several_labels() -> None:
+    some = [{"id": str(i), "origin": "", "record": {"label": ["x", "y"] if i % 2 else ["x"]}} for i in range(40)]
+    _, held_out = hold_out(some, "label", share=0.2, at_most=500)
+    assert Counter(len(row["record"]["label"]) for row in held_out) == {1: 4, 2: 4}
+
+
+def test_thin_takes_from_the_longest_and_keeps_what_it_kept() -> None:
+    slices = {"a": rows({"a": 100}), "b": rows({"b": 10}), "c": rows({"c": 50})}
+    thinned = thin(slices, budget=60)
+    assert {name: len(chosen) for name, chosen in thinned.items()} == {"a": 25, "b": 10, "c": 25}
+    further = thin(slices, budget=30)
+    for name, chosen in further.items():
+        assert chosen == thinned[name][: len(chosen)]
+    assert thin({}, budget=10) == {}
+
+
+def test_saved_slices_are_verified(tmp_path: Path) -> None:
+    store = Store(tmp_path / "registry")
+    some = rows({"a": 3})
+    some[0]["record"]["text"] = "line\u2028separator \r and \x85 next line"
+    entry = save_slice(store, "update-1", some)
+    assert load_slice(store, entry) == some
+    assert save_slice(store, "update-1", some) == entry
+    store.write(entry["file"], b"{}")
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        load_slice(store, entry)
