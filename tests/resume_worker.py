@@ -123,8 +123,9 @@ class KillWhileSaving(UpdateCheckpoint):
         self.step, self.moment = step, moment
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step >= self.step:
-            self._instead(trainer, "save_checkpoint" if self.moment == "half" else "barrier")
+        calls = {"half": "save_checkpoint", "unnamed": "barrier"}
+        if trainer.global_step >= self.step and self.moment in calls:
+            self._instead(trainer, calls[self.moment])
         super()._save(trainer)
 
     def _instead(self, trainer: pl.Trainer, name: str) -> None:
