@@ -108,7 +108,7 @@ def news(words: int) -> Iterator[dict[str, str]]:
         yield {"id": str(number), **piece}
 
 
-def measure_update(n: int, first: int, epochs: int) -> dict[str, float]:
+def measure_update(n: int, first: int, epochs: int, n_fisher: int) -> dict[str, float]:
     """The seconds of the parts of an update, and what it takes beyond its fit, as a share of the fit."""
     records = news(words=48)
     with tempfile.TemporaryDirectory() as name:
@@ -126,7 +126,7 @@ def measure_update(n: int, first: int, epochs: int) -> dict[str, float]:
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                callbacks=[Replay(memory_size=500, id="id"), EWC(ewc_lambda=100.0, n_examples=200)],
+                callbacks=[Replay(memory_size=500, id="id"), EWC(ewc_lambda=100.0, n_examples=n_fisher)],
             ),
             schema=RecordSchema(id="id"),
             data={"batch_size": 32, "max_length": 64},
@@ -199,7 +199,9 @@ def main() -> None:
     size = "quick" if quick else "full"
     results = measure_intake(20_000 if quick else 200_000)
     results |= measure_registry(200 if quick else 1_000)
-    results |= measure_update(n=200, first=150, epochs=1) if quick else measure_update(n=2_000, first=600, epochs=3)
+    results |= (
+        measure_update(200, 150, epochs=1, n_fisher=16) if quick else measure_update(2_000, 600, epochs=3, n_fisher=200)
+    )
     bars = {
         "records_per_second_intake_and_memory": bar(
             results["records_per_second_intake_and_memory"], 20_000, least=True

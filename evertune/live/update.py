@@ -346,7 +346,7 @@ class Updater:
             unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
             champion |= evaluate(module, unseen | shown, **settings)
             shown_to_both = evaluate(challenger, shown, **settings)
-            texts = [self._text(row) for row in (held_out or rows)[:32]]
+            texts = [self._text(row) for row in (held_out or rows)[:8]]
             costs = measure(module, challenger, texts, max_length=settings["max_length"])
         verdict = self.gate.judge(
             champion,
