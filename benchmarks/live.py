@@ -29,19 +29,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from evertune.live.intake import Intake
-from evertune.live.journal import Journal
-from evertune.registry.registry import Registry
 from rich.console import Console
 from rich.table import Table
 
 import evertune
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.intake import Intake
+from evertune.live.journal import Journal
 from evertune.live.triggers import Volume
 from evertune.live.update import Updater, UpdateSettings
 from evertune.locate import locate
 from evertune.memory.memory import ReplayMemory
+from evertune.registry.registry import Registry
 from evertune.registry.store import Store
 from evertune.streams.folder import FolderSource
 from evertune.streams.schema import RecordSchema
