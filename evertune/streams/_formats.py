@@ -5,19 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
-import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, timedelta
-from datetime import time as clock_time
-from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
-from uuid import UUID
 
+from evertune.streams._json import json_object, plain
 from evertune.streams.source import Incoming
 
 KINDS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".csv", ".csv.gz", ".parquet")
@@ -287,7 +282,7 @@ class TextReader:
         if length > self._most:
             return self._too_long(length, raw)
         try:
-            return Incoming(f"{self._name}:{self.line + 1}", _json_object(raw))
+            return Incoming(f"{self._name}:{self.line + 1}", json_object(raw))
         except ValueError as error:
             return self._bad(str(error), raw, self.line + 1) if raw.strip() else None
 
@@ -397,57 +392,6 @@ class _CsvRows:
         self._dry = self._length <= self._most
 
 
-def _finite(number: str) -> float:
-    value = float(number)
-    if math.isinf(value):
-        raise ValueError(f"the number {number[:20]} is beyond bounds")
-    return value
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError:
-        raise ValueError("not valid UTF-8") from None
-    try:
-        value = _DECODER.decode(text)
-    except RecursionError:
-        raise ValueError(f"nested deeper than {_MAX_DEPTH}") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but a {type(value).__name__}")
-    if text.count("{") + text.count("[") > _MAX_DEPTH:
-        _check_depth(value)
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair, which is no character") from None
-    return value
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {_MAX_DEPTH}")
-
-
 @contextmanager
 def _parquet_errors() -> Iterator[None]:
     import pyarrow as pa
@@ -470,32 +414,9 @@ def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
     for position, row in enumerate(rows):
         origin = f"{name}:{first + position + 1}"
         try:
-            value = _plain(row or batch.slice(position, 1).to_pylist()[0])
+            value = plain(row or batch.slice(position, 1).to_pylist()[0], decode=True)
         except Exception as error:
             records.append(Incoming(origin, None, f"cannot be JSON ({error})", str(row or "")))
         else:
             records.append(Incoming(origin, value))
     return records
-
-
-def _plain(value: Any) -> Any:  # noqa: PLR0911
-    """A value of Parquet as JSON has it."""
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value} is no JSON number")
-        return value
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (date, clock_time)):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, (Decimal, UUID)):
-        return str(value)
-    raise ValueError(f"a {type(value).__name__}")

@@ -34,13 +34,18 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but a {type(value).__name__}")
-    if text.count("{") + text.count("[") > _MAX_DEPTH or "\\u" in text:
+    if text.count("{") + text.count("[") > _MAX_DEPTH or "\\ud" in text or "\\uD" in text:
         plain(value)
     return value
 
 
-def plain(value: Any, depth: int = _MAX_DEPTH) -> Any:  # noqa: PLR0911
+def plain(value: Any, depth: int = _MAX_DEPTH, decode: bool = False) -> Any:  # noqa: PLR0911
     """A value as JSON has it: times in ISO 8601, decimals (exactly) and UUIDs as strings, durations in seconds.
+
+    Args:
+        value: anything.
+        depth: how deep it may be nested.
+        decode: take bytes for text in UTF-8; by default they are refused.
 
     Raises:
         ValueError: with the reason why JSON cannot have it.
@@ -60,15 +65,17 @@ def plain(value: Any, depth: int = _MAX_DEPTH) -> Any:  # noqa: PLR0911
     if depth == 0:
         raise ValueError(f"nested deeper than {_MAX_DEPTH}")
     if isinstance(value, dict):
-        return {_whole(str(name)): plain(item, depth - 1) for name, item in value.items()}
+        return {_whole(str(name)): plain(item, depth - 1, decode) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, depth - 1) for item in value]
+        return [plain(item, depth - 1, decode) for item in value]
     if isinstance(value, (date, time)):
         return value.isoformat()
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, (Decimal, UUID)):
         return str(value)
+    if decode and isinstance(value, bytes):
+        return value.decode()
     raise ValueError(f"a value of the type {type(value).__name__}, which JSON has not")
 
 
