@@ -227,8 +227,10 @@ def test_source_that_is_gone_changes_nothing(folder: Path) -> None:
 
 def test_reading_on_from_another_offset(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
-    lines = (folder / "inbox/a.jsonl").read_text()
-    (folder / "inbox/a.jsonl").write_text(lines.replace("a", "e"))  # what has been read must not change
+    read = folder / "inbox/a.jsonl"
+    lines = read.read_text()
+    read.unlink()
+    read.write_text(lines.replace("a", "e"))  # what has been read must not change
     live = updater(folder)
     with pytest.raises(SourceError, match=r"a\.jsonl"):
         live.run()
@@ -236,7 +238,7 @@ def test_reading_on_from_another_offset(folder: Path) -> None:
     assert last is not None
     assert last.offset is not None
     del last.offset["files"]["a.jsonl"]
-    (folder / "inbox/a.jsonl").unlink()
+    read.unlink()
     live.read_on_from(last.offset)
     assert live.run().status == "promoted"
     assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evertune.files import write_atomically
+from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
@@ -39,7 +40,6 @@ Status = Literal["promoted", "nothing", "refused", "stopped", "trained"]
 EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "stopped": 5, "trained": 0}
 """What ``evertune update`` exits with; "trained" is all that a rank without the registry does."""
 
-_STOPPED = "stopped.json"
 _EVALUATION = "evaluation.json"
 _VERDICT = "verdict.json"
 _SHOWN = "trained on"
@@ -188,6 +188,7 @@ class Updater:
                 f"the registry {self.registry.store.root} is not on this machine: pass work_dir, a local folder"
             )
         self.staging = Path(work_dir) if work_dir is not None else self.registry.store.local("staging")
+        self._backlog = Backlog(self.registry, self.journal, self.staging, self._config_digest())
 
     # --- what there is to do
 
@@ -199,8 +200,8 @@ class Updater:
         Raises:
             SourceError: when the source cannot be read on.
         """
-        self._quarantine_discarded()
         production = self.registry.production
+        self._backlog.quarantine_given_up(production)
         return self._intake.run(
             limit=2 * self.settings.max_records, start=production.manifest["offset"] if production else None
         )
@@ -219,15 +220,15 @@ class Updater:
     def situation(self) -> Situation:
         """What is pending, as the trigger sees it."""
         production = self.registry.production
-        segments = self._pending(production)
-        attempted = self._attempted(production)
+        segments = self._backlog.pending(production)
+        attempted = self._backlog.attempted(production)
         return Situation(
             records=lambda: self._rows(segments),
             n_pending=sum(segment.records for segment in segments),
             n_new=sum(segment.records for segment in segments if segment.number > attempted),
             production=production,
             memory_texts=lambda: self._known_texts(production),
-            last_update=self._last_attempt(),
+            last_update=self._backlog.last_attempt(),
             now=datetime.now(UTC),
             text=self.schema.text,
         )
@@ -446,7 +447,7 @@ class Updater:
         reason = self.trigger.reason(situation)
         if reason is None:
             return Outcome("nothing", f"{situation.n_pending} records are pending: {self.trigger.explanation}")
-        segments = self._at_most(self._pending(production))
+        segments = self._backlog.pending(production, at_most=self.settings.max_records)
         plan = Plan(
             version=self.registry.next_number(),
             parent=production.number if production else None,
@@ -462,9 +463,7 @@ class Updater:
         failed = [check for check in self._check_data(plan) if not check.passed]
         if failed:
             words = "; ".join(check.words for check in failed)
-            self.staging.mkdir(parents=True, exist_ok=True)
-            stopped = {name: getattr(plan, name) for name in ("parent", "consumed", "config", "created")}
-            write_atomically(self.staging / _STOPPED, _json(stopped))
+            self._backlog.stop(plan)
             return Outcome("stopped", f"stopped before training: {words}", verdict=Verdict(False, failed))
         plan.save(self.staging)
         return plan
@@ -488,69 +487,13 @@ class Updater:
             return "first"
         from evertune.live.training import remembered
 
-        refused = [v for v in self.registry.versions() if v.parent == production.number and not v.passed]
-        limit = self.settings.rebuild_after
-        if limit is None or len(refused) < limit:
+        refusals, limit = self._backlog.refusals(production), self.settings.rebuild_after
+        if limit is None or refusals < limit:
             return "update"
         if remembered(production.folder()) is None:
-            logger.warning("no rebuild after %d refusals: production has no replay memory", len(refused))
+            logger.warning("no rebuild after %d refusals: production has no replay memory", refusals)
             return "update"
         return "rebuild"
-
-    def _pending(self, production: Version | None) -> list[Segment]:
-        """The segments of the journal that production has not learnt, and nobody has given up."""
-        learnt = [version.manifest["consumed"] for version in (production, *self._discarded()) if version]
-        return self.journal.segments(after=max(learnt, default=0))
-
-    def _discarded(self) -> list[Version]:
-        """The versions rolled back from since the last promotion whose records are not to be learnt again."""
-        numbers = []
-        for event in reversed(self.registry.events):
-            if event["action"] == "promote":
-                break
-            if event.get("discard") is not None:
-                numbers.append(event["discard"])
-        return [version for version in self.registry.versions() if version.number in numbers]
-
-    def _quarantine_discarded(self) -> None:
-        production = self.registry.production
-        for version in self._discarded():
-            after = production.manifest["consumed"] if production else 0
-            segments = [s for s in self.journal.segments(after=after) if s.number <= version.manifest["consumed"]]
-            reason = f"learnt by version {version.number}, which was rolled back"
-            self.journal.quarantine(reason, self._rows(segments), f"discarded-{version.number}")
-
-    def _at_most(self, segments: Sequence[Segment]) -> list[Segment]:
-        """As many segments as hold ``max_records``, at least one."""
-        total = 0
-        for number, segment in enumerate(segments):
-            total += segment.records
-            if total > self.settings.max_records and number > 0:
-                return list(segments[:number])
-        return list(segments)
-
-    def _attempted(self, production: Version | None) -> int:
-        """The last segment that an update of this parent, under these settings, has been tried on."""
-        parent, config = production.number if production else None, self._config_digest()
-        tried = [
-            version.manifest["consumed"]
-            for version in self.registry.versions()
-            if version.parent == parent and version.manifest.get("config_digest") == config
-        ]
-        stopped = self.staging / _STOPPED
-        if stopped.is_file():
-            mark = json.loads(stopped.read_bytes())
-            if mark["parent"] == parent and mark["config"] == config:
-                tried.append(mark["consumed"])
-        return max(tried, default=0)
-
-    def _last_attempt(self) -> datetime | None:
-        """When an update was last tried, whatever became of it."""
-        moments = [version.created for version in self.registry.versions()]
-        stopped = self.staging / _STOPPED
-        if stopped.is_file():
-            moments.append(datetime.fromisoformat(json.loads(stopped.read_bytes())["created"]))
-        return max(moments, default=None)
 
     def _segments(self, plan: Plan) -> list[Segment]:
         return [s for s in self.journal.segments(after=plan.after) if s.number <= plan.consumed]
