@@ -47,7 +47,14 @@ class FragmentState:
         """The same state as ``shards`` lie now; see ``ParameterShards.rearrange``. Call on every rank."""
         moved = self.fragments != shards.fragments or self.shapes != shards.shapes or self.sharded != shards.sharded
         if not shards.sum_over_ranks(torch.tensor(float(moved))).item():
-            return self
+            own = shards.values()  # a checkpoint leaves what it held on the CPU
+            return FragmentState.of(
+                shards,
+                {
+                    kind: [value.to(weight.device) for value, weight in zip(values, own, strict=True)]
+                    for kind, values in self.tensors.items()
+                },
+            )
         tensors = {
             kind: shards.rearrange(
                 {f.name: (f.offset, value) for f, value in zip(self.fragments, values, strict=True)},
