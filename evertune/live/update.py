@@ -95,7 +95,7 @@ class UpdateSettings:
     max_records: int = 50_000
     max_evaluation: int = 5_000
     rebuild_after: int | None = 3
-    checkpoint_every_n_steps: int = 100
+    checkpoint_every_n_steps: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def fill_in(setting: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise ValueError(f"the environment variable {match[1]} is not set, and a setting of the source names it")
+            raise ValueError(f"the environment variable {match[1]} is not set, and a setting names it")
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", value, setting)
