@@ -251,7 +251,7 @@ def test_one_updater_at_a_time(folder: Path) -> None:
     assert production(folder) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "evertune_deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "evertune_deepspeed_stage_2"])
 def test_ranks_of_a_launcher_update_together(folder: Path, strategy: str) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     settings = {"trainer": {"strategy": strategy, "devices": 2}, "data": {"batch_size": 4, "max_length": 16}}

@@ -336,12 +336,12 @@ class Updater:
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
         settings: dict[str, Any] = {"text": self.schema.text, "label": self._label}
         settings |= {"max_length": self.data.get("max_length", 128)}
-        challenger = type(self.model).from_pretrained(folder / MODEL)
+        challenger = self._opened(folder / MODEL)
         said = evaluate(challenger, slices, **settings)
         champion: dict[str, Predictions] | None = None
         costs, shown_to_both = None, {}
         if production is not None:
-            module = type(self.model).from_pretrained(production.folder() / MODEL)
+            module = self._opened(production.folder() / MODEL)
             stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
             champion = {name: Predictions.from_dict(stored[name]) for name in slices if name in stored}
             unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
@@ -361,6 +361,13 @@ class Updater:
         write_atomically(folder / _EVALUATION, _json({"slices": {name: said[name].to_dict() for name in sorted(said)}}))
         write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
         return verdict
+
+    def _opened(self, folder: Path) -> Any:
+        """The module of a folder, where it predicts fastest."""
+        import torch
+
+        module = type(self.model).from_pretrained(folder)
+        return module.cuda() if torch.cuda.is_available() else module
 
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
         """Make the staged folder a version of the registry, whole, with all that is known of it."""
@@ -460,11 +467,10 @@ class Updater:
             config=self._config_digest(),
         )
         self._clear_staging()
-        failed = [check for check in self._check_data(plan) if not check.passed]
-        if failed:
-            words = "; ".join(check.words for check in failed)
+        verdict = Verdict.of(self._check_data(plan))
+        if not verdict.passed:
             self._backlog.stop(plan)
-            return Outcome("stopped", f"stopped before training: {words}", verdict=Verdict(False, failed))
+            return Outcome("stopped", f"stopped before training: {_reasons(verdict)}", verdict=verdict)
         plan.save(self.staging)
         return plan
 
