@@ -10,7 +10,7 @@
 
 Needs ``pip install evertune[demo]``.
 
-    python benchmarks/live.py            # about 20 minutes on 2 cores
+    python benchmarks/live.py            # about 9 minutes on 2 cores
     python benchmarks/live.py --quick    # about 1 minute
 """
 
