@@ -16,7 +16,7 @@ from evertune.live.training import remembered
 from evertune.live.triggers import Volume
 from evertune.live.update import Outcome, Updater, UpdateSettings
 from evertune.registry.gate import Gate
-from evertune.registry.registry import Registry
+from evertune.registry.registry import LeaseHeld, Registry
 from evertune.streams.labels import LabelJoin
 from evertune.streams.masking import PatternMasker
 from evertune.streams.schema import RecordSchema
@@ -246,8 +246,8 @@ def test_reading_on_from_another_offset(folder: Path) -> None:
 
 def test_one_updater_at_a_time(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
-    with Registry(folder / "registry").lease("somebody else"), pytest.raises(RuntimeError, match="somebody else"):
-        run_ranks("tests.live_worker:run", 1, folder=str(folder))
+    with Registry(folder / "registry").lease("somebody else"), pytest.raises(LeaseHeld, match="somebody else"):
+        updater(folder).run()
     assert production(folder) == 1
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from evertune.launch.update import update
 from evertune.live.training import remembered
 from evertune.registry.registry import Registry
 from tests.live_worker import feed, prepare
@@ -46,6 +47,13 @@ watch: {poll: 5}
 """
 
 
+@pytest.fixture(autouse=True)
+def _same_handler_afterwards() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     prepare(tmp_path)
@@ -59,18 +67,15 @@ def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
-def test_exit_codes(folder: Path) -> None:
+def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     first = evertune(folder, "update", "--config", "live.yaml")
     assert first.returncode == 0, first.stderr
     assert "version 1 is in production" in first.stdout
-    nothing = evertune(folder, "update", "--config", "live.yaml")
-    assert (nothing.returncode, nothing.stdout) == (
-        3,
-        "nothing new since the last update; 0 records are pending\n",
-    )
+    monkeypatch.chdir(folder)
+    assert update(["--config", "live.yaml"]) == 3
+    assert capsys.readouterr().out == "nothing new since the last update; 0 records are pending\n"
     feed(folder, "b", ["politics", "sport"], n=40)
-    refused = evertune(folder, "update", "--config", "live.yaml", "--gate.min_accuracy", "1.0")
-    assert refused.returncode == 4, refused.stderr
+    assert update(["--config", "live.yaml", "--gate.min_accuracy", "1.0"]) == 4
     registry = Registry(folder / "registry")
     assert registry.aliases == {"production": 1, "candidate": 2}
     memory = remembered(folder / "registry/versions/1")
@@ -104,10 +109,13 @@ def test_lightning_starts_the_other_rank(folder: Path) -> None:
     assert registry.verify() == []
 
 
-def test_errors_take_one_line(folder: Path) -> None:
+def test_errors_take_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "inbox").rename(folder / "gone")
-    failed = evertune(folder, "update", "--config", "live.yaml")
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("evertune update: ")
-    assert "inbox" in failed.stderr.splitlines()[-1]
-    assert json.dumps(sorted(path.name for path in (folder / "registry").glob("versions/*"))) == "[]"
+    monkeypatch.chdir(folder)
+    assert update(["--config", "live.yaml"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("evertune update: ")
+    assert "inbox" in last
+    assert not list((folder / "registry").glob("versions/*"))
