@@ -93,4 +93,6 @@ class Backlog:
                 break
             if event.get("discard") is not None:
                 numbers.append(event["discard"])
+        if not numbers:  # as nearly always: no manifest needs to be read
+            return []
         return [version for version in self._registry.versions() if version.number in numbers]

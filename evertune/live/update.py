@@ -281,7 +281,7 @@ class Updater:
         return not self._is_published(plan) and trained(self.staging) is None
 
     def _is_published(self, plan: Plan) -> bool:
-        return plan.version in {version.number for version in self.registry.versions()}
+        return plan.version < self.registry.next_number()
 
     def _carry_out(self, plan: Plan, seconds: dict[str, float], dry_run: bool) -> Outcome:
         logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "update", "version": plan.version})
