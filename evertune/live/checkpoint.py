@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from functools import wraps
@@ -16,7 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
-from evertune.files import sync_folder, write_atomically
+from evertune.files import sync_folder, sync_tree, write_atomically
 from evertune.memory.codec import decode, encode
 from evertune.resume import resume_loaders
 from evertune.strategies.support import check_strategy
@@ -137,7 +136,7 @@ class UpdateCheckpoint(Checkpoint):
         trainer.strategy.barrier("the parts of a checkpoint")
         if trainer.is_global_zero:
             write_atomically(draft / _MANIFEST, json.dumps(_layout(trainer)).encode())
-            _sync(draft)
+            sync_tree(draft)
             draft.rename(whole)
             sync_folder(self.directory)
             self._remove_all_but(whole)
@@ -153,17 +152,6 @@ class UpdateCheckpoint(Checkpoint):
 
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}")
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder and all that is in it to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def _layout(trainer: pl.Trainer) -> dict[str, int]:

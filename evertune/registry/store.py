@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from evertune.files import sha256, sync_folder, write_atomically
+from evertune.files import sha256, sync_folder, sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
 """The file of a published folder that says what else is in it. It appears last and goes first."""
@@ -277,7 +277,7 @@ class _Folder:
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self._make(target.parent)
-        _sync_tree(folder)
+        sync_tree(folder)
         try:
             folder.rename(target)
         except OSError as error:
@@ -298,7 +298,7 @@ class _Folder:
                     copy.mkdir()
                 else:
                     shutil.copyfile(path, copy)
-            _sync_tree(temporary)
+            sync_tree(temporary)
             temporary.rename(target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -537,16 +537,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    """Put a folder and all in it on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextmanager
