@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 import torch
 
 from evertune.callbacks import EWC, ContinualCallback, DriftTrigger, Replay
+from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.drift import MMD, HashedNgrams
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.live.checkpoint import UpdateCheckpoint, latest
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.trainer import ContinualTrainer
 from tests.lightning_modules import TEXTS, WORDS

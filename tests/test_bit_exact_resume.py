@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from evertune.callbacks import EWC, ContinualCallback, Replay
 from evertune.callbacks.base import end_experience
+from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.live.checkpoint import UpdateCheckpoint, latest
 from evertune.streams import ExperienceDataModule
 from evertune.streams.datamodule import PadCollator
 from tests.distributed import run_ranks

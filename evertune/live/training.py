@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.files import write_atomically
-from evertune.live.checkpoint import UpdateCheckpoint, latest
 from evertune.live.plan import Plan
 from evertune.live.slices import Row
 from evertune.memory.memory import MemoryView
