@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop, has saved, and goes on when it is started again."""
@@ -240,7 +240,7 @@ def shell_words(words: Sequence[str]) -> str:
     return " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
 
 
-def read_settings(options: Sequence[str], command: Sequence[str], where: str) -> tuple[LaunchSettings, Namespace]:
+def read_settings(options: Sequence[str], command: Sequence[str], where: str) -> tuple[LaunchSettings, bool, bool]:
     """The settings of a launch: the section ``launch`` of the command's ``--config`` files, and options over it.
 
     Args:
@@ -249,7 +249,7 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
         where: the launcher's name, for messages.
 
     Returns:
-        The settings, and the flags ``dry_run`` and ``wait``.
+        The settings, and whether ``--dry-run`` and ``--wait`` were given.
 
     Raises:
         SystemExit: when an option is unknown or bad, with a message.
@@ -264,10 +264,10 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
     except (KeyError, TypeError, ValueError, ArgumentTypeError) as error:
         parser.error(f"the section `launch` of the configuration: {error}")
     config = parser.parse_args(list(options))
-    flags = Namespace(dry_run=config.pop("dry_run"), wait=config.pop("wait"))
+    dry_run, wait = config.pop("dry_run"), config.pop("wait")
     made = parser.instantiate_classes(config)
     try:
-        return LaunchSettings(**vars(made)), flags
+        return LaunchSettings(**vars(made)), dry_run, wait
     except ValueError as error:
         parser.error(str(error))
 
