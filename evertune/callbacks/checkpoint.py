@@ -77,6 +77,7 @@ class UpdateCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._resumed: Path | None = None  # the step's folder that this fit goes on from
         self._last_step = 0
+        self._saved_step: int | None = None  # the step of the newest checkpoint
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """From now on, look at a checkpoint before the strategy loads it."""
@@ -102,6 +103,7 @@ class UpdateCheckpoint(Checkpoint):
         if self._resumed is not None:
             _set_random_state(decode((self._resumed / _random_file(trainer)).read_bytes()), trainer)
         self._last_step = trainer.global_step
+        self._saved_step = None if self._resumed is None else trainer.global_step
         if trainer.is_global_zero:
             self._remove_all_but(self._resumed)
 
@@ -109,12 +111,25 @@ class UpdateCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a checkpoint when one is due. Lightning calls checkpoint callbacks after all others."""
-        loop = trainer.fit_loop.epoch_loop
-        due = trainer.global_step - self._last_step >= self.every_n_steps
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if due and stepped and not (loop._is_training_done or trainer.should_stop or self._validates_next(trainer)):
-            self._save(trainer)
+        if trainer.global_step - self._last_step >= self.every_n_steps and self.save_now(trainer):
             self._last_step = trainer.global_step
+
+    def save_now(self, trainer: pl.Trainer) -> bool:
+        """Write a checkpoint at this step, due or not. Call it on every rank, in ``on_train_batch_end``.
+
+        Returns:
+            Whether there is a checkpoint of this step, from this call or before. Not so inside an accumulation, at the
+            end of an epoch or of the fit, and where validation follows: try again after the next batch.
+        """
+        if trainer.global_step == self._saved_step:
+            return True
+        loop = trainer.fit_loop.epoch_loop
+        stepped = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or loop._is_training_done or trainer.should_stop or self._validates_next(trainer):
+            return False
+        self._save(trainer)
+        self._saved_step = trainer.global_step
+        return True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the strategy as it was."""
