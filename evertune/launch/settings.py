@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,8 @@ PREEMPTED = 75
 
 DECIDED = (0, 2, 3, 4, 5)
 """Exit codes of commands that are no crash: another try would end in the same way."""
+
+_GROUPS = {"torchrun", "slurm", "kubernetes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,22 +256,28 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
     Raises:
         SystemExit: when an option is unknown or bad, with a message.
     """
-    parser = ArgumentParser(prog=f"evertune launch {where}", description=f"Options come before `--`: {where}.")
+    parser = ArgumentParser(
+        prog=f"evertune launch {where}",
+        usage="%(prog)s [options] -- COMMAND ...",
+        description="The options may stand in the section `launch` of the command's --config file as well.",
+        exit_on_error=False,
+    )
     parser.add_class_arguments(LaunchSettings)
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would run, and run nothing")
     parser.add_argument("--wait", action="store_true", help="until it has ended, and exit with its exit code")
-    section = launch_section(command)
+    for action in parser._actions:  # what other launchers need may be there, and is not shown
+        if action.dest.partition(".")[0] in _GROUPS - {where}:
+            action.help = SUPPRESS
     try:
-        parser.set_defaults(_flat(parser, section))
-    except (KeyError, TypeError, ValueError, ArgumentTypeError) as error:
-        parser.error(f"the section `launch` of the configuration: {error}")
-    config = parser.parse_args(list(options))
-    dry_run, wait = config.pop("dry_run"), config.pop("wait")
-    made = parser.instantiate_classes(config)
+        section = parser.parse_object(launch_section(command))
+    except ArgumentError as error:
+        parser.exit(2, f"{parser.prog}: the section `launch` of the configuration: {error}\n")
     try:
-        return LaunchSettings(**vars(made)), dry_run, wait
-    except ValueError as error:
-        parser.error(str(error))
+        config = parser.parse_args(list(options), namespace=section)
+        dry_run, wait = config.pop("dry_run"), config.pop("wait")
+        return LaunchSettings(**vars(parser.instantiate_classes(config))), dry_run, wait
+    except (ArgumentError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def config_files(command: Sequence[str]) -> list[Path]:
@@ -300,8 +308,12 @@ def launch_section(command: Sequence[str]) -> dict[str, Any]:
             content = yaml.safe_load(file.read_text())
         except (OSError, yaml.YAMLError) as error:
             sys.exit(f"evertune launch: {file}: {error}")
-        section = content.get("launch") if isinstance(content, Mapping) else None
-        merged = _merged(merged, section or {})
+        section = (content.get("launch") if isinstance(content, Mapping) else None) or {}
+        groups = {name: section.get(name, {}) for name in _GROUPS} if isinstance(section, Mapping) else {}
+        for name, value in {"launch": section, **groups}.items():
+            if not isinstance(value, Mapping):
+                sys.exit(f"evertune launch: {file}: the section `{name}` must be a mapping, got {value!r}")
+        merged = _merged(merged, section)
     return merged
 
 
@@ -311,15 +323,3 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = _merged(merged[name], value) if both else value
     return merged
-
-
-def _flat(parser: ArgumentParser, section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section by the parser's own keys: groups are flattened, dictionaries that are values are not."""
-    flat: dict[str, Any] = {}
-    groups = {"torchrun", "slurm", "kubernetes"}
-    for name, value in section.items():
-        if name in groups and isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": content for inner, content in value.items()}
-        else:
-            flat[name] = value
-    return flat
