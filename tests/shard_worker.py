@@ -20,6 +20,7 @@ from evertune.streams.datamodule import PadCollator
 CLASSES = ["a", "b", "c"]
 GLOBAL_BATCH = 12
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # read at once: Lightning removes it when a fit ends
+DEVICES = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def make_bert(folder: str | Path) -> str:
@@ -87,7 +88,8 @@ def fit(
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        devices=WORLD_SIZE,
+        devices=DEVICES,
+        num_nodes=WORLD_SIZE // DEVICES,
         strategy=strategy,
         precision=precision,
         accumulate_grad_batches=accumulation,

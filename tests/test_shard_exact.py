@@ -23,6 +23,14 @@ def weights(folder: Path, run: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{run['method']}-{run['optimizer']}-{run['accumulation']}.safetensors")
 
 
+def assert_same_weights(run: dict[str, Any], one_process: Path, folder: Path) -> None:
+    expected, found = weights(one_process, run), weights(folder, run)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        where = f"{run} {name}"
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_bert(tmp_path_factory.mktemp("bert"))
@@ -38,11 +46,7 @@ def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(strategy: str, runs: list[dict[str, Any]], bert: str, one_process: Path, folder: Path) -> None:
     run_ranks("tests.shard_worker:learn_two", 2, folder=bert, out=str(folder), strategy=strategy, runs=runs)
     for run in runs:
-        expected, found = weights(one_process, run), weights(folder, run)
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            where = f"{run} {name}"
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+        assert_same_weights(run, one_process, folder)
 
 
 @pytest.mark.parametrize(
