@@ -48,3 +48,14 @@ def contained(settings: LaunchSettings, words: Sequence[str]) -> list[str]:
     program = "python" if words[0] == sys.executable else words[0]
     mounts = [word for mount in container.mounts for word in ("--bind", mount)]
     return ["apptainer", "exec", "--nv", *mounts, container.image, program, *words[1:]]
+
+
+def line(settings: LaunchSettings, words: Sequence[str], *before: str) -> str:
+    """A node's command after its preamble, in one line for a shell, which the command replaces.
+
+    Args:
+        settings: of the launch.
+        words: the command.
+        before: lines of shell that come first.
+    """
+    return " && ".join([*before, *preamble(settings), f"exec {shlex.join(contained(settings, words))}"])

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from evertune.registry.registry import Registry
 
 OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
-"""What the exit codes of ``evertune update`` mean; all others are errors."""
+"""What the exit codes of ``evertune update`` mean; all others are errors, but for :data:`PREEMPTED`."""
+
+PREEMPTED = os.EX_TEMPFAIL
+"""Exit code of an update that others have ended, and that goes on when it is run again."""
 
 _SUPERVISOR = "EVERTUNE_SUPERVISOR"
 _TAIL = 20  # lines of an update's output that are kept to say why it failed
@@ -216,7 +219,7 @@ class Watch:
         finally:
             self.telemetry.updating(False)
         seconds = time.monotonic() - start
-        outcome = OUTCOMES.get(code, "interrupted" if self._stops else "error")
+        outcome = OUTCOMES.get(code, "interrupted" if self._stops or code == PREEMPTED else "error")
         if self._stops and outcome == "promoted" and not self._moved():  # Lightning ends well after SIGTERM
             outcome = "interrupted"
         self.telemetry.updated(outcome, seconds)
@@ -238,7 +241,8 @@ class Watch:
             self._say("updated", f"the update found nothing to do: {end}", **facts)
             return
         if outcome == "interrupted":
-            self._say("updated", "the update was interrupted; it goes on at the next start", **facts)
+            goes_on = "at the next start" if self._stops else "now"
+            self._say("updated", f"the update was interrupted; it goes on {goes_on}", **facts)
             return
         self._worked(self._update)
         if outcome == "stopped":
@@ -439,8 +443,12 @@ class _Trouble:
         self.count, self._until, self.told = 0, 0.0, False
 
 
-def end_with_supervisor() -> None:
-    """Let this process, and all of its group, be killed when the ``evertune watch`` that runs it dies.
+def _kill_all() -> None:
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def end_with_supervisor(end: Callable[[], None] = _kill_all) -> None:
+    """Let this process end when the ``evertune watch`` that runs it dies; by default it and its group are killed.
 
     Called first by ``evertune update``; does nothing in a process that no watch has started.
     """
@@ -449,7 +457,7 @@ def end_with_supervisor() -> None:
     def wait() -> None:
         assert pipe is not None
         os.read(int(pipe), 1)  # returns when the other end is closed
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        end()
 
     if pipe is not None:
         threading.Thread(target=wait, name="evertune-supervisor", daemon=True).start()

@@ -1,0 +1,100 @@
+"""``evertune launch local``: processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from evertune.launch.shell import line
+
+if TYPE_CHECKING:
+    from evertune.launch.settings import LaunchSettings
+
+
+def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool = True) -> int:
+    """Run a command on this machine, to its end.
+
+    The processes meet at a free port where the settings leave the port at its default.
+
+    Args:
+        settings: of the launch.
+        command: what every rank runs.
+        dry_run: only print what would run.
+        wait: there is no other way here.
+
+    Returns:
+        The exit code of the node's supervisor.
+
+    Raises:
+        ValueError: when there shall be more nodes than one, or a container that only SLURM can start.
+    """
+    if settings.nodes != 1:
+        raise ValueError(f"nodes must be 1 on this machine, got {settings.nodes}: use torchrun, slurm or kubernetes")
+    if settings.port == type(settings).port:
+        settings = replace(settings, port=_free_port())
+    words = settings.node_command(command, node_rank="0", master="127.0.0.1", run_id=new_run_id(settings))
+    shell = ["bash", "-c", line(settings, words)]
+    if dry_run:
+        print(shlex.join(shell))
+        return 0
+    with subprocess.Popen(shell) as process:
+
+        def send(number: signal.Signals) -> None:
+            if number != signal.SIGINT or not _in_foreground():  # else the terminal has told the child as well
+                process.send_signal(number)
+
+        with forwarded(send):
+            return exit_code(process.wait())
+
+
+def new_run_id(settings: LaunchSettings) -> str:
+    """A name for a run that no other run has."""
+    return f"{settings.name}-{secrets.token_hex(4)}"
+
+
+def exit_code(code: int) -> int:
+    """The exit code of a child as a shell tells it: 128 and its number for a signal."""
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def forwarded(send: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Signals that ask a run to stop are sent on, and do not end this process."""
+
+    def handle(number: int, frame: object) -> None:
+        send(signal.Signals(number))
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    old = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal sends its signals to this process and its children."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
