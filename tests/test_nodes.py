@@ -45,8 +45,9 @@ def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_everywhere(nodes: Nodes, commands: Sequence[list[str]], folder: Path) -> None:
     """One command on each node, until all have ended well."""
     logs = [(folder / f"node{node}.log").open("w+") for node in range(2)]
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     running = [
-        nodes.run_on(node, command, stdout=log, stderr=subprocess.STDOUT)
+        nodes.run_on(node, command, variables, stdout=log, stderr=subprocess.STDOUT)
         for node, (command, log) in enumerate(zip(commands, logs, strict=True))
     ]
     codes = [process.wait(400) for process in running]
