@@ -1,0 +1,474 @@
+"""Launch on Kubernetes: a JobSet or a PyTorchJob whose pods each run one supervisor.
+
+What the exit code of the command becomes:
+
+====================================  ==========================================  ================================
+the supervisor exits with             JobSet (0.10.1 or newer)                    PyTorchJob
+====================================  ==========================================  ================================
+0                                     completed                                   succeeded
+75: preempted, and has saved          started again, without counting             started again
+2, 3, 4, 5: decided                   failed at once: another try would end so    failed at once
+a pod is evicted, its node is lost    started again, without counting             the pod is started again
+anything else                         started again, ``max_restarts`` times       failed (killed: started again)
+====================================  ==========================================  ================================
+
+With ``min_nodes`` a pod of a JobSet that is lost is replaced while the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evertune.launch.settings import DECIDED, PREEMPTED, LaunchSettings, config_files, shell_words
+
+_CONFIG_FOLDER = "/etc/evertune"
+_GROUP = 1000
+"""Of the user in evertune's image: may write to the volumes."""
+_RETRYABLE = 138
+"""Exit code by which a PyTorchJob starts a pod again; all below 128 are final for it."""
+_MARGIN = 30
+"""Seconds that the supervisor has after ``grace`` to end by itself."""
+_INTERVAL = 5.0
+_RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "pytorchjob": "pytorchjobs.kubeflow.org"}
+_JOB_LABELS = {"jobset": "jobset.sigs.k8s.io/jobset-name", "pytorchjob": "training.kubeflow.org/job-name"}
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML as people write it: text of several lines as a block, no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def manifest(settings: LaunchSettings, command: Sequence[str]) -> str:
+    """The job, and the files of the command's ``--config`` in a ConfigMap, as YAML.
+
+    Args:
+        settings: of the launch. Where they name no interpreter, the image's ``python`` is taken; where they give no
+            number of processes, that of ``gpus_per_node``, else 1: this machine says nothing about the cluster's.
+        command: what every rank runs: ``["fit", "--config", "stream.yaml"]`` or ``["update", ...]``.
+
+    Returns:
+        One or two documents.
+
+    Raises:
+        ValueError: for what Kubernetes would refuse, and for settings that it has no use for.
+        OSError: when a configuration cannot be read.
+
+    Example:
+        >>> from evertune.launch.settings import LaunchSettings
+        >>> print(manifest(LaunchSettings(name="news"), ["fit", "--data.path=/data"]).splitlines()[1])
+        kind: JobSet
+    """
+    _check(settings, command)
+    settings = _of_the_cluster(settings)
+    command, files = _with_mounted_files(command)
+    job = _jobset if settings.kubernetes.kind == "jobset" else _pytorchjob
+    documents = [_config_map(settings, files)] if files else []
+    documents.append(job(settings, command, mounts_files=bool(files)))
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=10_000)
+
+
+def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool) -> int:
+    """Create the job; a finished one of the same name is replaced.
+
+    Args:
+        settings: of the launch.
+        command: what every rank runs.
+        dry_run: print the manifest and do nothing else.
+        wait: until the job has ended. Ended by SIGTERM or Ctrl-C meanwhile, it deletes the job, whose ranks then have
+            ``grace`` seconds to save.
+
+    Returns:
+        With ``wait`` the exit code of the command, else 0; 1 when the job could not be created, 2 when the settings
+        are no good.
+    """
+    try:
+        text = manifest(settings, command)
+    except (ValueError, OSError) as error:
+        return _say(str(error), code=2)
+    if dry_run:
+        print(text, end="")
+        return 0
+    if shutil.which("kubectl") is None:
+        return _say("kubectl is not on the PATH: install it, or print the manifest with --dry-run")
+    if not settings.kubernetes.volumes:
+        _say("note: kubernetes.volumes is empty: what a pod writes, checkpoints too, is lost with it")
+    return _launch(_Job(settings, text), wait=wait)
+
+
+def _launch(job: _Job, *, wait: bool) -> int:
+    try:
+        state = job.state()
+        if state is not None:
+            if _ending(state) is None:
+                return _say(f"{job.name} is still running: wait for it, delete it, or choose another name")
+            job.delete()
+        if not wait:
+            job.create()
+            return 0
+        with _deleted_at_a_signal(job):
+            job.create()
+            return _follow(job)
+    except subprocess.CalledProcessError as error:
+        return _say(error.stderr.strip())
+
+
+class _Job:
+    """A job in the cluster, through kubectl."""
+
+    def __init__(self, settings: LaunchSettings, text: str) -> None:
+        kind = settings.kubernetes.kind
+        self.text = text
+        self.name = f"{_RESOURCES[kind]}/{settings.name}"
+        self.selector = f"{_JOB_LABELS[kind]}={settings.name}"
+        self.patience = _patience(settings)
+        self._namespace = settings.kubernetes.namespace
+
+    def words(self, *words: str) -> list[str]:
+        """The words of a command of kubectl."""
+        return ["kubectl", *(["--namespace", self._namespace] if self._namespace else []), *words]
+
+    def kubectl(self, *words: str, text: str | None = None) -> str:
+        """Run kubectl, with ``text`` as its input, and return what it prints."""
+        return subprocess.run(self.words(*words), input=text, capture_output=True, text=True, check=True).stdout
+
+    def state(self) -> dict[str, Any] | None:
+        """As the cluster has it; None where there is none."""
+        text = self.kubectl("get", self.name, "--ignore-not-found", "-o", "json")
+        return dict(json.loads(text)) if text.strip() else None
+
+    def create(self) -> None:
+        """Create it and its configuration."""
+        self.kubectl("create", "-f", "-", text=self.text)
+        output = shlex.join(self.words("logs", "-f", "-l", self.selector))
+        print(f"{self.name} is created; its output: {output}", flush=True)
+
+    def delete(self) -> None:
+        """Delete it and its configuration, and wait until its pods are gone."""
+        timeout = f"--timeout={self.patience + _MARGIN}s"
+        self.kubectl("delete", "--ignore-not-found", "--cascade=foreground", timeout, "-f", "-", text=self.text)
+
+    def exit_code(self) -> int:
+        """That of the container which failed first; those after it were ended because of it."""
+        pods = json.loads(self.kubectl("get", "pods", "-l", self.selector, "-o", "json"))["items"]
+        statuses = [status for pod in pods for status in pod.get("status", {}).get("containerStatuses", [])]
+        ended = [status["state"]["terminated"] for status in statuses if "terminated" in status.get("state", {})]
+        failed = sorted((one["finishedAt"], int(one["exitCode"])) for one in ended if one["exitCode"] != 0)
+        return failed[0][1] if failed else 1
+
+
+def _ending(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The condition that says how a job has ended; None as long as it has not."""
+    for condition in state.get("status", {}).get("conditions", []):
+        if condition["type"] in ("Completed", "Succeeded", "Failed") and condition["status"] == "True":
+            return dict(condition)
+    return None
+
+
+@contextmanager
+def _deleted_at_a_signal(job: _Job) -> Iterator[None]:
+    """Delete the job when this process is asked to end."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        _say(f"deleting {job.name}, which saves first")
+        try:
+            job.delete()
+        except subprocess.CalledProcessError as error:
+            _say(error.stderr.strip())
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _follow(job: _Job) -> int:
+    """Wait until the job has ended; the exit code of its command."""
+    while True:
+        try:
+            state = job.state()
+            if state is None:
+                return _say(f"{job.name} was deleted")
+            ending = _ending(state)
+            if ending is not None:
+                print(f"{job.name}: {ending['type']}. {ending.get('message', '')}".rstrip(), flush=True)
+                return job.exit_code() if ending["type"] == "Failed" else 0
+        except subprocess.CalledProcessError as error:  # the cluster does not answer; the job runs on
+            _say(f"{error.stderr.strip()}; looking again")
+        time.sleep(_INTERVAL)
+
+
+def _say(message: str, code: int = 1) -> int:
+    print(f"evertune launch kubernetes: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _of_the_cluster(settings: LaunchSettings) -> LaunchSettings:
+    """Settings without what was taken from this machine."""
+    python = "python" if settings.python == sys.executable else settings.python
+    processes = settings.processes_per_node or settings.kubernetes.gpus_per_node or 1
+    return replace(settings, python=python, processes_per_node=processes)
+
+
+def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
+    asked = settings.kubernetes
+    if not command or command[0] not in ("fit", "update"):
+        given = command[0] if command else "nothing"
+        raise ValueError(f"only `fit` and `update` are launched on Kubernetes, got {given}")
+    if settings.container is not None:
+        raise ValueError("container does not go with Kubernetes: pods run kubernetes.image")
+    if settings.modules:
+        raise ValueError("modules do not go with Kubernetes: put what they load into kubernetes.image")
+    _check_name("name", settings.name, _LABEL)
+    longest = f"{settings.name}-workers-0-{settings.nodes - 1}-abcde"
+    if len(longest) > 63:
+        excess = len(longest) - 63
+        raise ValueError(f"name {settings.name!r} is {excess} characters too long: those of pods are made from it")
+    others = {"kubernetes.namespace": asked.namespace, "kubernetes.service_account": asked.service_account}
+    others |= {f"kubernetes.volumes: claim {number + 1}": claim for number, claim in enumerate(asked.volumes)}
+    for what, name in others.items():
+        if name is not None:
+            _check_name(what, name, _SUBDOMAIN)
+    if asked.gpus_per_node is not None and asked.gpus_per_node < 0:
+        raise ValueError(f"kubernetes.gpus_per_node must not be negative, got {asked.gpus_per_node}")
+    for claim, path in asked.volumes.items():
+        if not path.startswith("/"):
+            raise ValueError(f"kubernetes.volumes: {claim!r} must be mounted at a path from / on, got {path!r}")
+
+
+_LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+_SUBDOMAIN = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
+
+
+def _check_name(what: str, name: str, pattern: str) -> None:
+    if not re.fullmatch(pattern, name):
+        raise ValueError(
+            f"{what} {name!r} is no name for Kubernetes: small letters, digits and dashes, a letter first, no dash last"
+        )
+
+
+def _with_mounted_files(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command with its ``--config`` files where the pods have them, and what is in them by name there."""
+    paths = list(dict.fromkeys(config_files(command)))
+    contents: dict[str, str] = {}
+    places: dict[Path, str] = {}
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            raise ValueError(f"--config {path} is no file")
+        name = re.sub(r"[^-\w.]", "-", path.name, flags=re.ASCII)
+        name = f"{number}-{name}" if len(paths) > 1 else name
+        contents[name] = path.read_text()
+        places[path] = f"{_CONFIG_FOLDER}/{name}"
+    rewritten = []
+    for word, before in zip(command, ["", *command], strict=False):
+        option, equals, value = word.partition("=")
+        if before in ("--config", "-c"):
+            rewritten.append(places[Path(word)])
+        elif equals and option == "--config":
+            rewritten.append(f"--config={places[Path(value)]}")
+        else:
+            rewritten.append(word)
+    return rewritten, contents
+
+
+def _metadata(settings: LaunchSettings, name: str) -> dict[str, Any]:
+    namespace = settings.kubernetes.namespace
+    return {"name": name} | ({"namespace": namespace} if namespace else {})
+
+
+def _job_metadata(settings: LaunchSettings) -> dict[str, Any]:
+    queue = settings.kubernetes.queue
+    return _metadata(settings, settings.name) | ({"labels": {"kueue.x-k8s.io/queue-name": queue}} if queue else {})
+
+
+def _config_map(settings: LaunchSettings, files: dict[str, str]) -> dict[str, Any]:
+    metadata = _metadata(settings, f"{settings.name}-config")
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": files}
+
+
+def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: bool) -> dict[str, Any]:
+    words = settings.node_command(
+        [],
+        node_rank="$JOB_COMPLETION_INDEX",
+        master=f"{settings.name}-workers-0-0.{settings.name}",
+        run_id="$EVERTUNE_RUN_ID",
+    )
+    line = f"exec {shell_words(words)} {shlex.join(command)}"
+    run_id = {"name": "EVERTUNE_RUN_ID", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{_JOB_UID}']"}}}
+    elastic = settings.min_nodes is not None and settings.min_nodes < settings.nodes
+    decided = [code for code in DECIDED if code]
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": _job_metadata(settings),
+        "spec": {
+            "network": {"enableDNSHostnames": True, "subdomain": settings.name},
+            "failurePolicy": {
+                "maxRestarts": settings.max_restarts,
+                "rules": [
+                    {
+                        "name": "preempted",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                        "onJobFailureMessagePatterns": [f"exit code {PREEMPTED} ", "condition DisruptionTarget "],
+                    },
+                    {"name": "decided", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                ],
+            },
+            "replicatedJobs": [
+                {
+                    "name": "workers",
+                    "replicas": 1,
+                    "template": {
+                        "spec": {
+                            "completionMode": "Indexed",
+                            "completions": settings.nodes,
+                            "parallelism": settings.nodes,
+                            "backoffLimit": settings.max_restarts if elastic else 0,
+                            "podFailurePolicy": {
+                                "rules": [
+                                    _on_exit_codes([PREEMPTED]),
+                                    _on_exit_codes(decided),
+                                    {
+                                        "action": "Ignore" if elastic else "FailJob",
+                                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                                    },
+                                ]
+                            },
+                            "template": {
+                                "spec": {
+                                    "restartPolicy": "Never",
+                                    **_pod(settings, "evertune", line, [run_id], mounts_files=mounts_files),
+                                }
+                            },
+                        }
+                    },
+                }
+            ],
+        },
+    }
+
+
+_JOB_UID = "batch.kubernetes.io/controller-uid"
+"""Label of pods: another one each time that the JobSet makes its job anew."""
+
+
+def _on_exit_codes(codes: Sequence[int]) -> dict[str, Any]:
+    return {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(codes)}}
+
+
+def _pytorchjob(settings: LaunchSettings, command: Sequence[str], *, mounts_files: bool) -> dict[str, Any]:
+    words = settings.node_command([], node_rank="$node_rank", master=f"{settings.name}-master-0", run_id=settings.name)
+    line = "\n".join(
+        [  # torchrun and the preflight must not take the operator's variables, which count pods, for their own
+            'node_rank=$RANK; unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT "${!PET_@}"',
+            "trap 'kill -TERM \"$node\"' TERM",
+            f"{shell_words(words)} {shlex.join(command)} & node=$!",
+            'until wait "$node"; code=$?; ! kill -0 "$node" 2>/dev/null; do :; done',
+            f'if [ "$code" = {PREEMPTED} ]; then exit {_RETRYABLE}; fi',
+            'exit "$code"',
+        ]
+    )
+
+    def replicas(number: int) -> dict[str, Any]:
+        pod = _pod(settings, "pytorch", line, [], mounts_files=mounts_files)
+        pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": settings.port}]
+        return {"replicas": number, "restartPolicy": "ExitCode", "template": {"spec": pod}}
+
+    workers = {"Worker": replicas(settings.nodes - 1)} if settings.nodes > 1 else {}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _job_metadata(settings),
+        "spec": {
+            "nprocPerNode": str(settings.processes),
+            "runPolicy": {"cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": {"Master": replicas(1), **workers},
+        },
+    }
+
+
+def _pod(
+    settings: LaunchSettings, name: str, line: str, variables: list[dict[str, Any]], *, mounts_files: bool
+) -> dict[str, Any]:
+    """The pod of one node, whose container runs a line of shell after those of ``setup``."""
+    asked = settings.kubernetes
+    spec: dict[str, Any] = {}
+    if asked.service_account:
+        spec["serviceAccountName"] = asked.service_account
+    if asked.node_selector:
+        spec["nodeSelector"] = asked.node_selector
+    if asked.volumes:
+        spec["securityContext"] = {"fsGroup": _GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
+    script = "\n".join([*(["set -e"] if settings.setup else []), *settings.setup, line, ""])
+    values = [{"name": key, "value": _literal(value)} for key, value in settings.variables().items()]
+    resources = _resources(settings)
+    mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    volumes: list[dict[str, Any]] = [
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": asked.shared_memory}}
+    ]
+    if mounts_files:
+        mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER})
+        volumes.append({"name": "config", "configMap": {"name": f"{settings.name}-config"}})
+    for number, (claim, path) in enumerate(asked.volumes.items()):
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+    container = {
+        "name": name,
+        "image": asked.image,
+        "command": ["bash", "-c", _literal(script)],
+        "env": [*variables, *values],
+        **({"resources": resources} if resources else {}),
+        "volumeMounts": mounts,
+    }
+    return {
+        **spec,
+        "terminationGracePeriodSeconds": _patience(settings),
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def _resources(settings: LaunchSettings) -> dict[str, Any]:
+    asked = settings.kubernetes
+    same = {name: value for name, value in (("cpu", asked.cpu), ("memory", asked.memory)) if value}
+    gpus = settings.processes if asked.gpus_per_node is None else asked.gpus_per_node
+    limits = same | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+    return ({"requests": same} if same else {}) | ({"limits": limits} if limits else {})
+
+
+def _patience(settings: LaunchSettings) -> int:
+    """Seconds that a pod has to end after it was asked to."""
+    return math.ceil(settings.grace) + _MARGIN
+
+
+def _literal(value: str) -> str:
+    """Text that comes out of Kubernetes' own substitution of ``$(NAME)`` as it is here."""
+    return re.sub(r"\$(?=[$(])", "$$", value)
