@@ -70,11 +70,11 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(manifest(*LAUNCHES[name])))
 
 
-def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The specs of the pods of a job."""
+def pod(document: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a job's pods."""
     if document["kind"] == "JobSet":
-        return [document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]]
-    return [replica["template"]["spec"] for replica in document["spec"]["pytorchReplicaSpecs"].values()]
+        return dict(document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"])
+    return dict(document["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"])
 
 
 def check(document: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ def test_actions_of_the_failure_policy_are_published() -> None:
         ("pytorchjob", ("spec", "nprocPerNode"), 2),
         ("pytorchjob", ("spec", "runPolicy", "cleanPods"), "Running"),
         ("pytorchjob", ("spec", "pytorchReplicaSpecs", "Worker", "replicas"), "2"),
-        ("pytorchjob", ("spec", "pytorchReplicaSpecs", "Master", "template", "spec", "volumes", 0, "emptydir"), {}),
+        ("pytorchjob", ("spec", "pytorchReplicaSpecs", "Worker", "template", "spec", "volumes", 0, "emptydir"), {}),
     ],
 )
 def test_a_broken_manifest_does_not_fit_the_published_schema(name: str, path: tuple[Any, ...], value: object) -> None:
@@ -133,9 +133,9 @@ def test_a_broken_manifest_does_not_fit_the_published_schema(name: str, path: tu
         check(document)
 
 
-def shell_line(name: str, pod: int = 0) -> str:
+def shell_line(name: str) -> str:
     """What the container's shell gets, after Kubernetes has filled in its ``$(NAME)``, of which there are none."""
-    program, option, script = pods(documents(name)[-1])[pod]["containers"][0]["command"]
+    program, option, script = pod(documents(name)[-1])["containers"][0]["command"]
     assert (program, option) == ("bash", "-c")
     return script.replace("$$", "$")
 
@@ -162,12 +162,11 @@ def path_with(tmp_path: Path) -> Any:
 NODE = """
 import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-open("seen.json", "w").write(json.dumps({"words": sys.argv[1:], "variables": dict(os.environ)}))
+open("seen.json", "w").write(json.dumps(sys.argv[1:]))
 while os.environ["CODE"] == "wait":
     time.sleep(0.05)
 sys.exit(int(os.environ["CODE"]))
 """
-OPERATOR = {"RANK": "1", "WORLD_SIZE": "6", "MASTER_ADDR": "news-master-0", "PET_NNODES": "3", "PET_NODE_RANK": "1"}
 
 
 def bash(name: str, variables: dict[str, str], folder: Path) -> int:
@@ -176,9 +175,9 @@ def bash(name: str, variables: dict[str, str], folder: Path) -> int:
 
 
 def test_a_pod_of_a_jobset_runs_the_supervisor(tmp_path: Path, path_with: Any) -> None:
-    variables = {**path_with("python", NODE), "JOB_COMPLETION_INDEX": "1", "EVERTUNE_RUN_ID": "uid", "CODE": "75"}
+    variables = {**path_with("python", NODE), "JOB_COMPLETION_INDEX": "1", "RUN_ID": "uid", "CODE": "75"}
     assert bash("jobset", variables, tmp_path) == 75
-    words = json.loads((tmp_path / "seen.json").read_text())["words"]
+    words = json.loads((tmp_path / "seen.json").read_text())
     assert words[:2] == ["-m", "evertune.launch.node"]
     assert words[words.index("--") + 1 :] == ["update", "--registry=s3://bucket/news"]
     options = dict(pairwise(words))
@@ -189,17 +188,16 @@ def test_a_pod_of_a_jobset_runs_the_supervisor(tmp_path: Path, path_with: Any) -
 
 @pytest.mark.parametrize(("code", "seen"), [("0", 0), ("75", 138), ("4", 4), ("1", 1)])
 def test_a_pytorchjob_starts_a_preempted_pod_again(tmp_path: Path, path_with: Any, code: str, seen: int) -> None:
-    variables = {**path_with("python", NODE), **OPERATOR, "CODE": code}
+    variables = {**path_with("python", NODE), "NODE_RANK": "1", "CODE": code}
     assert bash("pytorchjob", variables, tmp_path) == seen
-    supervisor = json.loads((tmp_path / "seen.json").read_text())
-    words = supervisor["words"]
-    assert words[words.index("--node-rank") + 1] == "1"
-    assert words[words.index("--config") + 1] == "/etc/evertune/kubernetes-stream.yaml"
-    assert not supervisor["variables"].keys() & OPERATOR.keys()
+    options = dict(pairwise(json.loads((tmp_path / "seen.json").read_text())))
+    assert options["--node-rank"] == "1"
+    assert options["--master"] == "news-worker-0:29500"
+    assert options["--config"] == "/etc/evertune/kubernetes-stream.yaml"
 
 
 def test_sigterm_reaches_the_supervisor_in_a_pod_of_a_pytorchjob(tmp_path: Path, path_with: Any) -> None:
-    variables = {**path_with("python", NODE), **OPERATOR, "CODE": "wait"}
+    variables = {**path_with("python", NODE), "NODE_RANK": "1", "CODE": "wait"}
     with subprocess.Popen(["bash", "-c", shell_line("pytorchjob")], env=variables, cwd=tmp_path) as shell:
         try:
             wait_for(tmp_path / "seen.json")
@@ -250,15 +248,20 @@ def test_a_dry_run_prints_the_manifest_and_nothing_else(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == manifest(settings, command)
 
 
+def test_each_run_of_a_pytorchjob_has_an_id_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*LAUNCHES["pytorchjob"], dry_run=True, wait=False) == 0
+    assert re.search(r"--run-id news-\d{8}-\d{6} ", capsys.readouterr().out)
+
+
 def test_without_gpus_none_is_asked_for() -> None:
     settings = LaunchSettings(kubernetes=KubernetesSettings(gpus_per_node=0, cpu="2"))
-    pod = pods(yaml.safe_load(manifest(settings, ["fit"])))[0]
-    assert pod["containers"][0]["resources"] == {"requests": {"cpu": "2"}, "limits": {"cpu": "2"}}
+    document = yaml.safe_load(manifest(settings, ["fit"]))
+    assert pod(document)["containers"][0]["resources"] == {"requests": {"cpu": "2"}, "limits": {"cpu": "2"}}
 
 
 def test_pods_have_time_to_save() -> None:
     for name, (settings, _) in LAUNCHES.items():
-        assert all(pod["terminationGracePeriodSeconds"] > settings.grace for pod in pods(documents(name)[-1]))
+        assert pod(documents(name)[-1])["terminationGracePeriodSeconds"] > settings.grace
 
 
 KUBECTL = """

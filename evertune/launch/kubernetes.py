@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def manifest(settings: LaunchSettings, command: Sequence[str]) -> str:
+def manifest(settings: LaunchSettings, command: Sequence[str], run_id: str | None = None) -> str:
     """The job, and the files of the command's ``--config`` in a ConfigMap, as YAML.
 
     Args:
         settings: of the launch. Where they name no interpreter, the image's ``python`` is taken; where they give no
             number of processes, that of ``gpus_per_node``, else 1: this machine says nothing about the cluster's.
         command: what every rank runs: ``["fit", "--config", "stream.yaml"]`` or ``["update", ...]``.
+        run_id: of a PyTorchJob, other than that of any other run; by default its name. A JobSet's is the id of its job.
 
     Returns:
         One or two documents.
@@ -85,9 +87,11 @@ def manifest(settings: LaunchSettings, command: Sequence[str]) -> str:
     _check(settings, command)
     settings = _of_the_cluster(settings)
     command, files = _with_mounted_files(command)
-    job = _jobset if settings.kubernetes.kind == "jobset" else _pytorchjob
     documents = [_config_map(settings, files)] if files else []
-    documents.append(job(settings, command, mounts_files=bool(files)))
+    if settings.kubernetes.kind == "jobset":
+        documents.append(_jobset(settings, command, mounts_files=bool(files)))
+    else:
+        documents.append(_pytorchjob(settings, command, run_id or settings.name, mounts_files=bool(files)))
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=10_000)
 
 
@@ -106,7 +110,7 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
         are no good.
     """
     try:
-        text = manifest(settings, command)
+        text = manifest(settings, command, f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     except (ValueError, OSError) as error:
         return _say(str(error), code=2)
     if dry_run:
@@ -318,10 +322,10 @@ def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: b
         [],
         node_rank="$JOB_COMPLETION_INDEX",
         master=f"{settings.name}-workers-0-0.{settings.name}",
-        run_id="$EVERTUNE_RUN_ID",
+        run_id="$RUN_ID",
     )
     line = f"exec {shell_words(words)} {shlex.join(command)}"
-    run_id = {"name": "EVERTUNE_RUN_ID", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{_JOB_UID}']"}}}
+    labels = {"RUN_ID": "batch.kubernetes.io/controller-uid"}  # another one each time that the job is made anew
     elastic = settings.min_nodes is not None and settings.min_nodes < settings.nodes
     decided = [code for code in DECIDED if code]
     return {
@@ -365,7 +369,7 @@ def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: b
                             "template": {
                                 "spec": {
                                     "restartPolicy": "Never",
-                                    **_pod(settings, "evertune", line, [run_id], mounts_files=mounts_files),
+                                    **_pod(settings, "evertune", line, labels, mounts_files=mounts_files),
                                 }
                             },
                         }
@@ -376,19 +380,15 @@ def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: b
     }
 
 
-_JOB_UID = "batch.kubernetes.io/controller-uid"
-"""Label of pods: another one each time that the JobSet makes its job anew."""
-
-
 def _on_exit_codes(codes: Sequence[int]) -> dict[str, Any]:
     return {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(codes)}}
 
 
-def _pytorchjob(settings: LaunchSettings, command: Sequence[str], *, mounts_files: bool) -> dict[str, Any]:
-    words = settings.node_command([], node_rank="$node_rank", master=f"{settings.name}-master-0", run_id=settings.name)
+def _pytorchjob(settings: LaunchSettings, command: Sequence[str], run_id: str, *, mounts_files: bool) -> dict[str, Any]:
+    """Workers only: with a master the job would be over as soon as that has ended, be the first rank there or not."""
+    words = settings.node_command([], node_rank="$NODE_RANK", master=f"{settings.name}-worker-0", run_id=run_id)
     line = "\n".join(
-        [  # torchrun and the preflight must not take the operator's variables, which count pods, for their own
-            'node_rank=$RANK; unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT "${!PET_@}"',
+        [
             "trap 'kill -TERM \"$node\"' TERM",
             f"{shell_words(words)} {shlex.join(command)} & node=$!",
             'until wait "$node"; code=$?; ! kill -0 "$node" 2>/dev/null; do :; done',
@@ -396,13 +396,10 @@ def _pytorchjob(settings: LaunchSettings, command: Sequence[str], *, mounts_file
             'exit "$code"',
         ]
     )
-
-    def replicas(number: int) -> dict[str, Any]:
-        pod = _pod(settings, "pytorch", line, [], mounts_files=mounts_files)
-        pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": settings.port}]
-        return {"replicas": number, "restartPolicy": "ExitCode", "template": {"spec": pod}}
-
-    workers = {"Worker": replicas(settings.nodes - 1)} if settings.nodes > 1 else {}
+    labels = {"NODE_RANK": "training.kubeflow.org/replica-index"}
+    pod = _pod(settings, "pytorch", line, labels, mounts_files=mounts_files)
+    pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": settings.port}]
+    worker = {"replicas": settings.nodes, "restartPolicy": "ExitCode", "template": {"spec": pod}}
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -410,15 +407,15 @@ def _pytorchjob(settings: LaunchSettings, command: Sequence[str], *, mounts_file
         "spec": {
             "nprocPerNode": str(settings.processes),
             "runPolicy": {"cleanPodPolicy": "Running"},
-            "pytorchReplicaSpecs": {"Master": replicas(1), **workers},
+            "pytorchReplicaSpecs": {"Worker": worker},
         },
     }
 
 
 def _pod(
-    settings: LaunchSettings, name: str, line: str, variables: list[dict[str, Any]], *, mounts_files: bool
+    settings: LaunchSettings, name: str, line: str, labels: Mapping[str, str], *, mounts_files: bool
 ) -> dict[str, Any]:
-    """The pod of one node, whose container runs a line of shell after those of ``setup``."""
+    """The pod of one node: its container runs ``line`` after the lines of ``setup``, and knows some of its labels."""
     asked = settings.kubernetes
     spec: dict[str, Any] = {}
     if asked.service_account:
@@ -428,7 +425,11 @@ def _pod(
     if asked.volumes:
         spec["securityContext"] = {"fsGroup": _GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
     script = "\n".join([*(["set -e"] if settings.setup else []), *settings.setup, line, ""])
-    values = [{"name": key, "value": _literal(value)} for key, value in settings.variables().items()]
+    known = [
+        {"name": key, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}}
+        for key, label in labels.items()
+    ]
+    variables = [{"name": key, "value": _literal(value)} for key, value in settings.variables().items()]
     resources = _resources(settings)
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     volumes: list[dict[str, Any]] = [
@@ -444,7 +445,7 @@ def _pod(
         "name": name,
         "image": asked.image,
         "command": ["bash", "-c", _literal(script)],
-        "env": [*variables, *values],
+        "env": [*known, *variables],
         **({"resources": resources} if resources else {}),
         "volumeMounts": mounts,
     }
