@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shlex
 import signal
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from evertune.launch.processes import die_with_parent
 from evertune.launch.shell import line
 
 if TYPE_CHECKING:
@@ -45,14 +45,9 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
     if dry_run:
         print(shlex.join(shell))
         return 0
-    with subprocess.Popen(shell) as process:
-
-        def send(number: signal.Signals) -> None:
-            if number != signal.SIGINT or not _in_foreground():  # else the terminal has told the child as well
-                process.send_signal(number)
-
-        with forwarded(send):
-            return exit_code(process.wait())
+    process = subprocess.Popen(shell, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
+    with forwarded(process.send_signal):
+        return exit_code(process.wait())
 
 
 def new_run_id(settings: LaunchSettings) -> str:
@@ -79,18 +74,6 @@ def forwarded(send: Callable[[signal.Signals], object]) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _in_foreground() -> bool:
-    """Whether a terminal sends its signals to this process and its children."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    finally:
-        os.close(terminal)
 
 
 def _free_port() -> int:

@@ -45,7 +45,7 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
 
     Returns:
         The exit code of the first node; when that is 0, the highest of the others, unless ``min_nodes`` lets it go on
-        without them.
+        without them; that of the node that was lost when the others were ended for its sake.
 
     Raises:
         ValueError: when the hosts are unknown, or do not go with the other settings.
@@ -155,6 +155,7 @@ class _Nodes:
         self._printing = threading.Lock()
         self._deadline: float | None = None  # when those that are left are asked to end, then given up
         self._asked = False
+        self._lost = 0  # exit code of the node for whose sake they were asked
         try:
             for host, node_line in zip(hosts, node_lines, strict=True):
                 self._start(host, node_line)
@@ -187,9 +188,9 @@ class _Nodes:
         codes = [local.exit_code(child.wait()) for child in self._children]
         for host, code in zip(self.hosts, codes, strict=True):
             if code:
-                reason = ": it cannot be reached, or the connection was lost" if code == UNREACHABLE else ""
+                reason = ": it cannot be reached, was cut off or killed" if code == UNREACHABLE else ""
                 print(f"evertune launch torchrun: {host} ended with exit code {code}{reason}", file=sys.stderr)
-        return codes[0] or (max(codes) if self.settings.min_nodes is None else 0)
+        return self._lost or codes[0] or (max(codes) if self.settings.min_nodes is None else 0)
 
     def _codes(self) -> list[int | None]:
         return [child.poll() for child in self._children]
@@ -203,6 +204,7 @@ class _Nodes:
             if self._asked:
                 self._give_up()
             else:
+                self._lost = local.exit_code(failed[0])
                 self._send(signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
