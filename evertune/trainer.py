@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -21,6 +21,9 @@ from evertune.callbacks.replay import Replay
 from evertune.metrics.history import History
 from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
 from evertune.streams.experience import Experience, ExperienceStream
+
+if TYPE_CHECKING:
+    from evertune.run import StreamRun
 
 _OF_ONE_FIT = (EarlyStopping, ModelCheckpoint, Timer)
 """Callbacks that judge a single fit: they start anew with each update."""
@@ -63,6 +66,8 @@ class ContinualTrainer(pl.Trainer):
         stream: Sequence[Experience] | StreamDataModule,
         datamodule: Callable[[Experience], pl.LightningDataModule] | None = None,
         evaluate_on: Sequence[Experience] | None = None,
+        run_dir: str | Path | None = None,
+        checkpoint_every_n_steps: int = 500,
     ) -> History:
         """Learn the experiences of a stream one after the other.
 
@@ -73,6 +78,10 @@ class ContinualTrainer(pl.Trainer):
             datamodule: makes the datamodule of an experience. By default a ``StreamDataModule`` makes its own, and
                 other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
             evaluate_on: the experiences to score after every update, seen or not. By default those seen so far.
+            run_dir: a folder that all nodes see, in which the run keeps what it has learnt: called again with the same
+                folder, in a new process, it goes on where it was killed or stopped, and on the same number of
+                processes ends in the same bits. By default nothing is kept.
+            checkpoint_every_n_steps: optimizer steps between two checkpoints inside an experience, with ``run_dir``.
 
         A second call goes on where the first ended: the accuracy matrix gets more rows. A call that fails leaves what
         was learnt of the experiences before; call it again with those that are left.
@@ -87,12 +96,14 @@ class ContinualTrainer(pl.Trainer):
         experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
         if len(experiences) == 0:
             raise ValueError("the stream is empty: there is nothing to learn")
+        run = None if run_dir is None else self._start_run(run_dir, experiences, checkpoint_every_n_steps)
         make = datamodule or _default_datamodule(module, stream)
         evaluation = self._evaluation()
         evaluation.evaluate_unseen |= evaluate_on is not None
         for scored in evaluate_on or ():
             evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
-        start = time.perf_counter()
+        learnt = 0 if run is None else run.resume(self, module, experiences)
+        start = time.perf_counter() - (0.0 if run is None else run.seconds)
         datamodules = [make(experience) for experience in experiences]
         loaders = [  # made before anything is trained: an experience that cannot be scored is found at once
             None if evaluate_on is not None else _evaluation_loader(experience, data)
@@ -101,8 +112,12 @@ class ContinualTrainer(pl.Trainer):
         for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
             if loader is not None:
                 evaluation.add_experience(experience.name, loader, experience.classes)
+            if number < learnt:
+                continue
             rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
-            self.fit_experience(module, experience, data)
+            self.fit_experience(module, experience, data, ckpt_path=None if run is None else run.ckpt_path)
+            if run is not None:
+                run.commit(self, module, number + 1, time.perf_counter() - start)
         return History(
             evaluation.experiences,
             evaluation.accuracy_matrix,
@@ -148,6 +163,15 @@ class ContinualTrainer(pl.Trainer):
         kept = _kept(self._settings)
         copies = [copy.deepcopy(callback) for callback in kept["callbacks"]]
         return ContinualTrainer(**{**kept, **settings, "callbacks": [*copies, *callbacks]})
+
+    def _start_run(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> StreamRun:
+        """The folder of a run; its callbacks join this trainer's."""
+        from evertune.run import StreamRun
+
+        run = StreamRun(directory, experiences, every_n_steps)
+        self._settings |= {"callbacks": [*self._settings["callbacks"], *run.callbacks()], "enable_checkpointing": True}
+        super().__init__(**_kept(self._settings))
+        return run
 
     def _evaluation(self) -> ContinualEvaluation:
         """The evaluation among the callbacks, or a new one that stays for all updates."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -44,3 +46,13 @@ def end_experience(callback: ContinualCallback, trainer: pl.Trainer, module: pl.
     """Consolidate one callback and count the experience."""
     callback.on_experience_end(trainer, module)
     callback.experience_index += 1
+
+
+def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
+    """The methods of a trainer by the names of the folders that keep what they have learnt."""
+    seen: Counter[str] = Counter()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ContinualCallback):
+            name = type(callback).__name__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name}-{seen[name]}", callback

@@ -81,6 +81,7 @@ def _parser(program: str) -> LightningArgumentParser:
     given = {"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"}
     parser.add_class_arguments(ExperienceDataModule, "data", skip=given, instantiate=False)
     parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
+    parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
     parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")
     parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
     return parser
@@ -89,8 +90,10 @@ def _parser(program: str) -> LightningArgumentParser:
 def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """What of the configuration decides about a version: not where it is kept; and no password in a URL."""
     values = json.loads(parser.dump(config, format="json", skip_none=False))
-    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch"):
+    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
         values.pop(name, None)
+    for name in ("devices", "num_nodes"):  # an interrupted update may go on elsewhere
+        values["trainer"].pop(name, None)
     return dict(_without_secrets(values))
 
 

@@ -54,21 +54,48 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write all weights of any module to a safetensors file, one that is shared only once. Call it on every rank."""
+    shared: dict[int, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        shared.setdefault(id(tensor), name)
+    state = whole_state(module)
+    if is_writer():
+        from safetensors.torch import save_file
+
+        save_file({name: value for name, value in state.items() if name in shared.values()}, path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Read what :func:`save_weights` wrote into a module of the same shapes. Call it on every rank.
+
+    Raises:
+        ValueError: when the names or shapes are not the module's.
+    """
+    own: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        own.setdefault(id(tensor), (name, tensor))
+    _copy_into(dict(own.values()), path)
+
+
 def load_rest(module: nn.Module, folder: Path) -> None:
     """Read what is saved outside the transformer into a module, partitioned or not; call it on every rank.
 
     Raises:
         ValueError: when the names or shapes are not the module's.
     """
+    state = module.state_dict(keep_vars=True)
+    _copy_into({name: value for name, value in state.items() if not name.startswith(BACKBONE)}, folder / REST)
+
+
+def _copy_into(own: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import load_file
 
-    saved = load_file(folder / REST) if (folder / REST).is_file() else {}
-    state = module.state_dict(keep_vars=True)
-    own = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
+    saved = load_file(path) if path.is_file() else {}
     shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in own.items()}
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
-        raise ValueError(f"{folder / REST} holds the weights {found}, but the module has {shapes}")
+        raise ValueError(f"{path} holds the weights {found}, but the module has {shapes}")
     with torch.no_grad():
         for name, tensor in own.items():
             if hasattr(tensor, "ds_id"):

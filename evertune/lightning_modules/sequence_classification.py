@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from evertune.lightning_modules.backbone import POOLINGS, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
-from evertune.lightning_modules.saving import gathered
+from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
 from evertune.outputs import TARGET_KEYS, targets_of
@@ -187,6 +188,18 @@ class SequenceClassificationModule(TransformerModule):
         super().configure_model()
         if len(self._classes) > self.head.out_features:  # named after the folder was opened, before it was read
             self.head.grow(len(self._classes))
+
+    def start_from(self, directory: str | Path) -> None:
+        """As for any transformer module; the classes must be the folder's, or begin with them.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        saved = list(read_manifest(Path(directory))["hparams"]["classes"])
+        if self._classes[: len(saved)] != saved:
+            raise ValueError(f"{directory} has the classes {saved}, this module {self._classes}")
+        super().start_from(directory)
+        self._n_constructed = len(saved)
 
     def configure_head(self) -> None:
         """Build the head, with a row for each class named and each one allocated ahead."""

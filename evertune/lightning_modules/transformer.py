@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -234,13 +235,34 @@ class TransformerModule(pl.LightningModule):
         """
         folder = Path(directory)
         manifest = read_manifest(folder)
-        if manifest.get("module") != cls.__name__:
-            raise ValueError(f"{folder} holds a {manifest.get('module')}, not a {cls.__name__}")
+        cls._check_kind(folder, manifest)
         module = cls(**{**manifest["hparams"], **settings, "model_name_or_path": str(folder)})
         module._saved = folder
         if not lazy:
             module.configure_model()
         return module
+
+    def start_from(self, directory: str | Path) -> None:
+        """Take the weights from a folder that ``save_pretrained`` wrote, when ``configure_model`` loads them.
+
+        The settings stay this module's. Call it on every rank, before the weights are loaded.
+
+        Raises:
+            FileNotFoundError: when the folder or a file of it is missing.
+            RuntimeError: when the weights are loaded already.
+            ValueError: when a file is damaged, cut short or written by another kind of module.
+        """
+        if self.backbone is not None:
+            raise RuntimeError(f"{type(self).__name__} has its weights already: call start_from() before fit")
+        folder = Path(directory)
+        self._check_kind(folder, read_manifest(folder))
+        self.model_name_or_path = str(folder)
+        self._saved = folder
+
+    @classmethod
+    def _check_kind(cls, folder: Path, manifest: Mapping[str, Any]) -> None:
+        if manifest.get("module") != cls.__name__:
+            raise ValueError(f"{folder} holds a {manifest.get('module')}, not a {cls.__name__}")
 
     def _save_tokenizer(self, folder: Path) -> None:
         try:

@@ -6,8 +6,7 @@ import copy
 import json
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
-from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.base import named_callbacks
 from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.files import write_atomically
 from evertune.live.plan import Plan
@@ -118,16 +117,6 @@ def starting_module(model: Any, production: Path | None) -> Any:
         if name not in ("model_name_or_path", "classes") and not name.startswith("_")
     }
     return type(model).from_pretrained(production / MODEL, lazy=True, **settings)
-
-
-def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
-    """The methods of a trainer by the names of the folders that keep what they have learnt."""
-    seen: Counter[str] = Counter()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ContinualCallback):
-            name = type(callback).__name__
-            seen[name] += 1
-            yield name if seen[name] == 1 else f"{name}-{seen[name]}", callback
 
 
 def _data(
