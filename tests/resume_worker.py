@@ -16,7 +16,12 @@ import torch
 from evertune.callbacks import EWC, ContinualCallback, DriftTrigger, Replay
 from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.drift import MMD, HashedNgrams
+from evertune.elastic import layout
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.strategies import ParameterShards
+from evertune.strategies.fragments import FragmentState
+from evertune.strategies.shards import ZeroShards
+from evertune.strategies.support import is_deepspeed
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.trainer import ContinualTrainer
 from tests.lightning_modules import TEXTS, WORDS
@@ -62,6 +67,8 @@ def learn(
     epochs: int = EPOCHS,
     accumulation: int = 2,
     ckpt_path: Path | None = None,
+    precision: Any = "32-true",
+    batch_size: int | None = None,
 ) -> ContinualTrainer:
     trainer = ContinualTrainer(
         max_epochs=epochs,
@@ -69,13 +76,15 @@ def learn(
         devices=WORLD_SIZE,
         strategy=strategy,
         accumulate_grad_batches=accumulation,
+        precision=precision,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=any(isinstance(one, UpdateCheckpoint) for one in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = ExperienceDataModule(experience, module.tokenizer, batch_size=GLOBAL_BATCH // WORLD_SIZE // accumulation)
+    batch_size = batch_size or GLOBAL_BATCH // WORLD_SIZE // accumulation
+    data = ExperienceDataModule(experience, module.tokenizer, batch_size=batch_size)
     trainer.fit_experience(module, experience, data, ckpt_path=ckpt_path)
     return trainer
 
@@ -242,3 +251,78 @@ def resume_elsewhere(version: str, out: str, strategy: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def elastic(
+    version: str,
+    out: str,
+    strategy: str,
+    part: str,
+    method: str = "replay+ewc",
+    at_most: int = 2,
+    kill: dict[str, Any] | None = None,
+    precision: Any = "32-true",
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Learn an update without dropout on any number of processes, until killed; or go on with it ("resumed").
+
+    Returns:
+        Where the fit started, its batches, and the texts that this rank trained on in each step; or the error.
+    """
+    checkpoints, callbacks, steps, started = Path(out) / "checkpoints", methods(method), Steps(), Started()
+    module = load(Path(version), callbacks, dropout=0.0)
+    seed_all(1000 if part == "resumed" else 2)
+    torch.manual_seed(5)  # of the head's new rows, on all ranks
+    ckpt_path = latest(checkpoints) if part == "resumed" else None
+    batches, accumulation = layout(ckpt_path, WORLD_SIZE, at_most, step_size=GLOBAL_BATCH)
+    more = [steps, started, UpdateCheckpoint(checkpoints, every_n_steps=4), Held(Path(out) / f"{part}-held")]
+    if kill is not None:
+        more.append(Kill(**kill))
+    try:
+        learn(
+            module,
+            news("second", ["sport", "politics"], STEPS),
+            strategy,
+            [*callbacks, *more],
+            accumulation=accumulation,
+            ckpt_path=ckpt_path,
+            precision=precision,
+            batch_size=batch_size or batches,
+        )
+    except ValueError as error:
+        return {"error": str(error)}
+    save(module, callbacks, Path(out) / part)
+    alarms = [test["alarm"] for one in callbacks if isinstance(one, DriftTrigger) for test in one.history]
+    return {"start": started.step, "layout": [batches, accumulation], "steps": steps.steps, "alarms": alarms}
+
+
+class Held(pl.Callback):
+    """Writes what a ZeRO engine holds at step 12: as training starts there, or at the end of that step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step != 12 or (self.folder / "index.json").exists() or not is_deepspeed(trainer):
+            return
+        shards, engine = ParameterShards.of(trainer), trainer.strategy.model
+        assert isinstance(shards, ZeroShards)
+        optimizer = shards.optimizer_state()
+        weights = dict(trainer.lightning_module.named_parameters())
+        for fragment, master in zip(shards.fragments, shards.values(), strict=True):
+            weight: Any = weights[fragment.name]
+            own = weight.ds_tensor[: fragment.numel] if hasattr(weight, "ds_tensor") else fragment.slice(weight)
+            assert torch.equal(own, master.to(own.dtype))
+        told = {
+            "scalars": {name: float(values["step"]) for name, values in optimizer.scalars.items()},
+            "groups": str(optimizer.groups[0]["lr"]),
+            "counters": [engine.global_steps, engine.micro_steps // engine.gradient_accumulation_steps()],
+            "scale": {k: v for k, v in vars(engine.optimizer.loss_scaler).items() if isinstance(v, int | float)},
+        }
+        FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(self.folder, told)

@@ -94,16 +94,21 @@ class ExampleSampler:
             )
             return {}
         parts = gather_bytes(own, trainer)
-        return {"ranks": [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]}
+        ranks = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+        return {"ranks": ranks, "accumulation": trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state: Mapping[str, Any], trainer: pl.Trainer) -> None:
-        """Go on from a :meth:`state_dict`; at another world size the sample starts anew."""
-        if len(state["ranks"]) != trainer.world_size:
-            return
-        own = decode(state["ranks"][trainer.global_rank].numpy().tobytes())
-        self._seen = own["seen"]
+        """Go on from a :meth:`state_dict`; at another world size the batches are shared out anew, equally many each."""
+        ranks = [decode(part.numpy().tobytes()) for part in state["ranks"]]
+        if len(ranks) == trainer.world_size:
+            held = ranks[trainer.global_rank]["held"]
+        else:
+            everyones = [one for slot in zip(*(rank["held"] for rank in ranks), strict=False) for one in slot]
+            share = len(everyones) // trainer.world_size
+            held = everyones[trainer.global_rank * share : (trainer.global_rank + 1) * share]
+        self._seen = ranks[0]["seen"] * trainer.accumulate_grad_batches // state["accumulation"]
         device = trainer.strategy.root_device
-        self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in own["held"]]
+        self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in held]
 
 
 def gather_bytes(content: bytes, trainer: pl.Trainer) -> list[bytes]:

@@ -376,20 +376,25 @@ class Replay(ContinualCallback):
             "experience_index": self.experience_index,
             "experience_start": self._experience_start,
             "update_start": self._update_start,
+            "accumulation": 1 if self._trainer is None else self._trainer.accumulate_grad_batches,
             "before": before,
             "captured": torch.tensor(bytearray(captured), dtype=torch.uint8),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, on any number of ranks."""
+        """Go on from a :meth:`state_dict`, on any number of ranks and at any accumulation."""
+        saved = state_dict["accumulation"]
+        here = saved if self._trainer is None else self._trainer.accumulate_grad_batches
         before = state_dict["before"]
         if before:
             self.memory.load_state_dict(before["memory"], is_writer=self._is_writer)
-        self._before = (before["update_start"], before["experience_index"]) if before else None
+        self._before = (before["update_start"] * here // saved, before["experience_index"]) if before else None
         self.memory.load_state_dict(state_dict["memory"], is_writer=self._is_writer)
         self.experience_index = state_dict["experience_index"]
-        self._experience_start, self._update_start = state_dict["experience_start"], state_dict["update_start"]
-        self._captured = state_dict["captured"].numpy().tobytes()
+        self._experience_start = state_dict["experience_start"] * here // saved
+        self._update_start = state_dict["update_start"] * here // saved
+        records = parse_records(state_dict["captured"].numpy().tobytes())
+        self._captured = b"".join(r._replace(batch=r.batch * here // saved).to_bytes() for r in records)
         self._resumed = True
         _barrier()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from evertune.strategies import portable
 from evertune.strategies.shards import ParameterShards
 from evertune.strategies.support import check_strategy
 
@@ -51,6 +52,9 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
     """
 
     strategy_name = "evertune_deepspeed"
+    portable = False
+    """Whether checkpoints that are saved now shall load on any number of processes, and without pickle: those of
+    :class:`~evertune.callbacks.UpdateCheckpoint` do. They go on inside a fit, and serve for nothing else."""
 
     def __init__(self, stage: int = 2, config: str | Path | dict[str, Any] | None = None, **settings: Any) -> None:
         _prepare_environment()
@@ -104,7 +108,7 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Let every rank write its part of a checkpoint folder.
+        """Let every rank write its part of a checkpoint folder: DeepSpeed's own, or ours if it is to be ``portable``.
 
         Raises:
             RuntimeError: after the fit, when the engine has been released.
@@ -114,7 +118,21 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
                 "a DeepSpeed checkpoint can be saved only during fit, while its engine lives: use ModelCheckpoint, "
                 "or save_pretrained of the module and save of the callbacks after fit"
             )
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self.portable:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        assert self.lightning_module is not None
+        folder = Path(self.broadcast(filepath))
+        folder.mkdir(parents=True, exist_ok=True)
+        portable.save(self.lightning_module.trainer, checkpoint, folder, frozen=not self.exclude_frozen_parameters)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Let every rank read its part of a checkpoint folder, whichever of the two it is."""
+        if not portable.is_portable(Path(checkpoint_path)):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        return portable.load(trainer, Path(checkpoint_path), weights_only=weights_only is not False)
 
     def teardown(self) -> None:
         """Release the engine, its hooks and its buffers; the module stays, its weights as this rank holds them."""

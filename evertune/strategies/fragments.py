@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,15 +124,20 @@ class FragmentState:
             dist.barrier()
 
     @staticmethod
-    def check(directory: str | Path) -> dict[str, Any]:
-        """Read the index of a folder and compare every file with its digest; returns what was saved as ``extra``.
+    def check(directory: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+        """Read the index of a folder and compare its files with their digests; returns what was saved as ``extra``.
+
+        Args:
+            directory: that :meth:`save` wrote.
+            share: (rank, world size) of processes that share out the files; by default all are compared.
 
         Raises:
             FileNotFoundError: when the folder or one of its files is missing.
             ValueError: when the index or a file is not what was written: truncated, edited, or of another format.
         """
         index = _read_index(Path(directory))
-        for name, expected in index["files"].items():
+        rank, world_size = share
+        for name, expected in sorted(index["files"].items())[rank::world_size]:
             path = Path(directory) / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; the saved state in {directory} is not complete")
@@ -142,10 +147,17 @@ class FragmentState:
         return extra
 
     @classmethod
-    def load(cls, directory: str | Path, shards: ParameterShards) -> FragmentState:
+    def load(
+        cls, directory: str | Path, shards: ParameterShards, kinds: Collection[str] | None = None
+    ) -> FragmentState:
         """Read the fragments that ``shards`` lie in from a folder, whatever the world size that wrote it.
 
         Elements that the saved state does not have (a head that has grown since) are zero.
+
+        Args:
+            directory: that :meth:`save` wrote.
+            shards: where the weights lie now.
+            kinds: which of the named tensors to read; by default all.
 
         Raises:
             FileNotFoundError: when a file is missing.
@@ -154,13 +166,13 @@ class FragmentState:
         directory = Path(directory)
         index = _read_index(directory)
         here = {fragment.name: (i, fragment) for i, fragment in enumerate(shards.fragments)}
-        tensors = {kind: shards.zeros() for kind in index["kinds"]}
+        tensors = {kind: shards.zeros() for kind in index["kinds"] if kinds is None or kind in kinds}
         for file_name in index["files"]:
             try:
                 with safe_open(directory / file_name, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118  (not a dict)
                         kind, start_text, name = key.split("|", 2)
-                        if name in here:
+                        if name in here and kind in tensors:
                             i, fragment = here[name]
                             _copy_overlap(file.get_slice(key), int(start_text), fragment, tensors[kind][i])
             except SafetensorError as error:
@@ -168,6 +180,16 @@ class FragmentState:
                     f"{directory / file_name} is not a safetensors file or is truncated: {error}"
                 ) from None
         return cls.of(shards, tensors)
+
+
+def saved_shapes(directory: str | Path) -> dict[str, torch.Size]:
+    """Name to whole shape of every parameter that a saved :class:`FragmentState` is about.
+
+    Raises:
+        FileNotFoundError: when the folder or its index is missing.
+        ValueError: when the index is damaged.
+    """
+    return {name: torch.Size(shape) for name, shape in _read_index(Path(directory))["shapes"].items()}
 
 
 def _copy_overlap(saved: Any, start: int, fragment: Fragment, into: Tensor) -> None:
