@@ -1,0 +1,325 @@
+"""``evertune launch slurm``: a job that goes back into the queue until it is done, or an array of such jobs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from evertune.launch.local import forwarded
+from evertune.launch.settings import PREEMPTED, config_files, shell_words
+from evertune.launch.shell import contained, preamble
+
+if TYPE_CHECKING:
+    from evertune.launch.settings import LaunchSettings
+
+_OWN = {
+    "array": "`slurm.seeds` and `slurm.sweep`",
+    "nodes": "`nodes`",
+    "ntasks": "`nodes`: one supervisor runs on each",
+    "ntasks-per-node": "`processes_per_node`: one supervisor runs on each node and starts them",
+    "output": "`log_dir`",
+    "signal": "`grace`",
+}
+"""Options that the script depends on, and the settings that they follow from."""
+
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+_POLL = 5.0
+_EARLY = 60  # seconds that SLURM may send a signal before its time
+_PORTS = 1000  # ports from `port` on, of which a job takes one, so that two jobs can share a node
+
+
+def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool) -> int:
+    """Hand a job to SLURM.
+
+    While it is waited for, SIGTERM and SIGINT cancel the job, and SIGUSR2 is sent to it: it saves, and goes back into
+    the queue.
+
+    Args:
+        settings: of the launch.
+        command: what every rank runs.
+        dry_run: only print the script.
+        wait: until the job has ended for good, however often it goes back into the queue.
+
+    Returns:
+        The exit code of the job, the highest of an array; 0 when it is not waited for; that of sbatch when SLURM does
+        not take the job.
+
+    Raises:
+        ValueError: when the settings make no job, or SLURM is not there.
+    """
+    text = script(settings, command)
+    if dry_run:
+        print(text, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not there: start this where SLURM is installed, or look at the job with --dry_run")
+    folder = Path(settings.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch"
+    file.write_text(text)
+    submitted = subprocess.run(["sbatch", "--parsable", file], stdout=subprocess.PIPE, text=True, check=False)
+    if submitted.returncode != 0:
+        return submitted.returncode
+    job = submitted.stdout.strip().partition(";")[0]  # the name of the cluster may follow
+    output = folder / f"{settings.name}-{job}{'_*' if _is_array(settings) else ''}.out"
+    print(f"job {job}: {file}\n  squeue --jobs {job}\n  tail -F {output}", flush=True)
+    return _wait(job) if wait else 0
+
+
+def script(settings: LaunchSettings, command: Sequence[str]) -> str:
+    """The batch script.
+
+    Args:
+        settings: of the launch.
+        command: what every rank runs.
+
+    Raises:
+        ValueError: when the settings make no job.
+    """
+    _check(settings, command)
+    array = _is_array(settings)
+    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
+    cases = (f"    {index}) run=({shlex.join(words)}) ;;" for index, words in enumerate(_runs(settings, command)))
+    on_node = shlex.quote(f'exec {_supervisor(settings)} "$@"')
+    again = (
+        f'if [ "$code" -eq {PREEMPTED} ]; then  # it has saved; a job that was cancelled is not put back',
+        f'    scontrol requeue Incomplete "{job}"',
+        "fi",
+    )
+    lines = [
+        "#!/bin/bash",
+        *_head(settings),
+        "",
+        *preamble(settings),
+        "",
+        *(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""] if array else []),
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f'export EVERTUNE_MASTER="$first:$(({settings.port} + SLURM_JOB_ID % {_PORTS}))"',
+        f'export EVERTUNE_RUN_ID="$SLURM_JOB_NAME-{job}-${{SLURM_RESTART_COUNT:-0}}"',
+        "",
+        "trap : TERM USR2  # the supervisors get these as well; this shell waits for them",
+        f"{shell_words(_srun(settings))} \\",
+        f"    sh -c {on_node} sh \\",
+        f"    {shlex.join(command)}" + (' "${run[@]}"' if array else ""),
+        "code=$?",
+        *(again if settings.slurm.requeue else ()),
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(settings: LaunchSettings) -> Iterator[str]:
+    """The lines for sbatch."""
+    slurm, array = settings.slurm, _is_array(settings)
+    gpus = slurm.gpus_per_node
+    options: dict[str, Any] = {
+        "job-name": settings.name,
+        "nodes": settings.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": (_gpus(settings) if gpus is None else gpus) or None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.memory,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "output": f"{settings.log_dir}/%x-{'%A_%a' if array else '%j'}.out",
+        "open-mode": "append",
+        "requeue" if slurm.requeue else "no-requeue": "",
+        "no-kill": None if settings.min_nodes is None else "",
+        "signal": f"USR2@{math.ceil(settings.grace)}",
+        "array": _indices(settings) if array else None,
+    }
+    for name, value in (options | slurm.options).items():
+        if value is not None:
+            yield f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if str(value) else "")
+
+
+def _gpus(settings: LaunchSettings) -> int:
+    """GPUs of a node where nobody says how many: one for each process, if those are for GPUs."""
+    if settings.processes_per_node is not None:
+        return settings.processes_per_node
+    import torch
+
+    return settings.processes if torch.cuda.is_available() else 0
+
+
+def _srun(settings: LaunchSettings) -> list[str]:
+    """What starts the supervisors: they alone know when they are done."""
+    words = ["srun", "--ntasks=$SLURM_NNODES", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    if settings.slurm.cpus_per_task is not None:
+        words.append(f"--cpus-per-task={settings.slurm.cpus_per_task}")  # srun does not take it from the job
+    if settings.min_nodes is not None:
+        words.append("--no-kill")
+    container = settings.container
+    if container is not None and container.runtime == "pyxis":
+        mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in ["$PWD", *container.mounts]]
+        words += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
+        words.append("--container-workdir=$PWD")
+    return words
+
+
+def _supervisor(settings: LaunchSettings) -> str:
+    """What runs on a node, up to the command, an option in each line of shell."""
+    words = settings.node_command([], node_rank="$SLURM_NODEID", master="$EVERTUNE_MASTER", run_id="$EVERTUNE_RUN_ID")
+    words[words.index("--master") + 1] = "$EVERTUNE_MASTER"  # the port is part of it
+    lines: list[list[str]] = []
+    for word in contained(settings, words):
+        if word.startswith("--") or not lines:
+            lines.append([word])
+        else:
+            lines[-1].append(word)
+    return " \\\n        ".join(map(shell_words, lines))
+
+
+def _is_array(settings: LaunchSettings) -> bool:
+    return bool(settings.slurm.seeds or settings.slurm.sweep)
+
+
+def _combinations(settings: LaunchSettings) -> list[dict[str, Any]]:
+    """What each run of an array sets."""
+    axes: dict[str, list[Any]] = {"seed_everything": settings.slurm.seeds} if settings.slurm.seeds else {}
+    axes |= settings.slurm.sweep
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _indices(settings: LaunchSettings) -> str:
+    parallel = settings.slurm.parallel
+    return f"0-{len(_combinations(settings)) - 1}" + (f"%{parallel}" if parallel else "")
+
+
+def _runs(settings: LaunchSettings, command: Sequence[str]) -> Iterator[list[str]]:
+    """The arguments of each run of an array: what it sets, and a folder of its own."""
+    out = _out(command)
+    for index, chosen in enumerate(_combinations(settings)):
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in chosen.items()}
+        parts = [f"{key.rpartition('.')[2].removesuffix('_everything')}={text}" for key, text in texts.items()]
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join([str(index), *parts]))[:100]
+        yield [*(f"--{key}={text}" for key, text in texts.items()), f"--out={out}/{name}"]
+
+
+def _out(command: Sequence[str]) -> str:
+    """The folder into which a ``fit`` writes."""
+    out = "evertune-run"
+    for file in config_files(command):
+        content = yaml.safe_load(file.read_text())
+        if isinstance(content, Mapping):
+            out = content.get("out", out)
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == "--out":
+            out = following
+        elif word.startswith("--out="):
+            out = word.partition("=")[2]
+    return out.rstrip("/")
+
+
+def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
+    """Refuse what makes no job.
+
+    Raises:
+        ValueError: then.
+    """
+    slurm = settings.slurm
+    if not re.fullmatch(r"[\w.+-]+", settings.name):
+        raise ValueError(f"name must be letters, digits and `.+-_`, as it is part of file names, got {settings.name!r}")
+    for name, least in {"gpus_per_node": 0, "cpus_per_task": 1, "parallel": 1}.items():
+        value = getattr(slurm, name)
+        if value is not None and value < least:
+            raise ValueError(f"slurm.{name} must be at least {least}, got {value}")
+    limit = None if slurm.time is None else _seconds(slurm.time)
+    if limit is not None and limit <= settings.grace + _EARLY:
+        raise ValueError(
+            f"slurm.time must be longer than grace={settings.grace:g} and {_EARLY} seconds, got {slurm.time!r}: SLURM "
+            "may ask the job to stop so early"
+        )
+    if settings.port + _PORTS > 2**16:
+        raise ValueError(
+            f"port must be at most {2**16 - _PORTS}, as each job takes its own from there, got {settings.port}"
+        )
+    for name in slurm.options:
+        if name in _OWN:
+            raise ValueError(f"slurm.options must leave {name!r} to {_OWN[name]}")
+    for key, values in slurm.sweep.items():
+        if not values:
+            raise ValueError(f"slurm.sweep must have a value for {key!r}, got an empty list")
+    if _is_array(settings) and command[0] != "fit":
+        raise ValueError(
+            f"slurm.seeds and slurm.sweep are for `fit`, got {command[0]!r}: a registry has one update at a time"
+        )
+    if slurm.parallel is not None and not _is_array(settings):
+        raise ValueError("slurm.parallel limits an array: give slurm.seeds or slurm.sweep with it")
+
+
+def _seconds(text: str) -> float | None:
+    """A time limit in seconds; None without a limit.
+
+    Example:
+        >>> _seconds("1-12:00:00"), _seconds("90"), _seconds("1:30"), _seconds("UNLIMITED")
+        (129600, 5400, 90, None)
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1", "0"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise ValueError(f"slurm.time must be as in '90' (minutes), '12:00:00' or '1-12:00:00', got {text!r}")
+    days, *numbers = (int(group) if group else 0 for group in match.groups())
+    if match[1] or match[4]:  # hours come first
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = 0, numbers[0], numbers[1]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _wait(job: str) -> int:
+    """Until a job, or all jobs of an array, have ended for good.
+
+    Returns:
+        The highest exit code.
+    """
+
+    def send(number: signal.Signals) -> None:
+        words = ["--signal=USR2"] if number == signal.SIGUSR2 else []
+        subprocess.run(["scancel", *words, job], check=False)
+
+    shown = ""
+    with forwarded(send):
+        while True:
+            asked = subprocess.run(
+                ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False
+            )
+            if "Invalid job id" in asked.stderr:
+                raise ValueError(f"SLURM does not know job {job} any more, nor how it has ended")
+            states = [_facts(line) for line in asked.stdout.splitlines() if line]
+            told = ", ".join(sorted({f"{state['JobState']} ({state['Reason']})" for state in states}))
+            if told and told != shown:
+                print(f"job {job}: {told}", flush=True)
+                shown = told
+            if states and all(state["JobState"] in _ENDED for state in states):
+                return max(map(_exit_code, states))
+            time.sleep(_POLL)  # also when SLURM does not answer: its controller may be started anew
+
+
+def _facts(line: str) -> dict[str, str]:
+    """What ``scontrol show job`` says."""
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def _exit_code(job: Mapping[str, str]) -> int:
+    """A job's exit code as a shell tells it; 1 when it has none and is not complete: cancelled in the queue."""
+    code, number = map(int, job["ExitCode"].split(":"))
+    if job["JobState"] == "COMPLETED":
+        return code
+    return code or (128 + number if number else 1)
