@@ -1,0 +1,462 @@
+"""What training costs each rank, by formula: bytes of memory, and bytes on the wire in an optimizer step.
+
+The formulas, their sources and how far they are from what was measured are in ``docs/scaling.md``;
+``benchmarks/scaling.py`` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+PERSISTENT = 100_000
+"""Elements of the largest parameters that ZeRO-3 keeps whole on every rank (``stage3_param_persistence_threshold``)."""
+
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 gathers ahead of their use (``stage3_prefetch_bucket_size``)."""
+
+GPU_BUCKET, CPU_BUCKET = 200_000_000, 10_000_000
+"""Elements of gradients that are reduced at a time: Lightning's default, and evertune's on a CPU."""
+
+GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 18
+"""Elements of a weight that EWC's penalty works on at a time."""
+
+TOKEN_COLUMNS, RECORD = 2, 250
+"""Numbers that the replay memory keeps for each token (its id and its type), and bytes of an example besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that decide what it costs.
+
+    Args:
+        groups: elements of each trainable parameter, in the optimizer's groups.
+        frozen: elements of each parameter that is not trained.
+        layers: transformer layers that the backward pass goes through.
+        hidden: features.
+        intermediate: features inside the feed-forward part of a layer.
+        heads: of the attention.
+        kv_heads: heads of its keys and values.
+        gated: whether the feed-forward part has a gate (SwiGLU): three matrices instead of two.
+        rms_norm: whether the norms are RMSNorm, which transformers computes in fp32.
+        dropout: whether there is any.
+        eager_attention: whether the scores of all pairs of tokens are kept; fused kernels do not.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    frozen: tuple[int, ...] = ()
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    gated: bool = False
+    rms_norm: bool = False
+    dropout: bool = True
+    eager_attention: bool = False
+
+    @property
+    def trainable(self) -> int:
+        """Elements that are trained."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return self.trainable + sum(self.frozen)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max((size for sizes in (*self.groups, self.frozen) for size in sizes), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How it is trained.
+
+    Args:
+        stage: 0 for one device or DDP, 1, 2, 3 for ZeRO.
+        world_size: ranks.
+        precision: of the Trainer.
+        offload: optimizer (and at stage 3 weights) in the host's memory.
+        batch_size: new examples in a micro-batch of a rank.
+        seq_length: tokens of an example.
+        accumulation: micro-batches of a step.
+        ewc: whether EWC is among the methods, with a past: in the first experience it holds nothing.
+        ewc_batch_size: examples at a time when the importance is estimated.
+        replay_ratio: old examples per new one; 0 without Replay.
+        memory_size: examples in the replay memory.
+        preemption: whether the ranks agree after each batch on whether to stop.
+        later_fit: whether a fit of the same process came before, which leaves its fp32 masters in 16-bit training.
+        gpu: whether the ranks compute on GPUs. On CPUs evertune takes smaller buckets and a fused optimizer.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    stage: int
+    world_size: int = 1
+    precision: Precision = "32-true"
+    offload: bool = False
+    batch_size: int = 32
+    seq_length: int = 128
+    accumulation: int = 1
+    ewc: bool = False
+    ewc_batch_size: int = 16
+    replay_ratio: float = 0.0
+    memory_size: int = 0
+    preemption: bool = False
+    later_fit: bool = True
+    gpu: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage must be 0, 1, 2 or 3, got {self.stage}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {self.precision!r}")
+        for name in ("world_size", "batch_size", "seq_length", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.replay_ratio < 0:
+            raise ValueError(f"replay_ratio must not be negative, got {self.replay_ratio}")
+        if self.offload and self.stage < 2:
+            raise ValueError(f"offload needs stage 2 or 3, got stage {self.stage}")
+
+    @property
+    def examples(self) -> int:
+        """Examples in a micro-batch, the replayed ones too."""
+        return self.batch_size + round(self.batch_size * self.replay_ratio)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether 16-bit copies of fp32 weights are computed with: mixed precision without DeepSpeed."""
+        return self.stage == 0 and self.precision.endswith("mixed")
+
+
+class Widths(NamedTuple):
+    """Bytes of one element."""
+
+    weight: int
+    gradient: int
+    master: int
+    state: int
+
+
+def widths(stage: int, precision: Precision) -> Widths:
+    """Bytes of one element of the weights, gradients, fp32 masters and both of Adam's moments together.
+
+    Under DeepSpeed 16-bit training keeps 16-bit weights and gradients with fp32 masters and moments (``2 + 2 + 4 + 8``;
+    Rajbhandari et al. 2020, section 3.1), also as ``bf16-mixed``. In fp32 its masters are a copy of its weights.
+    Without DeepSpeed there are no masters: mixed precision has fp32 weights, ``bf16-true`` nothing but 16-bit numbers.
+
+    >>> widths(2, "bf16-mixed"), widths(0, "bf16-mixed")
+    (Widths(weight=2, gradient=2, master=4, state=8), Widths(weight=4, gradient=4, master=0, state=8))
+    """
+    if stage > 0:
+        own = 4 if precision == "32-true" else 2
+        return Widths(own, own, 4, 8)
+    own = 2 if precision in ("bf16-true", "16-true") else 4
+    return Widths(own, own, 0, 2 * own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of the rank that holds most.
+
+    Args:
+        weights: all parameters, or the rank's part of them.
+        gradients: as they are held until the step.
+        optimizer: AdamW's two moments, the fp32 masters, and those that the fit before has left.
+        importance: of EWC.
+        anchors: of EWC.
+        activations: what the backward pass of a micro-batch needs of the forward pass.
+        buffers: all else at the fullest moment, see :func:`footprint`.
+        total: at the fullest moment: not all of the above is there at the same time.
+        host: of the above on the host instead, with offloading, and the order in which the replay memory is drawn from.
+        disk: on each node, not each rank: the files of the replay memory, the last and the one before it. They are
+            mapped into memory; what is read of them is in the page cache, once for all ranks of the node.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    importance: int
+    anchors: int
+    activations: int
+    buffers: int
+    total: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication in an optimizer step.
+
+    Args:
+        operation: which.
+        size: bytes of the whole buffer, the parts of all ranks together.
+        times: how often in a step; sizes of several calls may be added up in one.
+        what: for whom.
+    """
+
+    operation: Literal["all_reduce", "all_gather", "reduce_scatter"]
+    size: int
+    times: int
+    what: str
+
+    def sent(self, world_size: int, *, gloo: bool = False) -> float:
+        """Bytes that a rank sends, by the ring algorithm (Patarasuk & Yuan 2009): as many as it gets.
+
+        An all-gather or a reduce-scatter sends ``(n - 1) / n`` of the buffer, an all-reduce is both. gloo has no
+        reduce-scatter of its own: there it costs an all-reduce.
+
+        >>> Collective("all_reduce", 1000, 1, "gradients").sent(4), Collective("all_gather", 1000, 2, "weights").sent(4)
+        (1500.0, 1500.0)
+        """
+        rounds = 2 if self.operation == "all_reduce" or (gloo and self.operation == "reduce_scatter") else 1
+        return self.times * rounds * self.size * (world_size - 1) / world_size
+
+
+def footprint(model: ModelShape, training: Training) -> Footprint:
+    """The memory of the rank that needs most, under AdamW.
+
+    Weights, gradients, masters and moments are those of Rajbhandari et al. (2020, "ZeRO: Memory optimizations toward
+    training trillion parameter models", section 5), with DeepSpeed's own padding and remainders: ZeRO-1 and 2 cut each
+    optimizer group, padded to a multiple of ``2 n`` elements, into ``n`` parts, and hold gradients of whole parameters
+    where a part begins or ends inside of one; ZeRO-3 cuts each parameter into parts of ``ceil(size / n)``, and has the
+    small ones whole as well. EWC holds two more fp32 numbers for each weight that the rank updates.
+
+    ``total`` is what is held all the time (weights, optimizer, importance, anchors), and the largest of three moments:
+
+    - the backward pass: gradients, activations, the buckets they are reduced in (twice, if reduction and computation
+      overlap, and one to reduce from), under DDP the buckets of all gradients, with autocast the 16-bit copies of the
+      weights, under ZeRO-3 what is gathered of the weights;
+    - the step: gradients, an fp32 copy of the part of a group, and on GPUs the temporary of torch's ``foreach`` AdamW;
+    - where EWC consolidates: the new importance and anchors beside the old ones, one parameter as a whole, and the
+      activations of a batch of the estimation.
+    """
+    held = _Held(model, training)
+    buffers = held.buffers()
+    peak = max(held.gradients + held.activations + buffers["backward"], held.gradients + buffers["step"])
+    others = max(buffers["backward"], buffers["step"])
+    if training.ewc:
+        peak = max(peak, held.standing_gradients + buffers["consolidation"])
+        others = max(others, buffers["consolidation"])
+    on_device = {"weights": held.weights, "optimizer": held.optimizer, "ewc": held.importance + held.anchors}
+    host = 8 * training.memory_size
+    if training.offload:
+        host += on_device.pop("optimizer") + on_device.pop("ewc") + held.offloaded_gradients
+        if training.stage == 3:
+            host += held.weights - held.persistent
+            on_device["weights"] = held.persistent
+    return Footprint(
+        weights=on_device["weights"],
+        gradients=held.gradients,
+        optimizer=on_device.get("optimizer", 0),
+        importance=held.importance if "ewc" in on_device else 0,
+        anchors=held.anchors if "ewc" in on_device else 0,
+        activations=held.activations,
+        buffers=others,
+        total=sum(on_device.values()) + peak,
+        host=host,
+        disk=2 * training.memory_size * (8 * TOKEN_COLUMNS * training.seq_length + RECORD),
+    )
+
+
+def collectives(model: ModelShape, training: Training) -> list[Collective]:
+    """What a rank communicates in an optimizer step.
+
+    - DDP all-reduces the gradients once, whatever the accumulation.
+    - ZeRO-1 and 2 all-reduce the gradients (DeepSpeed's default ``use_multi_rank_bucket_allreduce``, where the paper
+      has a reduce-scatter), at stage 2 in each micro-batch, and gather the weights after the step.
+    - ZeRO-3 gathers the weights in each forward and each backward pass (those that no gradient goes through in the
+      forward pass only), and reduce-scatters the gradients in each micro-batch.
+
+    Replay and EWC add nothing to a step: see :func:`consolidation`. Losses, norms and checks of a few bytes are left
+    out, but for what ``Preemption`` adds.
+    """
+    width, n = widths(training.stage, training.precision), training.world_size
+    moves: list[Collective] = []
+    if n > 1 and training.stage == 0:
+        moves = [Collective("all_reduce", width.gradient * model.trainable, 1, "gradients")]
+    elif n > 1 and training.stage < 3:
+        padded = sum(n * part for part in _parts(model.groups, n))
+        times = training.accumulation if training.stage == 2 else 1
+        moves = [
+            Collective("all_reduce", width.gradient * model.trainable, times, "gradients"),
+            Collective("all_gather", width.weight * padded, 1, "weights"),
+        ]
+    elif n > 1:
+        trained, frozen = n * _pieces(_flat(model.groups), n), n * _pieces(model.frozen, n)
+        moves = [
+            Collective("all_gather", width.weight * (2 * trained + frozen), training.accumulation, "weights"),
+            Collective("reduce_scatter", width.gradient * trained, training.accumulation, "gradients"),
+        ]
+    if n > 1 and training.preemption:
+        moves.append(Collective("all_reduce", 4, training.accumulation, "preemption"))
+    return moves
+
+
+def consolidation(model: ModelShape, training: Training, *, n_classes: int, n_examples: int = 500) -> list[Collective]:
+    """What EWC communicates once, at the end of an experience, to estimate the importance.
+
+    Where the weights are sharded, each backward pass of the estimation all-reduces the squared gradient of each weight
+    in fp32: a pass for each class but one up to 32 classes, one pass above, for each batch of ``n_examples``. ZeRO-3
+    also gathers the weights, forward and backward, for each pass. DDP all-reduces the sum once.
+    """
+    n = training.world_size
+    if n == 1 or not training.ewc:
+        return []
+    if training.stage == 0:
+        return [Collective("all_reduce", 4 * model.trainable, 1, "importance")]
+    passes = max(n_classes - 1, 1) if n_classes <= 32 else 1
+    times = passes * -(-n_examples // (training.ewc_batch_size * n))
+    moves = [Collective("all_reduce", 4 * model.trainable, times, "importance")]
+    if training.stage == 3:
+        width = widths(3, training.precision).weight
+        moves.append(Collective("all_gather", 2 * width * n * _pieces(_all(model), n), times, "weights"))
+    return moves
+
+
+def activations(model: ModelShape, training: Training, examples: int) -> int:
+    """Bytes that autograd keeps of the forward pass of a micro-batch.
+
+    Counted as in Korthikanti et al. (2023, "Reducing activation recomputation in large transformer models", section 4),
+    whose layer of ``s b h (34 + 5 a s / h)`` bytes this gives in 16 bits with dropout, ``intermediate = 4 h`` and the
+    scores of the attention kept; fused attention keeps a number for each head and token instead. Beyond the paper:
+    gated layers, fewer heads of keys and values, RMSNorm (an fp32 copy and what it gives) and autocast (norms in fp32,
+    a cast of each layer's input).
+    """
+    wide = 4 if training.precision == "32-true" else 2
+    norm = 4 if training.autocast else wide
+    if model.rms_norm:
+        norm = 8 if training.autocast else 4 + wide
+    inputs = (5 if model.gated else 4) if training.autocast else 2
+    heads = 2 + 2 * model.kv_heads / model.heads
+    inner = 4 if model.gated else 2
+    features = 2 * norm + wide * (inputs + heads) + (2 if model.dropout else 0)
+    per_token = features * model.hidden + inner * wide * model.intermediate
+    pairs = (2 * wide + model.dropout) * training.seq_length if model.eager_attention else 4
+    per_token += model.heads * pairs
+    return round(model.layers * examples * training.seq_length * per_token)
+
+
+class _Held:
+    """The parts of a footprint."""
+
+    def __init__(self, model: ModelShape, training: Training) -> None:
+        self._model, self._training = model, training
+        self._width = width = widths(training.stage, training.precision)
+        n, stage = training.world_size, training.stage
+        self.persistent = 0
+        if stage == 0:
+            self._parts = [sum(group) for group in model.groups]
+            self.weights = width.weight * model.total
+            self.gradients = width.gradient * model.trainable
+        elif stage < 3:
+            self._parts = _parts(model.groups, n)
+            self.weights = width.weight * (n * sum(self._parts) + sum(model.frozen))
+            self.gradients = width.gradient * (model.trainable if stage == 1 else _touched(model.groups, n))
+        else:
+            self._parts = [_pieces(group, n) for group in model.groups]
+            self.persistent = width.weight * sum(size for size in _all(model) if size <= PERSISTENT)
+            self.weights = width.weight * _pieces(_all(model), n) + self.persistent
+            self.gradients = width.gradient * sum(self._parts)
+        kept = 4 if training.later_fit and width.weight == 2 and stage > 0 else 0
+        self.optimizer = (width.master + width.state + kept) * sum(self._parts)
+        owned = sum(min(part, sum(group)) for part, group in zip(self._parts, model.groups, strict=True))
+        self.importance = 4 * owned if training.ewc else 0
+        self.anchors = (width.master or width.weight) * owned if training.ewc else 0
+        self.activations = activations(model, training, training.examples)
+        self.offloaded_gradients = (width.weight + 4) * sum(self._parts)
+        if training.offload:
+            self.gradients = 0
+        self.standing_gradients = self.gradients if stage in (0, 3) else 0
+
+    def buffers(self) -> dict[str, int]:
+        """What is there only for a while: in the backward pass, in the step, and where EWC consolidates."""
+        model, training, width = self._model, self._training, self._width
+        stage, largest_part = training.stage, max(self._parts, default=0)
+        size = GPU_BUCKET if training.gpu else CPU_BUCKET
+        bucket, flat = width.gradient * size, width.gradient * min(size, model.trainable)
+        temporary = largest_part if training.gpu and not training.offload else 0  # of the foreach optimizer
+        if stage == 0:
+            reducer = width.gradient * model.trainable if training.world_size > 1 else 0
+            copies = 2 * model.total if training.autocast else 0
+            return self._with_ewc(reducer + copies, reducer + width.weight * model.trainable * training.gpu, reducer)
+        copies = 4 * largest_part + (width.gradient * largest_part if width.gradient == 2 else 0)
+        copies = 0 if training.offload else copies + 4 * temporary
+        if stage < 3:
+            backward = (2 if training.gpu else 1) * bucket + flat
+            if stage == 2 and training.accumulation > 1 and not training.offload:
+                backward += self.gradients  # of this micro-batch, beside the sum of those before
+            backward += width.gradient * model.largest if training.offload else 0
+            return self._with_ewc(backward, copies, 0)
+        gathered = width.weight * (2 * model.largest + min(PREFETCH, model.total))
+        return self._with_ewc(bucket + flat + gathered, bucket + copies, bucket + gathered)
+
+    def _with_ewc(self, backward: int, step: int, others: int) -> dict[str, int]:
+        """Add what EWC needs: in the step a chunk and the rows of a sparse matrix, at the end its state once more."""
+        model, training = self._model, self._training
+        if not training.ewc:
+            return {"backward": backward, "step": step}
+        fragment = -(-model.largest // (1 if training.stage == 0 else training.world_size))
+        rows = 3 * 4 * fragment // 2  # importance, anchor and difference, where less than half of the rows have any
+        chunk = 4 * min(fragment, GPU_CHUNK if training.gpu else CPU_CHUNK)
+        kept = 0 if training.offload else rows + chunk
+        new = 0 if training.offload else self.importance + self.anchors
+        one = 4 * model.largest if training.stage > 0 else 0
+        estimation = activations(model, training, training.ewc_batch_size)
+        return {
+            "backward": backward + kept,
+            "step": step + kept,
+            "consolidation": others + kept + new + one + estimation,
+        }
+
+
+def _parts(groups: Iterable[Iterable[int]], n: int) -> list[int]:
+    """Elements of each group that a rank of ``n`` updates under ZeRO-1 and 2: a group is padded to pairs for each.
+
+    >>> _parts([[10, 7], [3]], 4)
+    [6, 2]
+    """
+    return [2 * -(-sum(group) // (2 * n)) for group in groups]
+
+
+def _pieces(sizes: Iterable[int], n: int) -> int:
+    """Elements that a rank of ``n`` holds of parameters that are cut one by one, as under ZeRO-3.
+
+    >>> _pieces([10, 7, 3], 4)
+    6
+    """
+    return sum(-(-size // n) for size in sizes)
+
+
+def _touched(groups: Iterable[Iterable[int]], n: int) -> int:
+    """Elements of all parameters that lie in the part of a rank or reach into it, for the rank with most of them.
+
+    >>> _touched([[10, 7], [3]], 4)  # parts of 6 and 2: the second rank's reaches into both parameters of 10 and 7
+    20
+    """
+    per_rank = [0] * n
+    for group, part in zip(groups := [list(group) for group in groups], _parts(groups, n), strict=True):
+        start = 0
+        for size in group:
+            for rank in range(start // part, (start + size - 1) // part + 1) if size else ():
+                per_rank[rank] += size
+            start += size
+    return max(per_rank)
+
+
+def _flat(groups: Iterable[Iterable[int]]) -> list[int]:
+    return [size for group in groups for size in group]
+
+
+def _all(model: ModelShape) -> list[int]:
+    return [*_flat(model.groups), *model.frozen]
