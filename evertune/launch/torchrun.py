@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evertune.launch import local
+from evertune.launch.settings import DECIDED, PREEMPTED
 from evertune.launch.shell import line
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
         wait: there is no other way here.
 
     Returns:
-        The exit code of the first node; when that is 0, the highest of the others, unless ``min_nodes`` lets it go on
-        without them; that of the node that was lost when the others were ended for its sake.
+        The exit code to which the command has come, which the node of rank 0 tells; 0 when enough nodes end well; else
+        that of a node that failed.
 
     Raises:
         ValueError: when the hosts are unknown, or do not go with the other settings.
@@ -150,6 +151,7 @@ class _Nodes:
 
     def __init__(self, settings: LaunchSettings, hosts: Sequence[str], node_lines: Sequence[str]) -> None:
         self.settings, self.hosts = settings, hosts
+        self._enough = settings.min_nodes or settings.nodes
         self._children: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
         self._printing = threading.Lock()
@@ -190,7 +192,10 @@ class _Nodes:
             if code:
                 reason = ": it cannot be reached, was cut off or killed" if code == UNREACHABLE else ""
                 print(f"evertune launch torchrun: {host} ended with exit code {code}{reason}", file=sys.stderr)
-        return self._lost or codes[0] or (max(codes) if self.settings.min_nodes is None else 0)
+        decided = [code for code in codes if code in (*DECIDED, PREEMPTED)]
+        if self._lost or any(decided):
+            return self._lost or max(decided)
+        return 0 if len(decided) >= self._enough else max(codes)
 
     def _codes(self) -> list[int | None]:
         return [child.poll() for child in self._children]
@@ -198,7 +203,7 @@ class _Nodes:
     def _look(self) -> None:
         codes, grace, now = self._codes(), self.settings.grace, time.monotonic()
         failed = [code for code in codes if code]
-        if self._deadline is None and len(codes) - len(failed) < (self.settings.min_nodes or self.settings.nodes):
+        if self._deadline is None and len(codes) - len(failed) < self._enough:
             self._deadline = now + (0 if UNREACHABLE in failed else grace)
         if self._deadline is not None and now >= self._deadline:
             if self._asked:
