@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import signal
 import subprocess
 import time
@@ -85,6 +87,20 @@ def test_fit_marks_its_progress(beat: Path) -> None:
     assert last.marks > 3 * 5
 
 
+def test_stacks_can_be_asked_for_between_two_fits(beat: Path, tmp_path: Path) -> None:
+    """Lightning sets the signals that it has found again, and Python knows nothing of ``faulthandler``'s."""
+    with (tmp_path / "stacks").open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks)
+        try:
+            fit(Heartbeat())
+            caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc/self/status").read_text())
+            assert caught and int(caught[1], 16) & 1 << signal.SIGUSR1 - 1  # or it would end this process
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert "test_heartbeat.py" in (tmp_path / "stacks").read_text()
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+
+
 def test_no_supervisor_no_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EVERTUNE_NODE_DIR", raising=False)
     own_beat.cache_clear()
@@ -126,14 +142,33 @@ def test_ended_process_does_not_hang() -> None:
         assert not Watch(45, 1_800).late([a_rank(beat=a_beat(2_000, in_step=True), state=state)])
 
 
-def test_stopped_process_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, stopped = Watch(45, 1_800), a_rank(state="T")
-    assert not watch.late([stopped])
-    later = time.monotonic() + 11
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert watch.late([replace(stopped, beat=a_beat(0, in_step=True))])
-    assert not watch.late([replace(stopped, state="S")])
-    assert not watch.late([stopped])  # stopped again
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time; set its only element."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_stopped_process_hangs(clock: list[float]) -> None:
+    watch, found = Watch(45, 1_800), []
+    for _ in range(4):
+        found.append(bool(watch.late([a_rank(state="T")])))
+        clock[0] += 4
+    assert found == [False, False, False, True]
+    assert not watch.late([a_rank(state="S")])
+    assert not watch.late([a_rank(state="T")])  # stopped again
+
+
+def test_supervisor_that_was_stopped_itself_accuses_nobody(clock: list[float]) -> None:
+    watch, rank = Watch(45, 1_800), a_rank(beat=a_beat(0, in_step=True))
+    assert not watch.late([rank])
+    clock[0] += 100
+    assert not watch.late([rank])
+    for _ in range(12):
+        clock[0] += 4
+        late = watch.late([rank])
+    assert late
 
 
 def test_furthest_behind() -> None:
