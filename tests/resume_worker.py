@@ -53,7 +53,9 @@ def news(name: str, labels: list[str], n_steps: int) -> Experience:
 
 def methods(name: str) -> list[pl.Callback]:
     """Learning methods; "drift" lets alarms end experiences in the middle of the update."""
-    made: list[pl.Callback] = [Replay(memory_size=24), EWC(ewc_lambda=50.0, n_examples=24, batch_size=4)]
+    made: list[pl.Callback] = [Replay(memory_size=24)]
+    if name != "replay":
+        made.append(EWC(ewc_lambda=50.0, n_examples=24, batch_size=4))
     if name == "drift":
         made.append(DriftTrigger(MMD(arl=40, reference_size=64, window_size=16), HashedNgrams(16)))
     return made
@@ -319,10 +321,66 @@ class Held(pl.Callback):
             weight: Any = weights[fragment.name]
             own = weight.ds_tensor[: fragment.numel] if hasattr(weight, "ds_tensor") else fragment.slice(weight)
             assert torch.equal(own, master.to(own.dtype))
+        scaler = getattr(engine.optimizer, "loss_scaler", None)  # not where bf16 accumulates in fp32
         told = {
             "scalars": {name: float(values["step"]) for name, values in optimizer.scalars.items()},
             "groups": str(optimizer.groups[0]["lr"]),
             "counters": [engine.global_steps, engine.micro_steps // engine.gradient_accumulation_steps()],
-            "scale": {k: v for k, v in vars(engine.optimizer.loss_scaler).items() if isinstance(v, int | float)},
+            "scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else None,
         }
         FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(self.folder, told)
+
+
+class Still(pl.LightningModule):
+    """Has weights that are not trained, and buffers; their values are the rank's once they were moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = torch.nn.Linear(3, 3), torch.nn.Linear(3, 5).requires_grad_(False)
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.frozen(self.norm(self.trained(batch))).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+def still(out: str, strategy: str, part: str) -> dict[str, Any]:
+    """Fit a few steps; tell the weights that are not trained, and a buffer, as training starts."""
+    module, told = Still(), Told()
+    if part == "first":
+        torch.nn.init.constant_(module.frozen.weight, 7.0)
+    module.norm.running_mean.fill_(RANK + 1.0)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy=strategy,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[told, UpdateCheckpoint(out, every_n_steps=4)],
+    )
+    ckpt_path = latest(out) if part == "resumed" else None
+    batches = torch.randn(20, 3, generator=torch.Generator().manual_seed(RANK))
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=2), ckpt_path=ckpt_path)
+    return told.told
+
+
+class Told(pl.Callback):
+    """A module's still parts at the end of step 4, or as training starts there."""
+
+    told: dict[str, Any]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._tell(trainer, pl_module)
+
+    def _tell(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step == 4:
+            stage_3 = hasattr(module.frozen.weight, "ds_tensor")
+            weight = module.frozen.weight.ds_tensor if stage_3 else module.frozen.weight
+            self.told = {"weight": weight.unique().tolist(), "mean": module.norm.running_mean.tolist()}

@@ -249,19 +249,17 @@ def test_killed_before_the_first_checkpoint_starts_anew(version: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_inside_an_update_is_refused(version: Path, tmp_path: Path) -> None:
+def test_another_kind_of_strategy_inside_an_update_is_refused(version: Path, tmp_path: Path) -> None:
     kill("ddp", "replay+ewc", version, tmp_path, 6, "on_train_batch_end")
-    for strategy, processes in (("auto", 1), ("evertune_deepspeed_stage_2", 2)):
-        told = run_ranks(
-            "tests.resume_worker:resume_elsewhere",
-            processes,
-            version=str(version),
-            out=str(tmp_path),
-            strategy=strategy,
-        )
-        assert "was written by 2 processes without ZeRO" in told[0]
-        assert f"this fit has {'1 process without ZeRO' if processes == 1 else '2 processes with ZeRO-2'}" in told[0]
-        assert "delete the checkpoint and learn the update anew" in told[0]
+    told = run_ranks(
+        "tests.resume_worker:resume_elsewhere",
+        2,
+        version=str(version),
+        out=str(tmp_path),
+        strategy="evertune_deepspeed_stage_2",
+    )
+    assert "was written by 2 processes without ZeRO, this fit has 2 processes with ZeRO-2" in told[0]
+    assert "delete the checkpoint and learn the update anew" in told[0]
 
 
 @pytest.mark.slow

@@ -65,8 +65,9 @@ class UpdateCheckpoint(Checkpoint):
     examples that are not changed at random in worker processes.
 
     Checkpoints hold safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. Only
-    under Lightning's own DeepSpeed strategy they are DeepSpeed's, for the same number of processes and the same stage,
-    which are read with pickle: do not resume from a folder that others can write to.
+    under Lightning's own DeepSpeed strategy, and with an optimizer offloaded to NVMe or in part, they are DeepSpeed's:
+    for the same number of processes and the same stage, and read with pickle, so do not resume from a folder that
+    others can write to.
 
     Args:
         directory: belongs to one update, and all nodes must see it. A fit that does not go on from its checkpoint
@@ -197,7 +198,7 @@ class UpdateCheckpoint(Checkpoint):
         if not isinstance(strategy, EvertuneDeepSpeedStrategy):
             trainer.save_checkpoint(path)
             return
-        strategy.portable = True
+        strategy.portable = strategy.can_be_portable
         try:
             trainer.save_checkpoint(path)
         finally:
@@ -228,10 +229,12 @@ def _written_by_rank_0(state: Path) -> list[Path]:
 def _layout(trainer: pl.Trainer) -> dict[str, Any]:
     """How the weights and the examples of a step are shared out among the processes."""
     strategy = trainer.strategy
-    stage = strategy.config["zero_optimization"]["stage"] if isinstance(strategy, DeepSpeedStrategy) else 0  # type: ignore[index,call-overload]
-    weights = "replicated"
-    if stage:
-        weights = "portable" if isinstance(strategy, EvertuneDeepSpeedStrategy) else "deepspeed"
+    stage, weights = 0, "replicated"
+    if isinstance(strategy, DeepSpeedStrategy):
+        assert isinstance(strategy.config, dict)
+        stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
+        if isinstance(strategy, EvertuneDeepSpeedStrategy) and strategy.can_be_portable:
+            weights = "portable"
     return {
         "processes": trainer.world_size,
         "weights": weights,
@@ -248,15 +251,15 @@ def _check_strategy(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) ->
     if any(saved[key] != here[key] for key in what):
         raise ValueError(
             f"the checkpoint {folder} was written by {_in_words(saved)}, this fit has {_in_words(here)}. Inside an "
-            "update the kind of strategy must stay the same, and under Lightning's own DeepSpeed strategy the number "
-            "of processes and the stage too: go on as it was written (ZeRO works on one process), or delete the "
+            "update the kind of strategy must stay the same, and where checkpoints are DeepSpeed's own the number of "
+            "processes and the stage too: go on as it was written (ZeRO works on one process), or delete the "
             "checkpoint and learn the update anew from the version before it. Between two updates they may change"
         )
 
 
 def _in_words(layout: dict[str, Any]) -> str:
     processes, stage = layout["processes"], layout["zero_stage"]
-    own = " of Lightning's own DeepSpeed strategy" * (layout["weights"] == "deepspeed")
+    own = " and DeepSpeed's own checkpoints" * (layout["weights"] == "deepspeed")
     return f"{processes} process{'es' * (processes > 1)} {f'with ZeRO-{stage}{own}' if stage else 'without ZeRO'}"
 
 

@@ -53,8 +53,8 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
 
     strategy_name = "evertune_deepspeed"
     portable = False
-    """Whether checkpoints that are saved now shall load on any number of processes, and without pickle: those of
-    :class:`~evertune.callbacks.UpdateCheckpoint` do. They go on inside a fit, and serve for nothing else."""
+    """Whether checkpoints that are saved now shall load on any number of processes, and without pickle, as those of
+    :class:`~evertune.callbacks.UpdateCheckpoint` do. They are for going on inside a fit, and for nothing else."""
 
     def __init__(self, stage: int = 2, config: str | Path | dict[str, Any] | None = None, **settings: Any) -> None:
         _prepare_environment()
@@ -125,6 +125,13 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         folder = Path(self.broadcast(filepath))
         folder.mkdir(parents=True, exist_ok=True)
         portable.save(self.lightning_module.trainer, checkpoint, folder, frozen=not self.exclude_frozen_parameters)
+
+    @property
+    def can_be_portable(self) -> bool:
+        """Whether a checkpoint could be ``portable``: not where a part of the optimizer's state is out of memory."""
+        assert isinstance(self.config, dict)
+        offload = self.config["zero_optimization"].get("offload_optimizer") or {}
+        return offload.get("device") != "nvme" and offload.get("ratio", 1.0) == 1.0
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Let every rank read its part of a checkpoint folder, whichever of the two it is."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evertune.files import sha256
 from evertune.ranks import rank_and_world_size
-from evertune.strategies.shards import Fragment, ParameterShards
+from evertune.strategies.shards import Fragment, ParameterShards, where_ranks_meet
 
 _INDEX = "index.json"
 _FORMAT = "evertune-fragments"
@@ -108,6 +108,7 @@ class FragmentState:
             digest = torch.tensor(list(bytes.fromhex(sha256(path))), dtype=torch.uint8)
         digests = [digest]
         if writers > 1:
+            digest = where_ranks_meet(digest)
             digests = [torch.zeros_like(digest) for _ in range(writers)]
             dist.all_gather(digests, digest)
         if rank == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -55,7 +56,7 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
             "lightning": {key: value for key, value in checkpoint.items() if key not in _NOT_FRAGMENTS},
             "optimizer": vars(replace(optimizer, tensors={})),
             "engine": {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
-            "loss_scaler": _numbers(engine.optimizer.loss_scaler),
+            "loss_scaler": _numbers(_loss_scaler(engine)),
         }
         torch.save(told, folder / REPLICATED)
     trainer.strategy.barrier("a portable checkpoint")
@@ -96,7 +97,7 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
     shards.load(read, OptimizerState(**told["optimizer"]))
     if len(parts) > 1:
         still.set_values(FragmentState.load(folder / _FROZEN, still).tensors["value"])
-    vars(engine.optimizer.loss_scaler).update(told["loss_scaler"])
+    vars(_loss_scaler(engine)).update(told["loss_scaler"])
     engine.global_steps, engine.skipped_steps = told["engine"]["global_steps"], told["engine"]["skipped_steps"]
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
@@ -118,8 +119,13 @@ def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards:
     return ReplicatedShards(trainer.lightning_module, frozen=True)
 
 
+def _loss_scaler(engine: Any) -> Any:
+    """The loss scaler, whose type follows from the configuration; something empty where there is none."""
+    return getattr(engine.optimizer, "loss_scaler", SimpleNamespace())
+
+
 def _numbers(scaler: object) -> dict[str, Any]:
-    """What a loss scaler counts; its type follows from the configuration."""
+    """What a loss scaler counts."""
     return {name: value for name, value in vars(scaler).items() if isinstance(value, bool | int | float)}
 
 

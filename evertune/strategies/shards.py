@@ -112,7 +112,10 @@ class ParameterShards(ABC):
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce ``tensor`` in place by summation and return it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(tensor)
+            sent = where_ranks_meet(tensor)
+            dist.all_reduce(sent)
+            if sent is not tensor:
+                tensor.copy_(sent)
         return tensor
 
     def rearrange(self, old: Mapping[str, tuple[int, Tensor]], *, old_sharded: bool) -> list[Tensor]:
@@ -326,8 +329,11 @@ class Zero12Shards(ZeroShards):
         return gradients
 
     def _partitions(self) -> list[tuple[Tensor, list[str]]]:
-        groups = [[self._names[p] for p in group] for group in self._optimizer.bit16_groups]
-        return list(zip(self._optimizer.single_partition_of_fp32_groups, groups, strict=True))
+        if hasattr(self._optimizer, "bf16_groups"):  # stage 1 in bf16 that accumulates gradients in fp32
+            groups, partitions = self._optimizer.bf16_groups, self._optimizer.fp32_groups_flat_partition
+        else:
+            groups, partitions = self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups
+        return [(flat, [self._names[p] for p in group]) for flat, group in zip(partitions, groups, strict=True)]
 
     def _masters_changed(self) -> None:
         self._optimizer.update_lp_params()
@@ -422,6 +428,11 @@ def _partition_of(name: str, parameter: Any) -> Fragment | None:
     offset = dist.get_rank() * parameter.ds_tensor.ds_numel
     numel = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - offset)
     return Fragment(name, parameter.ds_shape, offset, numel) if numel > 0 else None
+
+
+def where_ranks_meet(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy on the device on which the process group reduces: NCCL knows GPUs only."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
 def _zero(tensors: Sequence[Tensor]) -> Tensor:
