@@ -37,16 +37,16 @@ class Heartbeat(pl.Callback):
         if beat is not None:
             beat.begin_step(trainer.global_step)
 
-    def teardown(self, trainer: Any, *_: Any, **__: Any) -> None:
+    def _starts(self, trainer: Any, *_: Any, **__: Any) -> None:
         self._elsewhere(trainer)
         if own_beat() is not None:  # Lightning puts back the signals as Python knows them: without faulthandler's
             trainer._signal_connector._original_handlers.pop(signal.SIGUSR1, None)
 
-    on_exception = teardown
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _starts
     on_before_backward = on_after_backward = on_before_optimizer_step = on_before_zero_grad = _progress
     on_train_batch_end = _elsewhere
-    setup = on_fit_start = on_fit_end = on_train_start = on_train_end = _elsewhere
+    setup = teardown = on_fit_start = on_fit_end = on_train_end = on_exception = _elsewhere
     on_train_epoch_start = on_train_epoch_end = on_save_checkpoint = on_load_checkpoint = _elsewhere
-    on_validation_start = on_validation_batch_start = on_validation_batch_end = on_validation_end = _elsewhere
-    on_test_start = on_test_batch_start = on_test_batch_end = on_test_end = _elsewhere
-    on_predict_start = on_predict_batch_start = on_predict_batch_end = on_predict_end = _elsewhere
+    on_validation_batch_start = on_validation_batch_end = on_validation_end = _elsewhere
+    on_test_batch_start = on_test_batch_end = on_test_end = _elsewhere
+    on_predict_batch_start = on_predict_batch_end = on_predict_end = _elsewhere
