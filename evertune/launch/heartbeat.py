@@ -21,6 +21,9 @@ from evertune.launch.processes import process_state
 _STOPPED = 10.0
 """Seconds for which a rank may be stopped."""
 
+_AWAY = 10.0
+"""Seconds without a look after which all ranks get their time anew."""
+
 _TIMES_LONGEST_STEP = 10
 _INCIDENT = timedelta(seconds=60)  # hangs that are found within it are the same
 _NAME = "hang-%Y%m%d-%H%M%S"
@@ -123,10 +126,14 @@ class Watch:
     def __init__(self, hang_timeout: float, silence_timeout: float) -> None:
         self.hang_timeout, self.silence_timeout = hang_timeout, silence_timeout
         self._stopped: dict[int, float] = {}  # process to the time when it was first seen stopped
+        self._looked, self._back = time.monotonic(), 0.0
 
     def late(self, ranks: Iterable[Rank]) -> list[Rank]:
-        """Those of some ranks that hang."""
+        """Those of some ranks that hang. To be called every second or so."""
         now = time.monotonic()
+        if now - self._looked > _AWAY:  # this process was stopped itself, perhaps with all of this machine
+            self._back, self._stopped = now, {}
+        self._looked = now
         stopped = {rank.pid: self._stopped.get(rank.pid, now) for rank in ranks if rank.state == "T"}
         self._stopped = stopped
         allowed = min(_STOPPED, self.hang_timeout / 2)
@@ -134,7 +141,10 @@ class Watch:
             rank
             for rank in ranks
             if rank.alive
-            and (now - stopped.get(rank.pid, now) > allowed or now - rank.silent_since > self._patience(rank))
+            and (
+                now - stopped.get(rank.pid, now) > allowed
+                or now - max(rank.silent_since, self._back) > self._patience(rank)
+            )
         ]
 
     def _patience(self, rank: Rank) -> float:

@@ -112,7 +112,12 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the run has ended on this node; returns the exit code."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._ended.unlink(missing_ok=True)
+        except OSError as error:
+            self._say(f"the log folder cannot be written: {error}")
+            return 1
         (self.folder / "logs").symlink_to(self.logs)
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._ask)
@@ -122,9 +127,12 @@ class Supervisor:
         try:
             if self.options.preflight:
                 self._preflight()
+            self._alive_at = time.monotonic()
             while True:
                 self._torchrun()
         except _End as end:
+            with suppress(OSError):
+                self._ended.write_text(str(end.code))
             return end.code
         finally:
             output.finish()
@@ -243,11 +251,13 @@ class Supervisor:
         elif error_file.exists():  # it has failed itself: not with all its restarts, by the ranks
             reason = json.loads(error_file.read_text())["message"]["message"]
         else:
-            raise self._failed("the ranks have failed too often")
+            self._say("the ranks have failed too often")
+            raise _End(1)
         if ranks:
             self._tries -= 1 + max(rank.restarts for rank in ranks)
         if self._tries < 0:
-            raise self._failed(f"torchrun has ended, and no restart is left: {reason}")
+            self._say(f"torchrun has ended, and no restart is left: {reason}")
+            raise _End(1)
         self._say(f"torchrun has ended and is started again: {reason}")
         time.sleep(1)
 
@@ -258,13 +268,6 @@ class Supervisor:
             return None
         return codes.get(0, PREEMPTED if PREEMPTED in codes.values() else 0)
 
-    def _failed(self, why: str) -> _End:
-        """The end of the run: the other nodes need not wait for this one."""
-        self._say(why)
-        with suppress(OSError):
-            (self.logs / f"node-{self.options.node_rank}.failed").touch()
-        return _End(1)
-
     # --- looking after it
 
     def _look_after(self, torchrun: int, ranks: Sequence[Rank]) -> None:
@@ -273,13 +276,13 @@ class Supervisor:
         Raises:
             _End: when they shall be ended.
         """
-        if any(rank.alive for rank in ranks):
-            self._alive_at = time.monotonic()
-        else:
-            self._end_if_alone()
         if self._interrupted:
             raise _End(130)
         decided = self._decided(ranks)
+        if any(rank.alive for rank in ranks):
+            self._alive_at = time.monotonic()
+        elif decided is None:
+            self._end_if_alone()
         if self._for("lingers", decided is not None) > _LINGER:
             raise _End(decided or 0)
         if self._asked is not None and decided is None:
@@ -330,23 +333,29 @@ class Supervisor:
         self._say(f"the stacks of all ranks are in {found}; ranks that hang are killed, and all start over")
 
     def _end_if_alone(self) -> None:
-        """End when nothing has run here for long, or another node has given up.
+        """End when no rank has run here for long, or the others need not be waited for.
 
         Raises:
             _End: then.
         """
         if time.monotonic() - self._alive_at > WAIT:
-            raise self._failed(f"the other nodes have not come within {WAIT} s")
-        for path in self.logs.glob("node-*.failed"):
+            self._say(f"the other nodes have not come within {WAIT} s")
+            raise _End(1)
+        if self.options.min_nodes is not None:
+            return  # those that are left go on
+        for path in self.logs.glob("node-*.ended"):
             if path.stat().st_mtime > self._started:
-                self._say(f"{path.stem} has failed")
-                raise _End(1)
+                code = int(path.read_text() or 1)
+                self._say(f"{path.stem} has ended with exit code {code}")
+                raise _End(PREEMPTED if code == PREEMPTED else 1)
 
     def _for(self, what: str, true: bool) -> float:
         """Seconds since something has been true."""
+        if not true:
+            self._since.pop(what, None)
+            return 0.0
         now = time.monotonic()
-        self._since[what] = self._since.get(what, now) if true else now
-        return now - self._since[what]
+        return now - self._since.setdefault(what, now)
 
     # --- signals and words
 
@@ -355,12 +364,18 @@ class Supervisor:
             self._asked = time.monotonic()
             self._say(f"{signal.Signals(number).name}: the ranks save and end, within {self.options.grace:g} s")
 
+    @property
+    def _ended(self) -> Path:
+        """Tells the other nodes how the run has ended here."""
+        return self.logs / f"node-{self.options.node_rank}.ended"
+
     def _interrupt(self, number: int, frame: object) -> None:
         self._interrupted = True
 
     def _say(self, words: str) -> None:
         line = f"[node {self.options.node_rank}] {words}"
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be listening any more
+            print(line, file=sys.stderr, flush=True)
         with suppress(OSError), (self.logs / f"node-{self.options.node_rank}.log").open("a") as log:
             log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {words}\n")
 
@@ -376,7 +391,7 @@ class _Output(threading.Thread):
 
     def run(self) -> None:
         """Look for new lines until :meth:`finish`."""
-        with suppress(BrokenPipeError):
+        with suppress(OSError):  # nobody may be listening any more
             while not self._finished.wait(_POLL):
                 self._pass_on(whole_lines=True)
             self._pass_on(whole_lines=False)
