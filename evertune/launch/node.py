@@ -229,7 +229,7 @@ class Supervisor:
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C comes here, and nowhere else
-            preexec_fn=die_with_parent,  # noqa: PLW1509  one system call
+            preexec_fn=_as_child,  # noqa: PLW1509  two system calls
         )
 
     def _judge(self, process: subprocess.Popen[bytes], error_file: Path) -> None:
@@ -414,6 +414,11 @@ class _Output(threading.Thread):
                     if shown := line.rstrip().rpartition("\r")[2]:  # as a terminal shows a progress bar
                         print(f"[rank {rank.rank}]: {shown}")
         sys.stdout.flush()
+
+
+def _as_child() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # some schedulers send it to all processes
 
 
 def _kill(process: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> None:

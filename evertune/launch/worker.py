@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evertune.beat import own_beat
 from evertune.launch.processes import die_with_parent
 
 _TERMINATION = 5.0
@@ -53,7 +54,11 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
     _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
     from evertune.launch.settings import DECIDED, PREEMPTED
 
-    code = _code_of(command, arguments)
+    try:
+        code = _code_of(command, arguments)
+    finally:
+        if (folder / f"beat-{local_rank}").exists() and (beat := own_beat()) is not None:
+            beat.end_step(beat.step)  # this process may need long to end
     sys.stdout.flush()
     if code in (*DECIDED, PREEMPTED):
         _write(folder / f"code-{local_rank}", {"pid": os.getpid(), "rank": int(os.environ["RANK"]), "code": code})
@@ -75,6 +80,7 @@ def _announce(folder: Path, local_rank: str, awaited: bool) -> None:
     for name in ("code", "asked", "beat"):  # of the process before it
         (folder / f"{name}-{local_rank}").unlink(missing_ok=True)
     stack = (folder / f"stack-{local_rank}").open("w")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what a Trainer may put back after a fit
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)  # which keeps the file open
     asked = folder / f"asked-{local_rank}"
     signal.signal(signal.SIGUSR2, lambda *_: asked.touch())
