@@ -8,10 +8,12 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ import pytest
 from evertune.launch import torchrun
 from evertune.launch.command import launch
 from evertune.launch.settings import Container, LaunchSettings, TorchrunSettings
+from evertune.registry.registry import Registry
+from tests import live_worker
 from tests.lightning_modules import TEXTS, tiny_bert
-from tests.test_cli import CONFIG, check_outputs, evertune
+from tests.test_cli import CONFIG, ROOT, check_outputs, evertune
+from tests.test_update_cli import CONFIG as LIVE
 
 GOLDEN = Path(__file__).with_name("golden") / "torchrun.txt"
 FIXED: dict[str, Any] = {"python": "/opt/venv/bin/python", "processes_per_node": 8}
@@ -346,3 +351,88 @@ def test_two_processes_learn_a_stream(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert done.stdout.count("report: run/report.html") == 1
     check_outputs(tmp_path / "run")
+
+
+class Watching:
+    """`evertune launch local -- watch` of a registry, as a service."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
+        options = ["--config=live.yaml", "--trainer.strategy=ddp", "--trainer.max_epochs=40"]
+        options += ["--update.checkpoint_every_n_steps=10", "--watch.poll=0.5", "--watch.log=json"]
+        command = ["launch", "local", "--processes_per_node=2", "--preflight=false", "--", "watch", *options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "evertune", *command],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                stderr=log,
+            )
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in map(json.loads, lines) if line["event"] == name]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 4 * PATIENCE
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-6000:]
+            time.sleep(0.05)
+
+    def launcher(self) -> int:
+        """The process that launches an update."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+
+def ranks(folder: Path) -> list[int]:
+    """The processes that train in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (
+                b"evertune.launch.worker" in (process / "cmdline").read_bytes()
+                and (process / "cwd").readlink() == folder
+            ):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_watch_launches_its_updates_and_starts_those_that_are_preempted_again(tmp_path: Path) -> None:
+    live_worker.prepare(tmp_path)
+    live_worker.feed(tmp_path, "a", ["business", "sport"], n=60)
+    (tmp_path / "live.yaml").write_text(LIVE)
+    checkpoints = tmp_path / "registry" / "staging" / "checkpoints"
+    watch = Watching(tmp_path)
+    try:
+        watch.until(lambda: any(checkpoints.glob("*")))
+        assert ranks(tmp_path)
+        os.kill(watch.launcher(), signal.SIGUSR2)
+        watch.until(lambda: bool(watch.events("updated")))
+        assert watch.events("updated")[0]["outcome"] == "interrupted"
+        assert watch.log.read_text().count("asked to stop, saved step") == 1
+        watch.until(lambda: bool(watch.events("promotion")))
+        assert not watch.events("error")
+        assert len(watch.events("update")) == 2
+
+        live_worker.feed(tmp_path, "b", ["politics", "sport"], n=40)
+        watch.until(lambda: any(checkpoints.glob("*")))
+        watch.process.terminate()
+        assert watch.process.wait(PATIENCE) == 0
+        until(lambda: not ranks(tmp_path))
+        assert any(checkpoints.glob("*"))
+        assert watch.events("updated")[-1]["outcome"] == "interrupted"
+        assert watch.log.read_text().count("asked to stop, saved step") == 2
+
+        watch = Watching(tmp_path)
+        watch.until(lambda: bool(watch.events("promotion")))
+        assert not watch.events("error")
+        os.kill(watch.process.pid, signal.SIGINT)
+        assert watch.process.wait(PATIENCE) == 0
+        assert Registry(tmp_path / "registry").aliases["production"] == 2
+    finally:
+        watch.process.kill()
+        watch.process.wait()
+    until(lambda: not ranks(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from torch.utils.data import ConcatDataset
 
 from evertune.callbacks.base import named_callbacks
 from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
+from evertune.callbacks.heartbeat import Heartbeat
+from evertune.callbacks.preemption import Preemption
 from evertune.files import write_atomically
 from evertune.live.plan import Plan
 from evertune.live.slices import Row
@@ -72,8 +75,11 @@ def train(
     """
     start = time.perf_counter()
     checkpoints = staging / CHECKPOINTS
+    callbacks: list[pl.Callback] = [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)]
+    if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher's supervisor looks after this process
+        callbacks += [Preemption(), Heartbeat()]
     learner = trainer.anew(
-        [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)],
+        callbacks,
         default_root_dir=str(staging),
         enable_checkpointing=True,
     )
