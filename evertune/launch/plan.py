@@ -161,7 +161,7 @@ def read_request(options: argparse.Namespace) -> Request:
         seq_length=_first(options.seq_length, data.get("max_length"), 128),
         accumulation=_first(options.accumulate_grad_batches, trainer.get("accumulate_grad_batches"), 1),
         ewc=ewc is not None,
-        ewc_batch_size=(ewc or {}).get("batch_size", 16),
+        ewc_batch_size=_first(options.ewc_batch_size, (ewc or {}).get("batch_size"), 16),
         replay_ratio=0.0 if replay is None else _first(options.replay_ratio, replay.get("replay_ratio"), 1.0),
         memory_size=0 if replay is None else _first(options.memory_size, replay.get("memory_size"), 0),
         preemption="launch" in config,
@@ -278,6 +278,11 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
             words = f"batch size {batch} with accumulate_grad_batches={times}"
             found.append(f"{words}, {row.strategy}: {_gib(row.footprint.total)}")
             break
+    if request.training.ewc and request.training.ewc_batch_size > 1:
+        one = replace(request, training=replace(request.training, ewc_batch_size=1))
+        row = choose(rows_of(shape, one), request.strategy)
+        if row is not None:
+            found.append(f"batch_size 1 of EWC, {row.strategy}: {_gib(row.footprint.total)}")
     for name, frozen in (("half of the layers frozen", shape.layers // 2), ("only the head trained", -1)):
         if frozen and not request.model.get("freeze_layers"):
             fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes)
@@ -392,6 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, help="rows of the head")
     parser.add_argument("--memory_size", type=int, help="examples in the replay memory")
     parser.add_argument("--replay_ratio", type=float, help="old examples per new one, with replay (1)")
+    parser.add_argument("--ewc_batch_size", type=int, help="examples at a time when EWC estimates the importance (16)")
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser
 
