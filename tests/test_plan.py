@@ -174,9 +174,9 @@ def test_bytes_on_the_wire_by_hand() -> None:
     assert sent(three, gloo=True) == [sent(three)[0], 2 * sent(three)[1]]
 
 
-def test_one_rank_sends_nothing_and_preemption_four_bytes_a_batch() -> None:
+def test_one_rank_sends_nothing_and_preemption_a_byte_a_batch() -> None:
     assert collectives(TINY, training(3, world_size=1, preemption=True)) == []
-    assert collectives(TINY, training(0, preemption=True))[-1] == Collective("all_reduce", 4, 1, "preemption")
+    assert collectives(TINY, training(0, preemption=True))[-1] == Collective("all_reduce", 1, 1, "preemption")
 
 
 def test_what_ewc_sends_at_the_end_of_an_experience() -> None:

@@ -299,7 +299,7 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
             Collective("reduce_scatter", width.gradient * trained, training.accumulation, "gradients"),
         ]
     if n > 1 and training.preemption:
-        moves.append(Collective("all_reduce", 4, training.accumulation, "preemption"))
+        moves.append(Collective("all_reduce", 1, training.accumulation, "preemption"))
     return moves
 
 
