@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _STATE = "state-"
 _RUN = "run.json"
+_STEP = "step.json"
 _MODULE = "model"
 _WEIGHTS = "weights.safetensors"
 _CALLBACKS = "callbacks"
@@ -87,6 +88,22 @@ class StreamRun:
         if random.is_file():  # there are more processes than before otherwise
             self._generators.state = decode(random.read_bytes())
         return learnt
+
+    def step_size(self, trainer: pl.Trainer, datamodule: Any) -> int | None:
+        """Examples in an optimizer step, over all processes: the first start of the run decides.
+
+        None where the datamodule does not tell.
+        """
+        path = self.directory / _STEP
+        if path.is_file():
+            return int(json.loads(path.read_bytes())["step_size"])
+        batch_size = getattr(datamodule, "batch_size", None)
+        if batch_size is None:
+            return None
+        size: int = batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        if is_leader():
+            write_atomically(path, json.dumps({"step_size": size}).encode())
+        return size
 
     @property
     def ckpt_path(self) -> Path | None:

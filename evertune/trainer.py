@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from evertune.callbacks.drift_trigger import DriftTrigger
 from evertune.callbacks.evaluation import ContinualEvaluation
 from evertune.callbacks.replay import Replay
+from evertune.elastic import layout
 from evertune.metrics.history import History
 from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
 from evertune.streams.experience import Experience, ExperienceStream
@@ -115,8 +116,10 @@ class ContinualTrainer(pl.Trainer):
             if number < learnt:
                 continue
             rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
-            self.fit_experience(module, experience, data, ckpt_path=None if run is None else run.ckpt_path)
-            if run is not None:
+            if run is None:
+                self.fit_experience(module, experience, data)
+            else:
+                self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
                 run.commit(self, module, number + 1, time.perf_counter() - start)
         return History(
             evaluation.experiences,
@@ -133,6 +136,7 @@ class ContinualTrainer(pl.Trainer):
         experience: Experience,
         datamodule: pl.LightningDataModule,
         ckpt_path: str | Path | None = None,
+        step_size: int | None = None,
     ) -> None:
         """Learn one experience: one update, with nothing evaluated but what callbacks evaluate.
 
@@ -140,10 +144,21 @@ class ContinualTrainer(pl.Trainer):
             module: any LightningModule; ``prepare_experience(experience)`` is called where it has one.
             experience: what is learnt.
             datamodule: its batches.
-            ckpt_path: a checkpoint of the same update, to go on from.
+            ckpt_path: a checkpoint of the same update, to go on from; on another number of processes the same steps
+                are shared out anew, see :func:`evertune.elastic.layout`.
+            step_size: examples in an optimizer step, over all processes, where that shall not depend on how many there
+                are. By default batch size, accumulation and processes make it.
+
+        Raises:
+            ValueError: when the step does not divide among the processes.
         """
         if self.state.fn is not None:
             super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
+        if hasattr(datamodule, "batch_size"):
+            accumulation = self._settings.get("accumulate_grad_batches", 1)
+            datamodule.batch_size, self.accumulate_grad_batches = layout(
+                ckpt_path, self.world_size, datamodule.batch_size, accumulation, step_size=step_size
+            )
         prepare = getattr(module, "prepare_experience", None)
         if callable(prepare):
             prepare(experience)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -245,7 +245,7 @@ class TransformerModule(pl.LightningModule):
     def start_from(self, directory: str | Path) -> None:
         """Take the weights from a folder that ``save_pretrained`` wrote, when ``configure_model`` loads them.
 
-        The settings stay this module's. Call it on every rank, before the weights are loaded.
+        The settings and the tokenizer stay this module's. Call it on every rank, before the weights are loaded.
 
         Raises:
             FileNotFoundError: when the folder or a file of it is missing.
@@ -256,6 +256,8 @@ class TransformerModule(pl.LightningModule):
             raise RuntimeError(f"{type(self).__name__} has its weights already: call start_from() before fit")
         folder = Path(directory)
         self._check_kind(folder, read_manifest(folder))
+        with suppress(OSError, ValueError):  # there may be none
+            self._tokenizer = self.tokenizer
         self.model_name_or_path = str(folder)
         self._saved = folder
 
