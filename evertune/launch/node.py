@@ -410,9 +410,9 @@ class _Output(threading.Thread):
                 if whole_lines:
                     text = text[: text.rfind(b"\n") + 1]
                 self._places[rank.log] = place + len(text)
-                for line in text.decode(errors="replace").split("\n"):
-                    if shown := line.rstrip().rpartition("\r")[2]:  # as a terminal shows a progress bar
-                        print(f"[rank {rank.rank}]: {shown}")
+                for line in text.split(b"\n"):
+                    if shown := line.rstrip().rpartition(b"\r")[2]:  # as a terminal shows a progress bar
+                        sys.stdout.buffer.write(b"[rank %d]: %s\n" % (rank.rank, shown))
         sys.stdout.flush()
 
 
