@@ -2,7 +2,8 @@
 
 The nodes are called 127.0.0.1 and 127.0.0.2, so that each name is also an address that leads here. Each has more
 processors than the machine and eight GPUs that are none. A requeued job starts again after seconds instead of the
-usual two minutes (``cred_expire``). Two partitions over the same nodes: jobs in ``urgent`` preempt those in ``normal``.
+usual two minutes (``cred_expire``). As on clusters with cgroups, a signal reaches what srun has started and not its
+children. Two partitions over the same nodes: jobs in ``urgent`` preempt those in ``normal``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +36,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 PlugStackConfig={folder}/plugstack.conf
 MailProg=/bin/true
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
@@ -85,11 +86,9 @@ class SlurmCluster:
             self.stop()
             raise
 
-    def run(self, *command: str, check: bool = True, **settings: object) -> str:
+    def run(self, *command: str, check: bool = True) -> str:
         """What a command prints."""
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False, **settings
-        )
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -181,7 +180,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _until(reached, logs) -> None:
+def _until(reached: Callable[[], bool], logs: Callable[[], str]) -> None:
     deadline = time.monotonic() + 60
     while not reached():
         assert time.monotonic() < deadline, logs()

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,7 +24,7 @@ from evertune.launch.settings import PREEMPTED, config_files, shell_words
 from evertune.launch.shell import contained, preamble
 
 if TYPE_CHECKING:
-    from evertune.launch.settings import LaunchSettings
+    from evertune.launch.settings import Container, LaunchSettings
 
 _OWN = {
     "array": "`slurm.seeds` and `slurm.sweep`",
@@ -111,8 +112,7 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
         f'export EVERTUNE_RUN_ID="$SLURM_JOB_NAME-{job}-${{SLURM_RESTART_COUNT:-0}}"',
         "",
         "trap : TERM USR2  # the supervisors get these as well; this shell waits for them",
-        f"{shell_words(_srun(settings))} \\",
-        f"    sh -c {on_node} sh \\",
+        " \\\n    ".join([*map(shell_words, _srun(settings)), ""]) + f"sh -c {on_node} sh \\",
         f"    {shlex.join(command)}" + (' "${run[@]}"' if array else ""),
         "code=$?",
         *(again if settings.slurm.requeue else ()),
@@ -157,27 +157,35 @@ def _gpus(settings: LaunchSettings) -> int:
     return settings.processes if torch.cuda.is_available() else 0
 
 
-def _srun(settings: LaunchSettings) -> list[str]:
-    """What starts the supervisors: they alone know when they are done."""
+def _srun(settings: LaunchSettings) -> Iterator[list[str]]:
+    """What starts the supervisors, in one or two lines: they alone know when they are done."""
     words = ["srun", "--ntasks=$SLURM_NNODES", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
     if settings.slurm.cpus_per_task is not None:
         words.append(f"--cpus-per-task={settings.slurm.cpus_per_task}")  # srun does not take it from the job
     if settings.min_nodes is not None:
         words.append("--no-kill")
-    container = settings.container
-    if container is not None and container.runtime == "pyxis":
+    yield words
+    if (container := _in_pyxis(settings)) is not None:
         mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in ["$PWD", *container.mounts]]
-        words += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
-        words.append("--container-workdir=$PWD")
-    return words
+        image = f"--container-image={container.image}"
+        yield [image, f"--container-mounts={','.join(mounts)}", "--container-workdir=$PWD"]
+
+
+def _in_pyxis(settings: LaunchSettings) -> Container | None:
+    container = settings.container
+    return container if container is not None and container.runtime == "pyxis" else None
 
 
 def _supervisor(settings: LaunchSettings) -> str:
     """What runs on a node, up to the command, an option in each line of shell."""
     words = settings.node_command([], node_rank="$SLURM_NODEID", master="$EVERTUNE_MASTER", run_id="$EVERTUNE_RUN_ID")
     words[words.index("--master") + 1] = "$EVERTUNE_MASTER"  # the port is part of it
+    if _in_pyxis(settings):  # srun is told of the container; the interpreter of this machine is not there
+        words[0] = "python" if words[0] == sys.executable else words[0]
+    else:
+        words = contained(settings, words)
     lines: list[list[str]] = []
-    for word in contained(settings, words):
+    for word in words:
         if word.startswith("--") or not lines:
             lines.append([word])
         else:
@@ -303,7 +311,7 @@ def _wait(job: str) -> int:
             if "Invalid job id" in asked.stderr:
                 raise ValueError(f"SLURM does not know job {job} any more, nor how it has ended")
             states = [_facts(line) for line in asked.stdout.splitlines() if line]
-            told = ", ".join(sorted({f"{state['JobState']} ({state['Reason']})" for state in states}))
+            told = ", ".join(sorted({_told(state) for state in states}))
             if told and told != shown:
                 print(f"job {job}: {told}", flush=True)
                 shown = told
@@ -315,6 +323,11 @@ def _wait(job: str) -> int:
 def _facts(line: str) -> dict[str, str]:
     """What ``scontrol show job`` says."""
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def _told(job: Mapping[str, str]) -> str:
+    """A job's state, and why it waits."""
+    return job["JobState"] + ("" if job["Reason"] == "None" else f" ({job['Reason']})")
 
 
 def _exit_code(job: Mapping[str, str]) -> int:
