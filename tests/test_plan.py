@@ -236,7 +236,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], config_only: str) -> None
     assert code == 0
     assert "22.6 million parameters; 2 x 8 GPUs of 79.0 GiB; 32-true; 64 examples of 128 tokens" in out
     for strategy in STRATEGIES:
-        assert f" {strategy} " in out
+        assert f"\n{strategy.removeprefix('evertune_deepspeed_')} " in out
     assert "It fits: ddp." in out
     assert "at the end of each experience" in out
     assert "10 are assumed (--classes)" in out

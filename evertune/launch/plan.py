@@ -56,6 +56,8 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
 RESERVE = 0.1
 """The part of a GPU's memory that is left to CUDA, NCCL and gaps between what is allocated."""
 
+_PREFIX = "evertune_deepspeed_"
+
 METHODS = ("ewc", "replay")
 _WITHOUT_WEIGHTS = {"ContinualEvaluation", "Heartbeat", "Preemption", "UpdateCheckpoint"}
 _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
@@ -328,7 +330,7 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
     from rich.table import Table
 
     training, console = request.training, Console()
-    console = console if console.is_terminal else Console(width=132)
+    console = console if console.is_terminal else Console(width=100)
     trained = f", {shape.trainable / shape.total:.0%} of them trained" if shape.frozen else ""
     console.print(
         f"{request.model['model_name_or_path']}: {shape.total / 1e6:,.1f} million parameters{trained}; "
@@ -338,21 +340,23 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
         + (f"; accumulated {training.accumulation} times" if training.accumulation > 1 else ""),
         soft_wrap=True,
     )
-    table = Table(title="GiB on each GPU at most", box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=True)
-    for column in ("weights", "gradients", "optimizer", "EWC", "activations", "buffers", "peak", "host", "sent"):
+    for column in ("weights", "grads", "optim.", "EWC", "activ.", "buffers", "peak", "host", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("fits")
+    table.add_column("fits", no_wrap=True)
     for row in rows:
         costs = row.footprint
         parts = (costs.weights, costs.gradients, costs.optimizer, costs.importance + costs.anchors)
         sizes = (*parts, costs.activations, costs.buffers, costs.total, costs.host, row.sent)
         style = "bold" if row is choice else None
-        table.add_row(row.strategy, *(f"{size / GIB:.2f}" for size in sizes), "yes" if row.fits else "no", style=style)
+        gib = (f"{size / GIB:.{2 if size < 100 * GIB else 0}f}" for size in sizes)
+        table.add_row(row.strategy.removeprefix(_PREFIX), *gib, "yes" if row.fits else "no", style=style)
     console.print(table)
     console.print(
-        "peak: the fullest moment, not all parts at once; it must leave a tenth of the GPU free. host: of each "
-        "process. sent: by each GPU in an optimizer step, as much as it gets.",
+        f"In GiB. stage_N: strategy={_PREFIX}stage_N. peak: the fullest moment of a GPU, not all parts at once; a "
+        "tenth of the GPU must stay free. host: of each process. sent: by each GPU in an optimizer step, which gets as "
+        "much.",
         soft_wrap=True,
     )
     if training.ewc and request.world_size > 1:
