@@ -325,6 +325,17 @@ def test_an_update_that_dies_is_tried_again_until_it_works(watch: Callable[..., 
     assert failures >= 3 and failures == running.metric('evertune_errors_total{where="update"}')
 
 
+def test_a_preempted_update_is_started_again_and_is_no_error(watch: Callable[..., Running], root: Path) -> None:
+    mode(root, "preempt")
+    arrives(root, 2)
+    running = watch()
+    assert {event["outcome"] for event in running.until("updated", 4)} == {"interrupted"}
+    mode(root, "promote")
+    running.until("promotion")
+    assert not running.events("error")
+    assert [alert["event"] for alert in alerts(root)] == ["promotion"]
+
+
 def test_pauses_between_failures_grow_to_the_limit(watch: Callable[..., Running], root: Path) -> None:
     mode(root, "fail")
     arrives(root, 2)

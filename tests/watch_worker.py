@@ -36,6 +36,8 @@ def main() -> int:
         return 0  # as Lightning does
     if mode == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "preempt":
+        return 75
     if mode == "promote":
         (folder / "learnt").write_bytes((folder / "arrived").read_bytes())
     (folder / "attempted").write_bytes((folder / "arrived").read_bytes())
