@@ -162,17 +162,17 @@ def test_stopped_rank_is_named_and_started_over(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_that_sleeps_is_named_and_started_over(tmp_path: Path) -> None:
-    with running(Run(tmp_path, "sleeps")) as run:
-        node = run.start()
-        assert node.wait() == 0, node.output
-        named = [line for line in node.output.splitlines() if "furthest behind" in line]
-        assert len(named) == 1
-        assert "rank 1 " in named[0]
-        assert "stack: _sleep_for_ever (node_worker.py" in named[0]
-        (stack,) = run.logs.glob("hang-*/rank-1.txt")
-        assert "in _sleep_for_ever" in stack.read_text()
-        (other,) = run.logs.glob("hang-*/rank-0.txt")
-        assert "in all_reduce" in other.read_text()
+    with running(Run(tmp_path, "sleeps", nodes=2)) as run:
+        nodes = [run.start(0), run.start(1)]
+        assert [node.wait() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
+        assert "in _sleep_for_ever" in _stacks_of(run, 1)
+        assert "in all_reduce" in _stacks_of(run, 0)
+        named = [line for node in nodes for line in node.output.splitlines() if "furthest behind" in line]
+        assert any("rank 1 " in line and "_sleep_for_ever (node_worker.py" in line for line in named), named
+
+
+def _stacks_of(run: Run, rank: int) -> str:
+    return "".join(path.read_text() for path in run.logs.glob(f"hang-*/rank-{rank}.txt"))
 
 
 @pytest.mark.slow
