@@ -331,7 +331,7 @@ def test_a_preempted_update_is_started_again_and_is_no_error(watch: Callable[...
     running = watch()
     assert {event["outcome"] for event in running.until("updated", 4)} == {"interrupted"}
     mode(root, "promote")
-    running.until("promotion")
+    told(root, "promotion")
     assert not running.events("error")
     assert [alert["event"] for alert in alerts(root)] == ["promotion"]
 
