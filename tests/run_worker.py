@@ -77,6 +77,6 @@ def learn(
     history = trainer.fit_stream(module, stream, batches, run_dir=run_dir, checkpoint_every_n_steps=3)
     module.save_pretrained(Path(out) / "model")
     for callback in trainer.callbacks:
-        if isinstance(callback, Replay | EWC):
+        if isinstance(callback, Replay | EWC) and end.batches:
             callback.save(Path(out) / type(callback).__name__)
     return {"matrix": str(history.accuracy_matrix), "batches": end.batches}
