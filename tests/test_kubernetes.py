@@ -230,16 +230,12 @@ def wait_for(file: Path) -> None:
         ({}, ["fit", "--config", "nowhere.yaml"], r"nowhere\.yaml is no file"),
     ],
 )
-def test_what_kubernetes_would_refuse_is_told_in_one_line(
-    changes: dict[str, Any], command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_what_kubernetes_would_refuse_is_refused_here(
+    changes: dict[str, Any], command: list[str], message: str, cluster: Any, tmp_path: Path
 ) -> None:
-    settings = LaunchSettings(**changes)
     with pytest.raises(ValueError, match=message):
-        manifest(settings, command)
-    assert run(settings, command, dry_run=True, wait=False) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.match(f"evertune launch kubernetes: .*{message}.*\n$", output.err)
+        run(LaunchSettings(**changes), command, dry_run=False, wait=True)
+    assert not (tmp_path / "calls.jsonl").exists()
 
 
 def test_a_dry_run_prints_the_manifest_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

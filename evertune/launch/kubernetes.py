@@ -106,13 +106,13 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
             ``grace`` seconds to save.
 
     Returns:
-        With ``wait`` the exit code of the command, else 0; 1 when the job could not be created, 2 when the settings
-        are no good.
+        With ``wait`` the exit code of the command, else 0; 1 when the job could not be created.
+
+    Raises:
+        ValueError: as :func:`manifest` does, before anything is created.
+        OSError: likewise.
     """
-    try:
-        text = manifest(settings, command, f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    except (ValueError, OSError) as error:
-        return _say(str(error), code=2)
+    text = manifest(settings, command, f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if dry_run:
         print(text, end="")
         return 0
@@ -229,9 +229,9 @@ def _follow(job: _Job) -> int:
         time.sleep(_INTERVAL)
 
 
-def _say(message: str, code: int = 1) -> int:
+def _say(message: str) -> int:
     print(f"evertune launch kubernetes: {message}", file=sys.stderr, flush=True)
-    return code
+    return 1
 
 
 def _of_the_cluster(settings: LaunchSettings) -> LaunchSettings:
