@@ -302,23 +302,43 @@ class Numbers(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_loader_that_deals_other_examples_is_refused_in_another_layout(tmp_path: Path) -> None:
-    def fit(batch_size: int, accumulation: int, **settings: Any) -> None:
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accumulate_grad_batches=accumulation,
-            callbacks=[UpdateCheckpoint(tmp_path, every_n_steps=2)],
-        )
-        trainer.fit(Numbers(), DataLoader(torch.ones(40, 1), batch_size=batch_size), **settings)
+def fit_numbers(folder: Path, *callbacks: pl.Callback, batch_size: int = 4, accumulation: int = 2) -> None:
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulation,
+        callbacks=[*callbacks, UpdateCheckpoint(folder, every_n_steps=1000 if callbacks else 2)],
+    )
+    trainer.fit(Numbers(), DataLoader(torch.ones(40, 1), batch_size=batch_size), ckpt_path=latest(folder))
 
-    fit(4, 2)
+
+def test_a_loader_that_deals_other_examples_is_refused_in_another_layout(tmp_path: Path) -> None:
+    fit_numbers(tmp_path)
     with pytest.raises(ValueError, match="only loaders of ExperienceDataModule deal the same examples"):
-        fit(2, 4, ckpt_path=latest(tmp_path))
-    fit(4, 2, ckpt_path=latest(tmp_path))
+        fit_numbers(tmp_path, batch_size=2, accumulation=4)
+    fit_numbers(tmp_path)
+
+
+class SaveAlways(pl.Callback):
+    """Asks for a checkpoint after every batch."""
+
+    def __init__(self) -> None:
+        self.answers: list[bool] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        [checkpoint] = [one for one in trainer.callbacks if isinstance(one, UpdateCheckpoint)]
+        self.answers.append(checkpoint.save_now(trainer))
+
+
+def test_a_checkpoint_that_is_not_due(tmp_path: Path) -> None:
+    """Ten batches, two a step: none inside the first step, and none at the end of the fit."""
+    always = SaveAlways()
+    fit_numbers(tmp_path, always)
+    assert always.answers == [False, *[True] * 8, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
 
 
 @pytest.mark.parametrize(

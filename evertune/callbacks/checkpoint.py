@@ -191,6 +191,7 @@ class UpdateCheckpoint(Checkpoint):
             draft.rename(whole)
             sync_folder(self.directory)
             self._remove_all_but(whole)
+        trainer.strategy.barrier("a whole checkpoint")
 
     @staticmethod
     def _write_state(trainer: pl.Trainer, path: Path) -> None:
