@@ -21,11 +21,12 @@ $(VENV)/.demo: pyproject.toml
 demo: $(VENV)/.demo  ## learn BBC News without forgetting; see evertune-demo/report.html
 	$(BIN)/python examples/demo.py
 
+# A test that starts several processes has a core for each of two: so the quick tests run two files at a time.
 test: install  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
-test-all: install  ## all tests
-	$(BIN)/python -m pytest
+test-all: test  ## the slow tests too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
