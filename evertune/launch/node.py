@@ -172,9 +172,9 @@ class Supervisor:
         Raises:
             _End: unless torchrun shall be started again.
         """
+        if self._interrupted or self._asked is not None:
+            raise _End(130 if self._interrupted else PREEMPTED)
         self._end_if_alone()
-        if self._asked is not None:
-            raise _End(PREEMPTED)
         try:
             command = self._command()
         except OSError as error:
@@ -283,7 +283,7 @@ class Supervisor:
             self._alive_at = time.monotonic()
         elif decided is None:
             self._end_if_alone()
-        if self._for("lingers", decided is not None) > _LINGER:
+        if self._for("lingers", decided is not None) > (_LINGER if self._asked is None else self.options.grace):
             raise _End(decided or 0)
         if self._asked is not None and decided is None:
             self._pass_on(ranks)
@@ -300,7 +300,9 @@ class Supervisor:
         for rank in alive:
             if rank.pid not in self._signalled:
                 self._signalled.add(rank.pid)
-                os.kill(rank.pid, signal.SIGUSR2)
+                self._say(f"asked to stop: rank {rank.rank} saves and ends, within {self.options.grace:g} s")
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGUSR2)
         if not alive:
             raise _End(PREEMPTED)
         if time.monotonic() - self._asked > self.options.grace:
@@ -362,7 +364,6 @@ class Supervisor:
     def _ask(self, number: int, frame: object) -> None:
         if self._asked is None:
             self._asked = time.monotonic()
-            self._say(f"{signal.Signals(number).name}: the ranks save and end, within {self.options.grace:g} s")
 
     @property
     def _ended(self) -> Path:
