@@ -284,6 +284,15 @@ def test_nothing_is_left_changed(name: str) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_compiled_layers_count_as_the_layers_they_are() -> None:
+    module = build("bert")
+    for layer in module.model.bert.encoder.layer:
+        layer.compile(backend="eager")
+    batch = module.batch(range(EXAMPLES))
+    module(**batch)  # compiled by now
+    assert_same(estimate_fisher(module, [batch], ReplicatedShards(module), "exact"), fisher("bert", EXAMPLES, "exact"))
+
+
 def test_a_failing_model_is_left_as_it_was() -> None:
     module = build("vision").train()
 

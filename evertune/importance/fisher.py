@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -203,7 +204,10 @@ def _add(gradient: Tensor, total: Tensor) -> None:
 
 @contextmanager
 def _evaluation(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, and no parameter in the graph; all as before afterwards."""
+    """Evaluation mode, layers that are compiled run as they are written, and no parameter is in the graph.
+
+    All is as before afterwards.
+    """
     training = [(layer, layer.training) for layer in module.modules()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -211,8 +215,9 @@ def _evaluation(module: pl.LightningModule) -> Iterator[None]:
     module.eval()
     for p in trainable:
         p.requires_grad_(False)
+    compiled = "torch._dynamo" in sys.modules  # compiled code skips the hooks
     try:
-        with torch.enable_grad():
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
