@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +103,3 @@ def fit(callbacks: list[pl.Callback], n_steps: int = 6, **settings: Any) -> None
         | settings
     )
     trainer.fit(Line(), batches(n_steps), batches(1))
-
-
-class Clock(pl.Callback):
-    """When training started and ended."""
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
-
-
-def cost(out: str, n_steps: int, repeats: int) -> dict[str, list[float]]:
-    """Microseconds for each step without and with the callback, in turn."""
-    told: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(repeats):
-        for name, microseconds in told.items():
-            clock = Clock()
-            callbacks: list[pl.Callback] = [clock, UpdateCheckpoint(out, every_n_steps=10**9)]
-            fit(callbacks + [Preemption()] * (name == "with"), n_steps, limit_val_batches=0)
-            microseconds.append(clock.seconds / n_steps * 1e6)
-    return told

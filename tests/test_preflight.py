@@ -12,10 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from evertune.launch.facts import Facts, compare, read_facts
-from evertune.launch.preflight import main
+from evertune.launch.preflight import _FailedError, _Meeting, main
 
 HOST = socket.gethostname()
 GOOD = Facts(
@@ -73,6 +73,16 @@ def nodes(port: int, tmp_path: Path) -> Iterator[Nodes]:
     made = Nodes(port, tmp_path)
     yield made
     made.kill()
+
+
+def test_what_node_0_answers_is_not_what_it_decides() -> None:
+    store = HashStore()
+    first, second = _Meeting(store, 0), _Meeting(store, 1)
+    first.post("network", {"seconds": [0.1]})
+    with pytest.raises(_FailedError, match="node 0 does not answer"):
+        second.agree("network", [], seconds=0.1)
+    first.agree("network", [])
+    assert second.agree("network", []) == {"problems": []}
 
 
 def test_good_nodes(nodes: Nodes, port: int, tmp_path: Path) -> None:
