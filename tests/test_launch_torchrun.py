@@ -43,8 +43,8 @@ exit $(cat code-$rank)
 """
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+def until(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.02)
@@ -249,7 +249,8 @@ def test_a_lost_connection_ends_its_supervisor_and_the_others(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_learn_a_stream(tmp_path: Path, ssh: str) -> None:
+@pytest.mark.timeout(1200)
+def test_two_nodes_learn_a_stream_and_go_on_after_they_were_asked_to_stop(tmp_path: Path, ssh: str) -> None:
     prepare(tmp_path)
     hosts = "".join(f"{host} slots=1\n" for host in HOSTS)
     (tmp_path / "hosts").write_text(f"# the cluster\n{hosts}")
@@ -260,16 +261,20 @@ def test_two_nodes_learn_a_stream(tmp_path: Path, ssh: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = ["--config", "cluster.yaml", "--trainer.strategy=ddp", "--data.batch_size=2", "--out=nodes"]
-    done = subprocess.run(
-        [sys.executable, "-m", "evertune", "launch", "torchrun", f"--port={port}", "--", "fit", *settings],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert done.stdout.count("report: nodes/report.html") == 1
+    command = [sys.executable, "-m", "evertune", "launch", "torchrun", f"--port={port}", "--", "fit"]
+    command += ["--config=cluster.yaml", "--trainer.strategy=ddp", "--data.batch_size=2", "--out=nodes"]
+    command += ["--trainer.max_epochs=40", "--checkpoint_every_n_steps=10"]
+    for code in (75, 0):  # asked to stop; started again
+        with (tmp_path / "output").open("w") as output:
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+        try:
+            if code:
+                until(lambda: any(tmp_path.glob("nodes/run/checkpoints-*/*")), 4 * PATIENCE)
+                launcher.send_signal(signal.SIGUSR2)
+            assert launcher.wait(4 * PATIENCE) == code, (tmp_path / "output").read_text()[-6000:]
+        finally:
+            launcher.kill()
+            launcher.wait()
+    assert (tmp_path / "output").read_text().count("report: nodes/report.html") == 1
     check_outputs(tmp_path / "nodes")
