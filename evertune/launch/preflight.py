@@ -82,9 +82,9 @@ class _Meeting:
     def agree(self, what: str, problems: Sequence[str], seconds: float = 2 * _ANSWER, **told: Any) -> dict[str, Any]:
         """Node 0 says whether to go on, and what else it has to tell; raises on all nodes where there are problems."""
         if self.rank == 0:
-            self.post(what, {"problems": problems, **told})
+            self.post(f"{what}, decided", {"problems": problems, **told})
         try:
-            answer: dict[str, Any] = self.read(what, 0, seconds)
+            answer: dict[str, Any] = self.read(f"{what}, decided", 0, seconds)
         except TimeoutError:
             raise _FailedError([f"node 0 does not answer ({what}): does another run use this port?"]) from None
         if answer["problems"]:
