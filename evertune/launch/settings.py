@@ -51,7 +51,7 @@ class TorchrunSettings:
 
     hosts: list[str] = field(default_factory=list)
     hostfile: str | None = None
-    ssh: str = "ssh -o BatchMode=yes"
+    ssh: str = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30"
     folder: str | None = None
 
 
