@@ -134,6 +134,27 @@ def run_here(arguments: list[str]) -> Any:
     return caught.value.code
 
 
+def test_a_complete_run_is_not_learnt_again(
+    workspace: Path, fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    before = {path: path.stat().st_mtime_ns for path in fitted.rglob("*")}
+    assert run_here(["fit", "--config", "stream.yaml", "--trainer.devices", "2"]) == 0  # where it runs does not matter
+    assert "this run is complete: see run/report.html" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in fitted.rglob("*")} == before
+
+
+def test_an_interrupted_run_with_other_settings_is_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text('{"model": "another"}')
+    assert run_here(["fit", "--config", "stream.yaml", "--out", str(tmp_path)]) == 2
+    assert "holds an interrupted run with other settings" in capsys.readouterr().err
+    assert (tmp_path / "run" / "settings.json").read_text() == '{"model": "another"}'
+
+
 def test_print_config_shows_every_setting(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
