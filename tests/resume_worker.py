@@ -16,11 +16,10 @@ import torch
 from evertune.callbacks import EWC, ContinualCallback, DriftTrigger, Replay
 from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
 from evertune.drift import MMD, HashedNgrams
-from evertune.elastic import layout
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.strategies import ParameterShards
 from evertune.strategies.fragments import FragmentState
-from evertune.strategies.shards import ZeroShards
+from evertune.strategies.shards import FrozenZero3Shards, ZeroShards
 from evertune.strategies.support import is_deepspeed
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.trainer import ContinualTrainer
@@ -71,6 +70,7 @@ def learn(
     ckpt_path: Path | None = None,
     precision: Any = "32-true",
     batch_size: int | None = None,
+    step_size: int | None = None,
 ) -> ContinualTrainer:
     trainer = ContinualTrainer(
         max_epochs=epochs,
@@ -87,7 +87,7 @@ def learn(
     )
     batch_size = batch_size or GLOBAL_BATCH // WORLD_SIZE // accumulation
     data = ExperienceDataModule(experience, module.tokenizer, batch_size=batch_size)
-    trainer.fit_experience(module, experience, data, ckpt_path=ckpt_path)
+    trainer.fit_experience(module, experience, data, ckpt_path=ckpt_path, step_size=step_size)
     return trainer
 
 
@@ -264,7 +264,6 @@ def elastic(
     at_most: int = 2,
     kill: dict[str, Any] | None = None,
     precision: Any = "32-true",
-    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Learn an update without dropout on any number of processes, until killed; or go on with it ("resumed").
 
@@ -275,27 +274,27 @@ def elastic(
     module = load(Path(version), callbacks, dropout=0.0)
     seed_all(1000 if part == "resumed" else 2)
     torch.manual_seed(5)  # of the head's new rows, on all ranks
-    ckpt_path = latest(checkpoints) if part == "resumed" else None
-    batches, accumulation = layout(ckpt_path, WORLD_SIZE, at_most, step_size=GLOBAL_BATCH)
     more = [steps, started, UpdateCheckpoint(checkpoints, every_n_steps=4), Held(Path(out) / f"{part}-held")]
     if kill is not None:
         more.append(Kill(**kill))
     try:
-        learn(
+        trainer = learn(
             module,
             news("second", ["sport", "politics"], STEPS),
             strategy,
             [*callbacks, *more],
-            accumulation=accumulation,
-            ckpt_path=ckpt_path,
+            accumulation=1,
+            ckpt_path=latest(checkpoints) if part == "resumed" else None,
             precision=precision,
-            batch_size=batch_size or batches,
+            batch_size=at_most,
+            step_size=GLOBAL_BATCH,
         )
     except ValueError as error:
         return {"error": str(error)}
     save(module, callbacks, Path(out) / part)
     alarms = [test["alarm"] for one in callbacks if isinstance(one, DriftTrigger) for test in one.history]
-    return {"start": started.step, "layout": [batches, accumulation], "steps": steps.steps, "alarms": alarms}
+    batches = [trainer.train_dataloader.batch_size, trainer.accumulate_grad_batches]  # type: ignore[union-attr]
+    return {"start": started.step, "layout": batches, "steps": steps.steps, "alarms": alarms}
 
 
 class Held(pl.Callback):
@@ -381,6 +380,8 @@ class Told(pl.Callback):
 
     def _tell(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step == 4:
-            stage_3 = hasattr(module.frozen.weight, "ds_tensor")
-            weight = module.frozen.weight.ds_tensor if stage_3 else module.frozen.weight
+            weight = module.frozen.weight
+            if hasattr(weight, "ds_tensor"):
+                engine: Any = trainer.strategy.model
+                weight = FrozenZero3Shards(module, engine).values()[0]
             self.told = {"weight": weight.unique().tolist(), "mean": module.norm.running_mean.tolist()}

@@ -131,13 +131,13 @@ def _numbers(scaler: object) -> dict[str, Any]:
 
 def _check_together(trainer: pl.Trainer, folder: Path) -> None:
     """Compare the files with their digests, each on one rank; a rank that finds a damaged one stops all of them."""
-    problem: Exception | None = None
+    problem = ""
     try:
         FragmentState.check(folder, rank_and_world_size())
     except (ValueError, FileNotFoundError) as error:
-        problem = error
-    if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
-        raise problem or ValueError(f"a file of {folder} is damaged or missing: the message of another rank says which")
+        problem = str(error)
+    if not trainer.strategy.reduce_boolean_decision(not problem, all=True):
+        raise ValueError(problem or f"a file of {folder} is damaged or missing: the message of another rank says which")
 
 
 def _check_shapes(folder: Path, shards: ParameterShards) -> None:
