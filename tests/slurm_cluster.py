@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from evertune.launch.processes import die_with_parent
+
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 _CONFIG = """
 ClusterName=test
@@ -154,7 +156,12 @@ class SlurmCluster:
         with (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509  two system calls
                 )
             )
 

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 
 class SlowWhile(pl.Callback):
-    """Waits after every batch while a file is there.
+    """Waits a second after every batch while a file is there.
 
     Args:
         file: its name.
@@ -21,4 +21,4 @@ class SlowWhile(pl.Callback):
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         if self.file.exists():
-            time.sleep(0.25)
+            time.sleep(1)

@@ -36,7 +36,17 @@ _OWN = {
 }
 """Options that the script depends on, and the settings that they follow from."""
 
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+_ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+}
 _POLL = 5.0
 _EARLY = 60  # seconds that SLURM may send a signal before its time
 _PORTS = 1000  # ports from `port` on, of which a job takes one, so that two jobs can share a node
@@ -96,9 +106,8 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
     cases = (f"    {index}) run=({shlex.join(words)}) ;;" for index, words in enumerate(_runs(settings, command)))
     on_node = shlex.quote(f'exec {_supervisor(settings)} "$@"')
     again = (
-        f'if [ "$code" -eq {PREEMPTED} ]; then  # it has saved; a job that was cancelled is not put back',
-        f'    scontrol requeue Incomplete "{job}"',
-        "fi",
+        "# It has saved, or got SIGUSR2 or SIGTERM before it could. A job that was cancelled is not put back.",
+        f'case "$code" in {PREEMPTED} | 140 | 143) scontrol requeue Incomplete "{job}" ;; esac',
     )
     lines = [
         "#!/bin/bash",
