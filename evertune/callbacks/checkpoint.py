@@ -53,10 +53,10 @@ class UpdateCheckpoint(Checkpoint):
     **On another number of processes** (a node was lost, or came back) a fit goes on in the same optimizer steps: each
     sees the examples that it would have seen, when its size stays the same (processes x ``batch_size`` x
     ``accumulate_grad_batches``; :func:`evertune.elastic.layout` tells the batches) and the loader is that of
-    ``ExperienceDataModule``. Then the weights are equal but for rounding. The random generators of the ranks are seeded
-    anew, in the same way each time: dropout differs. With a ``replay_ratio`` that makes no whole number of examples per
-    batch, up to one example per rank is replayed twice or not at all. Under ``evertune_deepspeed_stage_...`` the stage
-    may change, too.
+    ``ExperienceDataModule``. Then the weights are equal but for rounding. The random generators of all ranks but the
+    first are seeded anew, in the same way each time: dropout differs. With a ``replay_ratio`` that makes no whole
+    number of examples per batch, up to one example per rank is replayed twice or not at all. Under
+    ``evertune_deepspeed_stage_...`` the stage may change, too.
 
     A step that ends an epoch, or that validation follows, is passed over: the checkpoint comes a step later. Metrics
     that are averaged over an epoch start anew when a fit goes on in the middle of it.
@@ -123,7 +123,7 @@ class UpdateCheckpoint(Checkpoint):
         if self._resumed is not None:
             _check_steps(self._resumed, self._saved, trainer)
             content = self._rank_file(trainer).read_bytes()
-            if self._saved["processes"] == trainer.world_size:
+            if self._saved["processes"] == trainer.world_size or trainer.is_global_zero:  # what rank 0 draws, all share
                 _set_random_state(decode(content)["random"], trainer)
             else:
                 _seed_anew(content, trainer)
