@@ -23,9 +23,12 @@ def is_writer() -> bool:
 def is_leader() -> bool:
     """Whether this process is rank 0 of its launch, told from the environment: before there is a process group.
 
-    Understands torchrun, SLURM, and the processes that Lightning starts itself.
+    Understands torchrun, SLURM, and the processes that Lightning starts itself. Where torchrun gives a rank, that alone
+    counts: rank 0 may be on any node.
     """
-    names = ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    names = ("SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
