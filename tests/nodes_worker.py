@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 
 import torch
 
+from evertune.launch.worker import run
 
-def main(target: str, arguments: str) -> None:
+
+def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    target, settings = arguments
     module, function = target.split(":")
-    getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    getattr(importlib.import_module(module), function)(**json.loads(settings))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if "EVERTUNE_NODE_DIR" in os.environ:  # a supervisor has started torchrun
+        run(main, sys.argv[1:])
+    main(sys.argv[1:])

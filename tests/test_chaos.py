@@ -422,7 +422,8 @@ def test_a_node_is_lost_and_the_other_goes_on_alone(
     strategy: str, comes_back: bool, workspace: Path, undisturbed: Callable[..., Run], tmp_path: Path
 ) -> None:
     """The same examples in every step, and the same weights but for rounding; ranks that drop out would differ."""
-    with running(workspace, tmp_path, "two", strategy=strategy, dropout=0.0, min_nodes=1) as run:
+    seconds = 0.8 if comes_back else 0.1  # there is something left to do for a node that comes back
+    with running(workspace, tmp_path, "two", strategy=strategy, dropout=0.0, seconds=seconds, min_nodes=1) as run:
         before = run.wait_for(27, rank=0)
         event = run.kill_supervisor(1)
         if comes_back:

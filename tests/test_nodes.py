@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.distributed import run_ranks
-from tests.namespaces import ADDRESSES, Nodes, available, two_nodes
+from tests.lightning_modules import TEXTS, tiny_bert
+from tests.namespaces import ADDRESSES, INTERFACE, Nodes, available, two_nodes
 from tests.shard_worker import make_bert
+from tests.test_cli import CONFIG, ROOT, check_outputs, evertune, scores
 from tests.test_shard_exact import assert_same_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(available()), reason=str(available()))]
@@ -22,6 +23,7 @@ RUNS = [
     {"method": "replay+ewc", "optimizer": optimizer, "accumulation": accumulation}
     for optimizer, accumulation in (("sgd", 1), ("adamw", 3))
 ]
+VARIABLES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -42,33 +44,82 @@ def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_everywhere(nodes: Nodes, commands: Sequence[list[str]], folder: Path) -> None:
-    """One command on each node, until all have ended well."""
-    logs = [(folder / f"node{node}.log").open("w+") for node in range(2)]
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    running = [
-        nodes.run_on(node, command, variables, stdout=log, stderr=subprocess.STDOUT)
-        for node, (command, log) in enumerate(zip(commands, logs, strict=True))
-    ]
-    codes = [process.wait(400) for process in running]
-    assert codes == [0, 0], "\n".join(log.read()[-4000:] for log in logs if not log.seek(0))
+def run_everywhere(nodes: Nodes, command: Callable[[int], list[str]], folder: Path) -> str:
+    """A command on each node, until all have ended well; what they have printed."""
+    logs = [folder / f"node-{node}.txt" for node in range(2)]
+    running = []
+    for node, path in enumerate(logs):
+        with path.open("w") as log:
+            started = nodes.run_on(node, command(node), VARIABLES, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        running.append(started)
+    codes = [process.wait(500) for process in running]
+    printed = "\n".join(path.read_text()[-8000:] for path in logs)
+    assert codes == [0, 0], printed
+    return printed
 
 
-def torchrun(node: int, target: str, **arguments: Any) -> list[str]:
-    """torchrun on a node with one process."""
+def torchrun(node: int, folder: Path) -> list[str]:
+    """torchrun on a node, with one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29500"]
-    command += [f"--rdzv-conf=is_host={int(node == 0)}", f"--local-addr={ADDRESSES[node]}"]
-    return [*command, "-m", "tests.nodes_worker", target, json.dumps(arguments)]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29500", f"--rdzv-conf=is_host={int(node == 0)}"]
+    return [*command, f"--local-addr={ADDRESSES[node]}", "-m", "tests.nodes_worker"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+def supervisor(node: int, folder: Path) -> list[str]:
+    """The supervisor of a node, with one process; the preflight comes before it."""
+    command = [sys.executable, "-m", "evertune.launch.node", "--nodes=2", f"--node-rank={node}", "--processes=1"]
+    command += [f"--master={ADDRESSES[0]}:29500", "--run-id=test", f"--log-dir={folder / 'logs'}", "--max-restarts=0"]
+    command += ["--grace=60", "--hang-timeout=45", "--silence-timeout=300"]
+    return [*command, "--preflight", f"--shared={folder}", "--module=tests.nodes_worker", "--"]
+
+
+@pytest.mark.parametrize(
+    ("start", "stage"), [(torchrun, 1), (torchrun, 3), (supervisor, 1), (supervisor, 2), (supervisor, 3)]
+)
 def test_two_nodes_learn_what_one_process_learns(
-    stage: int, nodes: Nodes, bert: str, one_process: Path, tmp_path: Path
+    start: Callable[[int, Path], list[str]], stage: int, nodes: Nodes, bert: str, one_process: Path, tmp_path: Path
 ) -> None:
-    strategy = f"evertune_deepspeed_stage_{stage}"
-    learn = {"folder": bert, "out": str(tmp_path), "strategy": strategy, "runs": RUNS}
-    commands = [torchrun(node, "tests.shard_worker:learn_two", **learn) for node in range(2)]
-    run_everywhere(nodes, commands, tmp_path)
+    settings = {"folder": bert, "out": str(tmp_path), "strategy": f"evertune_deepspeed_stage_{stage}", "runs": RUNS}
+    what = ["tests.shard_worker:learn_two", json.dumps(settings)]
+    run_everywhere(nodes, lambda node: [*start(node, tmp_path), *what], tmp_path)
     for run in RUNS:
         assert_same_weights(run, one_process, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small BERT, a file of texts, a configuration, and what one process learns from them."""
+    folder = tmp_path_factory.mktemp("workspace")
+    tiny_bert(folder / "bert")
+    rows = [{"text": text, "label": name} for name, texts in TEXTS.items() for text in texts * 4]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "stream.yaml").write_text(CONFIG)
+    done = evertune(folder, "fit", "--config", "stream.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    history, alone = check_outputs(one), check_outputs(other)
+    assert str(history.accuracy_matrix) == str(alone.accuracy_matrix)
+    assert history.memory == alone.memory
+    for mine, theirs in zip(scores(one), scores(other), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_launch_of_a_fit_on_two_nodes(stage: int, nodes: Nodes, workspace: Path, tmp_path: Path) -> None:
+    """``evertune launch torchrun``, with a command in place of ssh that goes to the other namespace."""
+    ssh = tmp_path / "ssh.sh"
+    cases = "\n".join(f"{address}) name={name};;" for address, name in zip(ADDRESSES, nodes.names, strict=True))
+    ssh.write_text(f'case "$1" in\n{cases}\nesac\nshift\nexec ip netns exec $name sh -c "$*"\n')
+    launch = ["--torchrun.ssh", f"sh {ssh}", "--torchrun.hosts", json.dumps(list(ADDRESSES))]
+    launch += ["--interface", INTERFACE, "--processes_per_node", "1", "--shared_folders", json.dumps([str(workspace)])]
+    launch += ["--environment", json.dumps(VARIABLES), "--log_dir", str(tmp_path / "logs")]
+    out = tmp_path / "out"
+    fit = ["fit", "--config", "stream.yaml", "--data.batch_size", "2", "--out", str(out)]
+    fit += ["--trainer.strategy", f"evertune_deepspeed_stage_{stage}"]
+    done = evertune(workspace, "launch", "torchrun", *launch, "--", *fit)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert "report: " in done.stdout
+    assert_same_run(out, workspace / "run")
