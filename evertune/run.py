@@ -22,6 +22,7 @@ from evertune.lightning_modules.saving import load_weights, save_weights
 from evertune.memory.codec import decode, encode
 from evertune.random_state import random_state, set_random_state
 from evertune.ranks import is_leader, is_writer, rank_and_world_size
+from evertune.strategies.deepspeed import SavedMasters
 
 if TYPE_CHECKING:
     from evertune.streams.experience import Experience
@@ -31,6 +32,7 @@ _RUN = "run.json"
 _STEP = "step.json"
 _MODULE = "model"
 _WEIGHTS = "weights.safetensors"
+_MASTERS = "masters"
 _CALLBACKS = "callbacks"
 
 
@@ -181,6 +183,9 @@ class _Generators(pl.Callback):
 
 
 def _save_module(module: Any, folder: Path) -> None:
+    masters = vars(module).get("_evertune_masters")  # of 16-bit training under DeepSpeed
+    if masters is not None:
+        masters.save(folder / _MASTERS)
     if hasattr(module, "start_from"):
         module.save_pretrained(folder / _MODULE)
     else:
@@ -188,6 +193,8 @@ def _save_module(module: Any, folder: Path) -> None:
 
 
 def _load_module(module: Any, folder: Path) -> None:
+    if (folder / _MASTERS).is_dir():
+        vars(module)["_evertune_masters"] = SavedMasters(folder / _MASTERS)
     if hasattr(module, "start_from"):
         module.start_from(folder / _MODULE)
         return

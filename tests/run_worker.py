@@ -43,6 +43,7 @@ def learn(
     kill: bool = True,
     dropout: float | None = None,
     processes: int = WORLD_SIZE,
+    precision: Any = "32-true",
 ) -> dict[str, Any]:
     """Learn three experiences of five steps, two epochs each; 30 batches in all.
 
@@ -62,6 +63,7 @@ def learn(
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy=strategy,
+        precision=precision,
         callbacks=[Replay(memory_size=12), EWC(ewc_lambda=50.0, n_examples=16, batch_size=4), end],
         logger=False,
         enable_checkpointing=False,

@@ -60,9 +60,17 @@ def test_a_run_goes_on_in_the_same_bits(bert: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end_at", [BOUNDARY, MIDDLE])
-@pytest.mark.parametrize("strategy", ["ddp", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"])
-def test_two_processes_that_are_killed(bert: str, strategy: str, end_at: int, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"bert": bert, "strategy": strategy}
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("ddp", "32-true"),
+        ("evertune_deepspeed_stage_2", "32-true"),
+        ("evertune_deepspeed_stage_3", "32-true"),
+        ("evertune_deepspeed_stage_2", "bf16-mixed"),
+    ],
+)
+def test_two_processes_that_are_killed(bert: str, strategy: str, precision: str, end_at: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"bert": bert, "strategy": strategy, "precision": precision}
     target = "tests.run_worker:learn"
     whole = run_ranks(target, 2, **settings, run_dir=str(tmp_path / "undisturbed"), out=str(tmp_path / "whole"))
     settings["run_dir"] = str(tmp_path / "run")

@@ -6,6 +6,7 @@ import argparse
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from evertune.strategies import portable
+from evertune.strategies.fragments import FragmentState, saved_shapes
 from evertune.strategies.shards import ParameterShards
 from evertune.strategies.support import check_strategy
 
@@ -202,16 +204,33 @@ class Masters:
     """
 
     def __init__(self, shards: ParameterShards) -> None:
-        values = [value.clone() for value in shards.values()]
-        self._held = {f.name: (f.offset, value) for f, value in zip(shards.fragments, values, strict=True)}
-        self._sizes = {name: shape.numel() for name, shape in shards.shapes.items()}
+        self._state = FragmentState.of(shards, {"master": [value.clone() for value in shards.values()]})
 
     def restore(self, shards: ParameterShards) -> None:
         """Write them into a new engine's masters; elements that are new since (a grown head) stay as they are."""
-        moved = shards.rearrange(self._held, old_sharded=True)
-        for fragment, value, master in zip(shards.fragments, shards.values(), moved, strict=True):
-            known = max(0, min(fragment.numel, self._sizes.get(fragment.name, 0) - fragment.offset))
-            value[:known] = master[:known]
+        _write(self._state.rearranged(shards), self._state.shapes, shards)
+
+    def save(self, directory: Path) -> None:
+        """Write them to a folder, for :class:`SavedMasters` in another process. Call on every rank."""
+        self._state.save(directory)
+
+
+class SavedMasters:
+    """The masters that :meth:`Masters.save` wrote, for the first fit of a process, on any number of ranks."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def restore(self, shards: ParameterShards) -> None:
+        """As :meth:`Masters.restore`."""
+        _write(FragmentState.load(self._directory, shards), saved_shapes(self._directory), shards)
+
+
+def _write(state: FragmentState, sizes: Mapping[str, torch.Size], shards: ParameterShards) -> None:
+    for fragment, value, master in zip(shards.fragments, shards.values(), state.tensors["master"], strict=True):
+        numel = sizes[fragment.name].numel() if fragment.name in sizes else 0
+        known = max(0, min(fragment.numel, numel - fragment.offset))
+        value[:known] = master[:known]
 
 
 def _release(engine: Any) -> None:
