@@ -207,7 +207,12 @@ def test_bad_arguments(
     [(None, "no such file: absent.jsonl"), ('{"text": "the bank"', "absent.jsonl, row 2: not valid JSON")],
 )
 def test_data_that_cannot_be_read_end_in_one_line(
-    line: str | None, message: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str | None,
+    message: str,
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
@@ -215,8 +220,8 @@ def test_data_that_cannot_be_read_end_in_one_line(
         Path("absent.jsonl").write_text((workspace / "rows.jsonl").read_text().split("\n")[0] + f"\n{line}\n")
     config = CONFIG.replace("bert", str(workspace / "bert")).replace("rows.jsonl", "absent.jsonl")
     Path("stream.yaml").write_text(config)
-    code = run_here(["fit", "--config", "stream.yaml"])
-    assert code.startswith(f"evertune fit: {message}")
+    assert run_here(["fit", "--config", "stream.yaml"]) == 2
+    assert f"evertune fit: {message}" in capsys.readouterr().err
     assert not Path("run").exists()
 
 

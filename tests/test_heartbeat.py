@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -115,20 +116,20 @@ def test_nothing_written_is_no_beat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beat", "hangs"),
+    ("seconds", "beat", "hangs"),
     [
-        (a_beat(30, in_step=True), False),
-        (a_beat(60, in_step=True), True),
-        (a_beat(60, in_step=True, longest=10), False),  # ten times the longest step is waited for
-        (a_beat(120, in_step=True, longest=10), True),
-        (a_beat(60, in_step=True, longest=0), False),  # the first step compiles
-        (a_beat(2_000, in_step=True, longest=0), True),
-        (a_beat(1_000, in_step=False), False),
-        (a_beat(2_000, in_step=False), True),
+        (30, {"in_step": True}, False),
+        (60, {"in_step": True}, True),
+        (60, {"in_step": True, "longest": 10}, False),  # ten times the longest step is waited for
+        (120, {"in_step": True, "longest": 10}, True),
+        (60, {"in_step": True, "longest": 0}, False),  # the first step compiles
+        (2_000, {"in_step": True, "longest": 0}, True),
+        (1_000, {"in_step": False}, False),
+        (2_000, {"in_step": False}, True),
     ],
 )
-def test_patience(beat: Beat, hangs: bool) -> None:
-    assert bool(Watch(45, 1_800).late([a_rank(beat=beat)])) == hangs
+def test_patience(seconds: float, beat: dict[str, Any], hangs: bool) -> None:
+    assert bool(Watch(45, 1_800).late([a_rank(beat=a_beat(seconds, **beat))])) == hangs
 
 
 def test_start_of_a_training_command_takes_no_longer_than_silence() -> None:

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler, get_worker_info
@@ -525,7 +526,7 @@ def stream(devices, batch_size, accumulate=1, policy="reservoir", iterable=False
         if iterable:
             data, order = Rest(data[one.global_rank :: devices]), None
         one.fit(model, DataLoader(data, sampler=order, batch_size=batch_size, num_workers=workers))
-    return {
+    told = {
         "ids": replay.memory.ids,
         "seen": model.seen,
         "weights": weights(model).tolist(),
@@ -533,6 +534,9 @@ def stream(devices, batch_size, accumulate=1, policy="reservoir", iterable=False
         "erased": replay.forget(replay.memory.ids[:2]),
         "left": len(replay.memory),
     }
+    if devices > 1:
+        dist.barrier()  # the folder of the memory ends with rank 0's
+    return told
 
 
 CASES = {
