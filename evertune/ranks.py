@@ -15,6 +15,15 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def leave() -> None:
+    """Leave the process group, if this process is in one.
+
+    A process that ends without that may abort: a thread of the group may still let go of a tensor when Python is gone.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_writer() -> bool:
     """Whether this process is the one that writes what all of them hold alike (rank 0)."""
     return rank_and_world_size()[0] == 0

@@ -19,6 +19,8 @@ module, function, arguments, result = sys.argv[1:]
 value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
 with open(result, "w") as file:
     json.dump(value, file)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,6 +20,7 @@ from evertune.callbacks.examples import gather_bytes
 from evertune.elastic import MANIFEST, read_manifest, step_size_of
 from evertune.files import sha256, sync_folder, sync_tree, write_atomically
 from evertune.memory.codec import decode, encode
+from evertune.random_state import random_state, set_random_state
 from evertune.resume import resume_loaders
 from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy
 from evertune.strategies.portable import REPLICATED
@@ -124,7 +125,7 @@ class UpdateCheckpoint(Checkpoint):
             _check_steps(self._resumed, self._saved, trainer)
             content = self._rank_file(trainer).read_bytes()
             if self._saved["processes"] == trainer.world_size or trainer.is_global_zero:  # what rank 0 draws, all share
-                _set_random_state(decode(content)["random"], trainer)
+                set_random_state(decode(content)["random"], trainer.strategy.root_device)
             else:
                 _seed_anew(content, trainer)
         self._last_step = trainer.global_step
@@ -179,7 +180,7 @@ class UpdateCheckpoint(Checkpoint):
         draft.mkdir(parents=True, exist_ok=True)
         self._write_state(trainer, draft / _STATE)
         own = draft / _rank_name(trainer.global_rank)
-        own.write_bytes(encode({"random": _random_state(trainer), "buffers": _buffers(trainer)}))
+        own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
         digests = [digest.decode() for digest in gather_bytes(sha256(own).encode(), trainer)]
         trainer.strategy.barrier("the parts of a checkpoint")
         if trainer.is_global_zero:
@@ -338,25 +339,6 @@ def _set_buffers(buffers: dict[str, torch.Tensor], module: pl.LightningModule) -
     for name, buffer in module.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])
-
-
-def _random_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """The global random generators of this rank."""
-    device = trainer.strategy.root_device
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any], trainer: pl.Trainer) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)
 
 
 def _seed_anew(content: bytes, trainer: pl.Trainer) -> None:

@@ -53,12 +53,14 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
     folder, local_rank = Path(os.environ["EVERTUNE_NODE_DIR"]), os.environ["LOCAL_RANK"]
     _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
     from evertune.launch.settings import DECIDED, PREEMPTED
+    from evertune.ranks import leave
 
     try:
         code = _code_of(command, arguments)
     finally:
         if (folder / f"beat-{local_rank}").exists() and (beat := own_beat()) is not None:
             beat.end_step(beat.step)  # this process may need long to end
+    leave()
     sys.stdout.flush()
     if code in (*DECIDED, PREEMPTED):
         _write(folder / f"code-{local_rank}", {"pid": os.getpid(), "rank": int(os.environ["RANK"]), "code": code})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import os
 import shutil
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from evertune.ranks import leave
 from evertune.strategies import portable
+from evertune.strategies.extensions import load_extension
 from evertune.strategies.fragments import FragmentState, saved_shapes
 from evertune.strategies.shards import ParameterShards
 from evertune.strategies.support import check_strategy
@@ -76,10 +79,13 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         """Join the process group without the check of CUDA device indices when on CPU."""
         if self.root_device.type == "cuda":
             super().setup_distributed()
-            return
-        reset_seed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
+        else:
+            reset_seed()
+            self.set_world_ranks()
+            load_extension()
+            self._init_deepspeed_distributed()
+        atexit.unregister(leave)  # once, however many fits there are
+        atexit.register(leave)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Build the engine for this fit, on top of the fp32 masters the last one left."""

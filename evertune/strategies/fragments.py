@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evertune.files import sha256
@@ -92,6 +90,8 @@ class FragmentState:
             directory: made if missing.
             extra: JSON values to keep with the state.
         """
+        from safetensors.torch import save_file
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         rank, world_size = rank_and_world_size()
@@ -164,6 +164,8 @@ class FragmentState:
             FileNotFoundError: when a file is missing.
             ValueError: when the folder is not one that :meth:`save` wrote.
         """
+        from safetensors import SafetensorError, safe_open
+
         directory = Path(directory)
         index = _read_index(directory)
         here = {fragment.name: (i, fragment) for i, fragment in enumerate(shards.fragments)}

@@ -1,0 +1,38 @@
+"""DeepSpeed's compiled extension for CPUs: in a folder per environment, and never waited for in vain."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_VARIABLE = "TORCH_EXTENSIONS_DIR"
+_NAME = "deepspeed_shm_comm"
+
+
+def load_extension() -> None:
+    """Load DeepSpeed's extension for all-reduces in shared memory, compiled when this environment has none yet.
+
+    torch compiles anew whenever the folder holds the extension of another environment, and waits for ever for the lock
+    file of a process that was killed while it compiled. Here each environment has its folder, and processes take turns
+    by a lock of the system, which ends with its process: who holds it removes what a killed one has left. A folder
+    that the user has set in ``TORCH_EXTENSIONS_DIR`` is used as it is.
+    """
+    from deepspeed.comm.torch import build_shm_op
+
+    folder = Path(os.environ.setdefault(_VARIABLE, str(_of_this_environment())))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "evertune.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / _NAME / "lock").unlink(missing_ok=True)
+        build_shm_op()  # DeepSpeed keeps it for when it joins the process group
+
+
+def _of_this_environment() -> Path:
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version} {torch.__version__}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "torch_extensions" / f"evertune-{environment}"
