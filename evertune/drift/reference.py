@@ -1,0 +1,98 @@
+"""Detectors that take the first records as their picture of the past, and go on in mid-stream from their state."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evertune.drift.detector import Detector
+
+_COUNTERS = ("n_features", "n_seen", "n_tests", "detected_at", "drift_detected", "score", "threshold", "p_value")
+
+
+class ReferenceDetector(Detector):
+    """Gathers a reference, is armed with it, and then watches.
+
+    A subclass writes :meth:`_arm` and :meth:`_watch`, lists what they keep in :attr:`_kept`, and creates it in
+    :meth:`_clear`.
+
+    Args:
+        config: the settings by name. A state is refused by a detector with others.
+        reference_size: records in the reference.
+        seed: of all that the detector draws.
+
+    Raises:
+        ValueError: when ``arl`` or a size (a setting that ends in ``_size``) is not positive, or ``reference_size`` and
+            ``window_size`` are no multiples of ``block_size``.
+    """
+
+    _kept: tuple[str, ...] = ()
+    """Names of attributes: tensors, numbers or strings."""
+
+    def __init__(self, config: dict[str, float | str], reference_size: int, seed: int) -> None:
+        for name, value in config.items():
+            if (name.endswith("_size") or name == "arl") and float(value) <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        block_size = int(config.get("block_size", 1))
+        for name in ("reference_size", "window_size"):
+            if int(config.get(name, block_size)) % block_size:
+                raise ValueError(f"block_size must divide {name}, got {block_size} for {config[name]}")
+        self._config = config
+        self.reference_size, self.seed = reference_size, seed
+        super().__init__()
+
+    @property
+    def armed(self) -> bool:
+        """Whether the reference is complete, so that records are tested."""
+        return not math.isnan(self.threshold)
+
+    def _observe(self, records: Tensor) -> None:
+        if not self.armed:
+            taken, records = records.split([n := self._missing(len(records)), len(records) - n])
+            self._reference = torch.cat([self._reference, taken]) if self.n_seen else taken.clone()
+            self.n_seen += len(taken)
+            if self.n_seen == self.reference_size:
+                self._arm(self._reference, torch.Generator().manual_seed(self.seed))
+                self._reference = torch.empty(0)
+        if len(records):
+            self._watch(records)
+
+    def _missing(self, n: int) -> int:
+        """How many of the next ``n`` records belong to the reference."""
+        return 0 if self.armed else min(n, self.reference_size - self.n_seen)
+
+    def _clear(self) -> None:
+        self._reference = torch.empty(0)  # [records, n_features] until armed
+
+    @abstractmethod
+    def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
+        """Learn what is needed from the reference ``[reference_size, n_features]``, and set the threshold."""
+
+    @abstractmethod
+    def _watch(self, records: Tensor) -> None:
+        """Take at least one record after the reference; count it in ``n_seen``, and call ``_test``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on in mid-stream: tensors, numbers and strings only."""
+        kept = {name: getattr(self, name) for name in ("_reference", *self._kept)}
+        kept = {name.lstrip("_"): value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
+        return {"config": dict(self._config), **{name: getattr(self, name) for name in _COUNTERS}, **kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`: no later decision differs.
+
+        Raises:
+            ValueError: when the state was saved by a detector with other settings.
+        """
+        for name, value in self._config.items():
+            if state_dict["config"].get(name) != value:
+                raise ValueError(f"the state was saved with {name}={state_dict['config'].get(name)}, this has {value}")
+        for name in _COUNTERS:
+            setattr(self, name, state_dict[name])
+        for name in ("_reference", *self._kept):
+            value = state_dict[name.lstrip("_")]
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

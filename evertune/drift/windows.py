@@ -1,0 +1,175 @@
+"""Detectors that compare windows of records with the reference by the means of a feature map."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from evertune.drift.calibration import resample, threshold_of_tests
+from evertune.drift.reference import ReferenceDetector
+
+_MAX_TESTS = 200_000  # resampled windows
+_MIN_TESTS = 2_000
+_TESTS_ABOVE = 100  # of the resampled windows, above the threshold: their number is then known to 10%
+_REFERENCES = 32  # resampled references
+_MIN_WINDOWS = 4  # a shorter reference is too noisy a picture of the past, whatever the false-alarm rate
+_CHUNK = 2_048  # records mapped at once
+_JITTER = 1e-6
+
+
+class WindowDetector(ReferenceDetector):
+    """Tests each ``window_size`` records by the distance of their mean from the reference's, in a feature map.
+
+    A window is kept as a sum alone. The threshold comes from the reference: resampled windows are compared with
+    resampled references, so that the mean number of records up to a false alarm, over references and streams, is
+    ``arl`` (see :mod:`evertune.drift.calibration`). The p-value of a test is ``(k + 1) / (n + 1)``, where ``k`` of ``n``
+    resampled windows are as far away.
+
+    A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_distance`.
+
+    Args:
+        config: all settings by name; with ``arl``, ``reference_size``, ``window_size``, ``block_size`` and ``seed``.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
+            is named).
+    """
+
+    _kept = ("_mean", "_null", "_window", "_filled")
+    _lattice = False
+    """Whether scores repeat, as those of counts do: equal ones are then told apart by chance, so that any rate of
+    alarms can be met."""
+
+    def __init__(self, config: dict[str, float | str]) -> None:
+        self.arl = float(config["arl"])
+        self.window_size, self.block_size = int(config["window_size"]), int(config["block_size"])
+        super().__init__(config, int(config["reference_size"]), int(config["seed"]))
+        self.level = self.window_size / self.arl
+        """The probability of a false alarm in one test, on average over references."""
+        if not 1 / _MAX_TESTS <= self.level < 1:
+            raise ValueError(
+                f"arl must be above window_size={self.window_size} and at most {self.window_size * _MAX_TESTS}, "
+                f"got {self.arl:g}"
+            )
+        needed = reference_needed(self.level, self.window_size, self.block_size)
+        if self.reference_size < needed:
+            raise ValueError(
+                f"a reference of {self.reference_size} records is too small for arl={self.arl:g} with window_size="
+                f"{self.window_size} and block_size={self.block_size}: reference_size must be at least {needed}"
+            )
+
+    @abstractmethod
+    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
+        """Choose the feature map."""
+
+    @abstractmethod
+    def _map(self, records: Tensor) -> Tensor:
+        """The feature map: ``[records, n_map]`` in float64.
+
+        In double precision the cutting of records into batches shows far below any difference between scores.
+        """
+
+    def _distance(self, windows: Tensor, references: Tensor) -> Tensor:
+        """How far apart means are: ``[windows, n_map]`` and ``[references, n_map]`` to ``[windows, references]``.
+
+        Default: the squared Euclidean distance.
+        """
+        squares = windows.square().sum(1, keepdim=True) + references.square().sum(1)
+        return (squares - 2 * windows @ references.T).clamp(min=0)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._mean = torch.empty(0)  # of the reference, in the feature map
+        self._null = torch.empty(0)  # scores of resampled windows, ascending
+        self._window = torch.empty(0)  # sum over the records of the window begun
+        self._filled = 0  # records in it
+
+    def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
+        self._fit(reference, generator)
+        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        self._mean = mapped.mean(0)
+        self._window = torch.zeros_like(self._mean)
+        centred = (mapped - self._mean).float()
+        n, size = len(centred), self.window_size
+        n_tests = min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
+        drawn = resample(n, (_REFERENCES, n), self.block_size, generator)
+        references = embedding_bag(drawn, centred, mode="mean")
+        scores = torch.empty(n_tests, _REFERENCES)
+        for part in torch.arange(n_tests).split(4 * _CHUNK):
+            windows = embedding_bag(resample(n, (len(part), size), self.block_size, generator), centred, mode="mean")
+            scores[part] = self._distance(windows, references)
+        if self._lattice:
+            scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
+        self.threshold = threshold_of_tests(scores, 1 / self.level)
+        self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double()
+
+    def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
+        """What some of the next ``count`` records add to the windows that those will fill.
+
+        Ranks that hold different records of the same stream add up what each of them gets, and give the sum to
+        :meth:`update_sums`: then all decide as one process would that sees every record.
+
+        Args:
+            records: ``[records, n_features]``, in any order; none is fine, too.
+            positions: the place of each among the ``count`` next records of the stream.
+            count: of all ranks.
+
+        Returns:
+            ``[windows, n_map]`` in float64, or None as long as the reference is not complete: then :meth:`update`
+            needs the records themselves.
+
+        Raises:
+            ValueError: as :meth:`update` does.
+        """
+        if not self.armed:
+            return None
+        records = self._validated(records) if len(records) else records
+        windows = (self._filled + positions) // self.window_size
+        sums = torch.zeros((self._filled + count - 1) // self.window_size + 1, len(self._mean), dtype=torch.float64)
+        for part, window in zip(records.split(_CHUNK), windows.split(_CHUNK), strict=True):
+            if len(part):
+                sums.index_add_(0, window, self._map(part))
+        return sums
+
+    def update_sums(self, sums: Tensor, count: int) -> None:
+        """Look at the next ``count`` records by their :meth:`sums`."""
+        self.drift_detected = False
+        self._take(sums, count)
+
+    def _watch(self, records: Tensor) -> None:
+        sums = self.sums(records, torch.arange(len(records)), len(records))
+        assert sums is not None
+        self._take(sums, len(records))
+
+    def _take(self, sums: Tensor, count: int) -> None:
+        for added in sums:
+            taken = min(self.window_size - self._filled, count)
+            self._window = self._window + added
+            self._filled += taken
+            self.n_seen += taken
+            count -= taken
+            if self._filled == self.window_size:
+                mean = self._window / self.window_size - self._mean
+                score = self._distance(mean[None], torch.zeros_like(mean)[None]).item()
+                if self._lattice:
+                    score *= 1 + _JITTER * torch.rand(1, generator=self._generator_of_test()).item()
+                n = len(self._null)
+                as_large = n - int(torch.searchsorted(self._null, score))
+                self._window, self._filled = torch.zeros_like(self._window), 0
+                self._test(score, (as_large + 1) / (n + 1))
+
+    def _generator_of_test(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_tests)
+
+
+def reference_needed(level: float, window_size: int, block_size: int) -> int:
+    """The smallest reference with enough different windows to tell a p-value of ``level``, and windows enough."""
+    in_window = window_size // block_size
+    n_blocks = _MIN_WINDOWS * in_window
+    while math.comb(n_blocks, in_window) + 1 < 1 / level:
+        n_blocks += 1
+    return n_blocks * block_size
