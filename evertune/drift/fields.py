@@ -1,0 +1,197 @@
+"""Which fields of the records have changed: their values, how often they are there, and their types."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evertune.drift._p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
+from evertune.drift.tokens import words_of
+
+Kind = Literal["numeric", "categorical", "missing", "schema"]
+
+_MAX_CATEGORIES = 50
+_MIN_EXPECTED = 5  # records of a category on either side; rarer ones count together
+
+
+@dataclass(frozen=True)
+class FieldChange:
+    """One field, or one property of a text, before and after.
+
+    Attributes:
+        name: of the field; ``length of text`` and ``unknown words in text`` are properties of the text field ``text``.
+        kind: ``numeric`` (compared by the Kolmogorov-Smirnov test), ``categorical`` (shares of its values, chi-squared
+            test), ``missing`` (the share of records without it, two-proportion z-test), or ``schema`` (a field that is
+            new or gone, or has another type: no test is needed).
+        effect: numeric: the difference of the means in standard deviations (pooled); categorical: the sum of the
+            positive changes of shares (total variation); missing: the change of that share; schema: 1.
+        p_value: of the test; 0 for ``schema``.
+        p_corrected: for the number of tests (Holm 1979), by :func:`~evertune.drift.attribution.attribute`.
+        before: numeric: the mean; categorical: the shares of the values; missing: the share; schema: the type.
+        after: the same after the change.
+    """
+
+    name: str
+    kind: Kind
+    effect: float
+    p_value: float
+    before: Any
+    after: Any
+    p_corrected: float = math.nan
+
+
+def changed_fields(
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    text_fields: Sequence[str] = (),
+    *,
+    labels: Sequence[str] = (),
+) -> list[FieldChange]:
+    """Every field compared, changed or not; see :class:`FieldChange`.
+
+    Text that holds a number counts as one (CSV has nothing else). NaN and infinite numbers and the empty text count as
+    missing. Left out: fields with many different values that are no numbers (names, free text, lists), and numbers that
+    only rise or only fall in the order of the records (counters, times).
+
+    Args:
+        before: records before the change, in order.
+        after: records after it, in order.
+        text_fields: texts: their length and their unknown words are compared.
+        labels: fields that are categorical, whatever their values.
+
+    Example:
+        >>> before, after = [{"stars": i % 5, "shop": "north"} for i in range(100)], [{"stars": 4}] * 100
+        >>> [(change.name, change.kind, change.before, change.after) for change in changed_fields(before, after)]
+        [('shop', 'schema', 'text', 'absent'), ('stars', 'numeric', 2.0, 4.0)]
+    """
+    if not before or not after:
+        return []
+    changes: list[FieldChange] = []
+    names = {str(name): None for record in (*before, *after) for name in record}
+    for name in sorted(names):
+        sides = [[_plain(record.get(name)) for record in records] for records in (before, after)]
+        kept = [[value for value in side if value is not None] for side in sides]
+        types = [_type(side, categorical=name in labels) for side in kept]
+        if types[0] != types[1]:
+            changes.append(FieldChange(name, "schema", 1.0, 0.0, types[0], types[1]))
+            continue
+        if types[0] == "absent":
+            continue
+        missing = [len(side) - len(there) for side, there in zip(sides, kept, strict=True)]
+        if any(missing):
+            changes.append(_missing(name, missing, [len(before), len(after)]))
+        if name in text_fields:
+            changes += _of_text(name, [str(value) for value in kept[0]], [str(value) for value in kept[1]])
+        elif types[0] == "number":
+            numbers = [np.array([float(value) for value in side if _type_of(value) == "number"]) for side in kept]
+            if not all(map(_only_rises_or_falls, numbers)):
+                changes.append(_numeric(name, *numbers))
+        elif types[0] in ("text", "boolean"):
+            categories = [Counter(map(str, side)) for side in kept]
+            several = len(categories[0] | categories[1]) <= min(_MAX_CATEGORIES, len(kept[0] + kept[1]) / 2)
+            if several or name in labels:
+                changes.append(_categorical(name, *categories))
+    return changes
+
+
+def corrected(changes: Sequence[FieldChange]) -> list[FieldChange]:
+    """With :attr:`FieldChange.p_corrected`; the surest first, and of those the largest."""
+    from evertune.registry.statistics import holm
+
+    tested = [change for change in changes if change.kind != "schema"]
+    p_values = iter(holm([change.p_value for change in tested]))
+    changes = [replace(change, p_corrected=0.0 if change.kind == "schema" else next(p_values)) for change in changes]
+    return sorted(changes, key=lambda change: (change.p_corrected, -abs(change.effect), change.name))
+
+
+def _plain(value: Any) -> Any:
+    """None for what is missing, a number for a text that is one."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else None
+    if isinstance(value, int | float):
+        try:
+            return value if math.isfinite(value) else None
+        except OverflowError:  # an integer beyond all floats
+            return None
+    return value
+
+
+def _type(values: Sequence[Any], categorical: bool) -> str:
+    """Of most values."""
+    if not values:
+        return "absent"
+    counts = Counter(map(_type_of, values))
+    kind = max(counts, key=lambda kind: (counts[kind], kind))
+    return "text" if kind == "number" and categorical else kind
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "text"
+    return "list" if isinstance(value, list | tuple) else "object"
+
+
+def _missing(name: str, missing: Sequence[int], of: Sequence[int]) -> FieldChange:
+    shares = [n / size for n, size in zip(missing, of, strict=True)]
+    z = two_shares(missing[0], of[0], missing[1], of[1])
+    return FieldChange(name, "missing", shares[1] - shares[0], normal(z), shares[0], shares[1])
+
+
+def _numeric(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> FieldChange:
+    spread = math.sqrt((before.var() + after.var()) / 2)
+    difference = float(after.mean() - before.mean())
+    effect = difference / spread if spread else math.copysign(math.inf, difference) if difference else 0.0
+    _, p_value = kolmogorov_smirnov(before, after)
+    return FieldChange(name, "numeric", effect, p_value, float(before.mean()), float(after.mean()))
+
+
+def _categorical(name: str, before: Counter[str], after: Counter[str]) -> FieldChange:
+    totals = [before.total(), after.total()]
+    table = {value: [before[value], after[value]] for value in before | after}
+    shares = [{value: row[side] / totals[side] for value, row in sorted(table.items())} for side in (0, 1)]
+    effect = sum(max(shares[1][value] - shares[0][value], 0.0) for value in table)
+    rare = [value for value, row in table.items() if sum(row) * min(totals) / sum(totals) < _MIN_EXPECTED]
+    if len(rare) > 1:
+        together = np.sum([table.pop(value) for value in rare], 0).tolist()
+        table["other"] = [together[0], together[1]]
+    observed = np.array(list(table.values()), dtype=np.float64)
+    expected = np.outer(observed.sum(1), observed.sum(0)) / observed.sum()
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    p_value = chi_squared(statistic, len(table) - 1) if len(table) > 1 else 1.0
+    return FieldChange(name, "categorical", effect, p_value, shares[0], shares[1])
+
+
+def _of_text(name: str, before: Sequence[str], after: Sequence[str]) -> list[FieldChange]:
+    """The length in words; and the share of words not known, by the vocabulary of every other record before."""
+    words = [list(map(words_of, texts)) for texts in (before, after)]
+    lengths = [np.array([len(text) for text in side], dtype=np.float64) for side in words]
+    changes = [_numeric(f"length of {name}", *lengths)]
+    known = {word for text in words[0][::2] for word in text}
+    rates = [
+        np.array([sum(word not in known for word in text) / len(text) for text in side if text])
+        for side in (words[0][1::2], words[1])
+    ]
+    if all(map(len, rates)):
+        changes.append(_numeric(f"unknown words in {name}", *rates))
+    return changes
+
+
+def _only_rises_or_falls(numbers: NDArray[np.float64]) -> bool:
+    steps = np.diff(numbers)
+    return len(steps) > 10 and bool((steps > 0).all() or (steps < 0).all())

@@ -1,0 +1,106 @@
+"""Which words have become more frequent, and which less."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from evertune.drift._p_values import normal
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_PRIOR = 0.1  # the prior's weight, as a part of the smaller side
+
+
+@dataclass(frozen=True)
+class TokenChange:
+    """A word, or two in a row, that has become more or less frequent.
+
+    Attributes:
+        token: in lower case; two words with a space between them.
+        before: records before the change that hold it.
+        after: records after it that do.
+        log_odds: logarithm of the ratio of the odds, after to before; positive for what has become more frequent.
+        z: the same in units of its standard deviation.
+    """
+
+    token: str
+    before: int
+    after: int
+    log_odds: float
+    z: float
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation.
+
+    Example:
+        >>> words_of("Don't panic, it's state-of-the-art: 42!")
+        ["don't", 'panic', "it's", 'state-of-the-art', '42']
+    """
+    return _WORD.findall(text.lower())
+
+
+def changed_tokens(
+    before: Sequence[str], after: Sequence[str], *, n_tokens: int = 20, min_records: int = 5, level: float = 0.05
+) -> list[TokenChange]:
+    """The words and pairs of words whose frequency has changed beyond chance.
+
+    By the log-odds ratio with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008), whose z-scores favour
+    neither rare words nor frequent ones. The prior is the distribution over both sides together, with the weight of a
+    tenth of the smaller side. A token counts once in each record: one long record that repeats a word is no change.
+
+    Args:
+        before: texts before the change.
+        after: texts after it.
+        n_tokens: so many at most.
+        min_records: tokens held by fewer records of both sides together are left out.
+        level: the chance that any is named where nothing has changed (Bonferroni).
+
+    Returns:
+        The largest z-scores first, of either sign. Pairs only where they stand out more than both their words.
+
+    Example:
+        >>> before, after = ["the cat sat here"] * 50, ["the cat sat here"] * 30 + ["the dog sat here"] * 20
+        >>> [(change.token, change.before, change.after) for change in changed_tokens(before, after)]
+        [('dog', 0, 20)]
+    """
+    counts = [_count(texts) for texts in (before, after)]
+    totals = [sum(count.values()) for count in counts]
+    if not all(totals):
+        return []
+    weight = max(_PRIOR * min(totals), 1.0)
+    changes = {}
+    for token, both in (counts[0] + counts[1]).items():
+        if both < min_records:
+            continue
+        prior = weight * both / sum(totals)
+        more = [count[token] + prior for count in counts]
+        odds = [math.log(m / (total + weight - m)) for m, total in zip(more, totals, strict=True)]
+        log_odds = odds[1] - odds[0]
+        z = log_odds / math.sqrt(1 / more[0] + 1 / more[1])
+        changes[token] = TokenChange(token, counts[0][token], counts[1][token], log_odds, z)
+    found = [change for change in changes.values() if normal(change.z) * len(changes) <= level]
+    found = [change for change in found if _stands_out(change, changes)]
+    return sorted(found, key=lambda change: (-abs(change.z), change.token))[:n_tokens]
+
+
+def tokens_of(text: str) -> set[str]:
+    """The different words of a text, and pairs of words in a row."""
+    words = words_of(text)
+    return {*words, *(f"{first} {second}" for first, second in pairwise(words))}
+
+
+def _count(texts: Iterable[str]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokens_of(text))
+    return counts
+
+
+def _stands_out(change: TokenChange, changes: dict[str, TokenChange]) -> bool:
+    words = change.token.split(" ")
+    return len(words) == 1 or all(abs(change.z) > abs(changes[word].z) for word in words)
