@@ -125,7 +125,13 @@ class ContinualTrainer(pl.Trainer):
             evaluation.experiences,
             evaluation.accuracy_matrix,
             time.perf_counter() - start,
-            drift=[point for one in self.callbacks if isinstance(one, DriftTrigger) for point in one.history],
+            drift=[
+                point
+                for one in self.callbacks
+                if isinstance(one, DriftTrigger)
+                for point in one.history
+                if "score" in point
+            ],
             memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
             examples=sum(len(experience.train) for experience in experiences),
         )

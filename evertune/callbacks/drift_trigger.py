@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from evertune.callbacks._features import Dealt, deal, features_of, gathered
 from evertune.callbacks.base import ContinualCallback, end_experience
-from evertune.callbacks.examples import count_new
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
+from evertune.drift.windows import WindowDetector
 from evertune.strategies.support import check_strategy
 
 _FILE = "drift_trigger.json"
+_MAX_MESSAGES = 100
 
 
 class DriftTrigger(ContinualCallback):
@@ -26,14 +30,23 @@ class DriftTrigger(ContinualCallback):
     Watches the new examples of every batch (not the replayed ones). When the detector raises the alarm, every
     :class:`ContinualCallback` of the trainer ends its experience and starts the next: replay refills its memory, EWC
     consolidates, and the detector takes a new reference. It acts between two optimizer steps, on the examples of the
-    steps completed. The examples of all ranks are put back into one order, so that every rank decides the same, at the
-    same step, as one process would.
+    steps completed.
+
+    Every rank decides the same, at the same step, as one process would that sees the examples of all ranks, one of each
+    in turn. For detectors that keep sums alone (:class:`~evertune.drift.windows.WindowDetector`) the ranks add up sums;
+    otherwise, and as long as the reference is not complete, they gather the features.
+
+    **Input that is bad does not end the training.** An example with NaN or infinite features, a batch with another
+    number of features or that the featuriser cannot read, and an empty one are left out of the detector's records, on
+    that rank alone. They are counted in :attr:`schema_errors`, told in :attr:`history`, and warned of once for each
+    message. They raise no alarm. Another number of features is accepted when an experience starts. (Only a featuriser
+    that fails on the very first batch, on every rank, ends the ``fit``: it does not fit the data.)
 
     The score of every test is kept in :attr:`history`, and logged as ``drift_score``.
 
     Example::
 
-        trigger = DriftTrigger(MMD(arl=50_000, reference_size=512), HashedNgrams())
+        trigger = DriftTrigger(MMD(arl=50_000, reference_size=512), HashedNgrams(), refractory_period=1_000)
         trainer = pl.Trainer(max_epochs=1, callbacks=[Replay(memory_size=2_000), EWC(), trigger])
         trainer.fit(module, endless_loader)
 
@@ -42,29 +55,51 @@ class DriftTrigger(ContinualCallback):
         featuriser: ``batch -> tensor [examples, n_features]``, a frozen view of the examples, in the order of the
             batch. Default: ``HashedNgrams()``, for batches with ``input_ids``. For images, say
             ``lambda batch: batch[0].flatten(1)``. A module is switched to evaluation mode and its gradients off.
-        history_size: tests kept in :attr:`history`, the latest.
+        history_size: entries kept in :attr:`history`, the latest.
+        refractory_period: examples, over all ranks, that are passed over at the start of an experience before the new
+            reference is taken. Where one world fades into the next, an alarm comes in the midst of it: without a pause
+            the reference is a mixture, and the rest of the same change alarms again. Default: 0, for sharp changes.
+
+    Attributes:
+        schema_errors: the number of examples that could not be looked at, by what was wrong with them; 100 messages at
+            most, all others under ``"other"``.
 
     Raises:
-        ValueError: when ``fit`` starts and the featuriser reads weights that are being trained; in training, for
-            features that the detector refuses.
+        ValueError: when ``fit`` starts and the featuriser reads weights that are being trained.
     """
 
     splits_fit = True
     """Tells other callbacks that experiences may end in the middle of a ``fit``."""
 
     def __init__(
-        self, detector: Detector | None = None, featuriser: Featuriser | None = None, history_size: int = 5_000
+        self,
+        detector: Detector | None = None,
+        featuriser: Featuriser | None = None,
+        history_size: int = 5_000,
+        refractory_period: int = 0,
     ) -> None:
         if history_size < 1:
             raise ValueError(f"history_size must be positive, got {history_size}")
+        if refractory_period < 0:
+            raise ValueError(f"refractory_period must not be negative, got {refractory_period}")
         self.detector = detector or MMD()
         self.featuriser = featuriser or HashedNgrams()
+        self.refractory_period = refractory_period
+        self.schema_errors: dict[str, int] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=history_size)
-        self._pending: list[Tensor] = []  # features of the optimizer step under way, of all ranks
+        self._test: dict[str, Any] | None = None  # of the optimizer step under way: the last one, or an alarm
+        self._to_skip = 0  # examples, before the reference begins
+        self._width: int | None = None  # features of an example in this experience
+        self._has_worked = False  # the featuriser
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The tests made: ``{"step": int, "score": float, "threshold": float, "alarm": bool}``, oldest first."""
+        """What was found, oldest first.
+
+        A test is ``{"step": int, "score": float, "threshold": float, "alarm": bool}``. Examples that could not be
+        looked at, in one step or several without another entry between them, are ``{"step": int, "last_step": int,
+        "kind": "schema", "records": int, "errors": [str], "alarm": False}``.
+        """
         return list(self._history)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -80,36 +115,59 @@ class DriftTrigger(ContinualCallback):
             super().on_fit_start(trainer, pl_module)
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take a new reference: what comes now is the new normal."""
+        """Take a new reference: what comes now, or after the refractory period, is the new normal."""
         self.detector.reset()
-        self._pending.clear()
+        self._test = self._width = None
+        self._to_skip = self.refractory_period
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Decide, between two optimizer steps, on the examples of the steps completed; then look at this batch."""
-        if self._pending and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._decide(trainer, pl_module)
-        with torch.no_grad():
-            features = self.featuriser(batch)
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"the featuriser must return a tensor [examples, n_features], got {got}")
-        self._pending.append(_of_all_ranks(features[: count_new(trainer, len(features), batch_idx)], trainer))
-
-    def _decide(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        n_tests = self.detector.n_tests
-        self.detector.update(torch.cat(self._pending))
-        self._pending.clear()
-        if self.detector.n_tests == n_tests:
+        """Act, between two optimizer steps, on what was found in the steps completed; then look at this batch."""
+        if self._test is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._act(self._test, trainer, pl_module)
+        if self._test is not None and self._test["alarm"]:  # the experience ends after this step in any case
             return
-        score, threshold, alarm = self.detector.score, self.detector.threshold, self.detector.drift_detected
-        self._history.append({"step": trainer.global_step, "score": score, "threshold": threshold, "alarm": alarm})
-        module.log("drift_score", score)
-        if alarm:
+        mine = features_of(self.featuriser, batch, trainer, batch_idx)
+        dealt = deal(mine, self._width, not self._has_worked, trainer)
+        self._has_worked = self._has_worked or dealt.width > 0
+        n_good = int(dealt.good.sum())
+        if n_good:
+            self._width = dealt.width
+        if dealt.problems:
+            self._tell(dealt.problems, trainer.global_step)
+        if self._to_skip:
+            dealt.good &= dealt.places >= self._to_skip
+            self._to_skip = max(self._to_skip - n_good, 0)
+        if dealt.good.any():
+            n_tests = self.detector.n_tests
+            self._update(mine.values, dealt, trainer)
+            if self.detector.n_tests > n_tests:
+                score, threshold, alarm = self.detector.score, self.detector.threshold, self.detector.drift_detected
+                self._test = {"score": score, "threshold": threshold, "alarm": alarm}
+
+    def _update(self, values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> None:
+        """Let the detector see the usable examples of all ranks."""
+        if trainer.world_size > 1 and isinstance(self.detector, WindowDetector):
+            count, rank = int(dealt.good.sum()), trainer.global_rank
+            chosen = dealt.good[: len(values), rank]
+            positions = dealt.places[: len(values), rank][chosen]
+            sums = self.detector.sums(values.cpu()[chosen], positions, count)
+            if sums is not None:
+                total = sums.to(trainer.strategy.root_device)
+                dist.all_reduce(total)
+                self.detector.update_sums(total.cpu(), count)
+                return
+        self.detector.update(gathered(values, dealt, trainer))
+
+    def _act(self, test: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._test = None
+        self._history.append({"step": trainer.global_step, **test})
+        module.log("drift_score", test["score"])
+        if test["alarm"]:
             rank_zero_info(
-                f"DriftTrigger: the data changed before step {trainer.global_step} (score {score:.3g} above "
-                f"{threshold:.3g}): a new experience starts"
+                f"DriftTrigger: the data changed before step {trainer.global_step} (score {test['score']:.3g} above "
+                f"{test['threshold']:.3g}): a new experience starts"
             )
             methods = [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
             for method in methods:
@@ -117,13 +175,35 @@ class DriftTrigger(ContinualCallback):
             for method in methods:
                 method.on_experience_start(trainer, module)
 
+    def _tell(self, problems: Mapping[str, int], step: int) -> None:
+        """Count examples that could not be looked at; the same on every rank."""
+        for words, n in problems.items():
+            name = words if words in self.schema_errors or len(self.schema_errors) < _MAX_MESSAGES else "other"
+            if name not in self.schema_errors:
+                rank_zero_warn(
+                    f"DriftTrigger cannot look at {n} examples of the batch before step {step} and leaves them out: "
+                    f"{words}. It is told once; schema_errors counts all of them."
+                )
+            self.schema_errors[name] = self.schema_errors.get(name, 0) + n
+        entry: dict[str, Any] = {"step": step, "last_step": step, "kind": "schema"}
+        entry |= {"records": sum(problems.values()), "errors": sorted(problems), "alarm": False}
+        last = self._history[-1] if self._history else {}
+        if last.get("errors") == entry["errors"]:  # one that goes on: it must not push the tests out of the history
+            entry["step"], entry["records"] = last["step"], last["records"] + entry["records"]
+            self._history.pop()
+        self._history.append(entry)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed ``fit`` needs to decide as if undisturbed."""
+        """All that a resumed ``fit`` needs to decide as if undisturbed; the same on every rank."""
         return {
             "experience_index": self.experience_index,
             "history": self.history,
             "detector": self.detector.state_dict(),
-            "pending": [features.clone() for features in self._pending],
+            "test": self._test,
+            "to_skip": self._to_skip,
+            "width": self._width,
+            "has_worked": self._has_worked,
+            "schema_errors": dict(self.schema_errors),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -131,7 +211,9 @@ class DriftTrigger(ContinualCallback):
         self.experience_index = state_dict["experience_index"]
         self._history = deque(state_dict["history"], maxlen=self._history.maxlen)
         self.detector.load_state_dict(state_dict["detector"])
-        self._pending = list(state_dict["pending"])
+        self._test, self._to_skip = state_dict["test"], state_dict["to_skip"]
+        self._width, self._has_worked = state_dict["width"], state_dict["has_worked"]
+        self.schema_errors = dict(state_dict["schema_errors"])
 
     def save(self, directory: str | Path) -> None:
         """Write the history to ``drift_trigger.json``: the next experience takes a new reference. On every rank."""
@@ -153,16 +235,3 @@ class DriftTrigger(ContinualCallback):
             self._history = deque(state["history"], maxlen=self._history.maxlen)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a saved DriftTrigger: {type(error).__name__}: {error}") from error
-
-
-def _of_all_ranks(features: Tensor, trainer: pl.Trainer) -> Tensor:
-    """The features of all ranks on the CPU, in the order in which the examples were dealt: one to each rank in turn."""
-    if trainer.world_size == 1:
-        return features.float().cpu()
-    features = features.float().to(trainer.strategy.root_device)
-    counts = trainer.strategy.all_gather(torch.tensor([len(features)], device=features.device)).flatten()
-    longest = int(counts.max())
-    padded = nn.functional.pad(features, (0, 0, 0, longest - len(features)))
-    dealt = trainer.strategy.all_gather(padded).transpose(0, 1)  # [longest, ranks, n_features]
-    real = torch.arange(longest, device=features.device).unsqueeze(1) < counts
-    return dealt[real].cpu()
