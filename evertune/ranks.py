@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def leave() -> None:
-    """Leave the process group, if this process is in one.
+    """Leave the process group, if this process is in one. Call it when all work is done.
 
-    A process that ends without that may abort: a thread of the group may still let go of a tensor when Python is gone.
+    Python may end before a thread of the group has let go of the last tensor it sent, and the process then aborts. Left
+    groups end their threads, but not where weights of ZeRO-3 refer to the group: such threads get a moment.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 def is_writer() -> bool:

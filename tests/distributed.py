@@ -14,13 +14,13 @@ from typing import Any
 _ENTRY = """
 import importlib, json, os, sys
 import torch
+from evertune.ranks import leave
 torch.set_num_threads(1)
 module, function, arguments, result = sys.argv[1:]
 value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
 with open(result, "w") as file:
     json.dump(value, file)
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+leave()
 """
 _ROOT = Path(__file__).resolve().parent.parent
 
