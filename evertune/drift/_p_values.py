@@ -27,7 +27,7 @@ def chi_squared(statistic: float, degrees: int) -> float:
         0.05
     """
     of = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
-    return torch.special.gammaincc(of[0], of[1]).item()
+    return float(torch.special.gammaincc(of[0], of[1]))
 
 
 def kolmogorov_smirnov(before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:

@@ -68,24 +68,34 @@ def changed_tokens(
         >>> [(change.token, change.before, change.after) for change in changed_tokens(before, after)]
         [('dog', 0, 20)]
     """
-    counts = [_count(texts) for texts in (before, after)]
-    totals = [sum(count.values()) for count in counts]
-    if not all(totals):
-        return []
-    weight = max(_PRIOR * min(totals), 1.0)
-    changes = {}
-    for token, both in (counts[0] + counts[1]).items():
-        if both < min_records:
-            continue
-        prior = weight * both / sum(totals)
-        more = [count[token] + prior for count in counts]
-        odds = [math.log(m / (total + weight - m)) for m, total in zip(more, totals, strict=True)]
-        log_odds = odds[1] - odds[0]
-        z = log_odds / math.sqrt(1 / more[0] + 1 / more[1])
-        changes[token] = TokenChange(token, counts[0][token], counts[1][token], log_odds, z)
+    changes = log_odds(_count(before), _count(after), min_records=min_records)
     found = [change for change in changes.values() if normal(change.z) * len(changes) <= level]
     found = [change for change in found if _stands_out(change, changes)]
     return sorted(found, key=lambda change: (-abs(change.z), change.token))[:n_tokens]
+
+
+def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1) -> dict[str, TokenChange]:
+    """All tokens of two counts of the records that hold each, as :func:`changed_tokens` compares them.
+
+    Example:
+        >>> changes = log_odds(Counter(cat=50, here=50), Counter(dog=50, here=50))
+        >>> [(token, round(change.z, 1)) for token, change in sorted(changes.items())]
+        [('cat', -5.7), ('dog', 5.7), ('here', 0.0)]
+    """
+    totals = [before.total(), after.total()]
+    if not all(totals):
+        return {}
+    weight = max(_PRIOR * min(totals), 1.0)
+    changes = {}
+    for token, both in (before + after).items():
+        if both < min_records:
+            continue
+        prior = weight * both / sum(totals)
+        more = [before[token] + prior, after[token] + prior]
+        odds = [math.log(m / (total + weight - m)) for m, total in zip(more, totals, strict=True)]
+        z = (odds[1] - odds[0]) / math.sqrt(1 / more[0] + 1 / more[1])
+        changes[token] = TokenChange(token, before[token], after[token], odds[1] - odds[0], z)
+    return changes
 
 
 def tokens_of(text: str) -> set[str]:

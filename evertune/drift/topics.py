@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evertune.drift._p_values import two_shares
-from evertune.drift.tokens import changed_tokens, words_of
+from evertune.drift.tokens import log_odds, words_of
 
 _VOCABULARY = 2_000  # words in the features that are made here
 _STARTS, _STEPS = 4, 30
+_WORDS = 6  # that describe a topic
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ def changed_topics(
     """
     if not before or not after:
         return []
-    both = [*before, *after]
-    points = normalize(torch.cat(features).float() if features else _tf_idf(both))
-    n, n_before = len(both), len(before)
+    n, n_before = len(before) + len(after), len(before)
+    counted = [Counter(words_of(text)) for text in (*before, *after)]
+    holding = Counter(word for counts in counted for word in counts)
+    points = normalize(torch.cat(features).float() if features else _tf_idf(counted, holding))
     is_after = torch.arange(n) >= n_before
     weights = torch.where(is_after, 1 / (n - n_before), 1 / n_before)
     n_topics = max(1, min(n_topics, n // 10))
@@ -84,11 +86,12 @@ def changed_topics(
         counts = [int((inside & side).sum()) for side in (~is_after, is_after)]
         if not sum(counts):
             continue
+        members_of = inside.nonzero().flatten().tolist()
         nearness = torch.where(inside, points @ centres[topic], -math.inf)
         nearest = [int(nearness[:n_before].argmax()), int(nearness[n_before:].argmax())]
         changes.append(
             TopicChange(
-                words=_telling_words(both, inside),
+                words=_telling_words(Counter(word for i in members_of for word in counted[i]), holding),
                 before=counts[0] / n_before,
                 after=counts[1] / (n - n_before),
                 z=two_shares(counts[0], n_before, counts[1], n - n_before),
@@ -131,28 +134,23 @@ def _first_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Gen
     return chosen
 
 
-def _telling_words(texts: Sequence[str], inside: Tensor) -> list[str]:
-    members = [text for text, here in zip(texts, inside.tolist(), strict=True) if here]
-    others = [text for text, here in zip(texts, inside.tolist(), strict=True) if not here]
-    if others:
-        changes = changed_tokens(others, members, n_tokens=200, min_records=2, level=math.inf)
-        words = [change.token for change in changes if change.z > 0 and " " not in change.token]
-    else:
-        counts = Counter(word for text in members for word in set(words_of(text)))
-        words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    return words[:6]
+def _telling_words(members: Counter[str], all_records: Counter[str]) -> list[str]:
+    """By their log-odds against the other topics; without others, by their frequency."""
+    others = all_records - members
+    if not others:
+        return [word for word, _ in sorted(members.items(), key=lambda item: (-item[1], item[0]))][:_WORDS]
+    found = [change for change in log_odds(others, members, min_records=2).values() if change.z > 0]
+    return [change.token for change in sorted(found, key=lambda change: (-change.z, change.token))][:_WORDS]
 
 
-def _tf_idf(texts: Sequence[str]) -> Tensor:
+def _tf_idf(counted: Sequence[Counter[str]], holding: Counter[str]) -> Tensor:
     """Of the words most texts hold (those in more than half of them left out): ``[texts, words]``."""
-    counted = [Counter(words_of(text)) for text in texts]
-    holding = Counter(word for counts in counted for word in counts)
-    common = [word for word, n in holding.items() if 2 <= n <= max(2, len(texts) / 2)]
+    common = [word for word, n in holding.items() if 2 <= n <= max(2, len(counted) / 2)]
     common = sorted(common, key=lambda word: (-holding[word], word))[:_VOCABULARY]
     places = {word: place for place, word in enumerate(common)}
-    features = torch.zeros(len(texts), max(len(places), 1))
+    features = torch.zeros(len(counted), max(len(places), 1))
     for row, counts in enumerate(counted):
         for word, count in counts.items():
             if word in places:
-                features[row, places[word]] = (1 + math.log(count)) * math.log(len(texts) / holding[word])
+                features[row, places[word]] = (1 + math.log(count)) * math.log(len(counted) / holding[word])
     return features

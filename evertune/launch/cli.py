@@ -68,11 +68,18 @@ def _plan(arguments: Sequence[str]) -> int:
     return plan(arguments)
 
 
+def _drift(arguments: Sequence[str]) -> int:
+    from evertune.launch.drift import drift
+
+    return drift(arguments)
+
+
 _OWN_PARSER: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "fit": (_fit, "learn a stream of experiences: --config FILE, --print_config, --help"),
     "update": (_update, "learn what has arrived, and promote it if it is no worse: --config FILE, --help"),
     "watch": (_watch, "keep on updating as records arrive: --config FILE, --help"),
     "launch": (_launch, "run one of these on many processes: local, torchrun, slurm, kubernetes"),
+    "drift": (_drift, "whether new records differ from old ones, since when, and in what"),
     "plan": (_plan, "what a model needs of each GPU, before there is one"),
 }
 
