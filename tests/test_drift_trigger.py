@@ -14,6 +14,7 @@ from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.drift_trigger import DriftTrigger
 from evertune.callbacks.evaluation import ContinualEvaluation
 from evertune.drift import MMD, Detector
+from evertune.drift.labels import LabelShift
 from tests.distributed import run_ranks
 
 CHANGES = (304, 608)  # the examples at which the data change
@@ -285,6 +286,20 @@ def test_a_first_batch_that_is_bad_does_not_set_the_number_of_features():
         trainer_with(drift).fit(Anything(), loader)
     assert drift.schema_errors == {"NaN or infinite features": 16}
     assert [entry["step"] for entry in drift.history if entry["alarm"]] == [41]
+
+
+def test_a_detector_that_refuses_later_examples_does_not_end_the_fit_but_a_wrong_one_does():
+    def labels(bad):
+        classes = [torch.arange(16).unsqueeze(1) % 3 for _ in range(60)]
+        classes[bad][5] = -100
+        return DataLoader([{"x": one} for one in classes], batch_size=None)
+
+    drift = DriftTrigger(LabelShift(arl=1_000, reference_size=256), Reads())
+    with pytest.warns(UserWarning, match="classes must be whole numbers from 0, got -100 at record 5"):
+        trainer_with(drift).fit(Anything(), labels(30))
+    assert list(drift.schema_errors.values()) == [16]
+    with pytest.raises(ValueError, match="class numbers must have shape"):
+        trainer_with(DriftTrigger(LabelShift(), Reads())).fit(Anything(), dirty(lambda step, x: {"x": x}))
 
 
 def test_many_different_messages_are_bounded():

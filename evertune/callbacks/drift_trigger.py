@@ -37,10 +37,11 @@ class DriftTrigger(ContinualCallback):
     otherwise, and as long as the reference is not complete, they gather the features.
 
     **Input that is bad does not end the training.** An example with NaN or infinite features, a batch with another
-    number of features or that the featuriser cannot read, and an empty one are left out of the detector's records, on
-    that rank alone. They are counted in :attr:`schema_errors`, told in :attr:`history`, and warned of once for each
-    message. They raise no alarm. Another number of features is accepted when an experience starts. (Only a featuriser
-    that fails on the very first batch, on every rank, ends the ``fit``: it does not fit the data.)
+    number of features, or that the featuriser or the detector cannot read, and an empty one are left out of the
+    detector's records, on that rank alone. They are counted in :attr:`schema_errors`, told in :attr:`history`, and
+    warned of once for each message. They raise no alarm. Another number of features is accepted when an experience
+    starts. (Only a featuriser that fails on the very first batch, on every rank, or a detector that refuses the first
+    examples, ends the ``fit``: it does not fit the data.)
 
     The score of every test is kept in :attr:`history`, and logged as ``drift_score``.
 
@@ -65,7 +66,8 @@ class DriftTrigger(ContinualCallback):
             most, all others under ``"other"``.
 
     Raises:
-        ValueError: when ``fit`` starts and the featuriser reads weights that are being trained.
+        ValueError: when ``fit`` starts and the featuriser reads weights that are being trained; at the first batch, for
+            features that the detector cannot watch.
     """
 
     splits_fit = True
@@ -91,6 +93,7 @@ class DriftTrigger(ContinualCallback):
         self._to_skip = 0  # examples, before the reference begins
         self._width: int | None = None  # features of an example in this experience
         self._has_worked = False  # the featuriser
+        self._has_watched = False  # the detector
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -129,6 +132,11 @@ class DriftTrigger(ContinualCallback):
         if self._test is not None and self._test["alarm"]:  # the experience ends after this step in any case
             return
         mine = features_of(self.featuriser, batch, trainer, batch_idx)
+        if self._has_watched and mine.values.shape[1] == (self._width or mine.values.shape[1]) and mine.good.any():
+            try:
+                self.detector._validated(mine.values[mine.good.to(mine.values.device)])
+            except ValueError as error:  # here, on this rank, and not where the others wait for it
+                mine.refuse(str(error))
         dealt = deal(mine, self._width, not self._has_worked, trainer)
         self._has_worked = self._has_worked or dealt.width > 0
         n_good = int(dealt.good.sum())
@@ -142,6 +150,7 @@ class DriftTrigger(ContinualCallback):
         if dealt.good.any():
             n_tests = self.detector.n_tests
             self._update(mine.values, dealt, trainer)
+            self._has_watched = True
             if self.detector.n_tests > n_tests:
                 score, threshold, alarm = self.detector.score, self.detector.threshold, self.detector.drift_detected
                 self._test = {"score": score, "threshold": threshold, "alarm": alarm}
@@ -203,6 +212,7 @@ class DriftTrigger(ContinualCallback):
             "to_skip": self._to_skip,
             "width": self._width,
             "has_worked": self._has_worked,
+            "has_watched": self._has_watched,
             "schema_errors": dict(self.schema_errors),
         }
 
@@ -212,7 +222,8 @@ class DriftTrigger(ContinualCallback):
         self._history = deque(state_dict["history"], maxlen=self._history.maxlen)
         self.detector.load_state_dict(state_dict["detector"])
         self._test, self._to_skip = state_dict["test"], state_dict["to_skip"]
-        self._width, self._has_worked = state_dict["width"], state_dict["has_worked"]
+        self._width = state_dict["width"]
+        self._has_worked, self._has_watched = state_dict["has_worked"], state_dict["has_watched"]
         self.schema_errors = dict(state_dict["schema_errors"])
 
     def save(self, directory: str | Path) -> None:

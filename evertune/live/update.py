@@ -43,6 +43,8 @@ EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "
 _EVALUATION = "evaluation.json"
 _VERDICT = "verdict.json"
 _SHOWN = "trained on"
+_TO_BE_PAID = ("train", "evaluate")
+"""What of an update's seconds counts as its cost."""
 _ENOUGH = 500
 """Records that wrong labels are looked for in: those held out, and so many of those trained on as are missing."""
 
@@ -231,6 +233,15 @@ class Updater:
             last_update=self._backlog.last_attempt(),
             now=datetime.now(UTC),
             text=self.schema.text,
+            label=self._label,
+            memory_labels=lambda: [row["record"][self._label] for row in self._held_out(production)],
+            waiting=self._waiting,
+            held_out=lambda: self._evaluation(production),
+            predict=None if production is None else lambda rows: self._predictions(production, rows),
+            updates=lambda: [
+                (version.created, sum(version.manifest.get("seconds", {}).get(part, 0.0) for part in _TO_BE_PAID))
+                for version in self.registry.versions()
+            ],
         )
 
     def due(self) -> str | None:
@@ -322,7 +333,6 @@ class Updater:
         """Evaluate the new version and the one in production side by side, and let the gate compare them."""
         from evertune.live.evaluation import evaluate, measure
         from evertune.live.training import MODEL, VERSION
-        from evertune.registry.predictions import Predictions
 
         folder = self.staging / VERSION
         if (folder / _VERDICT).is_file():
@@ -334,16 +344,15 @@ class Updater:
         slices = {entry["name"]: load_slice(store, entry) for entry in entries} | {new: held_out}
         slices = thin(slices, self.settings.max_evaluation)
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
-        settings: dict[str, Any] = {"text": self.schema.text, "label": self._label}
-        settings |= {"max_length": self.data.get("max_length", 128)}
+        settings = self._reading
         challenger = self._opened(folder / MODEL)
         said = evaluate(challenger, slices, **settings)
         champion: dict[str, Predictions] | None = None
         costs, shown_to_both = None, {}
         if production is not None:
             module = self._opened(production.folder() / MODEL)
-            stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
-            champion = {name: Predictions.from_dict(stored[name]) for name in slices if name in stored}
+            stored = self._evaluation(production)
+            champion = {name: stored[name] for name in slices if name in stored}
             unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
             champion |= evaluate(module, unseen | shown, **settings)
             shown_to_both = evaluate(challenger, shown, **settings)
@@ -526,11 +535,42 @@ class Updater:
             n_read=sum(segment.read for segment in segments),
         )
 
-    def _known_texts(self, production: Version | None) -> list[str]:
-        """Held-out texts of every experience that production has learnt."""
+    def _held_out(self, production: Version | None) -> list[Row]:
+        """The held-out records of every experience that production has learnt."""
         entries = production.manifest["slices"] if production else []
-        texts = (self._text(row) for entry in entries for row in load_slice(self.registry.store, entry))
+        return [row for entry in entries for row in load_slice(self.registry.store, entry)]
+
+    def _known_texts(self, production: Version | None) -> list[str]:
+        texts = (self._text(row) for row in self._held_out(production))
         return [text if isinstance(text, str) else " ".join(text) for text in texts]
+
+    def _evaluation(self, production: Version | None) -> dict[str, Predictions]:
+        """What a version said about the records held out of each update, when the gate judged it."""
+        from evertune.registry.predictions import Predictions
+
+        if production is None:
+            return {}
+        stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
+        return {name: Predictions.from_dict(values) for name, values in stored.items()}
+
+    def _waiting(self) -> list[Row]:
+        """The texts that wait for their labels."""
+        halves = (half for half in self.journal.waiting() if half["has_text"])
+        return [{"id": half["id"], "origin": half["origin"], "record": half["value"]} for half in halves]
+
+    def _predictions(self, production: Version, rows: Sequence[Row]) -> Predictions:
+        """What a version says about records, some of them perhaps without a label; the model is let go afterwards."""
+        from evertune.live.evaluation import evaluate
+        from evertune.live.training import MODEL
+
+        numbered = [{"id": str(place), "record": {self._label: "", **row["record"]}} for place, row in enumerate(rows)]
+        module = self._opened(production.folder() / MODEL)
+        return evaluate(module, {"": numbered}, **self._reading)[""]
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How a module reads records."""
+        return {"text": self.schema.text, "label": self._label, "max_length": self.data.get("max_length", 128)}
 
     def _text(self, row: Row) -> Any:
         field = self.schema.text
