@@ -75,9 +75,10 @@ def changed_fields(
     changes: list[FieldChange] = []
     names = {str(name): None for record in (*before, *after) for name in record}
     for name in sorted(names):
-        sides = [[_plain(record.get(name)) for record in records] for records in (before, after)]
+        read = _as_text if name in labels else _plain
+        sides = [[read(record.get(name)) for record in records] for records in (before, after)]
         kept = [[value for value in side if value is not None] for side in sides]
-        types = [_type(side, categorical=name in labels) for side in kept]
+        types = [_type(side) for side in kept]
         if types[0] != types[1]:
             changes.append(FieldChange(name, "schema", 1.0, 0.0, types[0], types[1]))
             continue
@@ -128,13 +129,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _type(values: Sequence[Any], categorical: bool) -> str:
+def _as_text(value: Any) -> str | None:
+    return None if value is None or value == "" else str(value)
+
+
+def _type(values: Sequence[Any]) -> str:
     """Of most values."""
     if not values:
         return "absent"
     counts = Counter(map(_type_of, values))
-    kind = max(counts, key=lambda kind: (counts[kind], kind))
-    return "text" if kind == "number" and categorical else kind
+    return max(counts, key=lambda kind: (counts[kind], kind))
 
 
 def _type_of(value: Any) -> str:

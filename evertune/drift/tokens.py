@@ -92,7 +92,7 @@ def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1)
             continue
         prior = weight * both / sum(totals)
         more = [before[token] + prior, after[token] + prior]
-        odds = [math.log(m / (total + weight - m)) for m, total in zip(more, totals, strict=True)]
+        odds = [math.log(m / max(total + weight - m, 0.5)) for m, total in zip(more, totals, strict=True)]
         z = (odds[1] - odds[0]) / math.sqrt(1 / more[0] + 1 / more[1])
         changes[token] = TokenChange(token, before[token], after[token], odds[1] - odds[0], z)
     return changes
