@@ -58,7 +58,11 @@ def answers(n: int, n_right: int, seed: int = 0, name: str = "r") -> list[dict[s
     right = [True] * n_right + [False] * (n - n_right)
     draw.shuffle(right)
     return [
-        {"id": f"{name}{seed}-{i}", "record": {"right": one, "sure": draw.uniform(0.5, 1.0) if one else 0.5}}
+        {
+            "id": f"{name}{seed}-{i}",
+            "origin": f"in:{i}",
+            "record": {"right": one, "sure": draw.uniform(0.5, 1.0) if one else 0.5},
+        }
         for i, one in enumerate(right)
     ]
 
@@ -244,7 +248,7 @@ def test_a_threshold_without_enough_readings_says_so() -> None:
 
 
 def test_late_labels_are_stood_in_for_by_confidence() -> None:
-    unsure = [{"id": f"w{n}", "record": {"right": False, "sure": 0.5}} for n in range(120)]
+    unsure = [{"id": f"w{n}", "origin": "in", "record": {"right": False, "sure": 0.5}} for n in range(120)]
     sure = answers(120, 108, seed=7, name="w")
     trigger = PerformanceDrop(window=100, min_records=1)
     assert trigger.reason(situation(30, waiting=lambda: sure)) is None
@@ -252,10 +256,17 @@ def test_late_labels_are_stood_in_for_by_confidence() -> None:
     reason = trigger.reason(situation(30, waiting=lambda: sure + unsure[:60]))
     assert reason is not None
     assert reason.startswith(
-        "performance drop: estimated accuracy 0.360 on the newest 100 texts without a label, 0.900"
+        "performance drop: estimated accuracy 0.434 on the newest 100 texts without a label, 0.900"
     )
     restarted = PerformanceDrop(window=100, min_records=1)
     assert restarted.reason(situation(30, waiting=lambda: sure + unsure[:60])) == reason
+    told = [row | {"record": {"right": False, "sure": 0.99}} for row in answers(100, 0)]
+    confident = [row | {"record": {"right": False, "sure": 0.99}} for row in unsure]
+    assert PerformanceDrop(window=100).reason(situation(64, waiting=lambda: confident)) is None
+    mistaken = situation(told + answers(64, 64), new=64, waiting=lambda: confident)  # as labels have told before
+    assert PerformanceDrop(window=100).reason(mistaken) is not None
+    newer = [row | {"origin": "later", "record": {"right": False, "sure": 0.5}} for row in sure]  # under the same ids
+    assert trigger.reason(situation(30, waiting=lambda: newer)) is not None
     labelled = situation(answers(100, 92), waiting=lambda: unsure)
     assert trigger.reason(labelled) is None  # labels are better
     assert PerformanceDrop(window=100, estimate=False).reason(situation(64, waiting=lambda: unsure)) is None

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TypeAlias
 
+import numpy as np
+import torch
+
+from evertune.drift.performance import PerformanceEstimator
 from evertune.live.situation import Situation, Trigger, positive
 from evertune.live.thresholds import Static, Threshold
+
+_Answers: TypeAlias = tuple[np.ndarray, np.ndarray]  # their confidence, and whether they were right
+_NONE: _Answers = (np.empty(0), np.empty(0, bool))
 
 
 class PerformanceDrop(Trigger):
@@ -18,9 +25,10 @@ class PerformanceDrop(Trigger):
     well. So false alarms do not become more when one looks more often: there are ``alpha`` a window at most.
 
     Where labels are late (a label join) and no whole window is new, the accuracy on the newest ``window`` texts that
-    wait for their labels is estimated: the share of answers above that confidence which, on the held-out records, as
-    many answers were above as were right (average thresholded confidence; Garg et al. 2022). That sees doubt, and not
-    confident mistakes: a class that takes another meaning shows when its labels are there.
+    wait for their labels is estimated from production's confidence
+    (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. What a confidence
+    stands for is learnt from the held-out records and the newest whole windows with labels: doubt is seen at once, and
+    confident mistakes as far as labels have told of them.
 
     A look costs one pass over the windows that no look has seen yet. After a restart the newest one, and so many before
     it as the threshold looks back on, are predicted again, and the same decision comes out.
@@ -54,10 +62,10 @@ class PerformanceDrop(Trigger):
         self.min_records = positive("min_records", min_records)
         # What has been looked at, so that it is not predicted again: decisions do not depend on it.
         self._version: int | None = None
-        self._held_out = (np.empty(0), np.empty(0, bool))  # confidence, and whether the answer was right
-        self._right: dict[tuple[int | str, ...], int] = {}  # answers in a window, by its place and its records' ids
-        self._windows: tuple[int, list[int]] = (0, [])  # pending records, and right answers in their newest windows
-        self._confidence: dict[str, float] = {}  # of production in texts that wait, by their ids
+        self._held_out: _Answers = _NONE
+        self._said: dict[tuple[int | str, ...], _Answers] = {}  # in a window, by its place and its records' ids
+        self._windows: tuple[int, list[_Answers]] = (0, [])  # pending records, and what was said in the newest windows
+        self._confidence: dict[tuple[str, str], float] = {}  # in texts that wait, by their ids and origins
 
     def reason(self, situation: Situation) -> str | None:
         if situation.production is None or situation.production.number != self._version:
@@ -70,73 +78,71 @@ class PerformanceDrop(Trigger):
             return None
         if situation.production.number != self._version:
             self._take_up(situation, situation.production.number)
-        confidence, right = self._held_out
-        if not len(right) or situation.predict is None:
+        if not len(self._held_out[1]) or situation.predict is None:
             self.explanation = "performance: cannot tell, nothing is known of it when production was published"
             return None
         n_whole = situation.n_pending // self.window * self.window
         if n_whole > situation.n_pending - situation.n_new:
-            *earlier, newest = self._counts(situation, n_whole)
-            return self._decide(newest, right, earlier, "accuracy {:.3f} on the newest {} records")
+            *earlier, newest = self._newest(situation, n_whole)
+            words = "accuracy {:.3f} on the newest {} records"
+            return self._decide(float(newest[1].mean()), earlier, words)
         waiting = self._confidence_in_waiting(situation) if self.estimate else []
         if len(waiting) < self.window:
             have = situation.n_pending - n_whole
             self.explanation = f"performance: {have} of {self.window} labelled records for the next look"
             return None
-        level = _level(confidence, right)
-        sure = int((np.array(waiting) > level).sum())
-        what = "estimated accuracy {:.3f} on the newest {} texts without a label"
-        earlier = self._counts(situation, n_whole) if self.threshold.window else []
-        return self._decide(sure, confidence > level, earlier, what)
+        earlier = self._newest(situation, n_whole)
+        words = "estimated accuracy {:.3f} on the newest {} texts without a label"
+        return self._decide(_estimated([self._held_out, *earlier], waiting), earlier, words)
 
     def _take_up(self, situation: Situation, production: int) -> None:
         """Read what another version was published with."""
         self._version = None  # should this fail, the next look starts anew
         said = list(situation.held_out().values())
-        self._held_out = (
-            np.concatenate([np.empty(0), *(one.confidence for one in said)]),
-            np.concatenate([np.empty(0, bool), *(one.correct for one in said)]),
-        )
-        self._right, self._confidence, self._windows = {}, {}, (0, [])
+        self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said)])
+        self._said, self._confidence, self._windows = {}, {}, (0, [])
         self._version = production
 
-    def _counts(self, situation: Situation, n_whole: int) -> list[int]:
-        """The right answers in the newest whole window, and in so many before it as matter; the newest is last."""
+    def _newest(self, situation: Situation, n_whole: int) -> list[_Answers]:
+        """What is said in the newest whole window, and in so many before it as matter; the newest is last."""
         if self._windows[0] == situation.n_pending:
             return self._windows[1]
         first = max(0, n_whole - (self.threshold.window + 1) * self.window)
-        rows = situation.records()
+        rows = situation.records() if n_whole else []
         windows = {start: rows[start : start + self.window] for start in range(first, n_whole, self.window)}
         keys = [(start, *(row["id"] for row in window)) for start, window in windows.items()]
-        new = [row for key in keys if key not in self._right for row in windows[key[0]]]
+        new = [key for key in keys if key not in self._said]
         if new:
             assert situation.predict is not None
-            counts = iter(situation.predict(new).correct.reshape(-1, self.window).sum(1).tolist())
-            self._right |= {key: next(counts) for key in keys if key not in self._right}
-        self._right = {key: self._right[key] for key in keys}
-        self._windows = (situation.n_pending, [self._right[key] for key in keys])
+            said = situation.predict([row for key in new for row in windows[key[0]]])
+            for place, key in enumerate(new):
+                own = slice(place * self.window, (place + 1) * self.window)
+                self._said[key] = (said.confidence[own], said.correct[own])
+        self._said = {key: self._said[key] for key in keys}
+        self._windows = (situation.n_pending, list(self._said.values()))
         return self._windows[1]
 
     def _confidence_in_waiting(self, situation: Situation) -> list[float]:
         """How sure production is of the newest texts that wait for their labels."""
-        rows = situation.waiting()[-self.window :]
-        new = [row for row in rows if row["id"] not in self._confidence]
-        if len(rows) == self.window and new:
+        rows = {(row["id"], row["origin"]): row for row in situation.waiting()[-self.window :]}
+        new = [key for key in rows if key not in self._confidence]
+        if len(rows) < self.window:
+            return []
+        if new:
             assert situation.predict is not None
-            said = situation.predict(new).confidence.tolist()
-            self._confidence |= {row["id"]: sure for row, sure in zip(new, said, strict=True)}
-        self._confidence = {row["id"]: self._confidence[row["id"]] for row in rows if row["id"] in self._confidence}
+            said = situation.predict([rows[key] for key in new]).confidence.tolist()
+            self._confidence |= dict(zip(new, said, strict=True))
+        self._confidence = {key: self._confidence[key] for key in rows}
         return list(self._confidence.values())
 
-    def _decide(self, n_right: int, published: np.ndarray, earlier: list[int], what: str) -> str | None:
-        """Compare the counts of a window with those of the held-out records."""
-        n_before, before = len(published), int(published.sum())
-        accuracy, was = n_right / self.window, before / n_before
-        base = float(self._held_out[1].mean())
-        limit = self.threshold.limit([base - count / self.window for count in earlier])
-        loss, p_value = was - accuracy, fisher(before, n_before, n_right, self.window)
+    def _decide(self, accuracy: float, earlier: list[_Answers], words: str) -> str | None:
+        """Compare the accuracy in a window with that on the held-out records."""
+        n_before, before = len(self._held_out[1]), int(self._held_out[1].sum())
+        was = before / n_before
+        limit = self.threshold.limit([was - float(right.mean()) for _, right in earlier])
+        loss, p_value = was - accuracy, fisher(before, n_before, round(accuracy * self.window), self.window)
+        words = f"{words.format(accuracy, self.window)}, {was:.3f} when published"
         self.readings = {"accuracy": accuracy, "accuracy_published": was, "accuracy_loss": loss}
-        words = f"{what.format(accuracy, self.window)}, {was:.3f} when published"
         if limit is None:
             self.explanation = f"performance: {words}; too few readings before it to say what is unusual"
             return None
@@ -167,7 +173,14 @@ def fisher(before: int, n_before: int, now: int, n_now: int) -> float:
     return min(1.0, float(np.exp(terms).sum()))
 
 
-def _level(confidence: np.ndarray, right: np.ndarray) -> float:
-    """The confidence that as many answers are above as are right (fewer, where some are as confident)."""
-    n_right = int(right.sum())
-    return float(np.sort(confidence)[::-1][n_right]) if n_right < len(right) else -1.0
+def _estimated(known: list[_Answers], confidence: list[float]) -> float:
+    """The accuracy that confidences stand for, by answers of which it is known whether they were right, old to new."""
+    sure, right = _joined(known)
+    estimator = PerformanceEstimator()
+    estimator.update(range(len(sure)), sure)
+    estimator.labels(range(len(sure)), right)
+    return float(estimator.calibrated(torch.tensor(confidence)).mean())
+
+
+def _joined(answers: list[_Answers]) -> _Answers:
+    return np.concatenate([sure for sure, _ in answers]), np.concatenate([right for _, right in answers])
