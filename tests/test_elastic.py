@@ -115,7 +115,6 @@ def check(ranks: list[dict[str, Any]], out: Path, undisturbed: Undisturbed) -> N
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.slow
 def test_a_node_less_inside_an_update(
     killed: Path, version: Path, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
