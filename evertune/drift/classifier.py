@@ -1,0 +1,161 @@
+"""A classifier that tries to tell the new records from the old."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from evertune.drift.calibration import resample, threshold_of_tests
+from evertune.drift.windows import _CHUNK, _MAX_TESTS, _MIN_TESTS, _REFERENCES, _TESTS_ABOVE, WindowDetector
+
+_COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
+_RIDGE = 0.05  # of the average variance, added to each
+_PART = 64  # windows scored at once
+
+
+class ClassifierTest(WindowDetector):
+    """Trains a small classifier to tell each window from the reference: if it can, the world has changed.
+
+    The classifier two-sample test (Lopez-Paz & Oquab 2017; Kim, Ramdas, Singh & Wasserman 2021) with a linear
+    discriminant: learnt from all folds of the window but one, with the reference's covariance, it ranks the records of
+    the one left out; each fold in turn. The score is the area under the ROC curve: how often a new record is ranked
+    above an old one, 0.5 for chance and 1 when every record gives the change away (both as if normal, with the spread
+    of the new ones along the direction that was learnt: Green & Swets 1966). It sees changes of the mean of the
+    features; :attr:`weights` say which.
+
+    False alarms come once in ``arl`` records, on average over references and streams: the whole procedure is repeated
+    on resampled windows and references (see :class:`~evertune.drift.windows.WindowDetector`), so that what a classifier
+    learns from chance is no alarm. Above 64 features it works in 64 random directions.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = ClassifierTest(arl=10_000, reference_size=256, window_size=32)
+        >>> detector.update(torch.randn(1_000, 4, generator=generator))
+        >>> detector.drift_detected
+        False
+        >>> detector.update(torch.randn(56, 4, generator=generator) + torch.tensor([0, 2, 0, 0]))
+        >>> detector.drift_detected, round(detector.score, 2), detector.weights.argmax().item()
+        (True, 0.91, 1)
+
+    Args:
+        arl: average run length: how many records, on average, from one false alarm to the next.
+        reference_size: records in the reference.
+        window_size: records in a test.
+        block_size: records resampled together: several times the stretch over which they are correlated. Must divide
+            both sizes.
+        n_folds: parts of a window, consecutive records each. Must divide ``window_size``.
+        seed: of the random directions and the resampling.
+
+    Attributes:
+        weights: ``[n_features]``, the discriminant of the last test (of the first alarm, where the last ``update``
+            raised one); the records that came score higher than those of the reference. Empty before the first test.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
+            is named).
+    """
+
+    _kept = ("_mean", "_null", "_window", "_filled", "_whiten", "_centre", "weights")
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        reference_size: int = 512,
+        window_size: int = 64,
+        block_size: int = 1,
+        n_folds: int = 4,
+        seed: int = 0,
+    ) -> None:
+        if n_folds < 2 or window_size % n_folds:
+            raise ValueError(f"n_folds must be at least 2 and divide window_size={window_size}, got {n_folds}")
+        self.n_folds = n_folds
+        super().__init__(
+            {
+                "arl": float(arl),
+                "reference_size": reference_size,
+                "window_size": window_size,
+                "block_size": block_size,
+                "n_folds": n_folds,
+                "seed": seed,
+            }
+        )
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._whiten = torch.empty(0)  # [n_features, n_map]
+        self._centre = torch.empty(0)  # of the reference
+        self.weights = torch.empty(0)
+
+    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
+        n_features = reference.shape[1]
+        self._centre = reference.double().mean(0)
+        directions = torch.eye(n_features, dtype=torch.float64)
+        if n_features > _COMPONENTS:
+            directions = torch.linalg.qr(torch.randn(n_features, _COMPONENTS, generator=generator).double()).Q
+        records = (reference - self._centre) @ directions
+        values, vectors = torch.linalg.eigh(records.T @ records / len(records))
+        values = values.clamp(min=0) + _RIDGE * values.mean()
+        self._whiten = directions @ vectors / torch.where(values > 0, values, 1.0).sqrt()
+
+    def _map(self, records: Tensor) -> Tensor:
+        return (records - self._centre) @ self._whiten
+
+    def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
+        self._fit(reference, generator)
+        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        self._mean, self._window = mapped.mean(0), mapped[:0]
+        records = mapped.float()
+        n, size = len(records), self.window_size
+        n_tests = min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
+        references = embedding_bag(resample(n, (_REFERENCES, n), self.block_size, generator), records, mode="mean")
+        scores = torch.cat(
+            [
+                self._areas(records[resample(n, (len(part), size), self.block_size, generator)], references)
+                for part in torch.arange(n_tests).split(_PART)
+            ]
+        )
+        self.threshold = threshold_of_tests(scores, 1 / self.level)
+        self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double()
+
+    def _areas(self, windows: Tensor, references: Tensor) -> Tensor:
+        """Areas under the ROC curve: ``[windows, window_size, n_map]``, ``[references, n_map]`` to both's number."""
+        folds = windows.unflatten(1, (self.n_folds, -1))
+        learnt = self._learnt(folds)
+        # (x - r) . (a - r) / |a - r|, for a record x left out, the mean a of the others, and the reference's mean r
+        squares, learnt_by = references.square().sum(1), learnt @ references.T
+        lengths = learnt.square().sum(2, keepdim=True) + squares - 2 * learnt_by
+        scale = lengths.clamp(min=1e-12).rsqrt()[:, :, None]
+        along = (folds @ learnt[..., None] - folds @ references.T).add_((squares - learnt_by)[:, :, None]).mul_(scale)
+        mean = along.mean((1, 2))
+        spread = (along.square_().mean((1, 2)) - mean.square()).clamp(min=1e-12).sqrt()
+        areas: Tensor = torch.special.ndtr(mean / spread / math.sqrt(2))
+        return areas
+
+    def _learnt(self, folds: Tensor) -> Tensor:
+        """The mean of the records outside of each fold: ``[windows, folds, records, n_map]`` to all but records."""
+        sums = folds.sum(2)
+        return (sums.sum(1, keepdim=True) - sums) / (self.window_size - folds.shape[2])
+
+    def sums(self, records: Tensor, positions: Tensor, count: int) -> None:
+        """None: the records themselves are needed, see :meth:`update`."""
+
+    def _watch(self, records: Tensor) -> None:
+        kept = torch.cat([self._window, self._map(records)])
+        seen = self.n_seen + len(records)
+        *full, rest = kept.tensor_split(list(range(self.window_size, len(kept) + 1, self.window_size)))
+        for i, window in enumerate(full):
+            self.n_seen = seen - len(rest) - (len(full) - 1 - i) * self.window_size
+            self._judge(window)
+        self._window, self._filled, self.n_seen = rest.clone(), len(rest), seen
+
+    def _judge(self, window: Tensor) -> None:
+        score = self._areas(window[None], self._mean[None]).item()
+        n = len(self._null)
+        as_large = n - int(torch.searchsorted(self._null, score))
+        if not self.drift_detected:
+            self.weights = (self._whiten @ (window.mean(0) - self._mean)).float()
+        self._test(score, (as_large + 1) / (n + 1))

@@ -1,0 +1,247 @@
+"""Windows of several lengths at once, looked at every few records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from evertune.drift.calibration import resample, threshold_of_paths
+from evertune.drift.mmd import median_distance
+from evertune.drift.windows import _CHUNK, _MIN_WINDOWS, _REFERENCES, WindowDetector, reference_needed
+
+_ALARMS = 100  # of the resampled streams, were all as long as asked for: their number is then known to 10%
+_MAX_STRIDES = 1_000_000  # resampled; a rate that leaves fewer than a tenth of the alarms is refused
+_POOL = 2_048  # resampled strides that the streams are put together of
+_PART = 8_192  # strides of streams looked at together
+_MOMENTS = 64  # of a stream, at which its largest score so far is noted
+_LONGEST_WINDOWS = 8  # in a resampled stream, at least: its start, with windows not yet full, then counts for little
+_ROWS = 2_048  # records whose products are looked at
+_NOTHING = 1e-6  # a score below it is rounding: the reference is constant
+
+
+class KernelCUSUM(WindowDetector):
+    """Finds sharp changes at once and faint ones in time, at a stated rate of false alarms.
+
+    After each ``stride`` records, windows of several lengths that end there are compared with the reference: the
+    squared maximum mean discrepancy times the window's length, in units of its standard deviation above its mean,
+    while nothing changes. The largest over the lengths is the score (the online kernel CUSUM of Wei & Xie 2022; with
+    ``kernel="linear"`` the window-limited likelihood ratio of Lai 1995, for a shift of unknown size). Short windows
+    find large changes within a few records, long ones gather the evidence for small changes. Only sums of the feature
+    map are kept: one for each stride of the longest window.
+
+    False alarms come once in ``arl`` records, on average over references and streams: whole streams are resampled and
+    scored against resampled references, up to their first alarm (see
+    :func:`~evertune.drift.calibration.threshold_of_paths`). There is no p-value: neighbouring windows overlap.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = KernelCUSUM(arl=2_000, reference_size=256, kernel="linear")
+        >>> detector.update(torch.randn(1_000, generator=generator)[:, None])
+        >>> detector.armed, detector.drift_detected
+        (True, False)
+        >>> for record in torch.randn(400, generator=generator) + 1.0:  # the mean moves by one sigma
+        ...     detector.update(record)
+        ...     if detector.drift_detected:
+        ...         break
+        >>> detector.detected_at
+        1016
+
+    Args:
+        arl: average run length: how many records, on average, from arming to a false alarm.
+        reference_size: records in the reference.
+        window_sizes: lengths of the windows in records, multiples of ``stride``. Default: 2, 4, 8, ... strides, up to a
+            quarter of the reference (a longer window is no better known than the reference).
+        stride: records from one test to the next.
+        block_size: records resampled together: several times the stretch over which they are correlated. Must divide
+            ``stride`` or be a multiple of it, and divide ``reference_size``.
+        kernel: ``"gaussian"`` sees any change of the distribution; ``"linear"`` changes of the mean, and those better
+            where features are few: each feature is divided by its standard deviation in the reference.
+        n_frequencies: random frequencies of the Gaussian kernel; each gives two features (a cosine and a sine).
+        seed: of the frequencies and the resampling.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference too small for the windows or the false-alarm rate
+            (the size needed is named).
+    """
+
+    _kept = ("_mean", "_window", "_filled", "_ring", "_map_by", "_usual")
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        reference_size: int = 512,
+        window_sizes: Sequence[int] | None = None,
+        stride: int = 8,
+        block_size: int = 1,
+        kernel: Literal["gaussian", "linear"] = "gaussian",
+        n_frequencies: int = 128,
+        seed: int = 0,
+    ) -> None:
+        for name, value in {"stride": stride, "block_size": block_size, "n_frequencies": n_frequencies}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if kernel not in ("gaussian", "linear"):
+            raise ValueError(f"kernel must be 'gaussian' or 'linear', got {kernel!r}")
+        if stride % block_size and block_size % stride:
+            raise ValueError(f"block_size must divide stride={stride} or be a multiple of it, got {block_size}")
+        if window_sizes is None:
+            longest = max(2 * stride, reference_size // _MIN_WINDOWS)
+            window_sizes = [2 * stride << power for power in range((longest // (2 * stride)).bit_length())]
+        if not window_sizes or any(size < 1 or size % stride for size in window_sizes):
+            raise ValueError(f"window_sizes must be multiples of stride={stride}, got {list(window_sizes)}")
+        self.window_sizes = tuple(sorted(set(window_sizes)))
+        self.arl, self.kernel, self.n_frequencies = float(arl), kernel, n_frequencies
+        self.window_size = self.stride = stride  # what sums() adds up
+        self.block_size = block_size
+        super(WindowDetector, self).__init__(  # other limits hold than for windows that do not overlap
+            {
+                "arl": self.arl,
+                "reference_size": reference_size,
+                "window_sizes": ", ".join(map(str, self.window_sizes)),
+                "stride": stride,
+                "block_size": block_size,
+                "kernel": kernel,
+                "n_frequencies": n_frequencies,
+                "seed": seed,
+            },
+            reference_size,
+            seed,
+        )
+        most = stride * _MAX_STRIDES * 10 // _ALARMS
+        if not stride < arl <= most:
+            raise ValueError(f"arl must be above stride={stride} and at most {most}, got {arl:g}")
+        longest = self.window_sizes[-1]
+        needed = reference_needed(stride / self.arl, max(longest, block_size), block_size)
+        if reference_size < needed:
+            raise ValueError(
+                f"a reference of {reference_size} records is too small for arl={arl:g} with windows of up to {longest} "
+                f"and block_size={block_size}: reference_size must be at least {needed}"
+            )
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._ring = torch.empty(
+            0
+        )  # centred sums of the last strides, the newest first: [longest window / stride, n_map]
+        self._map_by = torch.empty(0)  # frequencies [n_features, n_frequencies], or what each feature is multiplied by
+        self._usual = torch.empty(0)  # mean and standard deviation of the distances of each length, [2, lengths]
+
+    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
+        if self.kernel == "linear":
+            spread = reference.double().std(0)
+            self._map_by = 1 / torch.where(spread > 0, spread, 1.0)
+        else:
+            normal = torch.randn(reference.shape[1], self.n_frequencies, generator=generator)
+            self._map_by = normal.double() / median_distance(reference)
+
+    def _map(self, records: Tensor) -> Tensor:
+        if self.kernel == "linear":
+            return records.double() * self._map_by
+        angles = records.double() @ self._map_by
+        return torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(self.n_frequencies)
+
+    def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
+        self._fit(reference, generator)
+        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        self._mean = mapped.mean(0)
+        self._window = torch.zeros_like(self._mean)
+        self._ring = self._window[None][:0]
+        centred = (mapped - self._mean).float()
+        drawn = resample(len(centred), (_REFERENCES, len(centred)), self.block_size, generator)
+        references = embedding_bag(drawn, centred, mode="mean")
+        together = max(self.block_size // self.stride, 1)  # strides that come out of one block
+        shape = (_POOL // together, together * self.stride)
+        drawn = resample(len(centred), shape, self.block_size, generator).view(-1, self.stride)
+        pool = embedding_bag(drawn, centred, mode="sum")
+
+        length = math.ceil(max(self.arl, _LONGEST_WINDOWS * self.window_sizes[-1]) / self.stride)
+        n_paths = math.ceil(min(math.ceil(_ALARMS * self.arl / self.stride), _MAX_STRIDES) / length)
+        starts = torch.randint(shape[0], (n_paths, math.ceil(length / together), 1), generator=generator)
+        streams = (starts * together + torch.arange(together)).flatten(1)[:, :length]
+        moments = torch.linspace(0, length, min(length, _MOMENTS) + 1).long()[1:]
+        products, crossed, far = pool @ pool.T, pool @ references.T, references.square().sum(1)
+        largest = [
+            self._largest(part, products, crossed, far)[:, moments - 1]
+            for part in streams.split(max(1, _PART // length))
+        ]
+        threshold = threshold_of_paths(torch.cat(largest).transpose(0, 1), moments * self.stride, self.arl)
+        self.threshold = max(threshold, _NOTHING)
+        if self.block_size == 1:  # larger blocks, cut off from their neighbours, vary less by about as much
+            self._usual[1] *= _excess(centred)
+
+    def _largest(self, streams: Tensor, products: Tensor, crossed: Tensor, far: Tensor) -> Tensor:
+        """The largest score up to each moment.
+
+        The square of a window's sum is that of the window which ended a stride earlier and was one shorter, and twice
+        the products of its newest stride with the others: so its cost does not depend on the size of the feature map.
+
+        Args:
+            streams: strides of the pool, ``[streams, length]``.
+            products: of the pool's strides with each other.
+            crossed: of the pool's strides with the references' means.
+            far: the squares of those.
+
+        Returns:
+            ``[streams, length, references]``.
+        """
+        totals = pad(crossed[streams].cumsum(1), (0, 0, 1, 0))
+        best = torch.full((*streams.shape, len(far)), -math.inf)
+        added = products.diagonal()[streams].clone()
+        squares = added.clone()
+        first = not len(self._usual)
+        for n in range(1, self.window_sizes[-1] // self.stride + 1):
+            if n > 1:
+                added[:, n - 1 :] += 2 * products[streams[:, n - 1 :], streams[:, : 1 - n]]
+                squares = pad(squares[:, :-1], (1, 0)) + added
+            size = n * self.stride
+            if size in self.window_sizes:
+                distance = (totals[:, n:] - totals[:, :-n]).mul_(-2).add_((squares[:, n - 1 :] / size)[..., None])
+                distance.add_(far * size)
+                if first:
+                    usual = torch.tensor([[distance.mean()], [distance.std()]], dtype=torch.float64)
+                    self._usual = torch.cat([self._usual.view(2, -1), usual], 1)
+                mean, spread = self._usual[:, self.window_sizes.index(size)].tolist()
+                distance.sub_(mean).div_(max(spread, _NOTHING**2))
+                torch.maximum(best[:, n - 1 :], distance, out=best[:, n - 1 :])
+        return best.cummax(1).values
+
+    def _take(self, sums: Tensor, count: int) -> None:
+        sums = torch.cat([(sums[0] + self._window)[None], sums[1:], torch.zeros_like(sums[:1])])
+        complete, self._filled = divmod(self._filled + count, self.stride)
+        self._window = sums[complete].clone()
+        seen = self.n_seen + count
+        if complete:
+            strides = torch.cat([self._ring, sums[:complete] - self.stride * self._mean])
+            self._ring = strides[-self.window_sizes[-1] // self.stride :].clone()
+            for i, score in enumerate(self._scores(strides)[-complete:].tolist()):
+                if score > -math.inf:
+                    self.n_seen = seen - self._filled - (complete - 1 - i) * self.stride
+                    self._test(score, math.nan)
+        self.n_seen = seen
+
+    def _scores(self, strides: Tensor) -> Tensor:
+        """The score after each stride, minus infinity as long as no window is full."""
+        totals = pad(strides.cumsum(0), (0, 0, 1, 0))
+        best = torch.full((len(strides),), -math.inf, dtype=torch.float64)
+        for size, (mean, spread) in zip(self.window_sizes, self._usual.T.tolist(), strict=True):
+            n = size // self.stride
+            distance = (totals[n:] - totals[:-n]).square().sum(1) / size
+            best[n - 1 :] = best[n - 1 :].maximum((distance - mean) / max(spread, _NOTHING**2))
+        return best
+
+
+def _excess(centred: Tensor) -> float:
+    """How much narrower distances spread than the resampled ones, in which records meet themselves.
+
+    The variance of a squared distance is the mean squared product of two records. Resampled, they are the same one with
+    a probability of ``1 / n``, and the product is far larger: which is little for few features and much for many.
+    """
+    products = (centred[:_ROWS] @ centred[:_ROWS].T).square()
+    same, other = products.diagonal().mean(), (products.sum() - products.trace()) / (products.numel() - len(products))
+    return (other / (other + same / len(centred)).clamp(min=_NOTHING**2)).sqrt().item()
