@@ -92,8 +92,9 @@ class CostBudget(Trigger):
     """A reason as long as updates have not cost too much: a veto in ``AllOf``.
 
     What counts is the time of training and evaluation that the manifests of the versions hold, promoted or refused, of
-    updates that began within ``per`` before now (of an update that was interrupted, the time since it went on). An
-    update that begins within the budget is finished, so that one may go beyond it once.
+    updates that began within ``per`` before now (of an update that was interrupted, the time since it went on). So a
+    restart forgets nothing; but an update that failed leaves no version, and none that ``gc`` has removed counts. An
+    update that begins within the budget is finished: the last one may go beyond it.
 
     Example::
 

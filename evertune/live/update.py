@@ -560,12 +560,18 @@ class Updater:
 
     def _predictions(self, production: Version, rows: Sequence[Row]) -> Predictions:
         """What a version says about records, some of them perhaps without a label; the model is let go afterwards."""
+        import torch
+
         from evertune.live.evaluation import evaluate
         from evertune.live.training import MODEL
 
         numbered = [{"id": str(place), "record": {self._label: "", **row["record"]}} for place, row in enumerate(rows)]
         module = self._opened(production.folder() / MODEL)
-        return evaluate(module, {"": numbered}, **self._reading)[""]
+        said = evaluate(module, {"": numbered}, **self._reading)[""]
+        del module
+        if torch.cuda.is_available():  # whoever watches must not keep what the update needs
+            torch.cuda.empty_cache()
+        return said
 
     @property
     def _reading(self) -> dict[str, Any]:
