@@ -40,6 +40,46 @@ def resample(n: int, shape: tuple[int, ...], block_size: int, generator: torch.G
     return positions.flatten(-2)[..., :length]
 
 
+def resample_windows(n: int, count: int, window_size: int, block_size: int, generator: torch.Generator) -> Tensor:
+    """Positions of windows of a reference of ``n`` records, none twice in a window.
+
+    New records seldom repeat, so a window that holds the same one twice would be too far from the others: with many
+    features, where all records are about equally far from each other, by much. The blocks of the reference are shuffled
+    and dealt to as many windows as they fill, again and again.
+
+    A window of ``w`` records without repetition is nearer to the mean of all than a new one, by a factor of
+    ``sqrt(1 - w / n)`` (the finite population correction): see :func:`apart`.
+
+    Args:
+        n: records in the reference.
+        count: windows.
+        window_size: a multiple of ``block_size``, and at most half of ``n``.
+        block_size: records that are drawn together; where the first block starts is drawn, too.
+        generator: what is drawn depends on nothing else.
+
+    Returns:
+        Integers below ``n``: ``[count, window_size]``.
+
+    Example:
+        >>> windows = resample_windows(8, 4, 4, 2, torch.Generator().manual_seed(0))
+        >>> windows.shape, [len(set(window)) for window in windows.tolist()]
+        (torch.Size([4, 4]), [4, 4, 4, 4])
+    """
+    in_window = window_size // block_size
+    per_deal = n // block_size // in_window
+    deals = math.ceil(count / per_deal)
+    blocks = torch.rand(deals, n // block_size, generator=generator).argsort(1)[:, : per_deal * in_window]
+    starts = blocks * block_size + torch.randint(n, (deals, 1), generator=generator)
+    positions = (starts.unsqueeze(-1) + torch.arange(block_size)) % n
+    return positions.reshape(deals * per_deal, window_size)[:count]
+
+
+def apart(n: int, window_size: int) -> float:
+    """What the distance of a resampled window from the mean of the reference has to be multiplied by to be that of a
+    new one; see :func:`resample_windows`."""
+    return math.sqrt(n / (n - window_size))
+
+
 def threshold_of_tests(scores: Tensor, run_length: float) -> float:
     """The threshold for tests that are independent of each other, given the reference.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from evertune.drift.calibration import resample, threshold_of_tests
+from evertune.drift.calibration import apart, resample, resample_windows, threshold_of_tests
 from evertune.drift.reference import ReferenceDetector
 
 _MAX_TESTS = 200_000  # resampled windows
@@ -26,8 +26,8 @@ class WindowDetector(ReferenceDetector):
 
     A window is kept as a sum alone. The threshold comes from the reference: resampled windows are compared with
     resampled references, so that the mean number of records up to a false alarm, over references and streams, is
-    ``arl`` (see :mod:`evertune.drift.calibration`). The p-value of a test is ``(k + 1) / (n + 1)``, where ``k`` of ``n``
-    resampled windows are as far away.
+    ``arl`` (see :mod:`evertune.drift.calibration`). The p-value of a test is ``(k + 1) / (n + 1)``, where ``k``
+    of ``n`` resampled windows are as far away.
 
     A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_distance`.
 
@@ -100,7 +100,8 @@ class WindowDetector(ReferenceDetector):
         references = embedding_bag(drawn, centred, mode="mean")
         scores = torch.empty(n_tests, _REFERENCES)
         for part in torch.arange(n_tests).split(4 * _CHUNK):
-            windows = embedding_bag(resample(n, (len(part), size), self.block_size, generator), centred, mode="mean")
+            drawn = resample_windows(n, len(part), size, self.block_size, generator)
+            windows = embedding_bag(drawn, centred, mode="mean") * apart(n, size)
             scores[part] = self._distance(windows, references)
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
