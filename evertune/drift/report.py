@@ -25,7 +25,6 @@ MAX_REFERENCE = 2_000
 
 _MAX_AFTER = 2_000  # records after the alarm that the explanation is made of
 _BATCH = 128  # texts featurised at once
-_MIN_AFTER = 64  # records before the alarm, with that of it, that show the change where the detector has no windows
 _SHOWN_POINTS = 400  # of either side in the projection
 _SHOWN_TEXT = 600  # characters of an example
 
@@ -108,7 +107,7 @@ def compare(
     watches = [watch] if label is None else [watch, watch_labels(label, old, arl=arl, block_size=block_size, seed=seed)]
 
     sorter = Sorter(current, use)
-    after, recent = _Sample(_MAX_AFTER, seed), deque[_Seen](maxlen=max(watch.step, _MIN_AFTER))
+    after, recent = _Sample(_MAX_AFTER, seed), deque[_Seen](maxlen=watch.look_back)
     n_current = 0
     rows = _featurised(sorter, features_of, lambda n: told("current", n))
     while step := list(islice(rows, watch.step)):

@@ -31,6 +31,7 @@ OF_NUMBERS = ("page-hinkley", "adwin", "hddm")
 """Detectors that watch one number of each record."""
 
 _STEP = 16  # records between two looks at a detector without windows
+_LOOK_BACK = 64  # records up to an alarm that belong to the change, where no single window tells
 
 
 def make_detector(name: str, **settings: Any) -> Detector:
@@ -63,6 +64,11 @@ def make_detector(name: str, **settings: Any) -> Detector:
 class Watch:
     """A detector that was armed, is shown records step by step, and goes on after an alarm.
 
+    Attributes:
+        step: records to show at once, so that there is one test at most.
+        look_back: records up to an alarm that belong to the change.
+        alarms: so far.
+
     Args:
         detector: new; it is armed here.
         of: what it watches, in words.
@@ -75,6 +81,8 @@ class Watch:
     def __init__(self, detector: Detector, of: str, reference: Tensor) -> None:
         self.detector, self.of = detector, of
         self.step: int = getattr(detector, "window_size", _STEP)
+        one_window = hasattr(detector, "window_size") and not hasattr(detector, "window_sizes")
+        self.look_back = self.step if one_window else _LOOK_BACK
         self.alarms: list[Alarm] = []
         self._points: list[dict[str, Any]] = []
         detector.update(reference)

@@ -21,7 +21,7 @@ def sure(change: FieldChange) -> bool:
 
 def decision(found: Comparison) -> str:
     """The outcome in one sentence."""
-    first = [scan for scan in found.scans if scan.alarms]
+    first = sorted((scan for scan in found.scans if scan.alarms), key=lambda scan: scan.alarms[0].record)
     if not first:
         tests = sum(scan.n_tests for scan in found.scans)
         return f"No drift: {tests:,} test{'s' * (tests != 1)} of {found.n_current:,} records, and no alarm"

@@ -49,19 +49,17 @@ def drift(arguments: Sequence[str]) -> int:
     console = Console()
     try:
         found = _compare(options)
-        if options.out is not None:
-            from evertune.drift.page import write_page
-
-            write_page(found, options.out)
+        show(found, console)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
+        if options.out is not None:
+            from evertune.drift.page import write_page
+
+            console.print(f"\nreport: {write_page(found, options.out)}", markup=False, soft_wrap=True)
     except (OSError, ValueError, TypeError, ImportError, SourceError) as error:
         print(f"evertune drift: {error}", file=sys.stderr)
         return 2
-    show(found, console)
-    if options.out is not None:
-        console.print(f"\nreport: {options.out}", markup=False, soft_wrap=True)
     return int(found.drift_detected)
 
 
@@ -166,7 +164,7 @@ def _facts(found: Comparison) -> Any:
     table.add_row("current", Text(f"{found.n_current:,} records of {found.current}"))
     table.add_row("features", Text(found.features))
     for scan in found.scans:
-        alarms = f"{len(scan.alarms):,} alarms" if scan.alarms else "no alarm"
+        alarms = f"{len(scan.alarms):,} alarm{'s' * (len(scan.alarms) > 1)}" if scan.alarms else "no alarm"
         if scan.alarms:
             first = scan.alarms[0]
             alarms += f", first at record {first.record:,} = {first.origin}"
