@@ -1,0 +1,242 @@
+"""What River's detectors of one number would do on many streams at once: how their thresholds are found.
+
+Each class repeats one detector of River, step by step, for arrays of streams; a test holds it to the original.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evertune.drift.calibration import resample, threshold_of_paths
+
+Array = NDArray[np.float64]
+
+_REFERENCES, _STREAMS = 64, 4  # resampled references, and streams for each
+_LENGTH = 3  # of a stream, in run lengths: the chance of an alarm rises (HDDM_W) or falls (HDDM_A) with time
+_MOMENTS = 64  # at which it is looked whether there has been an alarm
+
+
+class Paths(ABC):
+    """The statistics of one detector on streams that are watched side by side."""
+
+    @abstractmethod
+    def feed(self, values: Array, largest: Array | None = None) -> None:
+        """Take the next records, ``[records, streams]``.
+
+        Args:
+            values: as the detector of River is given them.
+            largest: the largest statistic of each stream so far, ``[streams]``, is raised in place. None while the
+                detector is not yet armed.
+        """
+
+
+class PageHinkleyPaths(Paths):
+    """The Page-Hinkley test in both directions, that forgets nothing: sums of deviations above their lowest point."""
+
+    def __init__(self, streams: int, delta: float) -> None:
+        self._delta, self._n = delta, 0
+        self._mean = np.zeros(streams)
+        self._sums = np.zeros((2, streams))
+        self._lowest = np.full((2, streams), np.inf)
+
+    def feed(self, values: Array, largest: Array | None = None) -> None:
+        for x in values:
+            self._n += 1
+            self._mean += (x - self._mean) / self._n
+            self._sums += _both(x - self._mean)
+            self._sums -= self._delta
+            np.minimum(self._lowest, self._sums, out=self._lowest)
+            if largest is not None:
+                np.maximum(largest, (self._sums - self._lowest).max(0), out=largest)
+
+
+class HoeffdingPaths(Paths):
+    """HDDM_A: the mean of all records against that up to a cut, in Hoeffding's bound; gives its exponent."""
+
+    def __init__(self, streams: int, cut_exponent: float) -> None:
+        self._exponent, self._n = cut_exponent, 0
+        self._mean = np.zeros(streams)
+        self._bound = np.full((2, streams), np.inf)  # the lowest upper bound of the mean so far is where the cut is
+        self._before = np.zeros((2, streams))  # mean up to the cut
+        self._cut = np.ones((2, streams))  # records up to the cut
+
+    def feed(self, values: Array, largest: Array | None = None) -> None:
+        for x in values:
+            self._n += 1
+            self._mean += (x - self._mean) / self._n
+            means = _both(self._mean)
+            bound = means + math.sqrt(self._exponent / (2 * self._n))
+            moved = self._bound >= bound
+            np.copyto(self._bound, bound, where=moved)
+            np.copyto(self._before, means, where=moved)
+            np.copyto(self._cut, self._n, where=moved)
+            if largest is not None:
+                rise = np.maximum(means - self._before, 0)
+                exponent = 2 * rise * rise * self._cut * self._n / np.maximum(self._n - self._cut, 1)
+                np.maximum(largest, exponent.max(0), out=largest)
+
+
+class McDiarmidPaths(Paths):
+    """HDDM_W: moving averages after and before a cut, in McDiarmid's bound; gives its exponent."""
+
+    def __init__(self, streams: int, cut_exponent: float, weight: float) -> None:
+        self._exponent, self._weight, self._n = cut_exponent, weight, 0
+        self._mean, self._size = np.zeros(streams), 1.0  # moving average, and the sum of its squared weights
+        self._bound = np.full((2, streams), np.inf)
+        self._before, self._size_before = np.zeros((2, streams)), np.ones((2, streams))
+        self._after, self._size_after = np.zeros((2, streams)), np.ones((2, streams))
+        self._empty = np.ones((2, streams), dtype=bool)  # no record after the cut yet
+
+    def feed(self, values: Array, largest: Array | None = None) -> None:
+        weight, kept = self._weight, (1 - self._weight) ** 2
+        for x in values:
+            self._n += 1
+            self._mean = self._mean + weight * (x - self._mean) if self._n > 1 else x.copy()
+            self._size = weight**2 + kept * self._size
+            means, records = _both(self._mean), _both(x)
+            bound = means + math.sqrt(self._exponent * self._size / 2)
+            moved = bound < self._bound
+            self._after += np.where(self._empty, 1.0, weight) * (records - self._after)
+            self._size_after = weight**2 + kept * self._size_after
+            np.copyto(self._size_after, 1.0, where=moved)
+            np.copyto(self._bound, bound, where=moved)
+            np.copyto(self._before, means, where=moved)
+            np.copyto(self._size_before, self._size, where=moved)
+            np.copyto(self._after, means, where=moved)  # nothing has risen where there is nothing yet
+            self._empty = moved
+            if largest is not None:
+                rise = np.maximum(self._after - self._before, 0)
+                exponent = 2 * rise * rise / (self._size_before + self._size_after)
+                np.maximum(largest, exponent.max(0), out=largest)
+
+
+class AdaptiveWindowPaths(Paths):
+    """ADWIN up to its first cut: until then all its windows have the same buckets, one for each power of two.
+
+    Gives the negative logarithm of the largest ``delta`` that would not have cut.
+    """
+
+    def __init__(self, streams: int, clock: int, max_buckets: int, min_window_length: int) -> None:
+        self._clock, self._max_buckets, self._min_length = clock, max_buckets, min_window_length
+        self._n = 0
+        self._rows: list[list[Array]] = [[]]  # totals of buckets of 1, 2, 4, ... records, the oldest first
+        self._mean, self._squares = np.zeros(streams), np.zeros(streams)
+
+    def feed(self, values: Array, largest: Array | None = None) -> None:
+        for x in values:
+            self._n += 1
+            deviation = x - self._mean
+            self._mean += deviation / self._n
+            self._squares += deviation * (x - self._mean)
+            self._insert(x)
+            if largest is not None and self._n % self._clock == 0:
+                np.maximum(largest, self._exponent(), out=largest)
+
+    def _insert(self, total: Array) -> None:
+        for row in self._rows:
+            row.append(total)
+            if len(row) <= self._max_buckets:
+                return
+            total = row.pop(0) + row.pop(0)
+        self._rows.append([total])
+
+    def _exponent(self) -> Array:
+        sizes = np.concatenate([np.full(len(row), 2.0**i) for i, row in reversed(list(enumerate(self._rows)))])
+        before = sizes.cumsum()[:-1, None]  # records before each possible cut
+        possible = np.minimum(before, self._n - before)[:, 0] >= self._min_length
+        sums = np.stack([total for row in reversed(self._rows) for total in row]).cumsum(0)[:-1][possible]
+        before = before[possible]
+        after = self._n - before
+        difference = np.abs(sums / before - (self._mean * self._n - sums) / after)
+        size = 1 / (before - self._min_length + 1) + 1 / (after - self._min_length + 1)
+        spread = 2 * size * self._squares / self._n
+        # A cut needs a difference above sqrt(spread * u^2) + 2/3 * size * u^2 with u^2 = log(2 log(n) / delta).
+        root = (np.sqrt(spread + 8 / 3 * size * difference) - np.sqrt(spread)) / (4 / 3 * size)
+        exponent: Array = np.square(root).max(0) - math.log(2 * math.log(self._n))
+        return exponent
+
+
+def _both(x: Array) -> Array:
+    """For rises, and mirrored for falls: ``[2, streams]``."""
+    return np.stack([x, -x])
+
+
+def threshold_of_detector(
+    reference: Tensor,
+    paths: Callable[[int], Paths],
+    transform: Callable[[Array], Array],
+    arl: float,
+    block_size: int,
+    generator: torch.Generator,
+) -> float:
+    """The threshold that holds a run length for a detector which is given standardised records.
+
+    References and streams are resampled from the reference, and each stream is standardised by its own resampled
+    reference, as the real one will be. With correlated records the statistics grow with the variance of sums, which a
+    reference tells only roughly: they are divided by it (:func:`inflation`) for each resampled reference, so that the
+    threshold knows how roughly (the studentised bootstrap; Hall 1988).
+
+    Args:
+        reference: ``[records]``.
+        paths: of so many streams, new ones.
+        transform: from standardised records to what the detector is given.
+        arl: the mean number of records up to a false alarm.
+        block_size: records that are resampled together.
+        generator: what is drawn depends on nothing else.
+
+    Returns:
+        The threshold for the detector's statistic.
+    """
+    reference, n = reference.double(), len(reference)
+    references = reference[resample(n, (_REFERENCES, n), block_size, generator)]
+    centre, scale = standard(references)
+    scale = torch.where(scale > 0, scale, standard(reference)[1])
+
+    def values(records: Tensor) -> Any:
+        standardised = (records - centre[:, None, None]) / scale[:, None, None]
+        return transform(standardised.reshape(_REFERENCES * _STREAMS, -1).T.contiguous().numpy())
+
+    watched = paths(_REFERENCES * _STREAMS)
+    watched.feed(values(references[:, None].expand(-1, _STREAMS, -1)))
+    length = math.ceil(_LENGTH * arl / _MOMENTS / block_size) * block_size
+    largest, maxima = np.full(_REFERENCES * _STREAMS, -np.inf), []
+    for _ in range(math.ceil(_LENGTH * arl / length)):
+        positions = resample(n, (_REFERENCES, _STREAMS, length), block_size, generator)
+        watched.feed(values(reference[positions]), largest)
+        maxima.append(torch.from_numpy(largest.reshape(_REFERENCES, _STREAMS).T.copy()))
+    scores = torch.stack(maxima) / inflation(references, block_size)
+    times = length * torch.arange(1, len(maxima) + 1)
+    return threshold_of_paths(scores, times, arl) * inflation(reference, block_size).item()
+
+
+def standard(records: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the last dimension; the latter is 1 where all the records are equal."""
+    scale = records.std(-1, correction=0)
+    return records.mean(-1), torch.where(scale > 0, scale, 1.0)
+
+
+def inflation(records: Tensor, block_size: int) -> Tensor:
+    """How many times the variance of sums is what it were, would the records (last dimension) not be correlated.
+
+    From the means of all blocks, also those that go on at the beginning (1 for blocks of one record).
+
+    Example:
+        >>> inflation(torch.arange(8.0).repeat_interleave(4), block_size=4)
+        tensor(3.6190)
+    """
+    if block_size == 1:
+        return torch.ones(records.shape[:-1], dtype=records.dtype)
+    n = records.shape[-1]
+    sums = torch.cat([torch.zeros_like(records[..., :1]), records, records[..., : block_size - 1]], -1).cumsum(-1)
+    means = (sums[..., block_size:] - sums[..., :-block_size]) / block_size
+    variance = block_size * means.var(-1, correction=0) / (1 - block_size / n)
+    scale = standard(records)[1]
+    return torch.where(variance > 0, variance / scale.square(), 1.0)

@@ -1,0 +1,401 @@
+"""River's detectors of one number a record (a loss, a confidence, a length), with a stated rate of false alarms."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evertune.drift.paths import (
+    AdaptiveWindowPaths,
+    Array,
+    HoeffdingPaths,
+    McDiarmidPaths,
+    PageHinkleyPaths,
+    Paths,
+    standard,
+    threshold_of_detector,
+)
+from evertune.drift.reference import ReferenceDetector
+from evertune.streams._server import library
+
+_CUT_CONFIDENCE = 0.001  # River's default: where HDDM sets its cuts
+_MIN_BLOCKS = 50  # fewer independent records tell too little of how a sum varies
+_MIN_RUN = 10  # blocks up to a false alarm
+
+
+class _RiverDetector(ReferenceDetector):
+    """What the detectors below have in common.
+
+    The reference is standardised and fed to River's detector, so that it knows the past; the records that follow are
+    standardised in the same way. River's detector never starts anew by itself: its flag is cleared after an alarm.
+    """
+
+    _kept: tuple[str, ...] = ("_centre", "_scale", "_numbers")
+
+    def __init__(
+        self, arl: float, reference_size: int, block_size: int, seed: int, settings: dict[str, float | str]
+    ) -> None:
+        self.arl, self.block_size = float(arl), block_size
+        config = {"arl": self.arl, "reference_size": reference_size, "block_size": block_size, "seed": seed, **settings}
+        library("river.drift", "drift")
+        super().__init__(config, reference_size, seed)
+        if reference_size < _MIN_BLOCKS * block_size:
+            raise ValueError(
+                f"a reference of {reference_size} records is too small with block_size={block_size}: reference_size "
+                f"must be at least {_MIN_BLOCKS * block_size}"
+            )
+        if not _MIN_RUN * block_size <= self.arl < math.inf:
+            raise ValueError(f"arl must be at least {_MIN_RUN * block_size} with block_size={block_size}, got {arl}")
+
+    def _validated(self, x: Any) -> Tensor:
+        shape = torch.as_tensor(x).shape
+        if len(shape) in {1, 2} and shape[-1] > 1:
+            raise ValueError(
+                f"{type(self).__name__} watches one number a record, got shape {list(shape)}: pass several records as "
+                "x.reshape(-1, 1), and vectors to a detector of vectors, such as MMD"
+            )
+        return super()._validated(x)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._centre, self._scale = 0.0, 1.0  # of the reference
+        self._river: Any = None
+
+    def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
+        values = reference[:, 0].double()
+        self._centre, self._scale = (value.item() for value in standard(values))
+        self.threshold = threshold_of_detector(
+            values, self._paths, self._transformed, self.arl, self.block_size, generator
+        )
+        self._river = self._new()
+        for value in self._values(reference):
+            self._river.update(value)
+            self._river._drift_detected = False
+
+    def _watch(self, records: Tensor) -> None:
+        river = self._river
+        for value in self._values(records):
+            river.update(value)
+            self.n_seen += 1
+            self._test(self._statistic(), math.nan)
+            river._drift_detected = False
+
+    def _values(self, records: Tensor) -> list[float]:
+        values: list[float] = self._transformed((records[:, 0].double().numpy() - self._centre) / self._scale).tolist()
+        return values
+
+    def _transformed(self, standardised: Array) -> Array:
+        return standardised
+
+    @property
+    def _numbers(self) -> Tensor:
+        """River's detector."""
+        return torch.empty(0) if self._river is None else self._saved()
+
+    @_numbers.setter
+    def _numbers(self, numbers: Tensor) -> None:
+        self._river = self._new() if len(numbers) else None
+        if len(numbers):
+            self._load(numbers)
+
+    @abstractmethod
+    def _paths(self, streams: int) -> Paths:
+        """The same detector for many streams."""
+
+    @abstractmethod
+    def _new(self) -> Any:
+        """River's detector as it starts."""
+
+    @abstractmethod
+    def _statistic(self) -> float:
+        """The score after the last record."""
+
+    @abstractmethod
+    def _saved(self) -> Tensor:
+        """River's detector as numbers."""
+
+    @abstractmethod
+    def _load(self, numbers: Tensor) -> None:
+        """Bring a new detector of River to where :meth:`_saved` left another."""
+
+
+class PageHinkley(_RiverDetector):
+    """Detects that the mean of one number has moved, up or down, at a stated rate of false alarms: the quickest here.
+
+    The Page-Hinkley test (Page 1954), as River does it: the sum of what records are above (below) the mean of all
+    records, less ``delta`` each, and how far it has risen from its lowest point. Of the settings of River's class, the
+    threshold is found from the reference, and nothing is forgotten (``alpha=1``): with River's own ``alpha`` false
+    alarms become more and more frequent.
+
+    The reference is resampled to imitate what else might have been the reference, and what may follow, and the
+    threshold is the one that keeps the mean run length over both. What needs to hold: that quiet records are like
+    those of the reference, in the same order or in any (``block_size=1``).
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = PageHinkley(arl=1_000, reference_size=200)
+        >>> detector.update(torch.randn(400, 1, generator=generator))
+        >>> detector.armed, detector.drift_detected
+        (True, False)
+        >>> detector.update(torch.randn(100, 1, generator=generator) + 1.0)  # the mean moves by one sigma
+        >>> detector.drift_detected, detector.detected_at
+        (True, 409)
+
+    Args:
+        arl: average run length: how many records, on average, from arming to a false alarm.
+        reference_size: records in the reference.
+        block_size: records resampled together, at least the stretch over which they are correlated; the reference must
+            hold 50 of them. 1: records are independent.
+        delta: half the shift that is found the quickest, in standard deviations of the reference. 0.25 is made for
+            shifts from a half to one.
+        seed: of what is resampled.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
+        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+    """
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        reference_size: int = 500,
+        block_size: int = 1,
+        delta: float = 0.25,
+        seed: int = 0,
+    ) -> None:
+        if not delta >= 0:
+            raise ValueError(f"delta must be 0 or more, in standard deviations of the reference, got {delta}")
+        self.delta = float(delta)
+        super().__init__(arl, reference_size, block_size, seed, {"delta": self.delta})
+
+    def _paths(self, streams: int) -> Paths:
+        return PageHinkleyPaths(streams, self.delta)
+
+    def _new(self) -> Any:
+        river = library("river.drift", "drift")
+        return river.PageHinkley(min_instances=1, delta=self.delta, threshold=math.inf, alpha=1.0)
+
+    def _statistic(self) -> float:
+        river = self._river
+        rise, fall = river._sum_increase - river._min_increase, river._max_decrease - river._sum_decrease
+        return float(rise if rise > fall else fall)
+
+    def _saved(self) -> Tensor:
+        river = self._river
+        sums = (river._sum_increase, river._min_increase, river._sum_decrease, river._max_decrease)
+        return torch.tensor([river._x_mean.n, river._x_mean.get(), *sums], dtype=torch.float64)
+
+    def _load(self, numbers: Tensor) -> None:
+        river, values = self._river, numbers.tolist()
+        river._x_mean = type(river._x_mean)._from_state(*values[:2])
+        river._sum_increase, river._min_increase, river._sum_decrease, river._max_decrease = values[2:]
+
+
+class HDDM(_RiverDetector):
+    """Detects that the mean of one number has moved, up or down, by a bound on means, at a stated rate of false alarms.
+
+    The drift detection methods based on Hoeffding's bounds (Frias-Blanco et al. 2015), as River does them. Both compare
+    the records up to a cut, which is set where the mean was lowest (highest) by its confidence bound, with those after
+    it: ``variant="A"`` the plain means, for sudden changes; ``"W"`` moving averages, which forget, for gradual ones.
+    The bounds are for values in [0, 1]: records are standardised by the reference and go through a logistic function,
+    so that outliers count for little. ``score`` is the exponent of the bound: the logarithm of one over the confidence
+    at which River's detector would have alarmed (A: of two over it). The confidence of the cuts is River's default.
+
+    The threshold is found as in :class:`PageHinkley`, with the same conditions.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = HDDM(arl=1_000, reference_size=200)
+        >>> detector.update(torch.randn(400, 1, generator=generator))
+        >>> detector.update(torch.randn(100, 1, generator=generator) + 1.0)  # the mean moves by one sigma
+        >>> detector.drift_detected, detector.detected_at
+        (True, 412)
+
+    Args:
+        arl: average run length: how many records, on average, from arming to a false alarm.
+        variant: ``"A"`` or ``"W"``.
+        reference_size: records in the reference.
+        block_size: records resampled together; see :class:`PageHinkley`.
+        weight: of the newest record in a moving average (variant W only).
+        seed: of what is resampled.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
+        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+    """
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        variant: Literal["A", "W"] = "A",
+        reference_size: int = 500,
+        block_size: int = 1,
+        weight: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        if variant not in {"A", "W"}:
+            raise ValueError(f"variant must be 'A' (plain means) or 'W' (moving averages), got {variant!r}")
+        if not 0 < weight < 1:
+            raise ValueError(f"weight must be between 0 and 1, got {weight}")
+        self.variant, self.weight = variant, weight
+        super().__init__(arl, reference_size, block_size, seed, {"variant": variant, "weight": weight})
+
+    def _transformed(self, standardised: Array) -> Array:
+        values: Array = 1 / (1 + np.exp(-standardised.clip(-500, 500)))
+        return values
+
+    def _paths(self, streams: int) -> Paths:
+        exponent = math.log(1 / _CUT_CONFIDENCE)
+        if self.variant == "A":
+            return HoeffdingPaths(streams, exponent)
+        return McDiarmidPaths(streams, exponent, self.weight)
+
+    def _new(self) -> Any:
+        binary = library("river.drift", "drift").binary
+        if self.variant == "A":
+            river = binary.HDDMA(_CUT_CONFIDENCE, _CUT_CONFIDENCE, two_sided_test=True)
+            mean = river._z
+            mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's takes 15 microseconds
+        else:
+            river = binary.HDDMW(_CUT_CONFIDENCE, _CUT_CONFIDENCE, self.weight, two_sided_test=True)
+            mean = river._total
+            mean.__deepcopy__ = lambda _: self._sample(mean.ewma, mean.is_init, mean.ibc)
+        return river
+
+    def _statistic(self) -> float:
+        river = self._river
+        if self.variant == "A":
+            whole, exponent = river._z, 0.0
+            for cut, rise in (
+                (river._x_min, whole._mean - river._x_min._mean),
+                (river._x_max, river._x_max._mean - whole._mean),
+            ):
+                if rise > 0 and cut.n < whole.n:
+                    exponent = max(exponent, 2 * rise * rise * cut.n * whole.n / (whole.n - cut.n))
+            return exponent
+        exponent = 0.0
+        for low, high in ((river._s1_incr, river._s2_incr), (river._s2_decr, river._s1_decr)):
+            if low._is_init and high._is_init and (rise := high.ewma - low.ewma) > 0:
+                exponent = max(exponent, 2 * rise * rise / (low._ibc + high._ibc))
+        return exponent
+
+    def _saved(self) -> Tensor:
+        river = self._river
+        if self.variant == "A":
+            numbers = [number for mean in (river._z, river._x_min, river._x_max) for number in (mean.n, mean.get())]
+        else:
+            samples = [getattr(river, name) for name in self._samples]
+            numbers = [number for sample in samples for number in (sample.ewma, sample.is_init, sample.ibc)]
+            numbers += [river._incr_cutpoint, river._decr_cutpoint]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def _load(self, numbers: Tensor) -> None:
+        river, values = self._river, numbers.tolist()
+        if self.variant == "A":
+            river._z.n, river._z._mean = values[:2]
+            river._x_min, river._x_max = (type(river._z)._from_state(*values[i : i + 2]) for i in (2, 4))
+        else:
+            for i, name in enumerate(self._samples):
+                self._set(getattr(river, name), *values[3 * i : 3 * i + 3])
+            river._incr_cutpoint, river._decr_cutpoint = values[-2:]
+
+    _samples = ("_total", "_s1_incr", "_s2_incr", "_s1_decr", "_s2_decr")
+
+    def _sample(self, mean: float, started: float, size: float) -> Any:
+        sample = library("river.drift.binary.hddm_w", "drift").SampleInfo(self.weight)
+        self._set(sample, mean, started, size)
+        return sample
+
+    @staticmethod
+    def _set(sample: Any, mean: float, started: float, size: float) -> None:
+        if started:
+            sample._ewma.update(mean)  # the first value of a moving average is the value itself
+        sample._is_init, sample._ibc = bool(started), size
+
+
+class ADWIN(_RiverDetector):
+    """Detects that the mean of one number has moved, and adapts to it, at a stated rate of false alarms.
+
+    Adaptive windowing (Bifet & Gavalda 2007), as River does it: a window of past records, compressed, is cut where its
+    older part has another mean than the newer one. Slower to detect than :class:`PageHinkley`; but the window goes on
+    from the cut, without a new reference, and tests again when it has grown beyond ``reference_size`` records.
+
+    ``delta`` of River is found from the reference, as the threshold of :class:`PageHinkley` is, with the same
+    conditions; it holds for the first alarm. ``score`` is how far the mean of what is left of the window is from that
+    of the reference, in standard deviations, where River has cut, and 0 where it has not; the threshold is 0.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = ADWIN(arl=1_000, reference_size=200)
+        >>> detector.update(torch.randn(400, 1, generator=generator))
+        >>> detector.update(torch.randn(100, 1, generator=generator) + 1.0)  # the mean moves by one sigma
+        >>> detector.drift_detected, detector.detected_at
+        (True, 408)
+
+    Args:
+        arl: average run length: how many records, on average, from arming to a false alarm.
+        reference_size: records in the reference.
+        block_size: records resampled together; see :class:`PageHinkley`.
+        clock: records from one test to the next.
+        seed: of what is resampled.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
+        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+    """
+
+    _kept = ("_centre", "_scale", "_delta", "_numbers")
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        reference_size: int = 500,
+        block_size: int = 1,
+        clock: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if clock < 1:
+            raise ValueError(f"clock must be positive, got {clock}")
+        self.clock = clock
+        super().__init__(arl, reference_size, block_size, seed, {"clock": clock})
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._delta = math.nan
+
+    def _paths(self, streams: int) -> Paths:
+        return AdaptiveWindowPaths(streams, self.clock, max_buckets=5, min_window_length=5)
+
+    def _new(self) -> Any:
+        if math.isnan(self._delta):
+            self._delta = math.exp(-self.threshold - 1e-9)  # strictly above the statistics of a quiet stream
+            self.threshold = 0.0
+        return library("river.drift", "drift").ADWIN(
+            self._delta, self.clock, max_buckets=5, min_window_length=5, grace_period=self.reference_size
+        )
+
+    def _watch(self, records: Tensor) -> None:
+        river, clock = self._river, self.clock
+        for value in self._values(records):
+            river.update(value)
+            self.n_seen += 1
+            if self.n_seen % clock == 0:
+                self._test(self._statistic(), math.nan)
+                river._drift_detected = False
+
+    def _statistic(self) -> float:
+        return abs(self._river.estimation) if self._river._drift_detected else 0.0
+
+    def _saved(self) -> Tensor:
+        return torch.frombuffer(bytearray(self._river._helper.__getstate__()), dtype=torch.uint8)
+
+    def _load(self, numbers: Tensor) -> None:
+        self._river._helper.__setstate__(bytes(numbers.tolist()))
