@@ -188,6 +188,22 @@ def test_false_findings_among_many_fields_are_rare() -> None:
     assert found < 7
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_whatever_values_there_are() -> None:
+    values = [None, "", " ", 0, -1, 1.5, 1e308, -1e308, math.nan, math.inf, 10**400, "nan", "1e999", "x", "\ud800"]
+    values += [[1], {"a": 1}, True, b"x", "2026-01-01"]
+    for seed in range(60):
+        generator = random.Random(seed)
+        sides = [
+            [{name: generator.choice(values) for name in generator.sample("abcd", generator.randint(0, 4))}]
+            * generator.randint(1, 3)
+            + [{"text": generator.choice(["a b", "", "c d e"]), "a": generator.choice(values)} for _ in range(20)]
+            for _ in range(2)
+        ]
+        for change in attribute(*sides, ["text", "d"], label=generator.choice([None, "a"])).fields:
+            assert 0 <= change.p_value <= change.p_corrected <= 1
+
+
 # --- the whole
 
 

@@ -158,11 +158,14 @@ def _missing(name: str, missing: Sequence[int], of: Sequence[int]) -> FieldChang
 
 
 def _numeric(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> FieldChange:
-    spread = math.sqrt((before.var() + after.var()) / 2)
-    difference = float(after.mean() - before.mean())
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest there are
+        means = [float(before.mean()), float(after.mean())]
+        spread = math.sqrt((before.var() + after.var()) / 2)
+    difference = means[1] - means[0]
     effect = difference / spread if spread else math.copysign(math.inf, difference) if difference else 0.0
+    effect = 0.0 if math.isnan(effect) else effect
     _, p_value = kolmogorov_smirnov(before, after)
-    return FieldChange(name, "numeric", effect, p_value, float(before.mean()), float(after.mean()))
+    return FieldChange(name, "numeric", effect, p_value, means[0], means[1])
 
 
 def _categorical(name: str, before: Counter[str], after: Counter[str]) -> FieldChange:
@@ -197,5 +200,5 @@ def _of_text(name: str, before: Sequence[str], after: Sequence[str]) -> list[Fie
 
 
 def _only_rises_or_falls(numbers: NDArray[np.float64]) -> bool:
-    steps = np.diff(numbers)
-    return len(steps) > 10 and bool((steps > 0).all() or (steps < 0).all())
+    first, second = numbers[:-1], numbers[1:]
+    return len(first) > 10 and bool((second > first).all() or (second < first).all())
