@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evertune.drift import MMD, FrozenEncoder, HashedNgrams, check_frozen
+from evertune.drift.featurisers import SentenceEncoder
 
 SMALL = {"arl": 2_000, "reference_size": 128, "window_size": 16}
 
@@ -112,11 +113,11 @@ def test_blocks_keep_the_rate_on_records_that_come_in_groups():
         return groups + torch.randn(n, 8, generator=generator)
 
     def mean_length(block_size):
-        settings = {"arl": 500, "reference_size": 256, "window_size": 32, "block_size": block_size}
+        settings = {"arl": 500, "reference_size": 512, "window_size": 32, "block_size": block_size}
         return run_lengths(lambda seed: MMD(seed=seed, **settings), grouped, n_runs=60, limit=5_000).mean()
 
     assert mean_length(1) < 100  # alarms five times too often
-    assert mean_length(8) > 350
+    assert mean_length(32) > 350  # blocks start anywhere: one as long as a group would hold parts of two
 
 
 def test_p_value_threshold_and_score_agree():
@@ -290,3 +291,16 @@ def test_frozen_encoder(encoder_folder):
     torch.testing.assert_close(featuriser(texts), from_texts)
     with pytest.raises(TypeError, match="FrozenEncoder needs strings"):
         featuriser(torch.zeros(2, 3))
+
+
+def test_pooling_and_length_of_a_frozen_encoder(encoder_folder):
+    texts = ["red fish", "green green fish"]
+    mean, first = (FrozenEncoder(encoder_folder, pooling=pooling) for pooling in ("mean", "cls"))
+    tokens = first.tokenizer(texts, padding=True, return_tensors="pt")
+    hidden = first.model(**tokens).last_hidden_state
+    torch.testing.assert_close(first(texts), hidden[:, 0])
+    torch.testing.assert_close(mean(texts)[0], hidden[0, :4].mean(0))  # the padding left out
+    sentences = SentenceEncoder(encoder_folder)(texts)
+    torch.testing.assert_close(sentences, nn.functional.normalize(mean(texts)))
+    with pytest.raises(ValueError, match="pooling must be mean or cls, got 'max'"):
+        FrozenEncoder(encoder_folder, pooling="max")

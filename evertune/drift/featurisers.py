@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,11 @@ class HashedNgrams:
 
 
 class FrozenEncoder:
-    """The mean token embedding that a pretrained encoder gives, of its own copy of the weights, never trained.
+    """The embedding that a pretrained encoder gives a text, of its own copy of the weights, never trained.
 
     Example::
 
-        featuriser = FrozenEncoder("sentence-transformers/all-MiniLM-L6-v2")
+        featuriser = FrozenEncoder("FacebookAI/roberta-base", pooling="cls")
         trigger = DriftTrigger(featuriser=featuriser)
 
     Args:
@@ -98,12 +98,29 @@ class FrozenEncoder:
         key: where a mapping batch holds its strings, which the encoder's own tokenizer reads. A batch without it must
             hold ``input_ids`` (and ``attention_mask``) made by the same tokenizer.
         max_length: longer texts are cut to so many tokens.
+        pooling: ``mean`` of the tokens' embeddings, padding left out (what most sentence encoders are trained for), or
+            ``cls``: the first token's, for encoders that were trained to put the sentence there.
+        normalize: scale each vector to length 1. Lengths then say nothing; the directions of most encoders carry the
+            meaning.
+
+    Raises:
+        ValueError: for another ``pooling``.
+        TypeError: when a batch holds neither strings nor token numbers.
     """
 
-    def __init__(self, model_name_or_path: str, key: str = "text", max_length: int = 128) -> None:
+    def __init__(
+        self,
+        model_name_or_path: str,
+        key: str = "text",
+        max_length: int = 128,
+        pooling: Literal["mean", "cls"] = "mean",
+        normalize: bool = False,
+    ) -> None:
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
         from transformers import AutoModel, AutoTokenizer
 
-        self.key, self.max_length = key, max_length
+        self.key, self.max_length, self.pooling, self.normalize = key, max_length, pooling, normalize
         with _whole_weights():
             self.model: Any = AutoModel.from_pretrained(model_name_or_path).requires_grad_(False).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_name_or_path)
@@ -127,8 +144,29 @@ class FrozenEncoder:
         if self.model.device != ids.device:
             self.model.to(ids.device)
         hidden: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weight = mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return nn.functional.normalize(pooled) if self.normalize else pooled
+
+
+class SentenceEncoder(FrozenEncoder):
+    """A sentence encoder as its authors use it: the mean of the tokens' embeddings, scaled to length 1.
+
+    Example::
+
+        trigger = DriftTrigger(featuriser=SentenceEncoder("sentence-transformers/all-MiniLM-L6-v2"))
+
+    Args:
+        model_name_or_path: a hub name or a folder that ``transformers.AutoModel`` loads.
+        key: where a mapping batch holds its strings; see :class:`FrozenEncoder`.
+        max_length: longer texts are cut to so many tokens.
+    """
+
+    def __init__(self, model_name_or_path: str, key: str = "text", max_length: int = 128) -> None:
+        super().__init__(model_name_or_path, key, max_length, pooling="mean", normalize=True)
 
 
 def check_frozen(featuriser: Featuriser, module: nn.Module) -> None:

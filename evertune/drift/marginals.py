@@ -1,0 +1,136 @@
+"""A test of each feature on its own, at one false-alarm rate for all of them together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evertune.drift.windows import WindowDetector
+
+_EXACT = 20  # times as many of the resampled windows as raise alarms are compared with every reference
+_ELEMENTS = 2_000_000  # compared at once
+
+
+class MarginalKS(WindowDetector):
+    """Detects a change in the distribution of any single feature, and says of which.
+
+    The empirical distribution function of each feature is followed at some quantiles of the reference; the score is its
+    largest change over features and quantiles, in standard errors of a window: a Kolmogorov-Smirnov statistic on a
+    grid, weighted as that of Anderson & Darling (1952). The threshold belongs to this maximum itself, as resampling
+    whole records gives it (max-T; Westfall & Young 1993): features may depend on each other in any way, and 16 copies
+    of one feature are not treated as 16 tests, as Bonferroni's correction would.
+
+    Strong where few features change (a new category, a unit, a sensor); a change spread thinly over all of them is seen
+    sooner by :class:`~evertune.drift.MMD`, and one of correlations alone only by that.
+
+    What is guaranteed is what :class:`~evertune.drift.windows.WindowDetector` guarantees: false alarms come once in
+    ``arl`` records, on average over references and streams.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(2)
+        >>> detector = MarginalKS(arl=1_000, reference_size=256, window_size=32)
+        >>> detector.update(torch.randn(512, 4, generator=generator))
+        >>> detector.drift_detected
+        False
+        >>> moved = torch.tensor([0.0, 0.0, 2.0, 0.0])  # the third feature, by two sigma
+        >>> detector.update(torch.randn(32, 4, generator=generator) + moved)
+        >>> detector.drift_detected, detector.feature_scores.argmax().item()
+        (True, 2)
+
+    Attributes:
+        feature_scores: of the last test: the largest change of each feature, in standard errors ``[n_features]``. Empty
+            before the first test.
+
+    Args:
+        arl: average run length: the mean number of records from arming to a false alarm.
+        reference_size: records in the reference.
+        window_size: records in a test. Small windows react fast, large ones find small changes.
+        block_size: records that are resampled together; over more of them, records should not depend on each other.
+        n_knots: quantiles of each feature.
+        seed: of the resampling and nothing else.
+
+    Raises:
+        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
+            is named).
+    """
+
+    _kept: tuple[str, ...] = (*WindowDetector._kept, "_knots", "feature_scores")
+    _lattice = True
+
+    def __init__(
+        self,
+        arl: float = 10_000,
+        *,
+        reference_size: int = 512,
+        window_size: int = 32,
+        block_size: int = 1,
+        n_knots: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if n_knots < 1:
+            raise ValueError(f"n_knots must be positive, got {n_knots}")
+        self.n_knots = n_knots
+        super().__init__(
+            {
+                "arl": float(arl),
+                "reference_size": reference_size,
+                "window_size": window_size,
+                "block_size": block_size,
+                "n_knots": n_knots,
+                "seed": seed,
+            }
+        )
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._knots = torch.empty(0)  # [n_features, n_knots]
+        self.feature_scores = torch.empty(0)
+
+    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
+        shape = self.n_knots, reference.shape[1]
+        # At random near even levels: else all features would share the few values that a window can have.
+        levels = torch.arange(1, self.n_knots + 1)[:, None] - 0.5 + torch.rand(*shape, generator=generator)
+        places = (levels * (len(reference) / (self.n_knots + 1))).long()
+        knots = reference.sort(0).values.gather(0, places).T.contiguous()
+        # The lower half asks for what is below the knot, the upper one for what is not above: so a feature that has
+        # always been 0 is seen to leave it on either side.
+        lower = self.n_knots // 2
+        knots[:, :lower] = knots[:, :lower].nextafter(torch.tensor(-torch.inf))
+        self._knots = knots
+
+    def _map(self, records: Tensor) -> Tensor:
+        """Which features are at most as large as which knots: ``[records, n_features * n_knots]``."""
+        return (records.unsqueeze(2) <= self._knots).flatten(1).double()
+
+    def _distance(self, windows: Tensor, references: Tensor) -> Tensor:
+        if len(windows) == 1:  # a test
+            changes = (windows - references).abs() * self._precision(references)
+            self.feature_scores = changes[0].view(-1, self.n_knots).amax(1)
+            return changes.amax(1)[None]
+        # Windows near the mean are far from any alarm: how far they are from references is taken from how far they are
+        # from the mean. Only the others are compared with each of the references.
+        size = (windows * self._precision(torch.zeros_like(windows[:1]))).abs_().amax(1)
+        distances = (size * (1 + self.window_size / self.reference_size) ** 0.5)[:, None].repeat(1, len(references))
+        far = size.topk(min(len(size), max(1, round(_EXACT * self.level * len(size))))).indices
+        precisions = self._precision(references)
+        rows = max(1, _ELEMENTS // windows.shape[1])
+        for start in range(0, len(far), rows):
+            chosen = windows[far[start : start + rows]]
+            for column, (reference, precision) in enumerate(zip(references, precisions, strict=True)):
+                distances[far[start : start + rows], column] = ((chosen - reference) * precision).abs_().amax(1)
+        return distances
+
+    def _precision(self, references: Tensor) -> Tensor:
+        """One over the standard error of a window's shares, for each reference.
+
+        Records whose true share is larger than the reference's by chance also vary more, if they are few. Resampled
+        windows do not, so their differences are stretched.
+        """
+        mean = self._mean.to(references.dtype)
+        variance = self._variance(mean)
+        precision: Tensor = (self.window_size * self._variance(mean - references)).sqrt() / variance
+        return precision
+
+    def _variance(self, shares: Tensor) -> Tensor:
+        # What was hardly ever seen is taken to come once in a window; else the first such record would be an alarm.
+        return (shares * (1 - shares)).clamp(min=1 / self.window_size)
