@@ -28,7 +28,7 @@ from evertune.launch.watch import watch as watch_command
 from evertune.live.alerts import Alert
 from evertune.live.telemetry import log_to
 from evertune.live.triggers import Drift, Situation, Volume
-from evertune.live.watch import Watch, WatchSettings
+from evertune.live.watch import Watch, WatchSettings, _drifting
 from evertune.registry.lease import LeaseHeld
 from evertune.registry.registry import Registry
 from evertune.streams.source import SourceError
@@ -623,3 +623,17 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
     assert process.exitcode == 1
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["message"] == "evertune watch: poll must be positive, got 0.0" and last["level"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("readings", "drifting"),
+    [
+        ({}, False),
+        ({"drift_score": 2.0}, False),
+        ({"drift_score": 2.0, "drift_threshold": 1.0}, True),
+        ({"label_drift_score": 2.0, "label_drift_threshold": 3.0, "drift_score": 0.1, "drift_threshold": 1.0}, False),
+        ({"accuracy": 0.8, "accuracy_loss": 0.1, "accuracy_loss_threshold": 0.05}, True),
+    ],
+)
+def test_what_a_trigger_measures_is_told_when_it_is_above_its_limit(readings: dict[str, float], drifting: bool) -> None:
+    assert _drifting(readings) is drifting

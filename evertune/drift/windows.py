@@ -106,7 +106,7 @@ class WindowDetector(ReferenceDetector):
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
         self.threshold = threshold_of_tests(scores, 1 / self.level)
-        self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double()
+        self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double().contiguous()
 
     def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
         """What some of the next ``count`` records add to the windows that those will fill.

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -201,8 +201,7 @@ class Watch:
         reason = self.updater.due()
         readings = self.updater.trigger.readings
         self.telemetry.measured(readings)
-        drifting = readings.get("drift_score", 0.0) > readings.get("drift_threshold", float("inf"))
-        if drifting and self._drift_told != self._version:
+        if _drifting(readings) and self._drift_told != self._version:
             self._drift_told = self._version
             self._say("drift", self.updater.trigger.explanation, logging.WARNING, **readings)
         return reason
@@ -476,3 +475,9 @@ def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
 def _kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _drifting(readings: Mapping[str, float]) -> bool:
+    """Whether something that a trigger measures stands above its limit."""
+    limits = {name.removesuffix("_threshold"): limit for name, limit in readings.items() if name.endswith("_threshold")}
+    return any(readings.get(f"{name}_score", readings.get(name, 0.0)) > limit for name, limit in limits.items())
