@@ -160,6 +160,8 @@ def _facts(found: Comparison) -> Any:
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("reference", Text(f"{found.n_reference:,} records of {found.reference}"))
     table.add_row("current", Text(f"{found.n_current:,} records of {found.current}"))
     table.add_row("features", Text(found.features))
