@@ -20,7 +20,8 @@ _POOL = 2_048  # resampled strides that the streams are put together of
 _PART = 8_192  # strides of streams looked at together
 _MOMENTS = 64  # of a stream, at which its largest score so far is noted
 _LONGEST_WINDOWS = 8  # in a resampled stream, at least: its start, with windows not yet full, then counts for little
-_ROWS = 2_048  # records whose products are looked at
+_EXACT = 4_096  # a longer reference has few such records that it matters
+_GROUPS = 4  # of resampled references
 _NOTHING = 1e-6  # a score below it is rounding: the reference is constant
 
 
@@ -130,7 +131,7 @@ class KernelCUSUM(WindowDetector):
             0
         )  # centred sums of the last strides, the newest first: [longest window / stride, n_map]
         self._map_by = torch.empty(0)  # frequencies [n_features, n_frequencies], or what each feature is multiplied by
-        self._usual = torch.empty(0)  # mean and standard deviation of the distances of each length, [2, lengths]
+        self._usual = torch.empty(2, 0)  # mean and standard deviation of the distances of each length, [2, lengths]
 
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
         if self.kernel == "linear":
@@ -153,48 +154,49 @@ class KernelCUSUM(WindowDetector):
         self._window = torch.zeros_like(self._mean)
         self._ring = self._window[None][:0]
         centred = (mapped - self._mean).float()
-        drawn = resample(len(centred), (_REFERENCES, len(centred)), self.block_size, generator)
-        references = embedding_bag(drawn, centred, mode="mean")
+        references = resample(len(centred), (_GROUPS * _REFERENCES, len(centred)), self.block_size, generator)
         together = max(self.block_size // self.stride, 1)  # strides that come out of one block
         shape = (_POOL // together, together * self.stride)
-        drawn = resample(len(centred), shape, self.block_size, generator).view(-1, self.stride)
-        pool = embedding_bag(drawn, centred, mode="sum")
+        pool = resample(len(centred), shape, self.block_size, generator).view(-1, self.stride)
+        own, products, crossed, far = _products(centred, pool, references, self.block_size, together)
 
-        length = math.ceil(max(self.arl, _LONGEST_WINDOWS * self.window_sizes[-1]) / self.stride)
-        n_paths = math.ceil(min(math.ceil(_ALARMS * self.arl / self.stride), _MAX_STRIDES) / length)
+        step = math.ceil(max(self.arl, _LONGEST_WINDOWS * self.window_sizes[-1]) / self.stride / _MOMENTS)
+        length = step * _MOMENTS
+        n_paths = math.ceil(min(math.ceil(_ALARMS * self.arl / self.stride), _MAX_STRIDES) / length / _GROUPS) * _GROUPS
         starts = torch.randint(shape[0], (n_paths, math.ceil(length / together), 1), generator=generator)
         streams = (starts * together + torch.arange(together)).flatten(1)[:, :length]
-        moments = torch.linspace(0, length, min(length, _MOMENTS) + 1).long()[1:]
-        products, crossed, far = pool @ pool.T, pool @ references.T, references.square().sum(1)
-        largest = [
-            self._largest(part, products, crossed, far)[:, moments - 1]
-            for part in streams.split(max(1, _PART // length))
-        ]
-        threshold = threshold_of_paths(torch.cat(largest).transpose(0, 1), moments * self.stride, self.arl)
-        self.threshold = max(threshold, _NOTHING)
-        if self.block_size == 1:  # larger blocks, cut off from their neighbours, vary less by about as much
-            self._usual[1] *= _excess(centred)
+        largest = []
+        for group, part in enumerate(streams.tensor_split(_GROUPS)):  # each has streams and references of its own
+            columns = slice(group * _REFERENCES, (group + 1) * _REFERENCES)
+            scores = [
+                self._best(few, own, products, crossed[:, columns], far[columns]).unflatten(1, (_MOMENTS, step)).amax(2)
+                for few in part.split(max(1, _PART // length))
+            ]
+            largest.append(torch.cat(scores).cummax(1).values.transpose(0, 1))
+        times = torch.arange(1, _MOMENTS + 1) * step * self.stride
+        self.threshold = max(threshold_of_paths(torch.cat(largest, 2), times, self.arl), _NOTHING)
 
-    def _largest(self, streams: Tensor, products: Tensor, crossed: Tensor, far: Tensor) -> Tensor:
-        """The largest score up to each moment.
+    def _best(self, streams: Tensor, own: Tensor, products: Tensor, crossed: Tensor, far: Tensor) -> Tensor:
+        """The score after each stride of resampled streams, against each of the resampled references.
 
         The square of a window's sum is that of the window which ended a stride earlier and was one shorter, and twice
         the products of its newest stride with the others: so its cost does not depend on the size of the feature map.
 
         Args:
             streams: strides of the pool, ``[streams, length]``.
+            own: squares of the pool's strides.
             products: of the pool's strides with each other.
             crossed: of the pool's strides with the references' means.
             far: the squares of those.
 
         Returns:
-            ``[streams, length, references]``.
+            ``[streams, length, references]``; minus infinity as long as no window is full.
         """
         totals = pad(crossed[streams].cumsum(1), (0, 0, 1, 0))
         best = torch.full((*streams.shape, len(far)), -math.inf)
-        added = products.diagonal()[streams].clone()
+        added = own[streams]
         squares = added.clone()
-        first = not len(self._usual)
+        first = not self._usual.numel()
         for n in range(1, self.window_sizes[-1] // self.stride + 1):
             if n > 1:
                 added[:, n - 1 :] += 2 * products[streams[:, n - 1 :], streams[:, : 1 - n]]
@@ -205,11 +207,11 @@ class KernelCUSUM(WindowDetector):
                 distance.add_(far * size)
                 if first:
                     usual = torch.tensor([[distance.mean()], [distance.std()]], dtype=torch.float64)
-                    self._usual = torch.cat([self._usual.view(2, -1), usual], 1)
+                    self._usual = torch.cat([self._usual, usual], 1)
                 mean, spread = self._usual[:, self.window_sizes.index(size)].tolist()
                 distance.sub_(mean).div_(max(spread, _NOTHING**2))
                 torch.maximum(best[:, n - 1 :], distance, out=best[:, n - 1 :])
-        return best.cummax(1).values
+        return best
 
     def _take(self, sums: Tensor, count: int) -> None:
         sums = torch.cat([(sums[0] + self._window)[None], sums[1:], torch.zeros_like(sums[:1])])
@@ -236,12 +238,33 @@ class KernelCUSUM(WindowDetector):
         return best
 
 
-def _excess(centred: Tensor) -> float:
-    """How much narrower distances spread than the resampled ones, in which records meet themselves.
+def _products(
+    centred: Tensor, pool: Tensor, references: Tensor, block_size: int, together: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squares of resampled strides, their products with each other and with resampled references, those' squares.
 
-    The variance of a squared distance is the mean squared product of two records. Resampled, they are the same one with
-    a probability of ``1 / n``, and the product is far larger: which is little for few features and much for many.
+    A record is drawn again and again, and its product with itself is far larger than with any other, as is that with
+    its neighbours in a block: distances would spread more than those of records that are new. So such products count
+    as zero, but within a block.
+
+    Args:
+        centred: the reference in the feature map.
+        pool: positions of the records of each stride, ``[strides, stride]``.
+        references: those of each reference.
+        block_size: records drawn together.
+        together: strides that come out of one block.
     """
-    products = (centred[:_ROWS] @ centred[:_ROWS].T).square()
-    same, other = products.diagonal().mean(), (products.sum() - products.trace()) / (products.numel() - len(products))
-    return (other / (other + same / len(centred)).clamp(min=_NOTHING**2)).sqrt().item()
+    n = len(centred)
+    sums, means = embedding_bag(pool, centred, mode="sum"), embedding_bag(references, centred, mode="mean")
+    products, crossed, far = sums @ sums.T, sums @ means.T, means.square().sum(1)
+    own = products.diagonal().clone()
+    if n <= _EXACT:
+        records = centred @ centred.T
+        apart = (torch.arange(n)[:, None] - torch.arange(n)).abs()
+        near = records * (torch.minimum(apart, n - apart) < block_size)
+        records += near.sum() / n**2 - near
+        of_records = embedding_bag(pool, records, mode="sum").T.contiguous()  # [n, strides]
+        crossed = embedding_bag(references, of_records, mode="mean").T.contiguous()
+        same = torch.arange(len(pool)) // together
+        products = torch.where(same[:, None] == same, products, embedding_bag(pool, of_records, mode="sum"))
+    return own, products.fill_diagonal_(0), crossed, far
