@@ -207,7 +207,8 @@ class HDDM(_RiverDetector):
     so that outliers count for little. ``score`` is the exponent of the bound: the logarithm of one over the confidence
     at which River's detector would have alarmed (A: of two over it). The confidence of the cuts is River's default.
 
-    The threshold is found as in :class:`PageHinkley`, with the same conditions.
+    The threshold is found as in :class:`PageHinkley`, with the same conditions. Where neighbouring records correlate
+    (by 0.5, with ``block_size=32``), runs of variant W are about a third shorter than asked for; those of A are not.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
