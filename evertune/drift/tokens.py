@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evertune.drift._p_values import normal
-
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _PRIOR = 0.1  # the prior's weight, as a part of the smaller side
+_NOTABLE = 1.0  # z-scores below it are not tested
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def changed_tokens(
         after: texts after it.
         n_tokens: so many at most.
         min_records: tokens held by fewer records of both sides together are left out.
-        level: the chance that any is named where nothing has changed (Bonferroni).
+        level: the chance that any is named where nothing has changed: by an exact binomial test of the records that
+            hold a token, corrected for the number of tokens (Bonferroni).
 
     Returns:
         The largest z-scores first, of either sign. Pairs only where they stand out more than both their words.
@@ -69,8 +69,9 @@ def changed_tokens(
         [('dog', 0, 20)]
     """
     changes = log_odds(_count(before), _count(after), min_records=min_records)
-    found = [change for change in changes.values() if normal(change.z) * len(changes) <= level]
-    found = [change for change in found if _stands_out(change, changes)]
+    share = len(after) / max(len(before) + len(after), 1)
+    found = [change for change in changes.values() if _stands_out(change, changes)]
+    found = [change for change in found if _p_value(change, share) * len(changes) <= level]
     return sorted(found, key=lambda change: (-abs(change.z), change.token))[:n_tokens]
 
 
@@ -109,6 +110,20 @@ def _count(texts: Iterable[str]) -> Counter[str]:
     for text in texts:
         counts.update(tokens_of(text))
     return counts
+
+
+def _p_value(change: TokenChange, share: float) -> float:
+    """Two-sided and exact: nothing has changed if each record that holds the token comes after with that ``share``.
+
+    The z-score would not do: where a token is new, its prior, meant to keep chance small, hides the surest changes.
+    """
+    from evertune.registry.statistics import binomial_tail
+
+    if abs(change.z) < _NOTABLE:
+        return 1.0
+    total = change.before + change.after
+    more, share = (change.after, share) if change.z > 0 else (change.before, 1 - share)
+    return min(2 * binomial_tail(more, total, share), 1.0)
 
 
 def _stands_out(change: TokenChange, changes: dict[str, TokenChange]) -> bool:
