@@ -65,6 +65,9 @@ def test_a_planted_word_is_found_first() -> None:
     found = changed_tokens(before, after)
     assert (found[0].token, found[0].before, found[0].after) == ("phishing", 0, 80)
     assert found[0].z > 4
+    assert found[0].p_corrected < 1e-20
+    few = changed_tokens(before, [*after[1:40], "phishing and more"])
+    assert [(change.token, change.after) for change in few] == [("phishing", 8)], "few records, new, and still sure"
 
 
 def test_a_pair_of_words_is_found_where_its_words_are_not_new() -> None:

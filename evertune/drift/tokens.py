@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -23,7 +23,8 @@ class TokenChange:
         before: records before the change that hold it.
         after: records after it that do.
         log_odds: logarithm of the ratio of the odds, after to before; positive for what has become more frequent.
-        z: the same in units of its standard deviation.
+        z: the same in units of its standard deviation; for ranking, as the prior tempers it most where a token is new.
+        p_corrected: p-value of an exact test, times the number of tokens (Bonferroni), by :func:`changed_tokens`.
     """
 
     token: str
@@ -31,6 +32,7 @@ class TokenChange:
     after: int
     log_odds: float
     z: float
+    p_corrected: float = math.nan
 
 
 def words_of(text: str) -> list[str]:
@@ -71,7 +73,8 @@ def changed_tokens(
     changes = log_odds(_count(before), _count(after), min_records=min_records)
     share = len(after) / max(len(before) + len(after), 1)
     found = [change for change in changes.values() if _stands_out(change, changes)]
-    found = [change for change in found if _p_value(change, share) * len(changes) <= level]
+    found = [replace(change, p_corrected=min(_p_value(change, share) * len(changes), 1.0)) for change in found]
+    found = [change for change in found if change.p_corrected <= level]
     return sorted(found, key=lambda change: (-abs(change.z), change.token))[:n_tokens]
 
 

@@ -186,9 +186,15 @@ def _show_changes(found: Comparison, console: Console) -> None:
     console.print(Text(f"\nWhat differs: {changes.n_before:,} records before, {changes.n_after:,} now", style="bold"))
     fields = [change for change in changes.fields if sure(change)]
     if changes.tokens:
-        tokens = Table("word", "before", "now", "z", box=None, pad_edge=False, header_style="dim")
+        tokens = Table("word", "before", "now", "z", "p, corrected", box=None, pad_edge=False, header_style="dim")
         for token in changes.tokens[:_N_ROWS]:
-            tokens.add_row(Text(token.token), f"{token.before:,}", f"{token.after:,}", f"{token.z:+.1f}")
+            tokens.add_row(
+                Text(token.token),
+                f"{token.before:,}",
+                f"{token.after:,}",
+                f"{token.z:+.1f}",
+                f"{token.p_corrected:.2g}",
+            )
         console.print(tokens)
     if changes.topics:
         topics = Table("topic", "before, %", "now, %", "z", box=None, pad_edge=False, header_style="dim")
