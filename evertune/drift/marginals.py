@@ -9,6 +9,7 @@ from evertune.drift.windows import WindowDetector
 
 _EXACT = 20  # times as many of the resampled windows as raise alarms are compared with every reference
 _ELEMENTS = 2_000_000  # compared at once
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly
 
 
 class MarginalKS(WindowDetector):
@@ -27,8 +28,8 @@ class MarginalKS(WindowDetector):
     ``arl`` records, on average over references and streams.
 
     Example:
-        >>> generator = torch.Generator().manual_seed(2)
-        >>> detector = MarginalKS(arl=1_000, reference_size=256, window_size=32)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> detector = MarginalKS(arl=10_000, reference_size=256, window_size=32)
         >>> detector.update(torch.randn(512, 4, generator=generator))
         >>> detector.drift_detected
         False
@@ -87,9 +88,10 @@ class MarginalKS(WindowDetector):
         self.feature_scores = torch.empty(0)
 
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
-        shape = self.n_knots, reference.shape[1]
-        # At random near even levels: else all features would share the few values that a window can have.
-        levels = torch.arange(1, self.n_knots + 1)[:, None] - 0.5 + torch.rand(*shape, generator=generator)
+        # Scattered around even levels: else all features would share the few values that a window can have. Nothing is
+        # drawn for it: a stream made with the same seed would be tied to its knots.
+        scatter = (torch.arange(self.n_knots * reference.shape[1]) * _GOLDEN % 1).view(self.n_knots, -1)
+        levels = torch.arange(1, self.n_knots + 1)[:, None] - 0.5 + scatter
         places = (levels * (len(reference) / (self.n_knots + 1))).long()
         knots = reference.sort(0).values.gather(0, places).T.contiguous()
         # The lower half asks for what is below the knot, the upper one for what is not above: so a feature that has
