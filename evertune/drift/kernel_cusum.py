@@ -154,6 +154,8 @@ class KernelCUSUM(WindowDetector):
         self._window = torch.zeros_like(self._mean)
         self._ring = self._window[None][:0]
         centred = (mapped - self._mean).float()
+        if self.block_size > 1:
+            centred = centred * _cut_off(centred, self.block_size)
         references = resample(len(centred), (_GROUPS * _REFERENCES, len(centred)), self.block_size, generator)
         together = max(self.block_size // self.stride, 1)  # strides that come out of one block
         shape = (_POOL // together, together * self.stride)
@@ -268,3 +270,15 @@ def _products(
         same = torch.arange(len(pool)) // together
         products = torch.where(same[:, None] == same, products, embedding_bag(pool, of_records, mode="sum"))
     return own, products.fill_diagonal_(0), crossed, far
+
+
+def _cut_off(centred: Tensor, block_size: int) -> float:
+    """By how much sums of records that follow each other are larger than those of resampled blocks.
+
+    Blocks miss the correlation across their ends, taken to fade as that of an autoregression of order one (a share of
+    ``2 rho / (1 - rho^2) / block_size`` of the variance), and what the reference's own mean takes away.
+    """
+    squares = centred.square().sum().clamp(min=_NOTHING)
+    rho = min(max(((centred[1:] * centred[:-1]).sum() / squares).item(), 0.0), 0.95)
+    missed = min(2 * rho / (1 - rho**2) / block_size, 0.5) + block_size / len(centred)
+    return 1 / math.sqrt(1 - missed)
