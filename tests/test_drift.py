@@ -304,3 +304,15 @@ def test_pooling_and_length_of_a_frozen_encoder(encoder_folder):
     torch.testing.assert_close(sentences, nn.functional.normalize(mean(texts)))
     with pytest.raises(ValueError, match="pooling must be mean or cls, got 'max'"):
         FrozenEncoder(encoder_folder, pooling="max")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e4])
+def test_records_that_are_all_alike_but_for_rounding_raise_no_alarm(value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    detector = MMD(arl=1_000, reference_size=200)
+    detector.update(torch.full((200, 8), value))
+    detector.update(torch.full((640, 8), value) * (1 + 1e-7 * torch.rand(640, 8, generator=generator)))
+    assert detector.n_tests == 20
+    assert not detector.drift_detected
+    detector.update(torch.full((64, 8), 2 * value + 1))
+    assert detector.drift_detected

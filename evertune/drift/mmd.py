@@ -93,7 +93,12 @@ class MMD(WindowDetector):
 
 
 def median_distance(records: Tensor) -> float:
-    """The median distance between two different records of at most 1,000; 1 when all are equal."""
-    distances = torch.nn.functional.pdist(records[:1_000])
-    distances = distances[distances > 0]
-    return distances.median().item() if len(distances) else 1.0
+    """The median distance between two different records of at most 1,000.
+
+    Of records that are all equal, but for rounding: their length, or 1 where that is 0.
+    """
+    records = records[:1_000]
+    length = records.norm(dim=1).max().item()
+    distances = torch.nn.functional.pdist(records)
+    distances = distances[distances > 1e-6 * length]
+    return distances.median().item() if len(distances) else length or 1.0

@@ -19,6 +19,7 @@ _REFERENCES = 32  # resampled references
 _MIN_WINDOWS = 4  # a shorter reference is too noisy a picture of the past, whatever the false-alarm rate
 _CHUNK = 2_048  # records mapped at once
 _JITTER = 1e-6
+_ROUNDING = 1e-12  # of the squared length of the mapped records: of records that are all alike, nothing else is left
 
 
 class WindowDetector(ReferenceDetector):
@@ -105,7 +106,8 @@ class WindowDetector(ReferenceDetector):
             scores[part] = self._distance(windows, references)
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
-        self.threshold = threshold_of_tests(scores, 1 / self.level)
+        rounding = _ROUNDING * mapped.square().sum(1).mean().item()
+        self.threshold = max(threshold_of_tests(scores, 1 / self.level), rounding)
         self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double().contiguous()
 
     def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
