@@ -150,4 +150,4 @@ def _smallest(scores: Tensor, mean_run_length: Callable[[Tensor], float], asked:
             high = middle
         else:
             low = middle + 1
-    return candidates[low].item()
+    return float(candidates[low])

@@ -112,7 +112,9 @@ class MarginalKS(WindowDetector):
         # Windows near the mean are far from any alarm: how far they are from references is taken from how far they are
         # from the mean. Only the others are compared with each of the references.
         size = (windows * self._precision(torch.zeros_like(windows[:1]))).abs_().amax(1)
-        distances = (size * (1 + self.window_size / self.reference_size) ** 0.5)[:, None].repeat(1, len(references))
+        distances: Tensor = (size * (1 + self.window_size / self.reference_size) ** 0.5)[:, None].repeat(
+            1, len(references)
+        )
         far = size.topk(min(len(size), max(1, round(_EXACT * self.level * len(size))))).indices
         precisions = self._precision(references)
         rows = max(1, _ELEMENTS // windows.shape[1])

@@ -19,10 +19,10 @@ class MMD(WindowDetector):
     that only the reference's mean is kept and a record costs one small matrix product.
 
     **What is guaranteed, and what is not.** False alarms come once in ``arl`` records, on average over references and
-    streams (see :class:`~evertune.drift.windows.WindowDetector`). Tests of one reference share its luck: some references
-    alarm more often and others less; a larger one narrows that. Records that are alike when they arrive together
-    (batches sorted by length, an hour's news) alarm too often, unless ``block_size`` covers the stretch over which they
-    are alike: whole blocks are resampled then.
+    streams (see :class:`~evertune.drift.windows.WindowDetector`). Tests of one reference share its luck: some
+    references alarm more often and others less; a larger one narrows that. Records that are alike when they arrive
+    together (batches sorted by length, an hour's news) alarm too often, unless ``block_size`` covers the stretch over
+    which they are alike: whole blocks are resampled then.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from evertune.drift.calibration import resample, threshold_of_paths
 Array = NDArray[np.float64]
 
 _REFERENCES, _STREAMS = 64, 4  # resampled references, and streams for each
-_LENGTH = 3  # of a stream, in run lengths: the chance of an alarm rises (HDDM_W) or falls (HDDM_A) with time
+_LENGTH = 3  # of a stream, in run lengths: the chance of an alarm changes with time
 _MOMENTS = 64  # at which it is looked whether there has been an alarm
 
 
@@ -81,40 +81,6 @@ class HoeffdingPaths(Paths):
             if largest is not None:
                 rise = np.maximum(means - self._before, 0)
                 exponent = 2 * rise * rise * self._cut * self._n / np.maximum(self._n - self._cut, 1)
-                np.maximum(largest, exponent.max(0), out=largest)
-
-
-class McDiarmidPaths(Paths):
-    """HDDM_W: moving averages after and before a cut, in McDiarmid's bound; gives its exponent."""
-
-    def __init__(self, streams: int, cut_exponent: float, weight: float) -> None:
-        self._exponent, self._weight, self._n = cut_exponent, weight, 0
-        self._mean, self._size = np.zeros(streams), 1.0  # moving average, and the sum of its squared weights
-        self._bound = np.full((2, streams), np.inf)
-        self._before, self._size_before = np.zeros((2, streams)), np.ones((2, streams))
-        self._after, self._size_after = np.zeros((2, streams)), np.ones((2, streams))
-        self._empty = np.ones((2, streams), dtype=bool)  # no record after the cut yet
-
-    def feed(self, values: Array, largest: Array | None = None) -> None:
-        weight, kept = self._weight, (1 - self._weight) ** 2
-        for x in values:
-            self._n += 1
-            self._mean = self._mean + weight * (x - self._mean) if self._n > 1 else x.copy()
-            self._size = weight**2 + kept * self._size
-            means, records = _both(self._mean), _both(x)
-            bound = means + math.sqrt(self._exponent * self._size / 2)
-            moved = bound < self._bound
-            self._after += np.where(self._empty, 1.0, weight) * (records - self._after)
-            self._size_after = weight**2 + kept * self._size_after
-            np.copyto(self._size_after, 1.0, where=moved)
-            np.copyto(self._bound, bound, where=moved)
-            np.copyto(self._before, means, where=moved)
-            np.copyto(self._size_before, self._size, where=moved)
-            np.copyto(self._after, means, where=moved)  # nothing has risen where there is nothing yet
-            self._empty = moved
-            if largest is not None:
-                rise = np.maximum(self._after - self._before, 0)
-                exponent = 2 * rise * rise / (self._size_before + self._size_after)
                 np.maximum(largest, exponent.max(0), out=largest)
 
 

@@ -32,6 +32,7 @@ class ReferenceDetector(Detector):
 
     _kept: tuple[str, ...] = ()
     """Names of attributes: tensors, numbers or strings."""
+    _reference: Tensor
 
     def __init__(self, config: dict[str, float | str], reference_size: int, seed: int) -> None:
         for name, value in config.items():
@@ -52,7 +53,8 @@ class ReferenceDetector(Detector):
 
     def _observe(self, records: Tensor) -> None:
         if not self.armed:
-            taken, records = records.split([n := self._missing(len(records)), len(records) - n])
+            n = min(len(records), self.reference_size - self.n_seen)
+            taken, records = records[:n], records[n:]
             self._reference = torch.cat([self._reference, taken]) if self.n_seen else taken.clone()
             self.n_seen += len(taken)
             if self.n_seen == self.reference_size:
@@ -60,10 +62,6 @@ class ReferenceDetector(Detector):
                 self._reference = torch.empty(0)
         if len(records):
             self._watch(records)
-
-    def _missing(self, n: int) -> int:
-        """How many of the next ``n`` records belong to the reference."""
-        return 0 if self.armed else min(n, self.reference_size - self.n_seen)
 
     def _clear(self) -> None:
         self._reference = torch.empty(0)  # [records, n_features] until armed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from evertune.drift.paths import (
     AdaptiveWindowPaths,
     Array,
     HoeffdingPaths,
-    McDiarmidPaths,
     PageHinkleyPaths,
     Paths,
     standard,
@@ -200,15 +199,14 @@ class PageHinkley(_RiverDetector):
 class HDDM(_RiverDetector):
     """Detects that the mean of one number has moved, up or down, by a bound on means, at a stated rate of false alarms.
 
-    The drift detection methods based on Hoeffding's bounds (Frias-Blanco et al. 2015), as River does them. Both compare
-    the records up to a cut, which is set where the mean was lowest (highest) by its confidence bound, with those after
-    it: ``variant="A"`` the plain means, for sudden changes; ``"W"`` moving averages, which forget, for gradual ones.
-    The bounds are for values in [0, 1]: records are standardised by the reference and go through a logistic function,
-    so that outliers count for little. ``score`` is the exponent of the bound: the logarithm of one over the confidence
-    at which River's detector would have alarmed (A: of two over it). The confidence of the cuts is River's default.
+    The drift detection method based on Hoeffding's bounds (HDDM_A; Frias-Blanco et al. 2015), as River does it. It
+    compares the mean of the records up to a cut, which is set where the mean was lowest (highest) by its confidence
+    bound, with the mean of all. The bounds are for values in [0, 1]: records are standardised by the reference and go
+    through a logistic function, so that outliers count for little. ``score`` is the exponent of the bound: the
+    logarithm of two over the confidence at which River's detector would have alarmed. The confidence of the cuts is
+    River's default.
 
-    The threshold is found as in :class:`PageHinkley`, with the same conditions. Where neighbouring records correlate
-    (by 0.5, with ``block_size=32``), runs of variant W are about a third shorter than asked for; those of A are not.
+    The threshold is found as in :class:`PageHinkley`, with the same conditions.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -220,10 +218,8 @@ class HDDM(_RiverDetector):
 
     Args:
         arl: average run length: how many records, on average, from arming to a false alarm.
-        variant: ``"A"`` or ``"W"``.
         reference_size: records in the reference.
         block_size: records resampled together; see :class:`PageHinkley`.
-        weight: of the newest record in a moving average (variant W only).
         seed: of what is resampled.
 
     Raises:
@@ -231,94 +227,43 @@ class HDDM(_RiverDetector):
         ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
     """
 
-    def __init__(
-        self,
-        arl: float = 10_000,
-        *,
-        variant: Literal["A", "W"] = "A",
-        reference_size: int = 500,
-        block_size: int = 1,
-        weight: float = 0.05,
-        seed: int = 0,
-    ) -> None:
-        if variant not in {"A", "W"}:
-            raise ValueError(f"variant must be 'A' (plain means) or 'W' (moving averages), got {variant!r}")
-        if not 0 < weight < 1:
-            raise ValueError(f"weight must be between 0 and 1, got {weight}")
-        self.variant, self.weight = variant, weight
-        super().__init__(arl, reference_size, block_size, seed, {"variant": variant, "weight": weight})
+    def __init__(self, arl: float = 10_000, *, reference_size: int = 500, block_size: int = 1, seed: int = 0) -> None:
+        super().__init__(arl, reference_size, block_size, seed, {})
 
     def _transformed(self, standardised: Array) -> Array:
         values: Array = 1 / (1 + np.exp(-standardised.clip(-500, 500)))
         return values
 
     def _paths(self, streams: int) -> Paths:
-        exponent = math.log(1 / _CUT_CONFIDENCE)
-        if self.variant == "A":
-            return HoeffdingPaths(streams, exponent)
-        return McDiarmidPaths(streams, exponent, self.weight)
+        return HoeffdingPaths(streams, math.log(1 / _CUT_CONFIDENCE))
 
     def _new(self) -> Any:
         binary = library("river.drift", "drift").binary
-        if self.variant == "A":
-            river = binary.HDDMA(_CUT_CONFIDENCE, _CUT_CONFIDENCE, two_sided_test=True)
-            mean = river._z
-            mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's takes 15 microseconds
-        else:
-            river = binary.HDDMW(_CUT_CONFIDENCE, _CUT_CONFIDENCE, self.weight, two_sided_test=True)
-            mean = river._total
-            mean.__deepcopy__ = lambda _: self._sample(mean.ewma, mean.is_init, mean.ibc)
+        river = binary.HDDMA(_CUT_CONFIDENCE, _CUT_CONFIDENCE, two_sided_test=True)
+        mean = river._z
+        mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's takes 15 microseconds
         return river
 
     def _statistic(self) -> float:
-        river = self._river
-        if self.variant == "A":
-            whole, exponent = river._z, 0.0
-            for cut, rise in (
-                (river._x_min, whole._mean - river._x_min._mean),
-                (river._x_max, river._x_max._mean - whole._mean),
-            ):
-                if rise > 0 and cut.n < whole.n:
-                    exponent = max(exponent, 2 * rise * rise * cut.n * whole.n / (whole.n - cut.n))
-            return exponent
-        exponent = 0.0
-        for low, high in ((river._s1_incr, river._s2_incr), (river._s2_decr, river._s1_decr)):
-            if low._is_init and high._is_init and (rise := high.ewma - low.ewma) > 0:
-                exponent = max(exponent, 2 * rise * rise / (low._ibc + high._ibc))
+        river, exponent = self._river, 0.0
+        whole = river._z
+        for cut, rise in (
+            (river._x_min, whole._mean - river._x_min._mean),
+            (river._x_max, river._x_max._mean - whole._mean),
+        ):
+            if rise > 0 and cut.n < whole.n:
+                exponent = max(exponent, 2 * rise * rise * cut.n * whole.n / (whole.n - cut.n))
         return exponent
 
     def _saved(self) -> Tensor:
         river = self._river
-        if self.variant == "A":
-            numbers = [number for mean in (river._z, river._x_min, river._x_max) for number in (mean.n, mean.get())]
-        else:
-            samples = [getattr(river, name) for name in self._samples]
-            numbers = [number for sample in samples for number in (sample.ewma, sample.is_init, sample.ibc)]
-            numbers += [river._incr_cutpoint, river._decr_cutpoint]
+        numbers = [number for mean in (river._z, river._x_min, river._x_max) for number in (mean.n, mean.get())]
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _load(self, numbers: Tensor) -> None:
         river, values = self._river, numbers.tolist()
-        if self.variant == "A":
-            river._z.n, river._z._mean = values[:2]
-            river._x_min, river._x_max = (type(river._z)._from_state(*values[i : i + 2]) for i in (2, 4))
-        else:
-            for i, name in enumerate(self._samples):
-                self._set(getattr(river, name), *values[3 * i : 3 * i + 3])
-            river._incr_cutpoint, river._decr_cutpoint = values[-2:]
-
-    _samples = ("_total", "_s1_incr", "_s2_incr", "_s1_decr", "_s2_decr")
-
-    def _sample(self, mean: float, started: float, size: float) -> Any:
-        sample = library("river.drift.binary.hddm_w", "drift").SampleInfo(self.weight)
-        self._set(sample, mean, started, size)
-        return sample
-
-    @staticmethod
-    def _set(sample: Any, mean: float, started: float, size: float) -> None:
-        if started:
-            sample._ewma.update(mean)  # the first value of a moving average is the value itself
-        sample._is_init, sample._ibc = bool(started), size
+        river._z.n, river._z._mean = values[:2]
+        river._x_min, river._x_max = (type(river._z)._from_state(*values[i : i + 2]) for i in (2, 4))
 
 
 class ADWIN(_RiverDetector):

@@ -40,7 +40,7 @@ class WindowDetector(ReferenceDetector):
             is named).
     """
 
-    _kept = ("_mean", "_null", "_window", "_filled")
+    _kept: tuple[str, ...] = ("_mean", "_null", "_window", "_filled")
     _lattice = False
     """Whether scores repeat, as those of counts do: equal ones are then told apart by chance, so that any rate of
     alarms can be met."""

@@ -1,0 +1,238 @@
+"""Do drift detectors hold the false-alarm rate that was asked for, how soon do they find a change, what do they cost?
+
+* Run length: records from arming to the first false alarm, the mean over runs; every run has its own reference and its
+  own stream. Independent records, and autocorrelated ones (AR(1), 0.5). Beside the ratio to what was asked for stands
+  its standard error.
+* Delay: records from a change of the mean, of 0.5 and 1 standard deviations, to the alarm; the change comes after 500
+  records of calm. Runs that alarm before it do not count. For features in 16 dimensions the shift has that length.
+* Cost: microseconds a record (with 384 features for embeddings, in batches of 32) and seconds to arm.
+* River's own detectors on the same streams, with parameters set, on the true distribution, to the same run length: what
+  a user could get who knew the distribution. Needs ``pip install evertune[drift]``.
+
+    python benchmarks/drift.py                          # all; hours on one core, it uses all there are
+    python benchmarks/drift.py --quick                  # 20 runs at 1,000: minutes
+    python benchmarks/drift.py --detectors MMD ADWIN --runs 200 --out mmd-adwin.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from evertune import drift
+from evertune.drift import Detector
+
+N_FEATURES = 16
+AUTOCORRELATION = 0.5
+LONGEST = 10  # run lengths asked for, after which a run is broken off
+CALM, SHIFTS, LONGEST_DELAY = 500, (0.5, 1.0), 5_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A detector: its settings for independent and for autocorrelated records."""
+
+    name: str
+    independent: dict[str, Any]
+    correlated: dict[str, Any]
+    scalar: bool = False
+
+    def make(self, arl: float, correlated: bool, seed: int) -> Detector:
+        made: Detector = getattr(drift, self.name.partition(" ")[0])(
+            arl=arl, seed=seed, **(self.correlated if correlated else self.independent)
+        )
+        return made
+
+    @property
+    def n_features(self) -> int:
+        return 1 if self.scalar else N_FEATURES
+
+
+_LONG = {"reference_size": 2_048, "window_size": 64, "block_size": 32}
+SUBJECTS = [
+    Subject("MMD", {"reference_size": 512}, _LONG),
+    Subject("LSDD", {"reference_size": 512}, _LONG),
+    Subject("MarginalKS", {"reference_size": 512}, _LONG),
+    Subject("ClassifierTest", {"reference_size": 512}, _LONG),
+    Subject("KernelCUSUM", {"reference_size": 512}, {"reference_size": 2_048, "block_size": 32}),
+    Subject("PageHinkley", {"reference_size": 500}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
+    Subject("ADWIN", {"reference_size": 500}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
+    Subject("HDDM", {}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
+]
+
+
+def stream(n_features: int, correlated: bool, seed: int, size: int = 256) -> Iterator[torch.Tensor]:
+    """Standard normal records, without end, in batches."""
+    generator = torch.Generator().manual_seed(seed)
+    rho = AUTOCORRELATION if correlated else 0.0
+    last = torch.randn(n_features, generator=generator)
+    while True:
+        noise = torch.randn(size, n_features, generator=generator)
+        if correlated:
+            noise *= math.sqrt(1 - rho**2)
+            for i in range(size):
+                noise[i] += rho * last
+                last = noise[i]
+        yield noise
+
+
+def armed(detector: Detector, records: Iterator[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Arm a detector; what is left of the batch that completed the reference, and the seconds it took."""
+    start = time.perf_counter()
+    while True:
+        batch = next(records)
+        missing = getattr(detector, "reference_size") - detector.n_seen  # noqa: B009  (not every detector has it)
+        detector.update(batch[:missing])
+        if detector.armed:
+            return batch[missing:], time.perf_counter() - start
+
+
+def run_length(subject: Subject, arl: float, correlated: bool, seed: int) -> dict[str, float]:
+    """One run up to a false alarm."""
+    torch.set_num_threads(1)
+    detector = subject.make(arl, correlated, seed)
+    records = stream(subject.n_features, correlated, 1_000_000 + seed)
+    batch, arming = armed(detector, records)
+    start, begun = detector.n_seen, time.perf_counter()
+    while detector.detected_at is None and detector.n_seen - start < LONGEST * arl:
+        if len(batch):
+            detector.update(batch)
+        batch = next(records)
+    length = (detector.detected_at or detector.n_seen) - start
+    return {"length": length, "arming": arming, "cut": detector.detected_at is None, "s": time.perf_counter() - begun}
+
+
+def delay(subject: Subject, arl: float, shift: float, seed: int) -> float | None:
+    """Records from a change to its detection; None after a false alarm before."""
+    torch.set_num_threads(1)
+    detector = subject.make(arl, False, seed)
+    records = stream(subject.n_features, False, 2_000_000 + seed, size=32)
+    batch, _ = armed(detector, records)
+    start = detector.n_seen
+    moved = torch.full((subject.n_features,), shift / math.sqrt(subject.n_features))
+    while detector.n_seen - start < CALM + LONGEST_DELAY:
+        if len(batch):
+            positions = detector.n_seen - start + torch.arange(len(batch))
+            detector.update(batch + (positions >= CALM)[:, None] * moved)
+        if detector.detected_at is not None:
+            found = detector.detected_at - start - CALM
+            return found if found > 0 else None
+        batch = next(records)
+    return LONGEST_DELAY
+
+
+def cost(subject: Subject) -> float:
+    """Microseconds a record, in batches of 32, where no alarm interrupts."""
+    torch.set_num_threads(1)
+    n_features = 1 if subject.scalar else 384
+    detector = subject.make(1_000, False, 0)
+    generator = torch.Generator().manual_seed(0)
+    detector.update(torch.randn(getattr(detector, "reference_size"), n_features, generator=generator))  # noqa: B009
+    batches = torch.randn(200, 32, n_features, generator=generator)
+    start = time.perf_counter()
+    for batch in batches:
+        detector.update(batch)
+    return (time.perf_counter() - start) / batches[..., 0].numel() * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", choices=[s.name for s in SUBJECTS], help="default: all")
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--arl", type=int, nargs="+", default=[1_000, 10_000])
+    parser.add_argument("--quick", action="store_true", help="20 runs at 1,000")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    options = parser.parse_args()
+    runs, arls = (20, [1_000]) if options.quick else (options.runs, options.arl)
+    subjects = [s for s in SUBJECTS if not options.detectors or s.name in options.detectors]
+    console, results = Console(width=120), []
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+
+        def over_runs(function: Callable[..., Any], what: str) -> list[Any]:
+            return list(track(pool.imap_unordered(function, range(runs)), what, runs, console=console, transient=True))
+
+        for subject in subjects:
+            for arl in arls:
+                for correlated in (False, True):
+                    what = f"{subject.name}, {arl:,}, {'AR(1) 0.5' if correlated else 'independent'}"
+                    told = over_runs(partial(_run, subject.name, arl, correlated), what)
+                    lengths = [one["length"] for one in told]
+                    results.append(
+                        {
+                            "detector": subject.name,
+                            "arl": arl,
+                            "stream": "AR(1) 0.5" if correlated else "independent",
+                            "ratio": mean(lengths) / arl,
+                            "error": stdev(lengths) / math.sqrt(runs) / arl,
+                            "cut": sum(one["cut"] for one in told),
+                            "arming": mean(one["arming"] for one in told),
+                        }
+                    )
+                    console.print(what, f"{results[-1]['ratio']:.2f} ± {results[-1]['error']:.2f}", highlight=False)
+            for arl in arls:
+                for shift in SHIFTS:
+                    found = over_runs(partial(_delay, subject.name, arl, shift), f"{subject.name}, shift {shift}")
+                    counted = [one for one in found if one is not None]
+                    results.append({"detector": subject.name, "arl": arl, "shift": shift, "delay": mean(counted)})
+            results.append({"detector": subject.name, "us": pool.apply(_cost, (subject.name,))})
+    show(results, runs, console)
+    if options.out:
+        options.out.write_text(json.dumps({"runs": runs, "results": results}, indent=1))
+
+
+def _named(name: str) -> Subject:
+    return next(subject for subject in SUBJECTS if subject.name == name)
+
+
+def _run(name: str, arl: float, correlated: bool, seed: int) -> dict[str, float]:
+    return run_length(_named(name), arl, correlated, seed)
+
+
+def _delay(name: str, arl: float, shift: float, seed: int) -> float | None:
+    return delay(_named(name), arl, shift, seed)
+
+
+def _cost(name: str) -> float:
+    return cost(_named(name))
+
+
+def show(results: list[dict[str, Any]], runs: int, console: Console) -> None:
+    table = Table(title=f"{runs} runs each: run length / run length asked for (1 is right), and delays")
+    columns = ["detector", "asked", "independent", "AR(1) 0.5", *(f"delay at {s}" for s in SHIFTS), "arming", "record"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "detector" else "right")
+    for name in dict.fromkeys(one["detector"] for one in results):
+        own = [one for one in results if one["detector"] == name]
+        us = next(one["us"] for one in own if "us" in one)
+        for arl in dict.fromkeys(one["arl"] for one in own if "arl" in one):
+            rows = [one for one in own if one.get("arl") == arl]
+            ratios = {one["stream"]: one for one in rows if "stream" in one}
+            delays = {one["shift"]: one["delay"] for one in rows if "shift" in one}
+            table.add_row(
+                name,
+                f"{arl:,}",
+                *(f"{ratios[s]['ratio']:.2f} ± {ratios[s]['error']:.2f}" for s in ("independent", "AR(1) 0.5")),
+                *(f"{delays[shift]:.0f}" for shift in SHIFTS),
+                f"{ratios['independent']['arming']:.2f} s",
+                f"{us:.1f} us",
+            )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
