@@ -47,6 +47,7 @@ class LabelShift(WindowDetector):
 
     _kept: tuple[str, ...] = (*WindowDetector._kept, "_known")
     _lattice = True
+    _distinct = False
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class MarginalKS(WindowDetector):
 
     _kept: tuple[str, ...] = (*WindowDetector._kept, "_knots", "feature_scores")
     _lattice = True
+    _distinct = False
 
     def __init__(
         self,

@@ -44,6 +44,9 @@ class WindowDetector(ReferenceDetector):
     _lattice = False
     """Whether scores repeat, as those of counts do: equal ones are then told apart by chance, so that any rate of
     alarms can be met."""
+    _distinct = True
+    """Whether resampled windows hold no record twice (see ``resample_windows``). Where features are looked at one by
+    one, repetitions do no harm, and without them the tails would be a little too light."""
 
     def __init__(self, config: dict[str, float | str]) -> None:
         self.arl = float(config["arl"])
@@ -101,8 +104,12 @@ class WindowDetector(ReferenceDetector):
         references = embedding_bag(drawn, centred, mode="mean")
         scores = torch.empty(n_tests, _REFERENCES)
         for part in torch.arange(n_tests).split(4 * _CHUNK):
-            drawn = resample_windows(n, len(part), size, self.block_size, generator)
-            windows = embedding_bag(drawn, centred, mode="mean") * apart(n, size)
+            if self._distinct:
+                drawn = resample_windows(n, len(part), size, self.block_size, generator)
+                windows = embedding_bag(drawn, centred, mode="mean") * apart(n, size)
+            else:
+                drawn = resample(n, (len(part), size), self.block_size, generator)
+                windows = embedding_bag(drawn, centred, mode="mean")
             scores[part] = self._distance(windows, references)
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
