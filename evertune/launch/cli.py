@@ -97,10 +97,11 @@ def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
         if plots is not None:
             raise ValueError("--plots is for a history.json; the page of a registry has its plots in it")
         console.print(versions_table(history))
-        console.print(f"report: {write_versions_report(history, page or Path('report.html'))}", markup=False, soft_wrap=True)
-        return
-    console.print(summary_table(history))
-    console.print(f"report: {write_report(history, page or history.with_name('report.html'))}", markup=False, soft_wrap=True)
+        page = write_versions_report(history, page or Path("report.html"))
+    else:
+        console.print(summary_table(history))
+        page = write_report(history, page or history.with_name("report.html"))
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
     if plots is not None:
         save_plots(history, plots)
         console.print(f"plots: {plots}", markup=False, soft_wrap=True)
