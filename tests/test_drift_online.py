@@ -33,7 +33,7 @@ def alarm(detector, records, cut=1):
 
 @pytest.mark.parametrize(
     ("make", "settings", "found"),
-    [(*ALL[0], [312, 360, None]), (*ALL[1], [312, 328, None]), (*ALL[2], [320, 352, None])],
+    [(*ALL[0], [312, 352, None]), (*ALL[1], [312, 328, None]), (*ALL[2], [320, 352, None])],
     ids=IDS,
 )
 def test_exact_detection_index(make, settings, found):

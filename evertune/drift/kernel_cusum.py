@@ -264,11 +264,16 @@ def _products(
         records = centred @ centred.T
         apart = (torch.arange(n)[:, None] - torch.arange(n)).abs()
         near = records * (torch.minimum(apart, n - apart) < block_size)
-        records += near.sum() / n**2 - near
+        usual = near.sum() / n**2
+        records += usual - near
         of_records = embedding_bag(pool, records, mode="sum").T.contiguous()  # [n, strides]
         crossed = embedding_bag(references, of_records, mode="mean").T.contiguous()
         same = torch.arange(len(pool)) // together
-        products = torch.where(same[:, None] == same, products, embedding_bag(pool, of_records, mode="sum"))
+        apart_products = embedding_bag(pool, of_records, mode="sum")
+        products = torch.where(same[:, None] == same, products, apart_products)
+        if together == 1:  # a stride holds blocks: of records in different ones, too, none meets itself
+            blocks = embedding_bag(pool.reshape(-1, block_size), centred, mode="sum").square().sum(1)
+            own = blocks.view(len(pool), -1).sum(1) + apart_products.diagonal() - usual * pool.shape[1] * block_size
     return own, products.fill_diagonal_(0), crossed, far
 
 
