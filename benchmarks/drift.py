@@ -160,12 +160,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
     runs, arls = (20, [1_000]) if options.quick else (options.runs, options.arl)
+    fewer = min(runs, 100)  # delays vary less than run lengths
     subjects = [s for s in SUBJECTS if not options.detectors or s.name in options.detectors]
     console, results = Console(width=120), []
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
 
-        def over_runs(function: Callable[..., Any], what: str) -> list[Any]:
-            return list(track(pool.imap_unordered(function, range(runs)), what, runs, console=console, transient=True))
+        def over_runs(function: Callable[..., Any], what: str, n: int = runs) -> list[Any]:
+            return list(track(pool.imap_unordered(function, range(n)), what, n, console=console, transient=True))
 
         for subject in subjects:
             for arl in arls:
@@ -186,14 +187,16 @@ def main() -> None:
                     )
                     console.print(what, f"{results[-1]['ratio']:.2f} ± {results[-1]['error']:.2f}", highlight=False)
             for shift in SHIFTS:
-                found = over_runs(partial(_delay, subject.name, arls[-1], shift), f"{subject.name}, shift {shift}")
+                found = over_runs(
+                    partial(_delay, subject.name, arls[-1], shift), f"{subject.name}, shift {shift}", fewer
+                )
                 results.append({"detector": subject.name, "arl": arls[-1], "shift": shift, **_mean_delay(found)})
             results.append({"detector": subject.name, "us": pool.apply(_cost, (subject.name,))})
         for name in [] if options.detectors else RIVER:
             setting = pool.apply(searched, (name, arls[-1], runs))
             told = {"detector": f"River {name}", "arl": arls[-1], "setting": setting}
             for shift in SHIFTS:
-                found = over_runs(partial(river_delay, name, setting, shift), f"River {name}, shift {shift}")
+                found = over_runs(partial(river_delay, name, setting, shift), f"River {name}, shift {shift}", fewer)
                 results.append(told | {"shift": shift, **_mean_delay(found)})
             console.print(results[-2:])
     show(results, runs, console)
