@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from evertune.drift._p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
-from evertune.drift.attribution import attribute
-from evertune.drift.fields import changed_fields
-from evertune.drift.tokens import changed_tokens
-from evertune.drift.topics import changed_topics
+from evertune.drift.explain.attribution import attribute
+from evertune.drift.explain.fields import changed_fields
+from evertune.drift.explain.p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
+from evertune.drift.explain.tokens import changed_tokens
+from evertune.drift.explain.topics import changed_topics
 
 WEATHER = ["rain", "wind", "sun", "storm", "cloud", "frost", "heat", "fog"]
 MONEY = ["shares", "bonds", "profit", "loans", "credit", "stocks", "funds", "rates"]

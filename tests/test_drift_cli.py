@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from evertune.drift import MMD
-from evertune.drift.page import write_page
-from evertune.drift.report import compare
-from evertune.drift.watching import DETECTORS, make_detector
-from evertune.drift.wording import decision, false_alarms
+from evertune.drift.report.compare import compare
+from evertune.drift.report.page import write_page
+from evertune.drift.report.watching import DETECTORS, make_detector
+from evertune.drift.report.wording import decision, false_alarms
 from evertune.launch.cli import main
 from evertune.launch.drift import drift
 from evertune.locate import locate

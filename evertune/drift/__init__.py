@@ -1,8 +1,8 @@
 """When the world has changed: featurisers that never learn, and detectors with a stated false-alarm rate."""
 
-from evertune.drift.attribution import Attribution, attribute
 from evertune.drift.classifier import ClassifierTest
 from evertune.drift.detector import Detector
+from evertune.drift.explain.attribution import Attribution, attribute
 from evertune.drift.featurisers import Featuriser, FrozenEncoder, HashedNgrams, SentenceEncoder, check_frozen
 from evertune.drift.kernel_cusum import KernelCUSUM
 from evertune.drift.labels import LabelShift

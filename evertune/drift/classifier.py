@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from evertune.drift.calibration import resample, threshold_of_tests
+from evertune.drift.calibration import resample, resample_windows, threshold_of_tests
 from evertune.drift.windows import _CHUNK, _MAX_TESTS, _MIN_TESTS, _REFERENCES, _TESTS_ABOVE, WindowDetector
 
 _COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
@@ -111,13 +111,14 @@ class ClassifierTest(WindowDetector):
         records = mapped.float()
         n, size = len(records), self.window_size
         n_tests = min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
-        references = embedding_bag(resample(n, (_REFERENCES, n), self.block_size, generator), records, mode="mean")
-        scores = torch.cat(
-            [
-                self._areas(records[resample(n, (len(part), size), self.block_size, generator)], references)
-                for part in torch.arange(n_tests).split(_PART)
-            ]
-        )
+        means = embedding_bag(resample(n, (2 * _REFERENCES, n), self.block_size, generator), records, mode="mean")
+        references, others = means.split(_REFERENCES)
+        scores = torch.empty(n_tests, _REFERENCES)
+        for part in torch.arange(n_tests).split(_PART):
+            windows = records[resample_windows(n, len(part), size, self.block_size, generator)]
+            # Records that are drawn without repetition lean away from each other; a mean of their own brings that back.
+            moved = others[torch.randint(_REFERENCES, (len(part), 1), generator=generator)] - records.mean(0)
+            scores[part] = self._areas(windows + moved, references)
         self.threshold = threshold_of_tests(scores, 1 / self.level)
         self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double()
 

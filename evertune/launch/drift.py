@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evertune.drift.comparison import Comparison, Example, SetAside
+    from evertune.drift.report.comparison import Comparison, Example, SetAside
 
 _DESCRIPTION = """\
 Compare new records with old ones. The old ones arm a detector; the new ones are scanned in order.
@@ -54,7 +54,7 @@ def drift(arguments: Sequence[str]) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
         if options.out is not None:
-            from evertune.drift.page import write_page
+            from evertune.drift.report.page import write_page
 
             console.print(f"\nreport: {write_page(found, options.out)}", markup=False, soft_wrap=True)
     except (OSError, ValueError, TypeError, ImportError, SourceError) as error:
@@ -64,7 +64,7 @@ def drift(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from evertune.drift.watching import DETECTORS, OF_NUMBERS
+    from evertune.drift.report.watching import DETECTORS, OF_NUMBERS
 
     parser = argparse.ArgumentParser(
         prog="evertune drift",
@@ -100,7 +100,7 @@ def _compare(options: argparse.Namespace) -> Comparison:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from evertune.drift.report import compare
+    from evertune.drift.report.compare import compare
 
     featuriser: Any = None
     if options.features != "ngrams":
@@ -138,7 +138,7 @@ def show(found: Comparison, console: Console) -> None:
     """Print what was found: the decision first, then what changed."""
     from rich.text import Text
 
-    from evertune.drift.wording import decision, false_alarms
+    from evertune.drift.report.wording import decision, false_alarms
 
     console.print(Text(decision(found), style="bold red" if found.drift_detected else "bold green"))
     console.print(_facts(found))
@@ -179,7 +179,7 @@ def _show_changes(found: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from evertune.drift.wording import described, sure
+    from evertune.drift.report.wording import described, sure
     from evertune.reports.summary import percent
 
     changes = found.attribution

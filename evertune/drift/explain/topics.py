@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evertune.drift._p_values import two_shares
-from evertune.drift.tokens import log_odds, words_of
+from evertune.drift.explain.p_values import two_shares
+from evertune.drift.explain.tokens import log_odds, words_of
 
 _VOCABULARY = 2_000  # words in the features that are made here
 _STARTS, _STEPS = 4, 30

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evertune.drift.attribution import attribute, text_of
-from evertune.drift.comparison import Comparison, Example, SetAside
 from evertune.drift.detector import Detector
+from evertune.drift.explain.attribution import attribute, text_of
 from evertune.drift.featurisers import Featuriser, HashedNgrams
-from evertune.drift.records import Records, Sorter, Usable, number_of
-from evertune.drift.watching import OF_NUMBERS, Watch, label_of, make_detector, watch_labels
+from evertune.drift.report.comparison import Comparison, Example, SetAside
+from evertune.drift.report.records import Records, Sorter, Usable, number_of
+from evertune.drift.report.watching import OF_NUMBERS, Watch, label_of, make_detector, watch_labels
 from evertune.streams.source import Incoming
 
 MAX_REFERENCE = 2_000
@@ -61,7 +61,8 @@ def compare(
             set aside; an empty text is one.
         label: field of the label; its shares are watched by a detector of their own.
         value: numeric field (a loss, a confidence) that a detector of numbers watches instead of the text.
-        detector: a name of :data:`~evertune.drift.watching.DETECTORS`, or a new detector, whose own settings then hold.
+        detector: a name of :data:`~evertune.drift.report.watching.DETECTORS`, or a new detector, whose own settings
+            then hold.
         featuriser: ``texts -> tensor [texts, n_features]``. Default: :class:`~evertune.drift.HashedNgrams`.
         arl: mean number of records up to a false alarm, of each detector.
         window_size: records in a test; by default the detector's own.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evertune.drift.fields import FieldChange, changed_fields, corrected
-from evertune.drift.tokens import TokenChange, changed_tokens, tokens_of
-from evertune.drift.topics import TopicChange, changed_topics
+from evertune.drift.explain.fields import FieldChange, changed_fields, corrected
+from evertune.drift.explain.tokens import TokenChange, changed_tokens, tokens_of
+from evertune.drift.explain.topics import TopicChange, changed_topics
 
 _POINTS = 1_000  # records of a side that the witness function is made of
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evertune.drift.comparison import Alarm, Scan
 from evertune.drift.detector import Detector
+from evertune.drift.report.comparison import Alarm, Scan
 from evertune.streams.source import Incoming
 
 DETECTORS: dict[str, tuple[str, str]] = {

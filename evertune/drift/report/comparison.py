@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from evertune.drift.attribution import Attribution
+from evertune.drift.explain.attribution import Attribution
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from evertune.drift.comparison import SetAside
+from evertune.drift.report.comparison import SetAside
 from evertune.locate import locate
 from evertune.streams._formats import KINDS, kind
 from evertune.streams.folder import FolderSource

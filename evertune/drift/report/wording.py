@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from evertune.drift.comparison import Comparison
-from evertune.drift.fields import FieldChange
+from evertune.drift.explain.fields import FieldChange
+from evertune.drift.report.comparison import Comparison
 
 LEVEL = 0.05
 """Of the corrected p-value, below which a change of a field is shown."""

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from evertune.drift.comparison import Comparison, Scan
-from evertune.drift.wording import decision, described, false_alarms, sure
+from evertune.drift.report.comparison import Comparison, Scan
+from evertune.drift.report.wording import decision, described, false_alarms, sure
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, ticks
 from evertune.reports.html import fill
 

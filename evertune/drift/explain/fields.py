@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.drift._p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
-from evertune.drift.tokens import words_of
+from evertune.drift.explain.p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
+from evertune.drift.explain.tokens import words_of
 
 Kind = Literal["numeric", "categorical", "missing", "schema"]
 
@@ -32,7 +32,7 @@ class FieldChange:
         effect: numeric: the difference of the means in standard deviations (pooled); categorical: the sum of the
             positive changes of shares (total variation); missing: the change of that share; schema: 1.
         p_value: of the test; 0 for ``schema``.
-        p_corrected: for the number of tests (Holm 1979), by :func:`~evertune.drift.attribution.attribute`.
+        p_corrected: for the number of tests (Holm 1979), by :func:`~evertune.drift.explain.attribution.attribute`.
         before: numeric: the mean; categorical: the shares of the values; missing: the share; schema: the type.
         after: the same after the change.
     """
