@@ -226,3 +226,25 @@ def test_bad_input_is_refused_and_changes_nothing(make, settings):
     after = detector.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items() if isinstance(v, torch.Tensor))
     assert after["n_seen"] == before["n_seen"] == 150
+
+
+def test_windows_are_longer_than_the_blocks_that_streams_are_put_together_of() -> None:
+    assert KernelCUSUM(arl=1_000, reference_size=2_048, block_size=32).window_sizes == (64, 128, 256, 512)
+    with pytest.raises(ValueError, match="window_sizes must be at least twice block_size=32, got 16"):
+        KernelCUSUM(arl=1_000, reference_size=2_048, block_size=32, window_sizes=[16, 64])
+
+
+@pytest.mark.parametrize("make", [KernelCUSUM, ClassifierTest])
+def test_correlated_records_arm_with_blocks_and_a_change_is_found(make: type) -> None:
+    generator = torch.Generator().manual_seed(5)
+    records = torch.randn(3_048, 4, generator=generator)
+    for i in range(1, len(records)):
+        records[i] = 0.5 * records[i - 1] + 0.75**0.5 * records[i]
+    records[2_548:] += 1.0
+    detector = make(arl=2_000, reference_size=2_048, block_size=16)
+    detector.update(records[:2_548])
+    assert detector.armed
+    assert not detector.drift_detected
+    detector.update(records[2_548:])
+    assert detector.drift_detected
+    assert 2_548 < detector.detected_at < 2_700

@@ -55,8 +55,9 @@ class KernelCUSUM(WindowDetector):
     Args:
         arl: average run length: how many records, on average, from arming to a false alarm.
         reference_size: records in the reference.
-        window_sizes: lengths of the windows in records, multiples of ``stride``. Default: 2, 4, 8, ... strides, up to a
-            quarter of the reference (a longer window is no better known than the reference).
+        window_sizes: lengths of the windows in records, multiples of ``stride`` and at least twice ``block_size``.
+            Default: 2, 4, 8, ... strides (or blocks, where those are larger), up to a quarter of the reference (a
+            longer window is no better known than the reference).
         stride: records from one test to the next.
         block_size: records resampled together: several times the stretch over which they are correlated. Must divide
             ``stride`` or be a multiple of it, and divide ``reference_size``.
@@ -91,11 +92,17 @@ class KernelCUSUM(WindowDetector):
             raise ValueError(f"kernel must be 'gaussian' or 'linear', got {kernel!r}")
         if stride % block_size and block_size % stride:
             raise ValueError(f"block_size must divide stride={stride} or be a multiple of it, got {block_size}")
+        shortest = 2 * max(stride, block_size)
         if window_sizes is None:
-            longest = max(2 * stride, reference_size // _MIN_WINDOWS)
-            window_sizes = [2 * stride << power for power in range((longest // (2 * stride)).bit_length())]
+            longest = max(shortest, reference_size // _MIN_WINDOWS)
+            window_sizes = [shortest << power for power in range((longest // shortest).bit_length())]
         if not window_sizes or any(size < 1 or size % stride for size in window_sizes):
             raise ValueError(f"window_sizes must be multiples of stride={stride}, got {list(window_sizes)}")
+        if block_size > 1 and min(window_sizes) < 2 * block_size:
+            raise ValueError(
+                f"window_sizes must be at least twice block_size={block_size}, got {min(window_sizes)}: resampled "
+                "windows inside a block are those of the reference over again, too few to tell a small rate from"
+            )
         self.window_sizes = tuple(sorted(set(window_sizes)))
         self.arl, self.kernel, self.n_frequencies = float(arl), kernel, n_frequencies
         self.window_size = self.stride = stride  # what sums() adds up
@@ -154,8 +161,7 @@ class KernelCUSUM(WindowDetector):
         self._window = torch.zeros_like(self._mean)
         self._ring = self._window[None][:0]
         centred = (mapped - self._mean).float()
-        if self.block_size > 1:
-            centred = centred * _cut_off(centred, self.block_size)
+        wider = [_cut_off(centred, self.block_size, size) for size in self.window_sizes]
         references = resample(len(centred), (_GROUPS * _REFERENCES, len(centred)), self.block_size, generator)
         together = max(self.block_size // self.stride, 1)  # strides that come out of one block
         shape = (_POOL // together, together * self.stride)
@@ -171,14 +177,18 @@ class KernelCUSUM(WindowDetector):
         for group, part in enumerate(streams.tensor_split(_GROUPS)):  # each has streams and references of its own
             columns = slice(group * _REFERENCES, (group + 1) * _REFERENCES)
             scores = [
-                self._best(few, own, products, crossed[:, columns], far[columns]).unflatten(1, (_MOMENTS, step)).amax(2)
+                self._best(few, own, products, crossed[:, columns], far[columns], wider)
+                .unflatten(1, (_MOMENTS, step))
+                .amax(2)
                 for few in part.split(max(1, _PART // length))
             ]
             largest.append(torch.cat(scores).cummax(1).values.transpose(0, 1))
         times = torch.arange(1, _MOMENTS + 1) * step * self.stride
         self.threshold = max(threshold_of_paths(torch.cat(largest, 2), times, self.arl), _NOTHING)
 
-    def _best(self, streams: Tensor, own: Tensor, products: Tensor, crossed: Tensor, far: Tensor) -> Tensor:
+    def _best(
+        self, streams: Tensor, own: Tensor, products: Tensor, crossed: Tensor, far: Tensor, wider: list[float]
+    ) -> Tensor:
         """The score after each stride of resampled streams, against each of the resampled references.
 
         The square of a window's sum is that of the window which ended a stride earlier and was one shorter, and twice
@@ -190,6 +200,7 @@ class KernelCUSUM(WindowDetector):
             products: of the pool's strides with each other.
             crossed: of the pool's strides with the references' means.
             far: the squares of those.
+            wider: what the distances of each length are multiplied by.
 
         Returns:
             ``[streams, length, references]``; minus infinity as long as no window is full.
@@ -206,7 +217,7 @@ class KernelCUSUM(WindowDetector):
             size = n * self.stride
             if size in self.window_sizes:
                 distance = (totals[:, n:] - totals[:, :-n]).mul_(-2).add_((squares[:, n - 1 :] / size)[..., None])
-                distance.add_(far * size)
+                distance.add_(far * size).mul_(wider[self.window_sizes.index(size)])
                 if first:
                     usual = torch.tensor([[distance.mean()], [distance.std()]], dtype=torch.float64)
                     self._usual = torch.cat([self._usual, usual], 1)
@@ -277,13 +288,16 @@ def _products(
     return own, products.fill_diagonal_(0), crossed, far
 
 
-def _cut_off(centred: Tensor, block_size: int) -> float:
-    """By how much sums of records that follow each other are larger than those of resampled blocks.
+def _cut_off(centred: Tensor, block_size: int, window_size: int) -> float:
+    """How much larger squared sums over a window of the stream are than those over windows of resampled blocks.
 
     Blocks miss the correlation across their ends, taken to fade as that of an autoregression of order one (a share of
-    ``2 rho / (1 - rho^2) / block_size`` of the variance), and what the reference's own mean takes away.
+    ``2 rho / (1 - rho^2) / block_size`` of the variance), and what the reference's own mean takes away. The largest
+    sums are those of windows that have as few ends in them as they can.
     """
+    if block_size == 1:
+        return 1.0
     squares = centred.square().sum().clamp(min=_NOTHING)
     rho = min(max(((centred[1:] * centred[:-1]).sum() / squares).item(), 0.0), 0.95)
-    missed = min(2 * rho / (1 - rho**2) / block_size, 0.5) + block_size / len(centred)
-    return 1 / math.sqrt(1 - missed)
+    ends = min(2 * rho / (1 - rho**2) / block_size, 0.5) * max(0.0, 1 - block_size / window_size)
+    return 1 / (1 - ends - block_size / len(centred))
