@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be the processes of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_seed_is_left_behind() -> Iterator[None]:
+    """``seed_everything`` writes to the environment, and ranks that a later test starts would seed themselves anew."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
