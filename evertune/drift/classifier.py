@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from evertune.drift.calibration import resample, resample_windows, threshold_of_tests
-from evertune.drift.windows import _CHUNK, _MAX_TESTS, _MIN_TESTS, _REFERENCES, _TESTS_ABOVE, WindowDetector
+from evertune.drift.calibration import resample, resample_windows
+from evertune.drift.windows import _CHUNK, _REFERENCES, WindowDetector
 
 _COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
 _RIDGE = 0.05  # of the average variance, added to each
@@ -110,7 +110,7 @@ class ClassifierTest(WindowDetector):
         self._mean, self._window = mapped.mean(0), mapped[:0]
         records = mapped.float()
         n, size = len(records), self.window_size
-        n_tests = min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
+        n_tests = self._n_resampled()
         means = embedding_bag(resample(n, (2 * _REFERENCES, n), self.block_size, generator), records, mode="mean")
         references, others = means.split(_REFERENCES)
         scores = torch.empty(n_tests, _REFERENCES)
@@ -119,8 +119,7 @@ class ClassifierTest(WindowDetector):
             # Records that are drawn without repetition lean away from each other; a mean of their own brings that back.
             moved = others[torch.randint(_REFERENCES, (len(part), 1), generator=generator)] - records.mean(0)
             scores[part] = self._areas(windows + moved, references)
-        self.threshold = threshold_of_tests(scores, 1 / self.level)
-        self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double()
+        self._calibrate(scores)
 
     def _areas(self, windows: Tensor, references: Tensor) -> Tensor:
         """Areas under the ROC curve: ``[windows, window_size, n_map]``, ``[references, n_map]`` to both's number."""
@@ -155,8 +154,6 @@ class ClassifierTest(WindowDetector):
 
     def _judge(self, window: Tensor) -> None:
         score = self._areas(window[None], self._mean[None]).item()
-        n = len(self._null)
-        as_large = n - int(torch.searchsorted(self._null, score))
         if not self.drift_detected:
             self.weights = (self._whiten @ (window.mean(0) - self._mean)).float()
-        self._test(score, (as_large + 1) / (n + 1))
+        self._test(score, self._p_value(score))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from evertune.drift.calibration import resample, threshold_of_paths
-from evertune.drift.mmd import median_distance
+from evertune.drift.mmd import fourier_features, frequencies_for
 from evertune.drift.windows import _CHUNK, _MIN_WINDOWS, _REFERENCES, WindowDetector, reference_needed
 
 _ALARMS = 100  # of the resampled streams, were all as long as asked for: their number is then known to 10%
@@ -145,14 +145,12 @@ class KernelCUSUM(WindowDetector):
             spread = reference.double().std(0)
             self._map_by = 1 / torch.where(spread > 0, spread, 1.0)
         else:
-            normal = torch.randn(reference.shape[1], self.n_frequencies, generator=generator)
-            self._map_by = normal.double() / median_distance(reference)
+            self._map_by = frequencies_for(reference, self.n_frequencies, generator)
 
     def _map(self, records: Tensor) -> Tensor:
         if self.kernel == "linear":
             return records.double() * self._map_by
-        angles = records.double() @ self._map_by
-        return torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(self.n_frequencies)
+        return fourier_features(records, self._map_by)
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         self._fit(reference, generator)

@@ -83,13 +83,22 @@ class MMD(WindowDetector):
         self._frequencies = torch.empty(0)  # [n_features, n_frequencies]
 
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
-        normal = torch.randn(reference.shape[1], self.n_frequencies, generator=generator)
-        self._frequencies = normal.double() / median_distance(reference)
+        self._frequencies = frequencies_for(reference, self.n_frequencies, generator)
 
     def _map(self, records: Tensor) -> Tensor:
-        """Random Fourier features ``[records, 2 * n_frequencies]``: their dot product approximates the kernel."""
-        angles = records.double() @ self._frequencies
-        return torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(self.n_frequencies)
+        return fourier_features(records, self._frequencies)
+
+
+def frequencies_for(reference: Tensor, n_frequencies: int, generator: torch.Generator) -> Tensor:
+    """Random frequencies ``[n_features, n_frequencies]`` of a Gaussian kernel as wide as the median distance."""
+    normal = torch.randn(reference.shape[1], n_frequencies, generator=generator)
+    return normal.double() / median_distance(reference)
+
+
+def fourier_features(records: Tensor, frequencies: Tensor) -> Tensor:
+    """Random Fourier features ``[records, 2 * n_frequencies]``: their dot product approximates the kernel."""
+    angles = records.double() @ frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(frequencies.shape[1])
 
 
 def median_distance(records: Tensor) -> float:

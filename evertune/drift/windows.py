@@ -99,7 +99,7 @@ class WindowDetector(ReferenceDetector):
         self._window = torch.zeros_like(self._mean)
         centred = (mapped - self._mean).float()
         n, size = len(centred), self.window_size
-        n_tests = min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
+        n_tests = self._n_resampled()
         drawn = resample(n, (_REFERENCES, n), self.block_size, generator)
         references = embedding_bag(drawn, centred, mode="mean")
         scores = torch.empty(n_tests, _REFERENCES)
@@ -114,8 +114,22 @@ class WindowDetector(ReferenceDetector):
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
         rounding = _ROUNDING * mapped.square().sum(1).mean().item()
-        self.threshold = max(threshold_of_tests(scores, 1 / self.level), rounding)
+        self._calibrate(scores)
+        self.threshold = max(self.threshold, rounding)
+
+    def _n_resampled(self) -> int:
+        """How many windows to resample."""
+        return min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
+
+    def _calibrate(self, scores: Tensor) -> None:
+        """Set the threshold, and what p-values are read from, by resampled ``scores`` ``[windows, references]``."""
+        self.threshold = threshold_of_tests(scores, 1 / self.level)
         self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double().contiguous()
+
+    def _p_value(self, score: float) -> float:
+        n = len(self._null)
+        as_large = n - int(torch.searchsorted(self._null, score))
+        return (as_large + 1) / (n + 1)
 
     def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
         """What some of the next ``count`` records add to the windows that those will fill.
@@ -167,10 +181,8 @@ class WindowDetector(ReferenceDetector):
                 score = self._distance(mean[None], torch.zeros_like(mean)[None]).item()
                 if self._lattice:
                     score *= 1 + _JITTER * torch.rand(1, generator=self._generator_of_test()).item()
-                n = len(self._null)
-                as_large = n - int(torch.searchsorted(self._null, score))
                 self._window, self._filled = torch.zeros_like(self._window), 0
-                self._test(score, (as_large + 1) / (n + 1))
+                self._test(score, self._p_value(score))
 
     def _generator_of_test(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_tests)
