@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,3 +111,14 @@ class Detector(ABC):
             self.score, self.p_value = score, p_value
             if score > self.threshold:
                 self.drift_detected, self.detected_at = True, self.n_seen
+
+
+def check_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse a state that was saved with other settings.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise ValueError(f"the state was saved with {name}={saved.get(name)}, this has {value}")

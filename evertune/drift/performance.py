@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evertune.drift.detector import check_settings
+
 _BINS = 100  # of confidences, equally wide
 _COUNTERS = ("n_seen", "n_labelled", "n_unknown", "n_repeated", "n_expired")
 _TENSORS = ("_seen", "_seen_squares", "_labelled", "_labelled_squares", "_correct")
@@ -230,9 +232,7 @@ class PerformanceEstimator:
         Raises:
             ValueError: when the state was saved by an estimator with other settings.
         """
-        for name, value in self._config.items():
-            if state_dict["config"].get(name) != value:
-                raise ValueError(f"the state was saved with {name}={state_dict['config'].get(name)}, this has {value}")
+        check_settings(self._config, state_dict["config"])
         for name in _COUNTERS:
             setattr(self, name, state_dict[name])
         for name in _TENSORS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evertune.drift.detector import Detector
+from evertune.drift.detector import Detector, check_settings
 
 _COUNTERS = ("n_features", "n_seen", "n_tests", "detected_at", "drift_detected", "score", "threshold", "p_value")
 
@@ -86,9 +86,7 @@ class ReferenceDetector(Detector):
         Raises:
             ValueError: when the state was saved by a detector with other settings.
         """
-        for name, value in self._config.items():
-            if state_dict["config"].get(name) != value:
-                raise ValueError(f"the state was saved with {name}={state_dict['config'].get(name)}, this has {value}")
+        check_settings(self._config, state_dict["config"])
         for name in _COUNTERS:
             setattr(self, name, state_dict[name])
         for name in ("_reference", *self._kept):
