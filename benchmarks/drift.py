@@ -5,7 +5,7 @@
   its standard error.
 * Delay at the largest rate asked for: records from a change of the mean, of 0.5 and 1 standard deviations, to the
   alarm; the change comes after 500 records of calm. Runs that alarm before it do not count. For features in 16
-  dimensions the shift has that length.
+  dimensions the shift has that length. Classes are cut from a number, with shares of 40, 30, 20 and 10%.
 * Cost: microseconds a record (with 384 features for embeddings, in batches of 32) and seconds to arm.
 * River's own detectors on the same streams, with parameters searched for the same run length on the true distribution:
   what a user could get who knew it. Needs ``pip install evertune[drift]``.
@@ -13,6 +13,7 @@
     python benchmarks/drift.py                          # all; about an hour on two cores
     python benchmarks/drift.py --quick                  # 20 runs at 1,000: minutes
     python benchmarks/drift.py --detectors MMD ADWIN --runs 200 --out mmd-adwin.json
+    python benchmarks/drift.py --detectors River        # River's own alone
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Subject:
     independent: dict[str, Any]
     correlated: dict[str, Any]
     scalar: bool = False
+    cuts: tuple[float, ...] = ()
 
     def make(self, arl: float, correlated: bool, seed: int) -> Detector:
         made: Detector = getattr(drift, self.name.partition(" ")[0])(
@@ -61,6 +63,10 @@ class Subject:
     @property
     def n_features(self) -> int:
         return 1 if self.scalar else N_FEATURES
+
+    def seen(self, records: torch.Tensor) -> torch.Tensor:
+        """What the detector gets of records: themselves, or classes."""
+        return torch.bucketize(records, torch.tensor(self.cuts)) if self.cuts else records
 
 
 _LONG = {"reference_size": 2_048, "window_size": 64, "block_size": 32}
@@ -73,6 +79,7 @@ SUBJECTS = [
     Subject("PageHinkley", {"reference_size": 500}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
     Subject("ADWIN", {"reference_size": 500}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
     Subject("HDDM", {}, {"reference_size": 2_048, "block_size": 32}, scalar=True),
+    Subject("LabelShift", {}, _LONG, scalar=True, cuts=(-0.2533, 0.5244, 1.2816)),
 ]
 
 
@@ -80,24 +87,25 @@ def stream(n_features: int, correlated: bool, seed: int, size: int = 256) -> Ite
     """Standard normal records, without end, in batches."""
     generator = torch.Generator().manual_seed(seed)
     rho = AUTOCORRELATION if correlated else 0.0
+    powers = rho ** torch.arange(size + 1.0)
+    ahead = torch.arange(size)[:, None] - torch.arange(size)
+    weights = math.sqrt(1 - rho**2) * torch.where(ahead >= 0, powers[ahead.clamp(min=0)], 0.0)
     last = torch.randn(n_features, generator=generator)
     while True:
-        noise = torch.randn(size, n_features, generator=generator)
+        records = torch.randn(size, n_features, generator=generator)
         if correlated:
-            noise *= math.sqrt(1 - rho**2)
-            for i in range(size):
-                noise[i] += rho * last
-                last = noise[i]
-        yield noise
+            records = weights @ records + powers[1:, None] * last
+            last = records[-1]
+        yield records
 
 
-def armed(detector: Detector, records: Iterator[torch.Tensor]) -> tuple[torch.Tensor, float]:
+def armed(subject: Subject, detector: Detector, records: Iterator[torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Arm a detector; what is left of the batch that completed the reference, and the seconds it took."""
     start = time.perf_counter()
     while True:
         batch = next(records)
         missing = getattr(detector, "reference_size") - detector.n_seen  # noqa: B009  (not every detector has it)
-        detector.update(batch[:missing])
+        detector.update(subject.seen(batch[:missing]))
         if detector.armed:
             return batch[missing:], time.perf_counter() - start
 
@@ -107,11 +115,11 @@ def run_length(subject: Subject, arl: float, correlated: bool, seed: int) -> dic
     torch.set_num_threads(1)
     detector = subject.make(arl, correlated, seed)
     records = stream(subject.n_features, correlated, 1_000_000 + seed)
-    batch, arming = armed(detector, records)
+    batch, arming = armed(subject, detector, records)
     start, begun = detector.n_seen, time.perf_counter()
     while detector.detected_at is None and detector.n_seen - start < LONGEST * arl:
         if len(batch):
-            detector.update(batch)
+            detector.update(subject.seen(batch))
         batch = next(records)
     length = (detector.detected_at or detector.n_seen) - start
     return {"length": length, "arming": arming, "cut": detector.detected_at is None, "s": time.perf_counter() - begun}
@@ -122,13 +130,13 @@ def delay(subject: Subject, arl: float, shift: float, seed: int) -> float | None
     torch.set_num_threads(1)
     detector = subject.make(arl, False, seed)
     records = stream(subject.n_features, False, 2_000_000 + seed, size=32)
-    batch, _ = armed(detector, records)
+    batch, _ = armed(subject, detector, records)
     start = detector.n_seen
     moved = torch.full((subject.n_features,), shift / math.sqrt(subject.n_features))
     while detector.n_seen - start < CALM + LONGEST_DELAY:
         if len(batch):
             positions = detector.n_seen - start + torch.arange(len(batch))
-            detector.update(batch + (positions >= CALM)[:, None] * moved)
+            detector.update(subject.seen(batch + (positions >= CALM)[:, None] * moved))
         if detector.detected_at is not None:
             found = detector.detected_at - start - CALM
             return found if found > 0 else None
@@ -142,8 +150,9 @@ def cost(subject: Subject) -> float:
     n_features = 1 if subject.scalar else 384
     detector = subject.make(1_000, False, 0)
     generator = torch.Generator().manual_seed(0)
-    detector.update(torch.randn(getattr(detector, "reference_size"), n_features, generator=generator))  # noqa: B009
-    batches = torch.randn(200, 32, n_features, generator=generator)
+    reference = torch.randn(getattr(detector, "reference_size"), n_features, generator=generator)  # noqa: B009
+    detector.update(subject.seen(reference))
+    batches = subject.seen(torch.randn(200, 32, n_features, generator=generator))
     start = time.perf_counter()
     for batch in batches:
         detector.update(batch)
@@ -152,7 +161,7 @@ def cost(subject: Subject) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detectors", nargs="+", choices=[s.name for s in SUBJECTS], help="default: all")
+    parser.add_argument("--detectors", nargs="+", choices=[*(s.name for s in SUBJECTS), "River"], help="default: all")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--arl", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--quick", action="store_true", help="20 runs at 1,000")
@@ -192,7 +201,7 @@ def main() -> None:
                 )
                 results.append({"detector": subject.name, "arl": arls[-1], "shift": shift, **_mean_delay(found)})
             results.append({"detector": subject.name, "us": pool.apply(_cost, (subject.name,))})
-        for name in [] if options.detectors else RIVER:
+        for name in RIVER if not options.detectors or "River" in options.detectors else []:
             setting = pool.apply(searched, (name, arls[-1], runs))
             told = {"detector": f"River {name}", "arl": arls[-1], "setting": setting}
             for shift in SHIFTS:
