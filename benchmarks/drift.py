@@ -69,7 +69,7 @@ class Subject:
         return torch.bucketize(records, torch.tensor(self.cuts)) if self.cuts else records
 
 
-_LONG = {"reference_size": 2_048, "window_size": 64, "block_size": 32}
+_LONG = {"reference_size": 2_048, "window_size": 128, "block_size": 64}
 SUBJECTS = [
     Subject("MMD", {"reference_size": 512}, _LONG),
     Subject("LSDD", {"reference_size": 512}, _LONG),
