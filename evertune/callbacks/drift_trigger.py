@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evertune.callbacks._features import Dealt, deal, features_of, gathered
 from evertune.callbacks.base import ContinualCallback, end_experience
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
-from evertune.drift.windows import WindowDetector
+from evertune.drift.sums import SumDetector
 from evertune.strategies.support import check_strategy
 
 _FILE = "drift_trigger.json"
@@ -33,7 +33,7 @@ class DriftTrigger(ContinualCallback):
     steps completed.
 
     Every rank decides the same, at the same step, as one process would that sees the examples of all ranks, one of each
-    in turn. For detectors that keep sums alone (:class:`~evertune.drift.windows.WindowDetector`) the ranks add up sums;
+    in turn. For detectors that keep sums alone (:class:`~evertune.drift.sums.SumDetector`) the ranks add up sums;
     otherwise, and as long as the reference is not complete, they gather the features.
 
     **Input that is bad does not end the training.** An example with NaN or infinite features, a batch with another
@@ -134,7 +134,7 @@ class DriftTrigger(ContinualCallback):
         mine = features_of(self.featuriser, batch, trainer, batch_idx)
         if self._has_watched and mine.values.shape[1] == (self._width or mine.values.shape[1]) and mine.good.any():
             try:
-                self.detector._validated(mine.values[mine.good.to(mine.values.device)])
+                self.detector.validated(mine.values[mine.good.to(mine.values.device)])
             except ValueError as error:  # here, on this rank, and not where the others wait for it
                 mine.refuse(str(error))
         dealt = deal(mine, self._width, not self._has_worked, trainer)
@@ -157,7 +157,7 @@ class DriftTrigger(ContinualCallback):
 
     def _update(self, values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> None:
         """Let the detector see the usable examples of all ranks."""
-        if trainer.world_size > 1 and isinstance(self.detector, WindowDetector):
+        if trainer.world_size > 1 and isinstance(self.detector, SumDetector):
             count, rank = int(dealt.good.sum()), trainer.global_rank
             chosen = dealt.good[: len(values), rank]
             positions = dealt.places[: len(values), rank][chosen]

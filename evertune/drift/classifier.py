@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from evertune.drift.calibration import resample, resample_windows
-from evertune.drift.windows import _CHUNK, _REFERENCES, WindowDetector
+from evertune.drift.sums import CHUNK
+from evertune.drift.windows import _REFERENCES, WindowDetector
 
 _COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
 _RIDGE = 0.05  # of the average variance, added to each
@@ -44,8 +45,9 @@ class ClassifierTest(WindowDetector):
         arl: average run length: how many records, on average, from one false alarm to the next.
         reference_size: records in the reference.
         window_size: records in a test.
-        block_size: records resampled together: several times the stretch over which they are correlated. Must divide
-            both sizes.
+        block_size: records resampled together: many times the stretch over which they are correlated, or what is learnt
+            from a record that is near helps with the next more than it does in resampled windows. Must divide both
+            sizes.
         n_folds: parts of a window, consecutive records each. Must divide ``window_size``.
         seed: of the random directions and the resampling.
 
@@ -106,7 +108,7 @@ class ClassifierTest(WindowDetector):
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
         self._mean, self._window = mapped.mean(0), mapped[:0]
         records = mapped.float()
         n, size = len(records), self.window_size

@@ -44,7 +44,7 @@ class Detector(ABC):
             ValueError: for an empty batch, NaN or infinite features, another number of features than before, or more
                 than two dimensions. The detector is left as it was.
         """
-        records = self._validated(x)
+        records = self.validated(x)
         self.n_features = records.shape[1]
         self.drift_detected = False
         self._observe(records)
@@ -83,7 +83,12 @@ class Detector(ABC):
             ValueError: when the state was saved by a detector with other settings.
         """
 
-    def _validated(self, x: Any) -> Tensor:
+    def validated(self, x: Any) -> Tensor:
+        """Records as :meth:`update` takes them, ``[records, n_features]``, float32 on the CPU; nothing is looked at.
+
+        Raises:
+            ValueError: as :meth:`update` does.
+        """
         records = torch.as_tensor(x).detach().to("cpu", torch.float32)
         if records.ndim > 2:
             raise ValueError(

@@ -12,7 +12,8 @@ from torch.nn.functional import embedding_bag, pad
 
 from evertune.drift.calibration import resample, threshold_of_paths
 from evertune.drift.mmd import fourier_features, frequencies_for
-from evertune.drift.windows import _CHUNK, _MIN_WINDOWS, _REFERENCES, WindowDetector, reference_needed
+from evertune.drift.sums import CHUNK, SumDetector
+from evertune.drift.windows import _MIN_WINDOWS, _REFERENCES, reference_needed
 
 _ALARMS = 100  # of the resampled streams, were all as long as asked for: their number is then known to 10%
 _MAX_STRIDES = 1_000_000  # resampled; a rate that leaves fewer than a tenth of the alarms is refused
@@ -25,7 +26,7 @@ _GROUPS = 4  # of resampled references
 _NOTHING = 1e-6  # a score below it is rounding: the reference is constant
 
 
-class KernelCUSUM(WindowDetector):
+class KernelCUSUM(SumDetector):
     """Finds sharp changes at once and faint ones in time, at a stated rate of false alarms.
 
     After each ``stride`` records, windows of several lengths that end there are compared with the reference: the
@@ -71,7 +72,7 @@ class KernelCUSUM(WindowDetector):
             (the size needed is named).
     """
 
-    _kept = ("_mean", "_window", "_filled", "_ring", "_map_by", "_usual")
+    _kept = (*SumDetector._kept, "_ring", "_map_by", "_usual")
 
     def __init__(
         self,
@@ -105,9 +106,8 @@ class KernelCUSUM(WindowDetector):
             )
         self.window_sizes = tuple(sorted(set(window_sizes)))
         self.arl, self.kernel, self.n_frequencies = float(arl), kernel, n_frequencies
-        self.window_size = self.stride = stride  # what sums() adds up
-        self.block_size = block_size
-        super(WindowDetector, self).__init__(  # other limits hold than for windows that do not overlap
+        self.stride, self.block_size = stride, block_size
+        super().__init__(
             {
                 "arl": self.arl,
                 "reference_size": reference_size,
@@ -120,6 +120,7 @@ class KernelCUSUM(WindowDetector):
             },
             reference_size,
             seed,
+            stride,
         )
         most = stride * _MAX_STRIDES * 10 // _ALARMS
         if not stride < arl <= most:
@@ -134,9 +135,7 @@ class KernelCUSUM(WindowDetector):
 
     def _clear(self) -> None:
         super()._clear()
-        self._ring = torch.empty(
-            0
-        )  # centred sums of the last strides, the newest first: [longest window / stride, n_map]
+        self._ring = torch.empty(0)  # centred sums of the last strides: [longest window / stride, n_map]
         self._map_by = torch.empty(0)  # frequencies [n_features, n_frequencies], or what each feature is multiplied by
         self._usual = torch.empty(2, 0)  # mean and standard deviation of the distances of each length, [2, lengths]
 
@@ -154,7 +153,7 @@ class KernelCUSUM(WindowDetector):
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
         self._mean = mapped.mean(0)
         self._window = torch.zeros_like(self._mean)
         self._ring = self._window[None][:0]

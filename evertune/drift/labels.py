@@ -92,11 +92,11 @@ class LabelShift(WindowDetector):
         squares = windows.square() @ weight.T + (weight * references.square()).sum(1)
         return (squares - 2 * windows @ (weight * references).T).clamp(min=0)
 
-    def _validated(self, x: Any) -> Tensor:
+    def validated(self, x: Any) -> Tensor:
         shape = list(torch.as_tensor(x).shape)
         if len(shape) in (1, 2) and shape[-1] > 1:
             raise ValueError(f"class numbers must have shape [records, 1], got {shape}: unsqueeze(1) a vector of them")
-        records = super()._validated(x)
+        records = super().validated(x)
         bad = ((records < 0) | (records != records.round())).flatten().nonzero().flatten()
         if len(bad):
             raise ValueError(

@@ -51,14 +51,14 @@ class _RiverDetector(ReferenceDetector):
         if not _MIN_RUN * block_size <= self.arl < math.inf:
             raise ValueError(f"arl must be at least {_MIN_RUN * block_size} with block_size={block_size}, got {arl}")
 
-    def _validated(self, x: Any) -> Tensor:
+    def validated(self, x: Any) -> Tensor:
         shape = torch.as_tensor(x).shape
         if len(shape) in {1, 2} and shape[-1] > 1:
             raise ValueError(
                 f"{type(self).__name__} watches one number a record, got shape {list(shape)}: pass several records as "
                 "x.reshape(-1, 1), and vectors to a detector of vectors, such as MMD"
             )
-        return super()._validated(x)
+        return super().validated(x)
 
     def _clear(self) -> None:
         super()._clear()

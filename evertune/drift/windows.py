@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from evertune.drift.calibration import apart, resample, resample_windows, threshold_of_tests
-from evertune.drift.reference import ReferenceDetector
+from evertune.drift.sums import CHUNK, SumDetector
 
 _MAX_TESTS = 200_000  # resampled windows
 _MIN_TESTS = 2_000
 _TESTS_ABOVE = 100  # of the resampled windows, above the threshold: their number is then known to 10%
 _REFERENCES = 32  # resampled references
 _MIN_WINDOWS = 4  # a shorter reference is too noisy a picture of the past, whatever the false-alarm rate
-_CHUNK = 2_048  # records mapped at once
 _JITTER = 1e-6
 _ROUNDING = 1e-12  # of the squared length of the mapped records: of records that are all alike, nothing else is left
 
 
-class WindowDetector(ReferenceDetector):
+class WindowDetector(SumDetector):
     """Tests each ``window_size`` records by the distance of their mean from the reference's, in a feature map.
 
     A window is kept as a sum alone. The threshold comes from the reference: resampled windows are compared with
@@ -40,7 +38,7 @@ class WindowDetector(ReferenceDetector):
             is named).
     """
 
-    _kept: tuple[str, ...] = ("_mean", "_null", "_window", "_filled")
+    _kept: tuple[str, ...] = (*SumDetector._kept, "_null")
     _lattice = False
     """Whether scores repeat, as those of counts do: equal ones are then told apart by chance, so that any rate of
     alarms can be met."""
@@ -51,7 +49,7 @@ class WindowDetector(ReferenceDetector):
     def __init__(self, config: dict[str, float | str]) -> None:
         self.arl = float(config["arl"])
         self.window_size, self.block_size = int(config["window_size"]), int(config["block_size"])
-        super().__init__(config, int(config["reference_size"]), int(config["seed"]))
+        super().__init__(config, int(config["reference_size"]), int(config["seed"]), self.window_size)
         self.level = self.window_size / self.arl
         """The probability of a false alarm in one test, on average over references."""
         if not 1 / _MAX_TESTS <= self.level < 1:
@@ -66,17 +64,6 @@ class WindowDetector(ReferenceDetector):
                 f"{self.window_size} and block_size={self.block_size}: reference_size must be at least {needed}"
             )
 
-    @abstractmethod
-    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
-        """Choose the feature map."""
-
-    @abstractmethod
-    def _map(self, records: Tensor) -> Tensor:
-        """The feature map: ``[records, n_map]`` in float64.
-
-        In double precision the cutting of records into batches shows far below any difference between scores.
-        """
-
     def _distance(self, windows: Tensor, references: Tensor) -> Tensor:
         """How far apart means are: ``[windows, n_map]`` and ``[references, n_map]`` to ``[windows, references]``.
 
@@ -87,14 +74,11 @@ class WindowDetector(ReferenceDetector):
 
     def _clear(self) -> None:
         super()._clear()
-        self._mean = torch.empty(0)  # of the reference, in the feature map
         self._null = torch.empty(0)  # scores of resampled windows, ascending
-        self._window = torch.empty(0)  # sum over the records of the window begun
-        self._filled = 0  # records in it
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
         self._mean = mapped.mean(0)
         self._window = torch.zeros_like(self._mean)
         centred = (mapped - self._mean).float()
@@ -103,7 +87,7 @@ class WindowDetector(ReferenceDetector):
         drawn = resample(n, (_REFERENCES, n), self.block_size, generator)
         references = embedding_bag(drawn, centred, mode="mean")
         scores = torch.empty(n_tests, _REFERENCES)
-        for part in torch.arange(n_tests).split(4 * _CHUNK):
+        for part in torch.arange(n_tests).split(4 * CHUNK):
             if self._distinct:
                 drawn = resample_windows(n, len(part), size, self.block_size, generator)
                 windows = embedding_bag(drawn, centred, mode="mean") * apart(n, size)
@@ -130,44 +114,6 @@ class WindowDetector(ReferenceDetector):
         n = len(self._null)
         as_large = n - int(torch.searchsorted(self._null, score))
         return (as_large + 1) / (n + 1)
-
-    def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
-        """What some of the next ``count`` records add to the windows that those will fill.
-
-        Ranks that hold different records of the same stream add up what each of them gets, and give the sum to
-        :meth:`update_sums`: then all decide as one process would that sees every record.
-
-        Args:
-            records: ``[records, n_features]``, in any order; none is fine, too.
-            positions: the place of each among the ``count`` next records of the stream.
-            count: of all ranks.
-
-        Returns:
-            ``[windows, n_map]`` in float64, or None as long as the reference is not complete: then :meth:`update`
-            needs the records themselves.
-
-        Raises:
-            ValueError: as :meth:`update` does.
-        """
-        if not self.armed:
-            return None
-        records = self._validated(records) if len(records) else records
-        windows = (self._filled + positions) // self.window_size
-        sums = torch.zeros((self._filled + count - 1) // self.window_size + 1, len(self._mean), dtype=torch.float64)
-        for part, window in zip(records.split(_CHUNK), windows.split(_CHUNK), strict=True):
-            if len(part):
-                sums.index_add_(0, window, self._map(part))
-        return sums
-
-    def update_sums(self, sums: Tensor, count: int) -> None:
-        """Look at the next ``count`` records by their :meth:`sums`."""
-        self.drift_detected = False
-        self._take(sums, count)
-
-    def _watch(self, records: Tensor) -> None:
-        sums = self.sums(records, torch.arange(len(records)), len(records))
-        assert sums is not None
-        self._take(sums, len(records))
 
     def _take(self, sums: Tensor, count: int) -> None:
         for added in sums:

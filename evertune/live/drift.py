@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams
-from evertune.drift.windows import WindowDetector
+from evertune.drift.sums import SumDetector
 from evertune.live.situation import Situation, Trigger, positive
 from evertune.live.thresholds import Threshold
 
@@ -133,13 +133,13 @@ class Drift(Trigger):
                 self._alarm = (detector.score, self._limit, (own or detector.n_seen) - self._n_reference)
 
     def _pieces(self, detector: Detector, features: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Records as the detector is to see them: whole windows, so that no digit depends on when they arrived.
+        """Records as the detector is to see them: whole stretches, so that no digit depends on when they arrived.
 
         Where a threshold of our own decides, there is one test in a piece.
         """
-        if isinstance(detector, WindowDetector):
+        if isinstance(detector, SumDetector):
             features = torch.cat([self._rest, features]) if len(self._rest) else features
-            size = detector.window_size
+            size = detector.stretch
         elif self.threshold is None:
             return [features]
         else:

@@ -1,0 +1,90 @@
+"""Detectors that need no more of the records than sums of a feature map, which ranks can add up."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from evertune.drift.reference import ReferenceDetector
+
+CHUNK = 2_048  # records mapped at once
+
+
+class SumDetector(ReferenceDetector):
+    """Sums a feature map over stretches of so many records, and tests by the sums.
+
+    A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_take`.
+
+    Args:
+        config: as for :class:`~evertune.drift.reference.ReferenceDetector`.
+        reference_size: records in the reference.
+        seed: of all that the detector draws.
+        stretch: records in a sum.
+    """
+
+    _kept: tuple[str, ...] = ("_mean", "_window", "_filled")
+
+    def __init__(self, config: dict[str, float | str], reference_size: int, seed: int, stretch: int) -> None:
+        self.stretch = stretch
+        super().__init__(config, reference_size, seed)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._mean = torch.empty(0)  # of the reference, in the feature map
+        self._window = torch.empty(0)  # sum over the records of the stretch begun
+        self._filled = 0  # records in it
+
+    @abstractmethod
+    def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
+        """Choose the feature map."""
+
+    @abstractmethod
+    def _map(self, records: Tensor) -> Tensor:
+        """The feature map: ``[records, n_map]`` in float64.
+
+        In double precision the cutting of records into batches shows far below any difference between scores.
+        """
+
+    def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
+        """What some of the next ``count`` records add to the stretches that those will fill.
+
+        Ranks that hold different records of the same stream add up what each of them gets, and give the sum to
+        :meth:`update_sums`: then all decide as one process would that sees every record.
+
+        Args:
+            records: ``[records, n_features]``, in any order; none is fine, too.
+            positions: the place of each among the ``count`` next records of the stream.
+            count: of all ranks.
+
+        Returns:
+            ``[stretches, n_map]`` in float64, or None as long as the reference is not complete: then :meth:`update`
+            needs the records themselves.
+
+        Raises:
+            ValueError: as :meth:`update` does.
+        """
+        if not self.armed:
+            return None
+        records = self.validated(records) if len(records) else records
+        stretches = (self._filled + positions) // self.stretch
+        sums = torch.zeros((self._filled + count - 1) // self.stretch + 1, len(self._mean), dtype=torch.float64)
+        for part, stretch in zip(records.split(CHUNK), stretches.split(CHUNK), strict=True):
+            if len(part):
+                sums.index_add_(0, stretch, self._map(part))
+        return sums
+
+    def update_sums(self, sums: Tensor, count: int) -> None:
+        """Look at the next ``count`` records by their :meth:`sums`."""
+        self.drift_detected = False
+        self._take(sums, count)
+
+    def _watch(self, records: Tensor) -> None:
+        sums = self.sums(records, torch.arange(len(records)), len(records))
+        assert sums is not None
+        self._take(sums, len(records))
+
+    @abstractmethod
+    def _take(self, sums: Tensor, count: int) -> None:
+        """Take the :meth:`sums` of the next ``count`` records; count them in ``n_seen``, and call ``_test``."""
