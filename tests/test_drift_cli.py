@@ -261,15 +261,16 @@ def test_labels_are_watched_by_a_detector_of_their_own() -> None:
     assert found.expected_false_alarms == pytest.approx((320 + 256) / 10_000)
 
 
-def test_a_number_is_watched(folder: Path) -> None:
+@pytest.mark.parametrize(("name", "known_as"), [("page-hinkley", "PageHinkley"), ("hddm", "HDDM"), ("adwin", "ADWIN")])
+def test_a_number_is_watched(name: str, known_as: str) -> None:
     pytest.importorskip("river")
     generator = random.Random(0)
     old = [{**row, "loss": generator.gauss(0, 1)} for row in records(300, WEATHER)]
     new = [{**row, "loss": str(generator.gauss(0 if i < 100 else 2, 1))} for i, row in enumerate(records(200, WEATHER))]
     new[5]["loss"] = "unknown"
-    found = compare(old, new, value="loss", detector="page-hinkley", arl=1_000)
+    found = compare(old, new, value="loss", detector=name, arl=1_000)
     (scan,) = found.scans
-    assert (scan.of, scan.detector, found.features) == ("loss", "PageHinkley", "the number loss")
+    assert (scan.of, scan.detector, found.features) == ("loss", known_as, "the number loss")
     assert 100 <= scan.alarms[0].record <= 120
     assert found.set_aside_current.reasons == {"has no number in 'loss'": 1}
     assert found.projection == ([], [])
