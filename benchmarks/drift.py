@@ -227,8 +227,9 @@ RIVER: dict[str, tuple[Callable[[float], Any], float, float]] = {
     "HDDM_A": (lambda x: _river("binary.HDDMA", drift_confidence=1 / x, two_sided_test=True), 1.35, 1e12),
     "HDDM_W": (lambda x: _river("binary.HDDMW", drift_confidence=1 / x, two_sided_test=True), 1, 1e12),
 }
-"""River's detectors by a parameter that makes alarms rarer as it grows, and where it may lie. (Below 1.35 alarms of HDDM_A
-grow rarer again, since its cuts move with every record: one in about 11,500 records of this kind is the most it gives.)
+"""River's detectors by a parameter that makes alarms rarer as it grows, and where it may lie.
+
+Below 1.35 alarms of HDDM_A grow rarer again, since its cuts move with every record: one in about 11,500 is the most.
 """
 
 
