@@ -1,8 +1,8 @@
 """Do drift detectors hold the false-alarm rate that was asked for, how soon do they find a change, what do they cost?
 
 * Run length: records from arming to the first false alarm, the mean over runs; every run has its own reference and its
-  own stream. Independent records, and autocorrelated ones (AR(1), 0.5). Beside the ratio to what was asked for stands
-  its standard error.
+  own stream (with ``--streams``, each reference several). Independent records, and autocorrelated ones (AR(1), 0.5).
+  Beside the ratio to what was asked for stands its standard error.
 * Delay at the largest rate asked for: records from a change of the mean, of 0.5 and 1 standard deviations, to the
   alarm; the change comes after 500 records of calm. Runs that alarm before it do not count. For features in 16
   dimensions the shift has that length. Classes are cut from a number, with shares of 40, 30, 20 and 10%.
@@ -116,19 +116,26 @@ def armed(subject: Subject, detector: Detector, records: Iterator[torch.Tensor])
             return batch[missing:], time.perf_counter() - start
 
 
-def run_length(subject: Subject, arl: float, correlated: bool, seed: int) -> dict[str, float]:
-    """One run up to a false alarm."""
+def run_length(subject: Subject, arl: float, correlated: bool, streams: int, seed: int) -> dict[str, float]:
+    """Runs up to a false alarm, with one reference: the mean length, and how many were broken off."""
     torch.set_num_threads(1)
     detector = subject.make(arl, correlated, seed)
     records = stream(subject.n_features, correlated, 1_000_000 + seed)
     batch, arming = armed(subject, detector, records)
-    start, begun = detector.n_seen, time.perf_counter()
-    while detector.detected_at is None and detector.n_seen - start < LONGEST * arl:
-        if len(batch):
-            detector.update(subject.seen(batch))
-        batch = next(records)
-    length = (detector.detected_at or detector.n_seen) - start
-    return {"length": length, "arming": arming, "cut": detector.detected_at is None, "s": time.perf_counter() - begun}
+    start, state = detector.n_seen, detector.state_dict()
+    lengths, cut = [], 0
+    for other in range(streams):
+        if other:
+            detector.load_state_dict(state)
+            records = stream(subject.n_features, correlated, 10_000_000 * other + seed)
+            batch = next(records)
+        while detector.detected_at is None and detector.n_seen - start < LONGEST * arl:
+            if len(batch):
+                detector.update(subject.seen(batch))
+            batch = next(records)
+        lengths.append((detector.detected_at or detector.n_seen) - start)
+        cut += detector.detected_at is None
+    return {"length": mean(lengths), "arming": arming, "cut": cut}
 
 
 def delay(subject: Subject, arl: float, shift: float, seed: int) -> float | None:
@@ -169,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detectors", nargs="+", choices=[*(s.name for s in SUBJECTS), "River"], help="default: all")
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--streams", type=int, default=1, help="for each reference: where arming takes long")
     parser.add_argument("--arl", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--quick", action="store_true", help="20 runs at 1,000")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -187,7 +195,7 @@ def main() -> None:
             for arl in arls:
                 for correlated in (False, True):
                     what = f"{subject.name}, {arl:,}, {'AR(1) 0.5' if correlated else 'independent'}"
-                    told = over_runs(partial(_run, subject.name, arl, correlated), what)
+                    told = over_runs(partial(_run, subject.name, arl, correlated, options.streams), what)
                     lengths = [one["length"] for one in told]
                     results.append(
                         {
@@ -214,9 +222,9 @@ def main() -> None:
                 found = over_runs(partial(river_delay, name, setting, shift), f"River {name}, shift {shift}", fewer)
                 results.append(told | {"shift": shift, **_mean_delay(found)})
             console.print(results[-2:])
-    show(results, runs, console)
+    show(results, runs * options.streams, console)
     if options.out:
-        options.out.write_text(json.dumps({"runs": runs, "results": results}, indent=1))
+        options.out.write_text(json.dumps({"runs": runs, "streams": options.streams, "results": results}, indent=1))
 
 
 RIVER: dict[str, tuple[Callable[[float], Any], float, float]] = {
@@ -283,8 +291,8 @@ def _named(name: str) -> Subject:
     return next(subject for subject in SUBJECTS if subject.name == name)
 
 
-def _run(name: str, arl: float, correlated: bool, seed: int) -> dict[str, float]:
-    return run_length(_named(name), arl, correlated, seed)
+def _run(name: str, arl: float, correlated: bool, streams: int, seed: int) -> dict[str, float]:
+    return run_length(_named(name), arl, correlated, streams, seed)
 
 
 def _delay(name: str, arl: float, shift: float, seed: int) -> float | None:
