@@ -80,7 +80,7 @@ SUBJECTS = [
     Subject(
         "PageHinkley delta=0.5",
         {"reference_size": 500, "delta": 0.5},
-        {"reference_size": 2_048, "block_size": 32, "delta": 0.5},
+        {"reference_size": 2_048, "block_size": 16, "delta": 0.5},
         scalar=True,
     ),
     Subject("ADWIN", {"reference_size": 500}, {"reference_size": 2_048, "block_size": 32}, scalar=True),

@@ -148,8 +148,9 @@ class PageHinkley(_RiverDetector):
     Args:
         arl: average run length: how many records, on average, from arming to a false alarm.
         reference_size: records in the reference.
-        block_size: records resampled together, at least the stretch over which they are correlated; the reference must
-            hold 50 of them. 1: records are independent.
+        block_size: records resampled together: a few times the stretch over which they are correlated, and fewer than
+            the ``threshold / delta`` records over which a sum builds up, as a reference holds few blocks and seldom an
+            extreme one. It must hold 50. 1: records are independent.
         delta: half the shift that is found the quickest, in standard deviations of the reference. 0.25 is made for
             shifts from a half to one.
         seed: of what is resampled.
