@@ -282,6 +282,7 @@ def test_the_other_detectors_find_it(name: str) -> None:
     rows = [*records(96, WEATHER, seed=2), *records(160, MONEY, seed=3)]
     found = compare(records(512, WEATHER), rows, detector=name)
     assert found.scans[0].alarms[0].record > 96
+    assert len(found.scans[0].points) == found.scans[0].n_tests  # no test is passed over
 
 
 def test_an_own_detector_and_featuriser() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evertune.drift.detector import Detector
 from evertune.drift.report.comparison import Alarm, Scan
+from evertune.drift.sums import SumDetector
 from evertune.streams.source import Incoming
 
 DETECTORS: dict[str, tuple[str, str]] = {
@@ -80,9 +81,9 @@ class Watch:
 
     def __init__(self, detector: Detector, of: str, reference: Tensor) -> None:
         self.detector, self.of = detector, of
-        self.step: int = getattr(detector, "window_size", _STEP)
-        one_window = hasattr(detector, "window_size") and not hasattr(detector, "window_sizes")
-        self.look_back = self.step if one_window else _LOOK_BACK
+        window: int | None = getattr(detector, "window_size", None)
+        self.step = detector.stretch if isinstance(detector, SumDetector) else window or _STEP
+        self.look_back = window or _LOOK_BACK
         self.alarms: list[Alarm] = []
         self._points: list[dict[str, Any]] = []
         detector.update(reference)
