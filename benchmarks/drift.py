@@ -92,11 +92,11 @@ SUBJECTS = [
 def stream(n_features: int, correlated: bool, seed: int, size: int = 256) -> Iterator[torch.Tensor]:
     """Standard normal records, without end, in batches."""
     generator = torch.Generator().manual_seed(seed)
-    rho = AUTOCORRELATION if correlated else 0.0
-    powers = rho ** torch.arange(size + 1.0)
-    ahead = torch.arange(size)[:, None] - torch.arange(size)
-    weights = math.sqrt(1 - rho**2) * torch.where(ahead >= 0, powers[ahead.clamp(min=0)], 0.0)
     last = torch.randn(n_features, generator=generator)
+    if correlated:
+        powers = AUTOCORRELATION ** torch.arange(size + 1.0)
+        ahead = torch.arange(size)[:, None] - torch.arange(size)
+        weights = math.sqrt(1 - AUTOCORRELATION**2) * torch.where(ahead >= 0, powers[ahead.clamp(min=0)], 0.0)
     while True:
         records = torch.randn(size, n_features, generator=generator)
         if correlated:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from evertune.drift.calibration import resample, resample_windows
-from evertune.drift.sums import CHUNK
 from evertune.drift.windows import _REFERENCES, WindowDetector
 
 _COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
@@ -107,9 +106,8 @@ class ClassifierTest(WindowDetector):
         return (records - self._centre) @ self._whiten
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
-        self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
-        self._mean, self._window = mapped.mean(0), mapped[:0]
+        mapped = self._mapped(reference, generator)
+        self._window = mapped[:0]
         records = mapped.float()
         n, size = len(records), self.window_size
         n_tests = self._n_resampled()

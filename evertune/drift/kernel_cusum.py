@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from evertune.drift.calibration import resample, threshold_of_paths
 from evertune.drift.mmd import fourier_features, frequencies_for
-from evertune.drift.sums import CHUNK, SumDetector
+from evertune.drift.sums import SumDetector
 from evertune.drift.windows import _MIN_WINDOWS, _REFERENCES, reference_needed
 
 _ALARMS = 100  # of the resampled streams, were all as long as asked for: their number is then known to 10%
@@ -152,10 +152,7 @@ class KernelCUSUM(SumDetector):
         return fourier_features(records, self._map_by)
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
-        self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
-        self._mean = mapped.mean(0)
-        self._window = torch.zeros_like(self._mean)
+        mapped = self._mapped(reference, generator)
         self._ring = self._window[None][:0]
         centred = (mapped - self._mean).float()
         wider = [_cut_off(centred, self.block_size, size) for size in self.window_sizes]

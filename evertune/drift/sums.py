@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evertune.drift.reference import ReferenceDetector
 
-CHUNK = 2_048  # records mapped at once
+_CHUNK = 2_048  # records mapped at once
 
 
 class SumDetector(ReferenceDetector):
@@ -47,6 +47,14 @@ class SumDetector(ReferenceDetector):
         In double precision the cutting of records into batches shows far below any difference between scores.
         """
 
+    def _mapped(self, reference: Tensor, generator: torch.Generator) -> Tensor:
+        """Choose the feature map by the reference and take its mean; the reference mapped, ``[records, n_map]``."""
+        self._fit(reference, generator)
+        mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
+        self._mean = mapped.mean(0)
+        self._window = torch.zeros_like(self._mean)
+        return mapped
+
     def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
         """What some of the next ``count`` records add to the stretches that those will fill.
 
@@ -67,10 +75,12 @@ class SumDetector(ReferenceDetector):
         """
         if not self.armed:
             return None
-        records = self.validated(records) if len(records) else records
+        return self._sums(self.validated(records) if len(records) else records, positions, count)
+
+    def _sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor:
         stretches = (self._filled + positions) // self.stretch
         sums = torch.zeros((self._filled + count - 1) // self.stretch + 1, len(self._mean), dtype=torch.float64)
-        for part, stretch in zip(records.split(CHUNK), stretches.split(CHUNK), strict=True):
+        for part, stretch in zip(records.split(_CHUNK), stretches.split(_CHUNK), strict=True):
             if len(part):
                 sums.index_add_(0, stretch, self._map(part))
         return sums
@@ -81,9 +91,7 @@ class SumDetector(ReferenceDetector):
         self._take(sums, count)
 
     def _watch(self, records: Tensor) -> None:
-        sums = self.sums(records, torch.arange(len(records)), len(records))
-        assert sums is not None
-        self._take(sums, len(records))
+        self._take(self._sums(records, torch.arange(len(records)), len(records)), len(records))
 
     @abstractmethod
     def _take(self, sums: Tensor, count: int) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from evertune.drift.calibration import apart, resample, resample_windows, threshold_of_tests
-from evertune.drift.sums import CHUNK, SumDetector
+from evertune.drift.sums import SumDetector
 
 _MAX_TESTS = 200_000  # resampled windows
 _MIN_TESTS = 2_000
 _TESTS_ABOVE = 100  # of the resampled windows, above the threshold: their number is then known to 10%
 _REFERENCES = 32  # resampled references
 _MIN_WINDOWS = 4  # a shorter reference is too noisy a picture of the past, whatever the false-alarm rate
+_PART = 8_192  # resampled windows looked at together
 _JITTER = 1e-6
 _ROUNDING = 1e-12  # of the squared length of the mapped records: of records that are all alike, nothing else is left
 
@@ -77,17 +78,14 @@ class WindowDetector(SumDetector):
         self._null = torch.empty(0)  # scores of resampled windows, ascending
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
-        self._fit(reference, generator)
-        mapped = torch.cat([self._map(part) for part in reference.split(CHUNK)])
-        self._mean = mapped.mean(0)
-        self._window = torch.zeros_like(self._mean)
+        mapped = self._mapped(reference, generator)
         centred = (mapped - self._mean).float()
         n, size = len(centred), self.window_size
         n_tests = self._n_resampled()
         drawn = resample(n, (_REFERENCES, n), self.block_size, generator)
         references = embedding_bag(drawn, centred, mode="mean")
         scores = torch.empty(n_tests, _REFERENCES)
-        for part in torch.arange(n_tests).split(4 * CHUNK):
+        for part in torch.arange(n_tests).split(_PART):
             if self._distinct:
                 drawn = resample_windows(n, len(part), size, self.block_size, generator)
                 windows = embedding_bag(drawn, centred, mode="mean") * apart(n, size)
