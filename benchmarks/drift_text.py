@@ -36,7 +36,7 @@ from torch import Tensor
 
 from evertune import drift
 from evertune.drift import Detector, FrozenEncoder, HashedNgrams
-from evertune.locate import locate
+from evertune.utils.locate import locate
 
 ARL = 10_000
 REFERENCE, CALM, LONGEST = 512, 300, 1_000

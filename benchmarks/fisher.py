@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from evertune.importance import Estimator, estimate_fisher
-from evertune.strategies.shards import ReplicatedShards
+from evertune.shards.shards import ReplicatedShards
 
 CLASSES = 5
 BATCH = 32

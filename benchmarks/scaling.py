@@ -37,10 +37,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import Dataset
 
 from evertune.callbacks import EWC, Replay
-from evertune.launch.footprint import ModelShape, Training, activations, collectives, consolidation, footprint
-from evertune.launch.plan import GIB, STRATEGIES, shape_of
+from evertune.cli.footprint import ModelShape, Training, activations, collectives, consolidation, footprint
+from evertune.cli.plan import GIB, STRATEGIES, shape_of
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.strategies.support import is_step_boundary
+from evertune.shards.support import is_step_boundary
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.streams.datamodule import PadCollator
 

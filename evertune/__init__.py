@@ -12,7 +12,7 @@ from evertune.strategies import register_strategies
 if TYPE_CHECKING:
     from evertune.metrics.history import History
     from evertune.registry.serving import load
-    from evertune.trainer import ContinualTrainer
+    from evertune.training.trainer import ContinualTrainer
 
 __all__ = ["ContinualTrainer", "History", "load"]
 __version__ = version("evertune")
@@ -20,7 +20,7 @@ __version__ = version("evertune")
 register_strategies()
 
 _HOMES = {
-    "ContinualTrainer": "evertune.trainer",
+    "ContinualTrainer": "evertune.training.trainer",
     "History": "evertune.metrics.history",
     "load": "evertune.registry.serving",
 }

@@ -1,6 +1,6 @@
 """``python -m evertune``."""
 
-from evertune.launch.cli import main
+from evertune.cli.main import main
 
 if __name__ == "__main__":
     main()

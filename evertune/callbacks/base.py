@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytorch_lightning as pl
+from evertune._lightning import pl
 
 
 class ContinualCallback(pl.Callback):

@@ -8,17 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from evertune.callbacks._features import Dealt, deal, features_of, gathered
+from evertune._lightning import pl, rank_zero_warn
 from evertune.callbacks.base import ContinualCallback, end_experience
+from evertune.callbacks.features import Dealt, deal, features_of, gathered
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
 from evertune.drift.sums import SumDetector
-from evertune.strategies.support import check_strategy
+from evertune.shards.support import check_strategy
 
 _FILE = "drift_trigger.json"
 _MAX_MESSAGES = 100

@@ -6,26 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evertune._lightning import pl, rank_zero_warn
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.examples import ExampleSampler
 from evertune.importance.fisher import Estimator, estimate_fisher
-from evertune.outputs import logits_of, targets_of
-from evertune.strategies.fragments import FragmentState
-from evertune.strategies.penalty import QuadraticPenalty
-from evertune.strategies.shards import ParameterShards
-from evertune.strategies.sidecars import read_sidecar, write_sidecar_with_checkpoints
-from evertune.strategies.support import (
-    check_strategy,
-    is_deepspeed,
-    is_step_boundary,
-    warn_about_stock_deepspeed,
-)
+from evertune.shards.fragments import FragmentState
+from evertune.shards.penalty import QuadraticPenalty
+from evertune.shards.shards import ParameterShards
+from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
+from evertune.shards.support import check_strategy, is_deepspeed, is_step_boundary
+from evertune.strategies.deepspeed import warn_about_stock_deepspeed
+from evertune.utils.batches import logits_of, targets_of
 
 _EXAMPLES = "evertune.ewc.examples"
 """Where in a checkpoint the batches are that all ranks hold for the next estimation."""

@@ -6,11 +6,7 @@ from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-from lightning_fabric.utilities import move_data_to_device
-from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -20,9 +16,11 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from evertune._lightning import move_data_to_device, pl, rank_zero_warn
 from evertune.importance.fisher import IndexedBatch
 from evertune.memory.codec import decode, encode
-from evertune.outputs import batch_size_of
+from evertune.utils.batches import batch_size_of
+from evertune.utils.collectives import gather_bytes
 
 
 class ExampleSampler:
@@ -109,20 +107,6 @@ class ExampleSampler:
         self._seen = ranks[0]["seen"] * trainer.accumulate_grad_batches // state["accumulation"]
         device = trainer.strategy.root_device
         self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in held]
-
-
-def gather_bytes(content: bytes, trainer: pl.Trainer) -> list[bytes]:
-    """The bytes of each rank; call on every rank."""
-    if trainer.world_size == 1 or trainer.interrupted:  # the others may not be there any more
-        return [content]
-    device = trainer.strategy.root_device
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(trainer.world_size)]
-    dist.all_gather(sizes, torch.tensor([len(content)], device=device))
-    longest = int(max(sizes))
-    mine = torch.frombuffer(bytearray(content.ljust(longest + 1, b"\0")), dtype=torch.uint8).to(device)
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:

@@ -20,7 +20,7 @@ from evertune.drift.paths import (
     threshold_of_detector,
 )
 from evertune.drift.reference import ReferenceDetector
-from evertune.streams._server import library
+from evertune.utils.extras import library
 
 _CUT_CONFIDENCE = 0.001  # River's default: where HDDM sets its cuts
 _MIN_BLOCKS = 50  # fewer independent records tell too little of how a sum varies

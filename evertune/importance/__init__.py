@@ -1,5 +1,17 @@
 """How much each weight matters: estimators of the Fisher information, per example and under any strategy."""
 
-from evertune.importance.fisher import Estimator, IndexedBatch, estimate_fisher
+from typing import TYPE_CHECKING
 
-__all__ = ["Estimator", "IndexedBatch", "estimate_fisher"]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.importance.fisher import Estimator as Estimator
+    from evertune.importance.fisher import IndexedBatch as IndexedBatch
+    from evertune.importance.fisher import estimate_fisher as estimate_fisher
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.importance.fisher": "Estimator IndexedBatch estimate_fisher",
+    },
+)

@@ -10,16 +10,16 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evertune._lightning import pl
 from evertune.importance.per_example import PerExampleHooks, Use, add_squares, add_sums
 from evertune.importance.rules import take
-from evertune.outputs import batch_size_of, logits_of, targets_of
-from evertune.ranks import rank_and_world_size
-from evertune.strategies.shards import ParameterShards
+from evertune.shards.shards import ParameterShards
+from evertune.utils.batches import batch_size_of, logits_of, targets_of
+from evertune.utils.ranks import rank_and_world_size
 
 Estimator = Literal["auto", "exact", "sampled", "empirical", "batched"]
 
@@ -93,7 +93,7 @@ def estimate_fisher(
         ...         torch.nn.init.zeros_(self.weight.weight)
         ...     def forward(self, x):
         ...         return self.weight(x)
-        >>> from evertune.strategies.shards import ReplicatedShards
+        >>> from evertune.shards.shards import ReplicatedShards
         >>> model = Model()
         >>> estimate_fisher(model, [(torch.ones(4, 1), torch.zeros(4).long())], ReplicatedShards(model))
         [tensor([0.2500, 0.2500])]

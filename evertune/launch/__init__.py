@@ -1,1 +1,1 @@
-"""How evertune starts: the command line."""
+"""How evertune starts on many processes: one launcher per file."""

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evertune.launch.processes import die_with_parent
 from evertune.launch.shell import line
+from evertune.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
     from evertune.launch.settings import LaunchSettings

@@ -218,7 +218,7 @@ class LaunchSettings:
             Words for a shell; those with an expression in it must stay unquoted or stand in double quotes: see
             :func:`shell_words`.
         """
-        words = [self.python, "-m", "evertune.launch.node"]
+        words = [self.python, "-m", "evertune.launch.supervisor.node"]
         words += ["--nodes", str(self.nodes), "--node-rank", node_rank, "--processes", str(self.processes)]
         words += ["--master", f"{master}:{self.port}", "--run-id", run_id, "--log-dir", self.log_dir]
         if self.min_nodes is not None:

@@ -1,7 +1,23 @@
 """What is trained: a pretrained transformer with a task head."""
 
-from evertune.lightning_modules.heads import CosineHead, LinearHead
-from evertune.lightning_modules.sequence_classification import ClassifierOutput, SequenceClassificationModule
-from evertune.lightning_modules.transformer import TransformerModule
+from typing import TYPE_CHECKING
 
-__all__ = ["ClassifierOutput", "CosineHead", "LinearHead", "SequenceClassificationModule", "TransformerModule"]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.lightning_modules.heads import CosineHead as CosineHead
+    from evertune.lightning_modules.heads import LinearHead as LinearHead
+    from evertune.lightning_modules.sequence_classification import ClassifierOutput as ClassifierOutput
+    from evertune.lightning_modules.sequence_classification import (
+        SequenceClassificationModule as SequenceClassificationModule,
+    )
+    from evertune.lightning_modules.transformer import TransformerModule as TransformerModule
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.lightning_modules.heads": "CosineHead LinearHead",
+        "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
+        "evertune.lightning_modules.transformer": "TransformerModule",
+    },
+)

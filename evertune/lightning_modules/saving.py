@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evertune.files import sha256
-from evertune.ranks import is_writer
+from evertune.utils.files import sha256
+from evertune.utils.ranks import is_writer
 
 MANIFEST = "evertune.json"
 BACKBONE = "backbone."

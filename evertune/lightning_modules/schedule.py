@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-import pytorch_lightning as pl
+from evertune._lightning import pl
 
 Schedule = Literal["linear", "cosine", "constant"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)

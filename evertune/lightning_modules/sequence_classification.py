@@ -15,7 +15,7 @@ from evertune.lightning_modules.heads import HEADS, HeadKind
 from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
-from evertune.outputs import TARGET_KEYS, targets_of
+from evertune.utils.batches import TARGET_KEYS, targets_of
 
 if TYPE_CHECKING:
     from evertune.streams.experience import Experience

@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DeepSpeedStrategy
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
+from evertune._lightning import DeepSpeedStrategy, pl, rank_zero_warn
 from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone
 from evertune.lightning_modules.saving import (
     BACKBONE,
@@ -26,9 +24,9 @@ from evertune.lightning_modules.saving import (
     write_manifest,
 )
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
-from evertune.locate import locate
-from evertune.ranks import is_writer
-from evertune.resume import resume_loaders
+from evertune.utils.loaders import resume_loaders
+from evertune.utils.locate import locate
+from evertune.utils.ranks import is_writer
 
 
 class TransformerModule(pl.LightningModule):

@@ -1,42 +1,40 @@
 """Periodic updates from a source, as transactions: a checked new version, or the old one as it was."""
 
-from evertune.live.thresholds import Quantile, RollingAverage, Static, Threshold
-from evertune.live.triggers import (
-    AllOf,
-    AnyOf,
-    CoolDown,
-    CostBudget,
-    Drift,
-    Every,
-    LabelDrift,
-    PerformanceDrop,
-    Schedule,
-    Situation,
-    Trigger,
-    Volume,
-    WarmUp,
-)
-from evertune.live.update import Outcome, Updater, UpdateSettings
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AllOf",
-    "AnyOf",
-    "CoolDown",
-    "CostBudget",
-    "Drift",
-    "Every",
-    "LabelDrift",
-    "Outcome",
-    "PerformanceDrop",
-    "Quantile",
-    "RollingAverage",
-    "Schedule",
-    "Situation",
-    "Static",
-    "Threshold",
-    "Trigger",
-    "UpdateSettings",
-    "Updater",
-    "Volume",
-    "WarmUp",
-]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.live.triggers.base import Situation as Situation
+    from evertune.live.triggers.base import Trigger as Trigger
+    from evertune.live.triggers.basic import AllOf as AllOf
+    from evertune.live.triggers.basic import AnyOf as AnyOf
+    from evertune.live.triggers.basic import Every as Every
+    from evertune.live.triggers.basic import Schedule as Schedule
+    from evertune.live.triggers.basic import Volume as Volume
+    from evertune.live.triggers.drift import Drift as Drift
+    from evertune.live.triggers.drift import LabelDrift as LabelDrift
+    from evertune.live.triggers.performance import PerformanceDrop as PerformanceDrop
+    from evertune.live.triggers.policies import CoolDown as CoolDown
+    from evertune.live.triggers.policies import CostBudget as CostBudget
+    from evertune.live.triggers.policies import WarmUp as WarmUp
+    from evertune.live.triggers.thresholds import Quantile as Quantile
+    from evertune.live.triggers.thresholds import RollingAverage as RollingAverage
+    from evertune.live.triggers.thresholds import Static as Static
+    from evertune.live.triggers.thresholds import Threshold as Threshold
+    from evertune.live.update import Outcome as Outcome
+    from evertune.live.update import Updater as Updater
+    from evertune.live.update import UpdateSettings as UpdateSettings
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.live.triggers.base": "Situation Trigger",
+        "evertune.live.triggers.basic": "AllOf AnyOf Every Schedule Volume",
+        "evertune.live.triggers.drift": "Drift LabelDrift",
+        "evertune.live.triggers.performance": "PerformanceDrop",
+        "evertune.live.triggers.policies": "CoolDown CostBudget WarmUp",
+        "evertune.live.triggers.thresholds": "Quantile RollingAverage Static Threshold",
+        "evertune.live.update": "Outcome UpdateSettings Updater",
+    },
+)

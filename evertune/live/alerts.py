@@ -16,7 +16,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-from evertune.streams._server import fill_in
+from evertune.utils.secrets import fill_in
 
 EVENTS = ("drift", "refusal", "quarantine", "error", "recovery", "promotion")
 """What there is to tell: drift has been found; an update was refused; too many records are bad; the source, the disk or

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from evertune.files import write_atomically
 from evertune.live.journal import Journal, Segment
 from evertune.live.plan import Plan
 from evertune.registry.registry import Registry, Version
+from evertune.utils.files import write_atomically
 
 _STOPPED = "stopped.json"
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evertune.gate.predictions import Cost, Label, Predictions
 from evertune.lightning_modules.saving import gathered
-from evertune.registry.predictions import Cost, Label, Predictions
 
 Row = Mapping[str, Any]
 """A record of the journal: ``id``, ``origin`` and ``record``, its fields."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evertune.live.journal import Journal, Row
-from evertune.streams.labels import Half, LabelJoin
-from evertune.streams.masking import Masker
-from evertune.streams.schema import RecordSchema, id_value
-from evertune.streams.source import Incoming, Offset, Source, SourceError
+from evertune.sources.base import Incoming, Offset, Source, SourceError
+from evertune.sources.labels import Half, LabelJoin
+from evertune.sources.masking import Masker
+from evertune.sources.schema import RecordSchema, id_value
 
 _MAX_REASON = 500  # characters
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evertune.files import write_atomically
+from evertune.utils.files import write_atomically
 
 _FILE = "plan.json"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -13,7 +12,8 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TextIO
 
-from evertune.streams._server import library
+from evertune.utils.extras import library
+from evertune.utils.secrets import without_passwords
 
 logger = logging.getLogger("evertune.live")
 
@@ -229,17 +229,6 @@ class Words(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return without_passwords(super().format(record))
-
-
-def without_passwords(words: str) -> str:
-    """The words with the passwords in URLs blotted out.
-
-    Example:
-        >>> without_passwords("redis://feed:p@ss@broker:6379 and https://host/x?a=1&token=secret do not answer")
-        'redis://feed:***@broker:6379 and https://host/x?a=1&token=*** do not answer'
-    """
-    words = re.sub(r"(://[^/\s:@\"]*):[^/\s\"]+@", r"\1:***@", words)
-    return re.sub(r"(?i)([?&](?:password|passwd|token|secret|key|sig|signature)=)[^&\s\"']+", r"\1***", words)
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:

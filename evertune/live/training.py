@@ -11,23 +11,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
+from evertune._lightning import pl
 from evertune.callbacks.base import named_callbacks
-from evertune.callbacks.checkpoint import UpdateCheckpoint, latest
-from evertune.callbacks.heartbeat import Heartbeat
-from evertune.callbacks.preemption import Preemption
-from evertune.files import write_atomically
 from evertune.live.plan import Plan
 from evertune.live.slices import Row
 from evertune.memory.memory import MemoryView
-from evertune.ranks import is_writer
+from evertune.sources.schema import RecordSchema
 from evertune.streams.datamodule import ExperienceDataModule, PadCollator, TokenizedDataset
 from evertune.streams.experience import Experience, class_names
-from evertune.streams.schema import RecordSchema
-from evertune.trainer import ContinualTrainer
+from evertune.training.checkpoint import UpdateCheckpoint, latest
+from evertune.training.heartbeat import Heartbeat
+from evertune.training.preemption import Preemption
+from evertune.training.trainer import ContinualTrainer
+from evertune.utils.files import write_atomically
+from evertune.utils.ranks import is_writer
 
 MODEL = "model"
 LEARNING = "learning"

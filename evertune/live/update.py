@@ -14,25 +14,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evertune.files import write_atomically
+from evertune.gate.gate import Check, Gate, Verdict
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
 from evertune.live.slices import Row, draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
-from evertune.ranks import is_leader, started_together, tell_all
-from evertune.registry.gate import Check, Gate, Verdict
 from evertune.registry.registry import Registry, Version
-from evertune.streams.labels import LabelJoin
-from evertune.streams.masking import Masker
-from evertune.streams.schema import RecordSchema
-from evertune.streams.source import Source, SourceError
+from evertune.sources.base import Source, SourceError
+from evertune.sources.labels import LabelJoin
+from evertune.sources.masking import Masker
+from evertune.sources.schema import RecordSchema
+from evertune.utils.files import write_atomically
+from evertune.utils.ranks import is_leader, started_together, tell_all
 
 if TYPE_CHECKING:
+    from evertune.gate.predictions import Predictions
     from evertune.registry.mlflow import MLflowMirror
-    from evertune.registry.predictions import Predictions
-    from evertune.trainer import ContinualTrainer
+    from evertune.training.trainer import ContinualTrainer
 
 logger = logging.getLogger("evertune.live")
 
@@ -381,8 +381,8 @@ class Updater:
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
         """Make the staged folder a version of the registry, whole, with all that is known of it."""
         from evertune import __version__
+        from evertune.gate.predictions import Predictions
         from evertune.live.training import VERSION, trained
-        from evertune.registry.predictions import Predictions
 
         folder = self.staging / VERSION
         rows, held_out, superseded = self._split(plan)
@@ -546,7 +546,7 @@ class Updater:
 
     def _evaluation(self, production: Version | None) -> dict[str, Predictions]:
         """What a version said about the records held out of each update, when the gate judged it."""
-        from evertune.registry.predictions import Predictions
+        from evertune.gate.predictions import Predictions
 
         if production is None:
             return {}

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from evertune.live.alerts import Alert
-from evertune.live.telemetry import Telemetry, without_passwords
+from evertune.live.telemetry import Telemetry
 from evertune.live.triggers import Situation, Trigger
-from evertune.streams.source import SourceError
+from evertune.sources.base import SourceError
+from evertune.utils.processes import SUPERVISOR, kill_group
+from evertune.utils.secrets import without_passwords
 
 if TYPE_CHECKING:
     from evertune.live.intake import IntakeReport
@@ -32,7 +34,6 @@ OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
 PREEMPTED = os.EX_TEMPFAIL
 """Exit code of an update that others have ended, and that goes on when it is run again."""
 
-_SUPERVISOR = "EVERTUNE_SUPERVISOR"
 _TAIL = 20  # lines of an update's output that are kept to say why it failed
 _MIN_READ = 20  # records, before the share of bad ones says anything
 
@@ -269,7 +270,7 @@ class Watch:
     def _run_child(self, lease: Lease, tail: deque[str]) -> int:
         """Run the command to its end, passing signals on; returns its exit code, negative for a signal."""
         theirs, ours = os.pipe()
-        environment = {**os.environ, "EVERTUNE_LEASE": lease.token, _SUPERVISOR: str(theirs)}
+        environment = {**os.environ, "EVERTUNE_LEASE": lease.token, SUPERVISOR: str(theirs)}
         try:
             process = subprocess.Popen(
                 self.command,
@@ -297,11 +298,11 @@ class Watch:
                 process.terminate()
                 deadline = now + self.settings.grace
             if self._stops > 1 or (deadline is not None and now >= deadline) or not self._holds(lease):
-                _kill_group(process)
+                kill_group(process.pid)
                 process.wait()
                 break
             self._sleep(self.settings.poll if deadline is None else min(self.settings.poll, deadline - now))
-        _kill_group(process)  # what it may have left running
+        kill_group(process.pid)  # what it may have left running
         os.close(ours)
         reader.join(5)
         return process.returncode
@@ -442,26 +443,6 @@ class _Trouble:
         self.count, self._until, self.told = 0, 0.0, False
 
 
-def _kill_all() -> None:
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def end_with_supervisor(end: Callable[[], None] = _kill_all) -> None:
-    """Let this process end when the ``evertune watch`` that runs it dies; by default it and its group are killed.
-
-    Called first by ``evertune update``; does nothing in a process that no watch has started.
-    """
-    pipe = os.environ.pop(_SUPERVISOR, None)  # not for the processes that this one starts
-
-    def wait() -> None:
-        assert pipe is not None
-        os.read(int(pipe), 1)  # returns when the other end is closed
-        end()
-
-    if pipe is not None:
-        threading.Thread(target=wait, name="evertune-supervisor", daemon=True).start()
-
-
 def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
     """Log what a child prints, line by line."""
     assert process.stdout is not None
@@ -470,11 +451,6 @@ def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
             if line := line.rstrip():
                 tail.append(line)
                 logger.info("%s", line, extra={"event": "output"})
-
-
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _drifting(readings: Mapping[str, float]) -> bool:

@@ -1,6 +1,22 @@
 """What is kept of the past: the replay memory and its selection policies."""
 
-from evertune.memory.memory import MemoryView, ReplayMemory
-from evertune.memory.policies import ClassBalanced, Herding, Policy, Reservoir, Ring
+from typing import TYPE_CHECKING
 
-__all__ = ["ClassBalanced", "Herding", "MemoryView", "Policy", "ReplayMemory", "Reservoir", "Ring"]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.memory.memory import MemoryView as MemoryView
+    from evertune.memory.memory import ReplayMemory as ReplayMemory
+    from evertune.memory.policies import ClassBalanced as ClassBalanced
+    from evertune.memory.policies import Herding as Herding
+    from evertune.memory.policies import Policy as Policy
+    from evertune.memory.policies import Reservoir as Reservoir
+    from evertune.memory.policies import Ring as Ring
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.memory.memory": "MemoryView ReplayMemory",
+        "evertune.memory.policies": "ClassBalanced Herding Policy Reservoir Ring",
+    },
+)

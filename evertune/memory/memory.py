@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evertune.files import write_atomically
 from evertune.memory.codec import decode, encode
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
+from evertune.utils.files import write_atomically
 
 Label = str | None
 Labels = Sequence[Label] | Callable[[Any], Label]

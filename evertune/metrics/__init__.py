@@ -1,43 +1,40 @@
 """What was kept and what was lost: functions of the accuracy matrix, torchmetrics classes over them, the history."""
 
-from evertune.metrics.functional import (
-    average_accuracy,
-    backward_transfer,
-    forgetting,
-    forgetting_first_minus_last,
-    forward_transfer,
-    intransigence,
-    negative_flip_rate,
-)
-from evertune.metrics.history import History, load_history, save_history
-from evertune.metrics.modules import (
-    AccuracyMatrix,
-    AverageAccuracy,
-    BackwardTransfer,
-    Forgetting,
-    ForgettingFirstMinusLast,
-    ForwardTransfer,
-    Intransigence,
-    NegativeFlipRate,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AccuracyMatrix",
-    "AverageAccuracy",
-    "BackwardTransfer",
-    "Forgetting",
-    "ForgettingFirstMinusLast",
-    "ForwardTransfer",
-    "History",
-    "Intransigence",
-    "NegativeFlipRate",
-    "average_accuracy",
-    "backward_transfer",
-    "forgetting",
-    "forgetting_first_minus_last",
-    "forward_transfer",
-    "intransigence",
-    "load_history",
-    "negative_flip_rate",
-    "save_history",
-]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.metrics.functional import average_accuracy as average_accuracy
+    from evertune.metrics.functional import backward_transfer as backward_transfer
+    from evertune.metrics.functional import forgetting as forgetting
+    from evertune.metrics.functional import forgetting_first_minus_last as forgetting_first_minus_last
+    from evertune.metrics.functional import forward_transfer as forward_transfer
+    from evertune.metrics.functional import intransigence as intransigence
+    from evertune.metrics.functional import negative_flip_rate as negative_flip_rate
+    from evertune.metrics.history import History as History
+    from evertune.metrics.history import load_history as load_history
+    from evertune.metrics.history import save_history as save_history
+    from evertune.metrics.modules import AccuracyMatrix as AccuracyMatrix
+    from evertune.metrics.modules import AverageAccuracy as AverageAccuracy
+    from evertune.metrics.modules import BackwardTransfer as BackwardTransfer
+    from evertune.metrics.modules import Forgetting as Forgetting
+    from evertune.metrics.modules import ForgettingFirstMinusLast as ForgettingFirstMinusLast
+    from evertune.metrics.modules import ForwardTransfer as ForwardTransfer
+    from evertune.metrics.modules import Intransigence as Intransigence
+    from evertune.metrics.modules import NegativeFlipRate as NegativeFlipRate
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.metrics.functional": (
+            "average_accuracy backward_transfer forgetting forgetting_first_minus_last forward_transfer "
+            "intransigence negative_flip_rate"
+        ),
+        "evertune.metrics.history": "History load_history save_history",
+        "evertune.metrics.modules": (
+            "AccuracyMatrix AverageAccuracy BackwardTransfer Forgetting ForgettingFirstMinusLast "
+            "ForwardTransfer Intransigence NegativeFlipRate"
+        ),
+    },
+)

@@ -1,7 +1,21 @@
-"""Which version is in production: versions, aliases, the gate, and the way back."""
+"""Versions of a model, their aliases, and the way back."""
 
-from evertune.registry.gate import Check, Gate, Verdict
-from evertune.registry.registry import LeaseHeld, Registry, RegistryError, Version
-from evertune.registry.serving import Served, load
+from typing import TYPE_CHECKING
 
-__all__ = ["Check", "Gate", "LeaseHeld", "Registry", "RegistryError", "Served", "Verdict", "Version", "load"]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.registry.registry import LeaseHeld as LeaseHeld
+    from evertune.registry.registry import Registry as Registry
+    from evertune.registry.registry import RegistryError as RegistryError
+    from evertune.registry.registry import Version as Version
+    from evertune.registry.serving import Served as Served
+    from evertune.registry.serving import load as load
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.registry.registry": "LeaseHeld Registry RegistryError Version",
+        "evertune.registry.serving": "Served load",
+    },
+)

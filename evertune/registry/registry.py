@@ -16,9 +16,9 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
-from evertune.files import sha256, write_atomically
 from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
 from evertune.registry.store import MANIFEST, RegistryError, Store
+from evertune.utils.files import sha256, write_atomically
 
 __all__ = ["ALIASES", "Finding", "Garbage", "LeaseHeld", "LeaseLost", "Registry", "RegistryError", "Version"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from evertune.files import sha256
 from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+from evertune.utils.files import sha256
 
 if TYPE_CHECKING:
     import torch

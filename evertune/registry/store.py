@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from evertune.files import sha256, sync_folder, sync_tree, write_atomically
+from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
 """The file of a published folder that says what else is in it. It appears last and goes first."""

@@ -1,7 +1,19 @@
-"""What a person looks at: the HTML report, PNG plots and the table in the terminal, all from a run's history."""
+"""What a person looks at: HTML pages, PNG plots and tables in the terminal."""
 
-from evertune.reports.html import write_report
-from evertune.reports.plots import save_plots
-from evertune.reports.summary import summary_table
+from typing import TYPE_CHECKING
 
-__all__ = ["save_plots", "summary_table", "write_report"]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.reports.plots import save_plots as save_plots
+    from evertune.reports.stream import write_report as write_report
+    from evertune.reports.summary import summary_table as summary_table
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.reports.plots": "save_plots",
+        "evertune.reports.stream": "write_report",
+        "evertune.reports.summary": "summary_table",
+    },
+)

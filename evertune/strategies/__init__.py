@@ -1,14 +1,16 @@
-"""Where an update runs: DeepSpeed on CPU and GPU, and the weights as each rank holds them."""
+"""Where an update runs: DeepSpeed on CPU and GPU."""
 
-from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy, register_strategies
-from evertune.strategies.shards import Fragment, ParameterShards, ReplicatedShards
-from evertune.strategies.support import check_strategy
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "EvertuneDeepSpeedStrategy",
-    "Fragment",
-    "ParameterShards",
-    "ReplicatedShards",
-    "check_strategy",
-    "register_strategies",
-]
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy as EvertuneDeepSpeedStrategy
+    from evertune.strategies.deepspeed import register_strategies as register_strategies
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.strategies.deepspeed": "EvertuneDeepSpeedStrategy register_strategies",
+    },
+)

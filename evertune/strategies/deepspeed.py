@@ -11,21 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.seed import reset_seed
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
-from pytorch_lightning.strategies.deepspeed import remove_module_hooks
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from evertune.ranks import leave
-from evertune.strategies import portable
+from evertune._lightning import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    StrategyRegistry,
+    pl,
+    rank_zero_warn,
+    remove_module_hooks,
+    reset_seed,
+)
+from evertune.shards import portable
+from evertune.shards.fragments import FragmentState, saved_shapes
+from evertune.shards.shards import ParameterShards
+from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.extensions import load_extension
-from evertune.strategies.fragments import FragmentState, saved_shapes
-from evertune.strategies.shards import ParameterShards
-from evertune.strategies.support import check_strategy
+from evertune.utils.ranks import leave
 
 
 class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
@@ -285,4 +290,21 @@ def register_strategies() -> None:
             description=f"DeepSpeed ZeRO {name.replace('_', ' ')} for one update after another, on CPU and GPU",
             override=True,
             **settings,
+        )
+
+
+def warn_about_stock_deepspeed(trainer: pl.Trainer, who: str) -> None:
+    """Say what Lightning's own DeepSpeed strategy gets wrong, when that is the one in use."""
+    if is_deepspeed(trainer) and not isinstance(trainer.strategy, EvertuneDeepSpeedStrategy):
+        accumulation = trainer.accumulate_grad_batches
+        divided = (
+            f" With accumulate_grad_batches={accumulation} it divides the loss twice: every update is {accumulation} "
+            "times too small."
+            if accumulation > 1
+            else " With accumulate_grad_batches above 1 it divides the loss twice."
+        )
+        rank_zero_warn(
+            f"{who} runs under Lightning's own DeepSpeed strategy.{divided} It also keeps the engine of a finished "
+            "fit in memory, drops the fp32 masters between fits, and needs CUDA. "
+            "Use strategy='evertune_deepspeed_stage_...' instead."
         )

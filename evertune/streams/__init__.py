@@ -1,47 +1,32 @@
-"""Where the data come from: experiences, streams of them, and the batches they become."""
+"""Experiences, streams of them, and the batches they become."""
 
-from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
-from evertune.streams.experience import Experience, ExperienceStream
-from evertune.streams.folder import FolderSource
-from evertune.streams.kafka import KafkaSource
-from evertune.streams.labels import LabelJoin
-from evertune.streams.masking import Masker, PatternMasker, PresidioMasker
-from evertune.streams.redis import RedisSource
-from evertune.streams.sampler import BucketSampler, ResumableLoader
-from evertune.streams.schema import RecordSchema
-from evertune.streams.source import Source, SourceError
-from evertune.streams.sources import BadRow
-from evertune.streams.splits import (
-    SourceOptions,
-    class_incremental,
-    data_incremental,
-    domain_incremental,
-    time_incremental,
+from typing import TYPE_CHECKING
+
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.streams.datamodule import ExperienceDataModule as ExperienceDataModule
+    from evertune.streams.datamodule import StreamDataModule as StreamDataModule
+    from evertune.streams.experience import Experience as Experience
+    from evertune.streams.experience import ExperienceStream as ExperienceStream
+    from evertune.streams.sampler import BucketSampler as BucketSampler
+    from evertune.streams.sampler import ResumableLoader as ResumableLoader
+    from evertune.streams.splits import SourceOptions as SourceOptions
+    from evertune.streams.splits import class_incremental as class_incremental
+    from evertune.streams.splits import data_incremental as data_incremental
+    from evertune.streams.splits import domain_incremental as domain_incremental
+    from evertune.streams.splits import time_incremental as time_incremental
+    from evertune.streams.tables import BadRow as BadRow
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.streams.datamodule": "ExperienceDataModule StreamDataModule",
+        "evertune.streams.experience": "Experience ExperienceStream",
+        "evertune.streams.sampler": "BucketSampler ResumableLoader",
+        "evertune.streams.splits": (
+            "SourceOptions class_incremental data_incremental domain_incremental time_incremental"
+        ),
+        "evertune.streams.tables": "BadRow",
+    },
 )
-from evertune.streams.sql import SQLSource
-
-__all__ = [
-    "BadRow",
-    "BucketSampler",
-    "Experience",
-    "ExperienceDataModule",
-    "ExperienceStream",
-    "FolderSource",
-    "KafkaSource",
-    "LabelJoin",
-    "Masker",
-    "PatternMasker",
-    "PresidioMasker",
-    "RecordSchema",
-    "RedisSource",
-    "ResumableLoader",
-    "SQLSource",
-    "Source",
-    "SourceError",
-    "SourceOptions",
-    "StreamDataModule",
-    "class_incremental",
-    "data_incremental",
-    "domain_incremental",
-    "time_incremental",
-]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from evertune._lightning import pl
 from evertune.streams import splits as scenarios
 from evertune.streams.experience import Examples, Experience, ExperienceStream, column_of
 from evertune.streams.sampler import BucketSampler, ResumableLoader

@@ -16,8 +16,9 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
+from evertune.sources.values import label_value, text_value
 from evertune.streams.experience import Experience, ExperienceStream, class_names
-from evertune.streams.sources import BadRow, Normaliser, label_value, name_value, read_rows, text_value
+from evertune.streams.tables import BadRow, Normaliser, name_value, read_rows
 
 Period = Literal["year", "quarter", "month", "week", "day", "YE", "Y", "QE", "Q", "ME", "M", "W", "D"]
 
@@ -64,7 +65,7 @@ def class_incremental(
     """Each experience brings classes that no other has.
 
     Args:
-        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
         n_experiences: how many; if the classes do not divide, the first experiences get one more.
         classes_per_experience: or how many classes each one brings, e.g. ``[2, 2, 1]``.
         class_order: the order in which classes arrive; by default shuffled with ``seed``, since results depend on it.
@@ -109,7 +110,7 @@ def domain_incremental(
     """Each experience comes from another domain: the same task, other inputs.
 
     Args:
-        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
         domain: the column that names the domain.
         domain_order: the order in which domains arrive; by default that of their first row.
         **options: see :class:`SourceOptions`.
@@ -139,7 +140,7 @@ def time_incremental(
     """Each experience holds what a period of time brought, in order of time; periods without data are left out.
 
     Args:
-        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
         date: the column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates.
         period: "year", "quarter", "month", "week" (ISO, from Monday) or "day"; pandas' "YE", "QE", "ME", "W", "D" too.
         **options: see :class:`SourceOptions`.
@@ -172,7 +173,7 @@ def data_incremental(source: Any, *, n_experiences: int, **options: Unpack[Sourc
     one more.
 
     Args:
-        source: what :mod:`evertune.streams.sources` reads: a dataset, a DataFrame, paths, a folder, a hub name.
+        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
         n_experiences: how many parts.
         **options: see :class:`SourceOptions`.
 

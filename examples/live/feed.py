@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from evertune.locate import locate
+from evertune.utils.locate import locate
 
 FIRST_MONTH = {"business": 0, "sports": 0, "politics": 1, "tech": 2, "entertainment": 3}
 MONTHS, WORDS = 5, 100

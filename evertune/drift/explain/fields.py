@@ -103,7 +103,7 @@ def changed_fields(
 
 def corrected(changes: Sequence[FieldChange]) -> list[FieldChange]:
     """With :attr:`FieldChange.p_corrected`; the surest first, and of those the largest."""
-    from evertune.registry.statistics import holm
+    from evertune.gate.statistics import holm
 
     tested = [change for change in changes if change.kind != "schema"]
     p_values = iter(holm([change.p_value for change in tested]))

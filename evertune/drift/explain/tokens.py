@@ -120,7 +120,7 @@ def _p_value(change: TokenChange, share: float) -> float:
 
     The z-score would not do: where a token is new, its prior, meant to keep chance small, hides the surest changes.
     """
-    from evertune.registry.statistics import binomial_tail
+    from evertune.gate.statistics import binomial_tail
 
     if abs(change.z) < _NOTABLE:
         return 1.0

@@ -1,0 +1,553 @@
+"""Experience replay: examples of the past join every batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+)
+
+from evertune._lightning import _ProcessedTracker, isolate_rng, pl
+from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.examples import reads_by_index
+from evertune.callbacks.replay.collate import ReplayCollate, Schedule
+from evertune.callbacks.replay.spool import Capture, Record, parse_records, prune_records, read_records
+from evertune.memory.codec import decode, encode
+from evertune.memory.memory import ReplayMemory
+from evertune.memory.policies import Policy
+from evertune.shards.support import check_strategy
+from evertune.strategies.deepspeed import warn_about_stock_deepspeed
+from evertune.utils.batches import logits_of, targets_of
+from evertune.utils.collectives import gather_bytes
+from evertune.utils.loaders import restart_loaders
+from evertune.utils.ranks import is_writer
+
+_ALL = 1 << 62
+_STATE = "replay.json"
+
+
+class Replay(ContinualCallback):
+    """Rehearse the past while learning the new: every batch gets examples of a memory (experience replay).
+
+    Examples join before they are collated: the ``collate_fn`` of the training loader is called with the new examples
+    first and the old ones after them, so that padding, tuples and your own batch types work, also in worker processes.
+    Your loader and your module are not changed. When ``fit`` completes, the memory takes in the new experience; a
+    ``fit`` that fails leaves it as it was. During the first experience there is nothing to replay.
+
+    Rehearsal is strong for its price (Chaudhry et al. 2019, "On tiny episodic memories"; Rolnick et al. 2019).
+
+    One memory is shared by all ranks. The draws of an update are one sequence that the ranks share out, and which
+    examples are kept depends on their ids and the seed: with the same global batch the result is the same on any number
+    of processes, and after a resume.
+
+    From a map-style dataset the memory is filled by index, from everything that the sampler can give. It is filled
+    from the examples as they pass the ``collate_fn`` (each is encoded once, in the process that loads it) when the
+    dataset is iterable, the sampler or batch sampler is one of your own, or a ``DriftTrigger`` ends experiences in
+    the middle of a ``fit``.
+
+    Args:
+        memory_size: how many examples to keep, over all ranks.
+        policy: what to keep: ``"reservoir"`` (a uniform sample of all that was seen), ``"class_balanced"``, ``"ring"``
+            (the newest of each class), ``"herding"`` (nearest to the class means of ``features``), or a ``Policy``.
+        replay_ratio: examples of the memory per new one in a batch. 1: as many old as new, which makes a batch twice
+            as large; 0.05 is common in continued training of language models.
+        label: the class of an example: a function, or a key (of a dict) or position (in a tuple). By default its
+            ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels are one class
+            together.
+        id: names an example, for :meth:`forget`: a function, key or position. By default the number of the experience
+            and the index in the dataset, or a hash of the content if there is no index.
+        features: ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if there is such
+            a method, else the logits.
+        seed: decides what is kept and the order of the draws.
+        directory: where the working file lives (:class:`~evertune.memory.ReplayMemory`).
+
+    Raises:
+        ValueError: when ``memory_size`` or ``replay_ratio`` is not positive; at ``setup``, under a strategy that is not
+            supported or next to a second ``Replay``; before training, with several training loaders.
+        TypeError: before training, when the loader is no ``DataLoader`` or does not collate, or an example holds what
+            cannot be stored.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from evertune.callbacks.replay.callback import Replay
+        >>> replay = Replay(memory_size=2_000)
+        >>> trainer = pl.Trainer(callbacks=[replay], logger=False, accelerator="cpu", enable_progress_bar=False)
+        >>> len(replay.memory)  # grows with trainer.fit(module, loader)
+        0
+    """
+
+    def __init__(
+        self,
+        memory_size: int,
+        policy: str | Policy = "reservoir",
+        replay_ratio: float = 1.0,
+        label: str | int | Callable[[Any], Any] | None = None,
+        id: str | int | Callable[[Any], Any] | None = None,
+        features: Callable[[pl.LightningModule, Any], Tensor] | None = None,
+        seed: int = 0,
+        directory: str | Path | None = None,
+    ) -> None:
+        if not (replay_ratio > 0 and math.isfinite(replay_ratio)):
+            raise ValueError(f"replay_ratio must be positive and finite, got {replay_ratio}")
+        self.memory = ReplayMemory(memory_size, policy, seed, directory)
+        self.replay_ratio = replay_ratio
+        self.label_of = LabelReader(label)
+        self.id_of = None if id is None else IdReader(id)
+        self.features = features or default_features
+        self._trainer: pl.Trainer | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._schedule = Schedule()
+        self._is_writer = True
+        self._set_up_early = False  # whether the loader was, before Lightning had read its own part of the checkpoint
+        self._experience_start = 0  # the number of the experience's first batch in the fit
+        self._update_start = 0  # the number of the first batch with this update's draws, not before
+        self._before: tuple[int, int] | None = (
+            None  # where the update before it in the same fit started, and its number
+        )
+        self._resumed = False  # whether this fit goes on from a checkpoint with this callback's state
+        self._captured = b""  # from that checkpoint
+
+    # --- the loader
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, find the other ranks, and wait for the training loader."""
+        if stage != "fit":
+            return
+        check_strategy(trainer, "Replay")
+        warn_about_stock_deepspeed(trainer, "Replay")
+        if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
+        self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
+        self._is_writer = trainer.local_rank == 0
+        if trainer.world_size > 1:
+            directory, generation = trainer.strategy.broadcast((str(self.memory.directory), self.memory.generation))
+            if directory != str(self.memory.directory):
+                self.memory.share(directory, generation, self._is_writer)
+            trainer.strategy.barrier("replay memory")
+        for spool in self._spools():
+            spool.unlink()
+        process = trainer.strategy.process_dataloader
+
+        def process_and_wrap(dataloader: object) -> object:
+            return self._wrap(process(dataloader)) if trainer.training else process(dataloader)
+
+        trainer.strategy.process_dataloader = process_and_wrap  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loader learns of the experience that starts now when it is set up, which may have been before this."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several loaders; start anew with one that was set up before the checkpoint was read."""
+        if not isinstance(trainer.train_dataloader, DataLoader):
+            raise ValueError("Replay does not support several training loaders at once; pass one DataLoader")
+        if self._resumed and self._set_up_early:
+            assert trainer.fit_loop._combined_loader is not None
+            trainer.fit_loop._combined_loader.reset()  # no worker may be at work now
+            self._start_schedule(trainer)
+            restart_loaders(trainer)
+        self._captured = b""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning makes a new iterator over the loader right after this, except in the first epoch of a fit."""
+        loop = trainer.fit_loop
+        if trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
+            return
+        assert self._loader is not None and loop._combined_loader is not None
+        persistent = getattr(self._loader, "_iterator", None)
+        if persistent is None or getattr(persistent, "_tasks_outstanding", True):
+            loop._combined_loader.reset()  # no worker of the last epoch may still be loading
+        self._start_iterator(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the trainer as it was."""
+        if self._trainer is trainer:
+            self._detach()
+            for spool in self._spools():  # this rank's own, which only the trainer can tell
+                spool.unlink()
+            self._trainer, self._loader = None, None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the trainer as it was; nothing is consolidated."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._trainer is not None:
+            vars(self._trainer.strategy).pop("process_dataloader", None)
+
+    def _wrap(self, loader: object) -> DataLoader[Any]:
+        """A copy of the training loader that replays."""
+        trainer = self._trainer
+        assert trainer is not None
+        if not isinstance(loader, DataLoader):
+            raise TypeError(f"Replay needs a torch DataLoader to train on, got {type(loader).__name__}")
+        if loader.batch_sampler is None:
+            raise TypeError("Replay cannot join examples to a loader with batch_size=None, which does not collate")
+        first_of_fit, self._loader = self._loader is None, copy.copy(loader)
+        by_index = reads_by_index(trainer, loader)
+        if by_index:
+            self._check_example(loader.dataset)
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        room = (batch_size or 1024) * (self._batches_ahead() + 1)
+        self._loader._iterator = None
+        self._loader.collate_fn = ReplayCollate(
+            loader.collate_fn,
+            schedule=self._schedule,
+            directory=self.memory.directory,
+            batch_size=batch_size,
+            ratio=self.replay_ratio,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            capture=None
+            if by_index
+            else Capture(
+                self.memory.directory,
+                self.memory.policy,
+                self.memory.seed,
+                self.memory.memory_size + room,
+                self.label_of,
+                self.id_of,
+            ),
+        )
+        if first_of_fit:
+            self._set_up_early = not trainer.fit_loop.is_resuming
+            self._start_schedule(trainer)
+        else:
+            self._start_iterator(trainer)
+        return self._loader
+
+    def _start_schedule(self, trainer: pl.Trainer) -> None:
+        """Tell the loader which batch is its first, and which memory it draws from."""
+        if not self._resumed:
+            self._experience_start = self._update_start = _batches_done(trainer)
+            self._before = None
+        elif self._captured and trainer.global_rank == 0:
+            (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
+        self._schedule.reset()
+        if self._before is not None:
+            self._schedule.start_update(*self._before, self.memory.generation - 1)
+        self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
+        self._start_iterator(trainer)
+
+    def _start_iterator(self, trainer: pl.Trainer) -> None:
+        for spool in self._spools():
+            prune_records(spool, self._end_batch(trainer))
+        self._schedule.start_iterator(_batches_done(trainer))
+
+    def _check_example(self, dataset: Any) -> None:
+        """See that an example can be stored and read before hours are spent on training."""
+        with isolate_rng():
+            example = dataset[0]
+        encode(example)
+        label = self.label_of(example)
+        if self.memory.policy.needs_labels and label is None:
+            raise ValueError(
+                f"policy {self.memory.policy.name!r} needs the class of every example, and Replay finds none in a "
+                f"{type(example).__name__}; pass label=, a key or a function"
+            )
+        if self.id_of is not None:
+            self.id_of(example)
+
+    # --- experiences
+
+    def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """In the middle of a fit: let the loader processes switch to the new memory, all at the same batch."""
+        accumulated = trainer.accumulate_grad_batches
+        steps = -(-self._batches_ahead() // accumulated)
+        self._before = self._update_start, self.experience_index - 1
+        self._experience_start = _batches_done(trainer)
+        self._update_start = self._experience_start + steps * accumulated
+        self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the experience into the memory."""
+        if self._loader is None:
+            return
+        collate = self._loader.collate_fn
+        assert isinstance(collate, ReplayCollate)
+        experience = getattr(getattr(trainer.datamodule, "experience", None), "name", str(self.experience_index))  # type: ignore[attr-defined]
+        with isolate_rng():
+            if collate.capture is None:
+                dataset: Any = self._loader.dataset
+                labels: Any = self.label_of
+                if self.id_of is None:
+                    ids = [f"{self.experience_index}:{index}" for index in range(len(dataset))]
+                else:
+                    ids = [self.id_of(dataset[i]) for i in range(len(dataset))] if self._is_writer else []
+            else:
+                records = self._candidates(trainer)
+                dataset, labels, ids = Encoded(records), [r.label for r in records], [r.id for r in records]
+            self.memory.update(
+                dataset,
+                experience,
+                labels=labels,
+                ids=ids,
+                features=self._features_of(dataset, trainer, module) if self.memory.policy.needs_features else None,
+                is_writer=self._is_writer,
+            )
+        trainer.strategy.barrier("replay memory")
+
+    def forget(self, ids: Sequence[str]) -> int:
+        """Erase examples from the memory, and prove it (:meth:`evertune.memory.ReplayMemory.forget`).
+
+        With several processes, call it on all of them.
+
+        Raises:
+            RuntimeError: during ``fit``, when the examples may be in a batch that is on its way.
+        """
+        if self._trainer is not None and not self._trainer.interrupted:
+            raise RuntimeError("forget examples before or after fit, not during it")
+        held = set(self.memory.ids).intersection(ids)
+        _barrier()  # every rank has read the file that is about to go
+        erased = self.memory.forget(held, is_writer=self._is_writer)
+        _barrier()
+        return erased
+
+    def _candidates(self, trainer: pl.Trainer) -> list[Record]:
+        """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived.
+
+        As many of each group as the memory has room for: how many more a spool holds depends on the processes.
+        """
+        own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
+        content = gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
+        arrived = sorted(parse_records(b"".join(content)), key=lambda record: (record.arrival, record.id))
+        last = {record.id: record for record in arrived}
+        best: dict[str, list[Record]] = {}
+        for record in sorted(last.values(), key=lambda record: (record.priority, record.id)):
+            group = best.setdefault(self.memory.policy.group(record.label), [])
+            if len(group) < self.memory.memory_size:
+                group.append(record)
+        return sorted((record for group in best.values() for record in group), key=lambda r: (r.arrival, r.id))
+
+    def _features_of(self, dataset: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """One vector for each example, computed by all ranks together."""
+        assert self._loader is not None
+        rank, world = trainer.global_rank, trainer.world_size
+        size = self._loader.batch_size or 32
+        collate = self._loader.collate_fn
+        assert isinstance(collate, ReplayCollate)
+        total = len(dataset)
+        mine = np.minimum(np.arange(rank, -(-total // world) * world, world), total - 1)
+        chunks = []
+        with _evaluating(module):
+            for start in range(0, len(mine), size):
+                batch = collate.collate_fn([dataset[index] for index in mine[start : start + size].tolist()])
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                with trainer.precision_plugin.val_step_context():
+                    chunks.append(self.features(module, batch).detach().float().flatten(1))
+        vectors = torch.cat(chunks)
+        everyone = trainer.strategy.all_gather(vectors).reshape(world, *vectors.shape)
+        return everyone.transpose(0, 1).reshape(-1, vectors.shape[1])[:total].cpu()
+
+    # --- what is saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, strings and numbers only: a checkpoint with it loads with ``weights_only=True``."""
+        captured, before = b"", {}
+        if self._trainer is not None and self._loader is not None:
+            collate = self._loader.collate_fn
+            if isinstance(collate, ReplayCollate) and collate.capture is not None:
+                captured = b"".join(record.to_bytes() for record in self._candidates(self._trainer))
+            if self._before is not None and _batches_done(self._trainer) < self._update_start:
+                start, update = self._before  # batches that are already loaded are still to come from that memory
+                memory = self.memory.state_dict(self.memory.generation - 1)
+                before = {"memory": memory, "update_start": start, "experience_index": update}
+        return {
+            "memory": self.memory.state_dict(),
+            "experience_index": self.experience_index,
+            "experience_start": self._experience_start,
+            "update_start": self._update_start,
+            "accumulation": 1 if self._trainer is None else self._trainer.accumulate_grad_batches,
+            "before": before,
+            "captured": torch.tensor(bytearray(captured), dtype=torch.uint8),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, on any number of ranks and at any accumulation."""
+        saved = state_dict["accumulation"]
+        here = saved if self._trainer is None else self._trainer.accumulate_grad_batches
+        before = state_dict["before"]
+        if before:
+            self.memory.load_state_dict(before["memory"], is_writer=self._is_writer)
+        self._before = (before["update_start"] * here // saved, before["experience_index"]) if before else None
+        self.memory.load_state_dict(state_dict["memory"], is_writer=self._is_writer)
+        self.experience_index = state_dict["experience_index"]
+        self._experience_start = state_dict["experience_start"] * here // saved
+        self._update_start = state_dict["update_start"] * here // saved
+        records = parse_records(state_dict["captured"].numpy().tobytes())
+        self._captured = b"".join(r._replace(batch=r.batch * here // saved).to_bytes() for r in records)
+        self._resumed = True
+        _barrier()
+
+    def save(self, directory: str | Path) -> None:
+        """Write the memory to a folder (Arrow and JSON). Call on every rank."""
+        if is_writer():
+            self.memory.save(directory)
+            (Path(directory) / _STATE).write_text(json.dumps({"experience_index": self.experience_index}))
+        _barrier()
+
+    def load(self, directory: str | Path) -> None:
+        """Read what :meth:`save` wrote, at any world size. Call on every rank.
+
+        Raises:
+            FileNotFoundError: when there is no memory in the folder.
+            ValueError: when it is corrupt, truncated or a pickle, or was filled under another policy or seed.
+        """
+        path = Path(directory) / _STATE
+        try:
+            index = int(json.loads(path.read_bytes())["experience_index"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is corrupt or truncated: {error!r}") from error
+        self.memory.load(directory, is_writer=self._is_writer)
+        self.experience_index = index
+        _barrier()
+
+    # --- batches
+
+    def _spools(self) -> list[Path]:
+        """The spool files of this rank."""
+        rank = 0 if self._trainer is None else self._trainer.global_rank
+        return sorted(self.memory.directory.glob(f"{rank}-*.spool"))
+
+    def _batches_ahead(self) -> int:
+        """How far the loader may be ahead of training: all batches from there on are not collated yet."""
+        assert self._loader is not None
+        try:
+            length: int | None = len(self._loader)
+        except TypeError:
+            length = None
+        prefetched = self._loader.num_workers * (self._loader.prefetch_factor or 0)
+        return 1 + prefetched + (length is None)
+
+    def _end_batch(self, trainer: pl.Trainer) -> int:
+        """The number after that of the last batch trained on.
+
+        When an iterable dataset has come to its end, all batches are trained on, and those of workers with more data
+        than the others may have higher numbers than there were batches.
+        """
+        progress, limit = trainer.fit_loop.epoch_loop.batch_progress, trainer.limit_train_batches
+        between_batches = progress.current.ready == _progress(progress.current).processed
+        at_the_end = between_batches and progress.is_last_batch and isinstance(limit, float) and limit == 1
+        return _ALL if at_the_end else _batches_done(trainer)
+
+
+def default_features(module: pl.LightningModule, batch: Any) -> Tensor:
+    """``module.features(batch)`` if the module has such a method, else its logits."""
+    features = getattr(module, "features", None)
+    return features(batch) if callable(features) else logits_of(module, batch)
+
+
+class LabelReader:
+    """The class of an example as a string, or None.
+
+    Args:
+        source: a function of the example, its key or position; None for the usual places.
+
+    Example:
+        >>> read = LabelReader(None)
+        >>> read({"text": "hello", "label": "greeting"}), read((torch.zeros(2), 3)), read({"labels": ["b", "a"]})
+        ('greeting', '3', 'a, b')
+    """
+
+    def __init__(self, source: Callable[[Any], Any] | str | int | None) -> None:
+        self.source = source
+
+    def __call__(self, example: Any) -> str | None:
+        """The class."""
+        if self.source is not None:
+            return _name(_read(example, self.source, "label"))
+        try:
+            return _name(targets_of(example))
+        except TypeError:
+            return None
+
+
+class IdReader:
+    """The id of an example as a string.
+
+    Args:
+        source: a function of the example, its key or position.
+    """
+
+    def __init__(self, source: Callable[[Any], Any] | str | int) -> None:
+        self.source = source
+
+    def __call__(self, example: Any) -> str:
+        """The id."""
+        name = _name(_read(example, self.source, "id"))
+        if name is None:
+            raise ValueError(f"id={self.source!r} gives neither a string nor a whole number")
+        return name
+
+
+class Encoded(Sequence[Any]):
+    """The examples of records, decoded when they are read."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return decode(self._records[index].data)
+
+
+def _read(example: Any, source: Callable[[Any], Any] | str | int, what: str) -> Any:
+    if callable(source):
+        return source(example)
+    try:
+        return example[source]
+    except (KeyError, IndexError, TypeError) as error:
+        keys = f" with the keys {sorted(map(str, example))}" if isinstance(example, dict) else ""
+        raise ValueError(f"{what}={source!r} is not in an example, a {type(example).__name__}{keys}") from error
+
+
+def _name(value: Any) -> str | None:
+    """A string for what names a class or an example; None for what does not (a vector, a fraction)."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.item() if math.prod(value.shape) == 1 else None
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value):
+        return ", ".join(sorted(value))
+    return None
+
+
+def _batches_done(trainer: pl.Trainer) -> int:
+    return int(_progress(trainer.fit_loop.epoch_loop.batch_progress.total).processed)
+
+
+def _progress(tracker: object) -> _ProcessedTracker:
+    """The counts of a loop over batches, which Lightning types as if batches were not processed."""
+    assert isinstance(tracker, _ProcessedTracker)
+    return tracker
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def _evaluating(module: pl.LightningModule) -> Iterator[None]:
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training

@@ -1,0 +1,153 @@
+"""What happens in the processes that load batches: examples of the past join those of the present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from evertune.callbacks.replay.spool import Capture, Spool
+from evertune.memory.memory import MemoryView, working_file
+
+_NEVER = 1 << 62
+
+
+class Schedule:
+    """What the training process tells its loader processes, in shared memory.
+
+    Batches are numbered over the whole fit. An iterator over the loader starts at a number, and so does an update. An
+    update is announced before any loader process can reach its first batch, so that all of them switch at the same one.
+    """
+
+    def __init__(self) -> None:
+        # the iterator's count and first batch; then twice: an update's first batch, its number, its memory's generation
+        self._cells = torch.tensor([0, 0, _NEVER, 0, 0, _NEVER, 0, 0], dtype=torch.int64)
+        self._cells.share_memory_()  # type: ignore[no-untyped-call]
+
+    def reset(self) -> None:
+        """Forget the updates. There must be no iterator at work."""
+        self._cells[2] = self._cells[5] = _NEVER
+
+    def start_iterator(self, first_batch: int) -> None:
+        """From now on the loader's iterator is a new one. There must be no other at work."""
+        self._cells[1] = first_batch
+        self._cells[0] += 1
+
+    def start_update(self, first_batch: int, update: int, generation: int) -> None:
+        """From this batch on examples come from this memory, by the draws of this update."""
+        cells = self._cells.tolist()
+        row = 2 if cells[2] == _NEVER or (cells[5] != _NEVER and cells[2] < cells[5]) else 5
+        self._cells[row] = _NEVER
+        self._cells[row + 1], self._cells[row + 2] = update, generation
+        self._cells[row] = first_batch
+
+    def iterator(self) -> tuple[int, int]:
+        """Which iterator this is, and its first batch."""
+        count, first, *_ = self._cells.tolist()
+        return count, first
+
+    def update_at(self, batch: int) -> tuple[int, int, int] | None:
+        """The first batch, the number and the generation of the update that a batch belongs to."""
+        cells = self._cells.tolist()
+        begun = [tuple(cells[row : row + 3]) for row in (2, 5) if cells[row] <= batch]
+        return max(begun) if begun else None
+
+
+class ReplayCollate:
+    """A ``collate_fn`` that appends examples of the memory to the new ones and calls the original with all of them.
+
+    Batch number ``m`` of an update, with ``b`` new examples on each rank, takes the rank's draws from
+    ``floor(m * b * ratio)`` on. The rank's ``i``-th draw is draw ``i * world_size + rank`` of the update, so that the
+    ranks' and the accumulated batches' draws together are those of one process with one large batch.
+
+    Args:
+        collate_fn: the loader's own.
+        schedule: shared with the training process.
+        directory: of the memory's working files.
+        batch_size: the loader's; None if it varies, each batch then draws far from the others.
+        ratio: examples of the memory per new one.
+        rank: of this process.
+        world_size: how many ranks share the draws.
+        capture: keeps candidates for the memory as they pass; None when it is filled from the dataset.
+    """
+
+    def __init__(
+        self,
+        collate_fn: Callable[[list[Any]], Any],
+        *,
+        schedule: Schedule,
+        directory: Path,
+        batch_size: int | None,
+        ratio: float,
+        rank: int,
+        world_size: int,
+        capture: Capture | None,
+    ) -> None:
+        self.collate_fn = collate_fn
+        self.schedule, self.directory, self.ratio = schedule, directory, ratio
+        self.stride = batch_size or 1 << 20
+        self.rank, self.world_size = rank, world_size
+        self.capture = capture
+        self._iterator, self._calls = 0, 0
+        self._spool: Spool | None = None
+        self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader process gets: not what this one has opened."""
+        return self.__dict__ | {"_spool": None, "_view": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_view": (0, MemoryView.empty())})
+
+    def __call__(self, examples: Any) -> Any:
+        """Join and collate."""
+        if not isinstance(examples, list):
+            raise TypeError(
+                f"Replay cannot join examples to a {type(examples).__name__}: the dataset gave whole batches, "
+                "not a list of examples; let it give one example at a time and build the batch in the collate_fn"
+            )
+        batch = self._next_batch()
+        if self._spool is not None:
+            start = batch * self.stride
+            arrivals = ((start + place) * self.world_size + self.rank for place in range(len(examples)))
+            self._spool.offer(batch, arrivals, examples)
+        past = self._draw(batch, len(examples))
+        if not past:
+            return self.collate_fn(examples)
+        try:
+            return self.collate_fn([*examples, *past])
+        except Exception as error:
+            error.add_note(
+                f"Replay had joined {len(past)} examples of the past to {len(examples)} new ones; the collate_fn must "
+                "take both: see whether they have the same keys, shapes and types"
+            )
+            raise
+
+    def _next_batch(self) -> int:
+        """The number of the batch that this call makes."""
+        worker = get_worker_info()
+        iterator, first = self.schedule.iterator()
+        if iterator != self._iterator:
+            self._iterator, self._calls = iterator, 0
+            if self.capture is not None:
+                name = f"{self.rank}-{worker.id if worker else 0}.spool"
+                self._spool = Spool(self.capture.directory / name, self.capture)
+        batch = first + (worker.id + self._calls * worker.num_workers if worker else self._calls)
+        self._calls += 1
+        return batch
+
+    def _draw(self, batch: int, n_new: int) -> list[Any]:
+        current = self.schedule.update_at(batch)
+        if current is None or current[2] == 0:
+            return []
+        first, update, generation = current
+        if self._view[0] != generation:
+            self._view = generation, MemoryView.open(working_file(self.directory, generation))
+        start = (batch - first) * self.stride
+        own = np.arange(int(start * self.ratio), int((start + n_new) * self.ratio), dtype=np.int64)
+        view = self._view[1]
+        return [view[slot] for slot in view.draw(own * self.world_size + self.rank, update).tolist()]

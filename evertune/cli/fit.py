@@ -1,0 +1,128 @@
+"""``evertune fit``: a stream, learnt as a YAML file describes it; killed and run again, it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import yaml
+
+from evertune.utils.files import write_atomically
+from evertune.utils.ranks import is_leader, is_writer
+
+if TYPE_CHECKING:
+    from evertune._lightning import LightningCLI
+
+_NOT_THE_RUN = ("config", "launch", "out", "checkpoint_every_n_steps")
+"""What another attempt at the same run may have otherwise."""
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Learn a stream as a ``LightningCLI`` configuration describes it.
+
+    Sections: ``trainer`` (every argument of ``Trainer``; the callbacks are the methods), ``model`` (any LightningModule
+    by ``class_path``), ``data`` (of :class:`~evertune.streams.StreamDataModule`) and ``out``, the folder for
+    ``history.json``, ``report.html``, the ``model`` and the whole ``config.yaml``. Until they are there, the folder
+    holds ``run``: what an interrupted run goes on from.
+
+    Returns:
+        The exit code: 0, also when the run is complete already; 2 when the data or the folder are not fit for it.
+    """
+    from evertune.metrics.history import save_history
+    from evertune.training.trainer import ContinualTrainer
+
+    cli = _read(arguments)
+    assert isinstance(cli.trainer, ContinualTrainer)
+    out = Path(cli.config["out"])
+    settings = _settings(cli)
+    run_dir = out / "run"
+    if not run_dir.exists() and (out / "history.json").is_file() and _same(out / "config.yaml", settings):
+        print(f"this run is complete: see {out / 'report.html'}; to learn it again, delete {out} or pass another --out")
+        return 0
+    try:
+        _ = cli.datamodule.stream  # read now: a bad file is told in one line, before any process is started
+        _begin(run_dir, settings)
+    except (OSError, ValueError) as error:
+        print(f"evertune fit: {error}", file=sys.stderr)
+        return 2
+    history = cli.trainer.fit_stream(
+        cli.model, cli.datamodule, run_dir=run_dir, checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"]
+    )
+    if not is_leader() and not dist.is_initialized():
+        return 0  # everything had been learnt before; one process is enough for the rest
+    if hasattr(cli.model, "save_pretrained"):
+        cli.model.save_pretrained(out / "model")
+    if is_writer():
+        from evertune.reports.write import make_report
+
+        cli.parser.save(cli.config, out / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        save_history(out / "history.json", {"run": history})
+        make_report(out / "history.json", out / "report.html", None)
+        shutil.rmtree(run_dir)
+    return 0
+
+
+def _read(arguments: Sequence[str]) -> LightningCLI:
+    from evertune._lightning import LightningArgumentParser, LightningCLI, LightningModule
+    from evertune.streams import StreamDataModule
+    from evertune.training.trainer import ContinualTrainer
+
+    class FitCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.prog = "evertune fit"
+            parser.add_argument(
+                "--out", default="evertune-run", help="folder for the model, history.json, report.html and config.yaml"
+            )
+            parser.add_argument(
+                "--checkpoint_every_n_steps",
+                type=int,
+                default=500,
+                help="optimizer steps between two checkpoints inside an experience: what a kill costs at most",
+            )
+            parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            self.config = parser.parse_args(list(arguments))
+
+    return FitCLI(
+        LightningModule,
+        StreamDataModule,
+        trainer_class=ContinualTrainer,
+        subclass_mode_model=True,
+        run=False,
+        save_config_callback=None,
+        parser_kwargs={"description": "Learn a stream of experiences, one update after the other."},
+    )
+
+
+def _settings(cli: LightningCLI) -> dict[str, Any]:
+    """What of the configuration decides about the result: not where it runs."""
+    return _decisive(json.loads(cli.parser.dump(cli.config, format="json", skip_none=False)))
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in _NOT_THE_RUN}
+    kept["trainer"] = {name: v for name, v in kept["trainer"].items() if name not in ("devices", "num_nodes")}
+    return kept
+
+
+def _same(path: Path, settings: dict[str, Any]) -> bool:
+    return path.is_file() and _decisive(yaml.safe_load(path.read_text())) == settings
+
+
+def _begin(run_dir: Path, settings: dict[str, Any]) -> None:
+    """Write down the settings of a run, or compare those of the run that the folder holds."""
+    path = run_dir / "settings.json"
+    if path.is_file() and json.loads(path.read_bytes()) != settings:
+        raise ValueError(
+            f"{run_dir} holds an interrupted run with other settings ({path.name}): go on with those, pass another "
+            "--out, or delete it to begin anew"
+        )
+    if is_leader():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(settings, indent=1).encode())

@@ -1,0 +1,100 @@
+"""``evertune launch``: the same command on this machine, over SSH, in SLURM or in Kubernetes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import import_module
+
+from evertune.launch.settings import read_settings
+
+LAUNCHERS = {
+    "local": "processes on this machine",
+    "torchrun": "nodes that are reached over SSH, or a line for each to run by hand",
+    "slurm": "a job of SLURM, or an array of jobs for seeds and sweeps",
+    "kubernetes": "a JobSet or PyTorchJob of Kubernetes",
+}
+COMMANDS = ("fit", "update", "watch")
+
+_HELP = """usage: evertune launch WHERE [options] -- COMMAND ...
+
+Run a command of evertune on many processes. WHERE is one of
+
+{launchers}
+
+and COMMAND is `fit`, `update` or `watch` with its own options: of a watch, which stays here, each update is launched.
+Options may also stand in the section `launch` of the command's --config file; see `evertune launch WHERE --help`.
+
+  evertune launch local --processes_per_node 2 -- fit --config stream.yaml
+  evertune launch slurm --nodes 4 --dry_run -- update --config live.yaml
+"""
+_WATCH_MARGIN = 30.0  # seconds that a watch leaves a launcher beyond the launcher's own grace
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Launch a command.
+
+    Args:
+        arguments: ``WHERE [options] -- COMMAND ...``.
+
+    Returns:
+        The exit code: that of the command where it is waited for, else 0 once it is under way; 2 when the arguments
+        are wrong.
+
+    Raises:
+        SystemExit: when an option, or the section ``launch`` of the configuration, is wrong, with a message.
+    """
+    where, *others = list(arguments) or ["--help"]
+    if where in ("-h", "--help"):
+        print(_HELP.format(launchers="\n".join(f"  {name:<12}{what}" for name, what in LAUNCHERS.items())))
+        return 0
+    if where not in LAUNCHERS:
+        return _refuse("", f"WHERE must be one of {', '.join(LAUNCHERS)}, got {where!r}")
+    options, command = others, None
+    if "--" in others:
+        at = others.index("--")
+        options, command = others[:at], others[at + 1 :]
+    elif any(option == "-h" or option.endswith("help") for option in options):
+        read_settings(options, ["fit"], where)  # prints it, and exits
+    if not command:
+        example = f"evertune launch {where} -- fit --config stream.yaml"
+        return _refuse(where, f"the command to launch must follow `--`, as in `{example}`")
+    if command[0] not in COMMANDS:
+        return _refuse(where, f"the command must be one of {', '.join(COMMANDS)}, got {command[0]!r}")
+    try:
+        return _launch(where, options, command)
+    except (ValueError, OSError) as error:
+        return _refuse(where, str(error))
+
+
+def _launch(where: str, options: Sequence[str], command: Sequence[str]) -> int:
+    from evertune.registry.lease import TOKEN
+    from evertune.utils.processes import end_with_supervisor
+
+    settings, dry_run, wait = read_settings(options, command, where)
+    launcher = import_module(f"evertune.launch.{where}")
+    if command[0] != "watch":
+        end_with_supervisor(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        if TOKEN in os.environ:  # the processes elsewhere work under the lease of the watch, too
+            settings = replace(settings, environment=settings.environment | {TOKEN: os.environ[TOKEN]})
+        return int(launcher.run(settings, list(command), dry_run=dry_run, wait=wait))
+    update = ["update", *command[1:]]
+    with redirect_stdout(io.StringIO()) as shown:  # refuses now what each update would refuse
+        launcher.run(settings, update, dry_run=True, wait=True)
+    if dry_run:
+        print(shown.getvalue(), end="")
+        return 0
+    from evertune.cli.watch import watch
+
+    words = ["launch", where, *options, "--wait", "--"]
+    return watch(command[1:], launcher=words, grace=settings.grace + _WATCH_MARGIN)
+
+
+def _refuse(where: str, why: str) -> int:
+    print(f"{f'evertune launch {where}'.strip()}: {why}", file=sys.stderr)
+    return 2

@@ -1,0 +1,518 @@
+"""``evertune plan``: what a model needs of each GPU under each strategy, before there is one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evertune.cli.footprint import (
+    PRECISIONS,
+    Collective,
+    Footprint,
+    ModelShape,
+    Training,
+    collectives,
+    consolidation,
+    footprint,
+)
+
+GIB = 2**30
+
+GPUS: dict[str, float] = {
+    "a10": 22,
+    "a100": 79,
+    "a100-40": 39,
+    "b200": 178,
+    "h100": 79,
+    "h200": 139,
+    "l4": 22,
+    "l40s": 44,
+    "mi300x": 191,
+    "rtx3090": 24,
+    "rtx4090": 24,
+    "t4": 14.5,
+    "v100": 31.5,
+    "v100-16": 15.5,
+}
+"""Memory in GiB that a process can use."""
+
+STRATEGIES: dict[str, tuple[int, bool]] = {
+    "ddp": (0, False),
+    "evertune_deepspeed_stage_1": (1, False),
+    "evertune_deepspeed_stage_2": (2, False),
+    "evertune_deepspeed_stage_3": (3, False),
+    "evertune_deepspeed_stage_2_offload": (2, True),
+    "evertune_deepspeed_stage_3_offload": (3, True),
+}
+"""Stage and offloading, the fastest first: what communicates least."""
+
+RESERVE = 0.1
+"""The part of a GPU's memory that is left to CUDA, NCCL and gaps between what is allocated."""
+
+_PREFIX = "evertune_deepspeed_"
+
+METHODS = ("ewc", "replay")
+_WITHOUT_WEIGHTS = {"ContinualEvaluation", "Heartbeat", "Preemption", "UpdateCheckpoint"}
+_PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
+_MOST_GPUS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked: a model, how it is trained, and on what.
+
+    Args:
+        model: settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
+        n_classes: rows of the head.
+        nodes: machines.
+        gpus: of each.
+        memory: bytes of a GPU.
+        training: for one device; strategies and world sizes are put in.
+        n_examples: that EWC estimates the importance on.
+        strategy: that the configuration names; None where it is left open.
+        notes: what the user should know of what was made of a configuration.
+    """
+
+    model: Mapping[str, Any]
+    n_classes: int
+    nodes: int
+    gpus: int
+    memory: float
+    training: Training
+    n_examples: int = 500
+    strategy: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy, what it costs and whether it fits."""
+
+    strategy: str
+    footprint: Footprint
+    moves: list[Collective]
+    sent: float
+    fits: bool
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Tell what a model needs of each GPU under each strategy; the weights are never read.
+
+    Returns:
+        0 when it fits (under the strategy that the configuration names, or else under any), 1 when it does not, 2 when
+        the question cannot be answered.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        request = read_request(options)
+        shape = shape_of(request.model, request.n_classes)
+        rows = rows_of(shape, request)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"evertune plan: {error}", file=sys.stderr)
+        return 2
+    choice = choose(rows, request.strategy)
+    advice = [] if choice is not None else what_would_fit(shape, request)
+    if options.json:
+        print(json.dumps(as_json(shape, request, rows, choice, advice), indent=1))
+    else:
+        _print(shape, request, rows, choice, advice)
+    return 0 if choice is not None else 1
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Put the options over the configuration.
+
+    Raises:
+        OSError: when the configuration cannot be read.
+        ValueError: when something is missing, unknown or out of its range, with what to do.
+    """
+    config = _read_config(options.config) if options.config else {}
+    trainer, data, launch = (_section(config, name) for name in ("trainer", "data", "launch"))
+    notes: list[str] = []
+    model = _model_settings(config)
+    for name in ("model_name_or_path", "freeze_layers"):
+        if getattr(options, name) is not None:
+            model[name] = getattr(options, name)
+    if "model_name_or_path" not in model:
+        raise ValueError("which model? Give --model NAME, a folder or package:NAME/FOLDER, or a --config that names it")
+    methods = _methods_of(trainer, notes)
+    if options.method is not None:
+        methods = {name: methods.get(name, {}) for name in options.method}
+    ewc, replay = methods.get("ewc"), methods.get("replay")
+    n_classes = options.classes or max(len(model.get("classes") or ()), model.get("n_classes_ahead") or 0)
+    if not n_classes:
+        n_classes = 10
+        notes.append("the number of classes is not known: 10 are assumed (--classes)")
+    gpus = _first(options.gpus, launch.get("processes_per_node"), trainer.get("devices"), 1)
+    training = Training(
+        stage=0,
+        precision=_precision(_first(options.precision, trainer.get("precision"), "32-true")),
+        batch_size=_first(options.batch_size, data.get("batch_size"), 32),
+        seq_length=_first(options.seq_length, data.get("max_length"), 128),
+        accumulation=_first(options.accumulate_grad_batches, trainer.get("accumulate_grad_batches"), 1),
+        ewc=ewc is not None,
+        ewc_batch_size=_first(options.ewc_batch_size, (ewc or {}).get("batch_size"), 16),
+        replay_ratio=0.0 if replay is None else _first(options.replay_ratio, replay.get("replay_ratio"), 1.0),
+        memory_size=0 if replay is None else _first(options.memory_size, replay.get("memory_size"), 0),
+        preemption="launch" in config,
+        later_fit="registry" not in config,
+    )
+    return Request(
+        model=model,
+        n_classes=n_classes,
+        nodes=_positive("nodes", _first(options.nodes, launch.get("nodes"), trainer.get("num_nodes"), 1)),
+        gpus=_devices(gpus),
+        memory=_memory(options.gpu_memory),
+        training=training,
+        n_examples=(ewc or {}).get("n_examples", 500),
+        strategy=_strategy(trainer.get("strategy")),
+        notes=tuple(notes),
+    )
+
+
+def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
+    """Read a model's configuration and build it, head and all, without any weights: on torch's meta device.
+
+    Args:
+        settings: of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
+        n_classes: rows of the head.
+
+    Raises:
+        OSError: when there is no such configuration.
+        ValueError: when a setting is bad, or the configuration is not that of a transformer that evertune can train.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModel
+
+    from evertune.lightning_modules import SequenceClassificationModule
+    from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
+
+    classes = [str(number) for number in range(n_classes)]
+    module = SequenceClassificationModule(**{**settings, "classes": classes})
+    name = module.model_name_or_path
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(name)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder ({config.model_type}), which is not supported")
+    if module.dropout is not None:
+        override_dropout(config, module.dropout)
+    with quiet_transformers(), torch.device("meta"):
+        module.backbone = AutoModel.from_config(config)
+        if isinstance(getattr(module.backbone, "pooler", None), nn.Module):
+            module.backbone.pooler = None
+        freeze(module.backbone, module.freeze_layers)
+        module.configure_head()
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    groups = ([p.numel() for p in trained if p.ndim > 1], [p.numel() for p in trained if p.ndim <= 1])
+    layers = encoder_layers(module.backbone)[1]
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None or getattr(text, "hidden_size", None) is None:
+        raise ValueError(f"the configuration of {name} ({config.model_type}) does not tell its hidden_size and heads")
+    widest = max(max(p.shape) for p in layers[0].parameters() if p.ndim > 1)
+    given = (getattr(text, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim"))
+    intermediate = next((size for size in given if size is not None), widest)
+    sides = [max(p.shape) for p in layers[0].parameters() if p.ndim == 2]
+    return ModelShape(
+        groups=tuple(tuple(group) for group in groups if group),
+        frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
+        layers=sum(any(p.requires_grad for p in layer.parameters()) for layer in layers),
+        hidden=text.hidden_size,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        gated=sides.count(intermediate) > 2 or 2 * intermediate in sides,
+        rms_norm=any("RMSNorm" in type(part).__name__ for part in layers.modules()),
+        dropout=any(isinstance(part, nn.Dropout) and part.p > 0 for part in layers.modules()),
+        eager_attention=getattr(text, "_attn_implementation", None) == "eager",
+    )
+
+
+def rows_of(shape: ModelShape, request: Request) -> list[Row]:
+    """What each strategy costs, in the order of :data:`STRATEGIES`."""
+    rows = []
+    for name, (stage, offload) in STRATEGIES.items():
+        training = replace(request.training, stage=stage, offload=offload, world_size=request.world_size)
+        costs, moves = footprint(shape, training), collectives(shape, training)
+        sent = sum(move.sent(request.world_size) for move in moves)
+        rows.append(Row(name, costs, moves, sent, costs.total <= request.memory * (1 - RESERVE)))
+    return rows
+
+
+def choose(rows: Sequence[Row], strategy: str | None = None) -> Row | None:
+    """The fastest that fits, or the one that is asked for if it does."""
+    return next((row for row in rows if row.fits and strategy in (None, row.strategy)), None)
+
+
+def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
+    """Changes each of which alone makes it fit."""
+    found = []
+    others = choose(rows_of(shape, request))
+    if others is not None:  # the configuration names one that does not
+        found.append(f"strategy {others.strategy}: {_gib(others.footprint.total)}")
+    nodes = request.nodes
+    while (nodes := 2 * nodes) * request.gpus <= _MOST_GPUS:
+        more = choose(rows_of(shape, replace(request, nodes=nodes)), request.strategy)
+        if more is not None:
+            found.append(f"{nodes} nodes of {request.gpus}, {more.strategy}: {_gib(more.footprint.total)}")
+            break
+    batch = request.training.batch_size
+    while batch > 1:
+        batch //= 2
+        times = request.training.accumulation * request.training.batch_size // batch
+        smaller = replace(request.training, batch_size=batch, accumulation=times)
+        row = choose(rows_of(shape, replace(request, training=smaller)), request.strategy)
+        if row is not None:
+            words = f"batch size {batch} with accumulate_grad_batches={times}"
+            found.append(f"{words}, {row.strategy}: {_gib(row.footprint.total)}")
+            break
+    if request.training.ewc and request.training.ewc_batch_size > 1:
+        one = replace(request, training=replace(request.training, ewc_batch_size=1))
+        row = choose(rows_of(shape, one), request.strategy)
+        if row is not None:
+            found.append(f"batch_size 1 of EWC, {row.strategy}: {_gib(row.footprint.total)}")
+    for name, frozen in (("half of the layers frozen", shape.layers // 2), ("only the head trained", -1)):
+        if frozen and not request.model.get("freeze_layers"):
+            fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes)
+            row = choose(rows_of(fewer, request), request.strategy)
+            if row is not None:
+                found.append(f"{name} (--freeze_layers {frozen}), {row.strategy}: {_gib(row.footprint.total)}")
+                break
+    return found
+
+
+def as_json(
+    shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row | None, advice: Sequence[str]
+) -> dict[str, Any]:
+    """The same as the table, for programs; all sizes in bytes."""
+    return {
+        "model": request.model["model_name_or_path"],
+        "parameters": shape.total,
+        "trainable": shape.trainable,
+        "nodes": request.nodes,
+        "gpus": request.gpus,
+        "gpu_memory": round(request.memory),
+        "training": {
+            name: value for name, value in asdict(request.training).items() if name not in ("stage", "world_size")
+        },
+        "strategies": [
+            {
+                "strategy": row.strategy,
+                **asdict(row.footprint),
+                "sent_per_step": round(row.sent),
+                "fits": row.fits,
+            }
+            for row in rows
+        ],
+        "choice": None if choice is None else choice.strategy,
+        "would_fit": list(advice),
+        "notes": list(request.notes),
+    }
+
+
+def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row | None, advice: Sequence[str]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    training, console = request.training, Console()
+    console = console if console.is_terminal else Console(width=100)
+    trained = f", {shape.trainable / shape.total:.0%} of them trained" if shape.frozen else ""
+    console.print(
+        f"{request.model['model_name_or_path']}: {shape.total / 1e6:,.1f} million parameters{trained}; "
+        f"{request.nodes} x {request.gpus} GPUs of {_gib(request.memory)}; {training.precision}; "
+        f"{training.examples} examples of {training.seq_length} tokens on each GPU"
+        + (f", {training.examples - training.batch_size} of them replayed" if training.replay_ratio else "")
+        + (f"; accumulated {training.accumulation} times" if training.accumulation > 1 else ""),
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("strategy", no_wrap=True)
+    for column in ("weights", "grads", "optim.", "EWC", "activ.", "buffers", "peak", "host", "sent"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for row in rows:
+        costs = row.footprint
+        parts = (costs.weights, costs.gradients, costs.optimizer, costs.importance + costs.anchors)
+        sizes = (*parts, costs.activations, costs.buffers, costs.total, costs.host, row.sent)
+        style = "bold" if row is choice else None
+        gib = (f"{size / GIB:.{2 if size < 100 * GIB else 0}f}" for size in sizes)
+        table.add_row(row.strategy.removeprefix(_PREFIX), *gib, "yes" if row.fits else "no", style=style)
+    console.print(table)
+    console.print(
+        f"In GiB. stage_N: strategy={_PREFIX}stage_N. peak: the fullest moment of a GPU, not all parts at once; a "
+        "tenth of the GPU must stay free. host: of each process. sent: by each GPU in an optimizer step, which gets as "
+        "much.",
+        soft_wrap=True,
+    )
+    if training.ewc and request.world_size > 1:
+        stage, offload = STRATEGIES[(choice or rows[-1]).strategy]
+        own = replace(training, stage=stage, offload=offload, world_size=request.world_size)
+        moves = consolidation(shape, own, n_classes=request.n_classes, n_examples=request.n_examples)
+        once = sum(move.sent(request.world_size) for move in moves)
+        console.print(f"EWC sends {_gib(once)} more at the end of each experience.")
+    if training.memory_size:
+        disk = f"{rows[0].footprint.disk / 2**20:,.1f} MiB"
+        console.print(f"The replay memory takes up to {disk} on the disk of each node, which its processes map.")
+    for note in request.notes:
+        console.print(f"Note: {note}.", soft_wrap=True)
+    if choice is not None:
+        console.print(f"It fits: {choice.strategy}.")
+        return
+    asked = f"{request.strategy} does not fit." if request.strategy else "Nothing fits."
+    console.print(asked + (" What would:" if advice else " Nor would more GPUs, smaller batches or frozen layers."))
+    for line in advice:
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evertune plan",
+        description="What a model needs of each GPU under each strategy. Only its configuration is read, never its "
+        "weights. Exit codes: 0 it fits, 1 it does not, 2 the question cannot be answered.",
+    )
+    parser.add_argument("--config", type=Path, help="the YAML file of `evertune fit` or `evertune update`")
+    parser.add_argument(
+        "--model", dest="model_name_or_path", metavar="NAME", help="on the hub, a folder, or package:NAME/FOLDER"
+    )
+    parser.add_argument("--nodes", type=int, help="machines (1)")
+    parser.add_argument("--gpus", type=int, help="GPUs of each (1)")
+    parser.add_argument("--gpu_memory", metavar="GIB|NAME", help=f"of a GPU: GiB, or one of {', '.join(GPUS)}")
+    parser.add_argument("--method", nargs="*", choices=METHODS, help="what is learned with")
+    parser.add_argument("--precision", help="of the Trainer (32-true)")
+    parser.add_argument("--batch_size", type=int, help="new examples at a time on each GPU (32)")
+    parser.add_argument("--seq_length", type=int, help="tokens of an example (128)")
+    parser.add_argument("--accumulate_grad_batches", type=int, help="of the Trainer (1)")
+    parser.add_argument("--freeze_layers", type=int, help="of the module: 0 trains all, -1 the head only")
+    parser.add_argument("--classes", type=int, help="rows of the head")
+    parser.add_argument("--memory_size", type=int, help="examples in the replay memory")
+    parser.add_argument("--replay_ratio", type=float, help="old examples per new one, with replay (1)")
+    parser.add_argument("--ewc_batch_size", type=int, help="examples at a time when EWC estimates the importance (16)")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    return parser
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return config
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"the section {name!r} must hold settings, got {section!r}")
+    return section
+
+
+def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = _section(config, "model")
+    path = model.get("class_path")
+    if path is not None and str(path).rpartition(".")[2] != "SequenceClassificationModule":
+        raise ValueError(
+            f"the model is a {path}, of which only its own code knows the size; plan knows "
+            "evertune.lightning_modules.SequenceClassificationModule: name the transformer in it with --model"
+        )
+    return dict(model.get("init_args") or {})
+
+
+def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The settings of each method among the callbacks; a note on each callback that is not counted."""
+    methods = {}
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        settings = callback if isinstance(callback, dict) else {"class_path": callback}
+        name = str(settings.get("class_path")).rpartition(".")[2]
+        if name.lower() in METHODS:
+            methods[name.lower()] = dict(settings.get("init_args") or {})
+        elif name not in _WITHOUT_WEIGHTS:
+            notes.append(f"what {name} needs is not counted")
+    return methods
+
+
+def _precision(value: Any) -> Any:
+    name = _PRECISION_NAMES.get(str(value), str(value))
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {value!r}")
+    return name
+
+
+def _strategy(value: Any) -> str | None:
+    """The strategy's name here, whichever way the configuration puts it."""
+    if value in (None, "auto"):
+        return None
+    if isinstance(value, dict) and "DeepSpeedStrategy" in str(value.get("class_path")):
+        settings = value.get("init_args") or {}
+        offload = "_offload" if settings.get("offload_optimizer") else ""
+        value = f"evertune_deepspeed_stage_{settings.get('stage', 2)}{offload}"
+    elif isinstance(value, dict) and str(value.get("class_path")).endswith("DDPStrategy"):
+        value = "ddp"
+    name = str(value)
+    name = f"evertune_{name}" if name.startswith("deepspeed_stage_") else name
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {value!r}")
+    return name
+
+
+def _devices(value: Any) -> int:
+    """How many of a node; a number, a list of indices or a string of either."""
+    if isinstance(value, list):
+        return len(value)
+    if isinstance(value, str) and "," in value:
+        return len([part for part in value.split(",") if part.strip()])
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number == -1:
+        raise ValueError(f"devices={value!r} does not say how many GPUs a node has; give --gpus")
+    return int(_positive("gpus", number))
+
+
+def _memory(value: str | None) -> float:
+    """Bytes of a GPU: as given, by name, or those of the GPU here."""
+    if value is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"there is no GPU here to ask: give --gpu_memory, GiB or one of {', '.join(GPUS)}")
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    if value.lower() in GPUS:
+        return GPUS[value.lower()] * GIB
+    try:
+        size = float(value)
+    except ValueError:
+        raise ValueError(f"gpu_memory must be GiB or one of {', '.join(GPUS)}, got {value!r}") from None
+    return float(_positive("gpu_memory", size) * GIB)
+
+
+def _positive(name: str, value: Any) -> Any:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB"

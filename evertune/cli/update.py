@@ -1,0 +1,133 @@
+"""``evertune update``: one update of a registry, as a YAML file describes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evertune.gate.gate import Gate
+from evertune.live.triggers import Trigger
+from evertune.live.update import Updater, UpdateSettings
+from evertune.registry.mlflow import MLflowMirror
+from evertune.sources.base import Source
+from evertune.sources.labels import LabelJoin
+from evertune.sources.masking import Masker
+from evertune.sources.schema import RecordSchema
+from evertune.utils.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from evertune._lightning import LightningArgumentParser
+
+
+def updater_from(arguments: Sequence[str], program: str = "evertune update") -> tuple[Updater, argparse.Namespace]:
+    """The updater that a configuration describes, and the other settings of the command line.
+
+    Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
+    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``, and,
+    as in ``evertune fit``, ``model``, ``trainer`` and ``data``.
+    """
+    from evertune.training.trainer import ContinualTrainer
+
+    parser = _parser(program)
+    config = parser.parse_args(list(arguments))
+    made = parser.instantiate_classes(config)
+    updater = Updater(
+        made["registry"],
+        made["source"],
+        made["model"],
+        ContinualTrainer(**made["trainer"].as_dict()),
+        schema=made["schema"],
+        data=config["data"].as_dict(),
+        masker=made["masker"],
+        label_join=made["label_join"],
+        trigger=made["trigger"],
+        gate=made["gate"],
+        settings=made["update"],
+        mirror=made["mirror"],
+        work_dir=made["work_dir"],
+        config=_recorded(parser, config),
+    )
+    return updater, made
+
+
+def _parser(program: str) -> LightningArgumentParser:
+    from evertune._lightning import ActionConfigFile, LightningArgumentParser, LightningModule  # type: ignore[attr-defined]
+    from evertune.streams.datamodule import ExperienceDataModule
+    from evertune.training.trainer import ContinualTrainer
+
+    parser = LightningArgumentParser(
+        prog=program,
+        description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+    parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
+    parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
+    parser.add_argument("--source", type=Source, required=True, help="where records come from")
+    parser.add_class_arguments(RecordSchema, "schema")
+    parser.add_argument("--masker", type=Masker | None, default=None, help="takes personal data out")
+    parser.add_argument("--label_join", type=LabelJoin | None, default=None, help="joins labels that come later")
+    parser.add_argument("--trigger", type=Trigger | None, default=None, help="when to update: 200 new records")
+    parser.add_class_arguments(Gate, "gate")
+    parser.add_class_arguments(UpdateSettings, "update")
+    parser.add_argument("--mirror", type=MLflowMirror | None, default=None, help="another registry to keep informed")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(ContinualTrainer, "trainer")
+    given = {"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"}
+    parser.add_class_arguments(ExperienceDataModule, "data", skip=given, instantiate=False)
+    parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
+    parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
+    parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")
+    parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
+    return parser
+
+
+def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """What of the configuration decides about a version: not where it is kept; and no password in a URL."""
+    values = json.loads(parser.dump(config, format="json", skip_none=False))
+    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
+        values.pop(name, None)
+    for name in ("devices", "num_nodes"):  # an interrupted update may go on elsewhere
+        values["trainer"].pop(name, None)
+    return dict(_without_secrets(values))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_secrets(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value
+
+
+def _end(number: int, frame: object) -> None:
+    """End at once, with the exit code of a process that SIGTERM has ended: the next call goes on."""
+    raise SystemExit(128 + number)
+
+
+def update(arguments: Sequence[str]) -> int:
+    """Make one update; returns the exit code."""
+    from rich.console import Console
+
+    from evertune.registry.registry import RegistryError
+    from evertune.sources.base import SourceError
+    from evertune.utils.processes import end_with_supervisor
+
+    end_with_supervisor()
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        updater, options = updater_from(arguments)
+        if options.read_on_from is not None:
+            updater.read_on_from(options.read_on_from)
+        outcome = updater.run(dry_run=options.dry_run)
+    except (SourceError, RegistryError, OSError, ValueError) as error:
+        print(f"evertune update: {error}", file=sys.stderr)
+        return 1
+    console = Console()
+    if outcome.verdict is not None:
+        console.print(outcome.verdict.table())
+    console.print(outcome.words, soft_wrap=True)
+    return outcome.code

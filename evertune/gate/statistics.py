@@ -1,0 +1,162 @@
+"""The tests that the gate decides by: pure functions of counts and arrays, exact where they can be."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from evertune.gate.predictions import Label
+
+_BINS = 15
+
+
+def binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """The probability of at least so many successes in independent trials, exactly.
+
+    Example:
+        >>> round(binomial_tail(2, 3, 0.5), 6), binomial_tail(0, 3, 0.5), binomial_tail(1, 0, 0.5)
+        (0.5, 1.0, 0.0)
+    """
+    if successes <= 0:
+        return 1.0
+    if successes > trials or probability <= 0:
+        return 0.0
+    if probability >= 1:
+        return 1.0
+    yes, no = math.log(probability), math.log1p(-probability)
+    counts = range(successes, trials + 1)
+    return _sum_of_exponentials([_log_choose(trials, k) + k * yes + (trials - k) * no for k in counts])
+
+
+def mcnemar(losses: int, gains: int) -> float:
+    """The one-sided p-value of a loss between two classifiers on the same examples (McNemar 1947, exact form).
+
+    Only the examples that one of the two gets right and the other wrong tell them apart. If both were equally good,
+    each of these would be a fair coin: the p-value is the probability of at least as many losses among them.
+
+    Args:
+        losses: examples that the old one had right and the new one has wrong.
+        gains: examples that the old one had wrong and the new one has right.
+
+    Example:
+        >>> round(mcnemar(7, 0), 5), mcnemar(0, 0)
+        (0.00781, 1.0)
+    """
+    return binomial_tail(losses, losses + gains, 0.5)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for being several (Holm 1979).
+
+    Refusing where an adjusted value is below alpha raises a false alarm anywhere with probability alpha at most.
+
+    Example:
+        >>> [round(p, 6) for p in holm([0.04, 0.01, 0.03])]
+        [0.06, 0.03, 0.06]
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, (len(p_values) - rank) * p_values[place])
+        adjusted[place] = min(largest, 1.0)
+    return adjusted
+
+
+def bootstrap(losses: int, gains: int, trials: int, seed: int = 0, resamples: int = 10_000) -> float:
+    """The one-sided p-value of a loss, by a paired bootstrap (Efron & Tibshirani 1993).
+
+    Examples are drawn with replacement, each with what both versions say about it; the p-value is the share of such
+    draws in which the new version is not worse.
+
+    Example:
+        >>> bootstrap(20, 5, 100) < 0.01 < bootstrap(6, 5, 100)
+        True
+    """
+    shares = np.array([losses, gains, trials - losses - gains]) / max(trials, 1)
+    drawn = np.random.default_rng(seed).multinomial(trials, shares, size=resamples)
+    return float(1 + (drawn[:, 0] <= drawn[:, 1]).sum()) / (resamples + 1)
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The expected calibration error (Guo et al. 2017): how far confidence is from accuracy, over 15 equal bins.
+
+    Args:
+        confidence: probabilities of the predicted classes ``[examples]``.
+        correct: whether each prediction is right ``[examples]``.
+
+    Example:
+        >>> calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), np.array([True, True, True, False]))
+        0.1
+    """
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(bins, weights=confidence - correct, minlength=_BINS)
+    return round(float(np.abs(gaps).sum() / max(len(correct), 1)), 12)
+
+
+def calibration_test(
+    confidence: tuple[np.ndarray, np.ndarray],
+    correct: tuple[np.ndarray, np.ndarray],
+    seed: int = 0,
+    resamples: int = 1_000,
+) -> float:
+    """The one-sided p-value of a higher calibration error, by a paired bootstrap.
+
+    Args:
+        confidence: of the old version and of the new one, on the same examples.
+        correct: as well.
+        seed: of the draws.
+        resamples: how many.
+
+    Example:
+        >>> right = np.arange(200) % 10 > 0
+        >>> calibration_test((np.full(200, 0.9), np.full(200, 0.6)), (right, right)) < 0.01
+        True
+    """
+    generator = np.random.default_rng(seed)
+    n = len(correct[0])
+    worse = 0
+    for _ in range(resamples):
+        drawn = generator.integers(n, size=n)
+        old, new = (
+            calibration_error(sure[drawn], right[drawn]) for sure, right in zip(confidence, correct, strict=True)
+        )
+        worse += new > old
+    return (1 + resamples - worse) / (resamples + 1)
+
+
+def kappa(labels: Sequence[Label], predicted: Sequence[Label]) -> float | None:
+    """The agreement of predictions with labels beyond chance: 1 is perfect, 0 is chance (Cohen 1960).
+
+    Returns:
+        Kappa, or None when all labels and predictions are one class, or there are none.
+
+    Example:
+        >>> kappa(["a", "a", "b", "b"], ["a", "a", "b", "a"]), kappa(["a"], ["a"])
+        (0.5, None)
+    """
+    n = len(labels)
+    names = [[_name(label) for label in side] for side in (labels, predicted)]
+    given, said = Counter(names[0]), Counter(names[1])
+    by_chance = sum(count * said[name] for name, count in given.items())
+    if by_chance == n * n:
+        return None
+    agreed = sum(a == b for a, b in zip(names[0], names[1], strict=True))
+    return (agreed * n - by_chance) / (n * n - by_chance)
+
+
+def _name(label: Label) -> frozenset[str]:
+    return frozenset([label] if isinstance(label, str) else label)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _sum_of_exponentials(logs: Sequence[float]) -> float:
+    if not logs:
+        return 0.0
+    largest = max(logs)
+    return min(math.exp(largest) * math.fsum(math.exp(log - largest) for log in logs), 1.0)

@@ -1,0 +1,1 @@
+"""What looks after the ranks of a node: preflight, start, heartbeats, restart."""

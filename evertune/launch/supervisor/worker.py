@@ -1,0 +1,144 @@
+"""What each rank runs: ``python -m evertune.launch.supervisor.worker fit --config stream.yaml``, started by torchrun.
+
+It and the supervisor of its node (:mod:`evertune.launch.supervisor.node`) exchange what they know through files in
+the folder ``EVERTUNE_NODE_DIR``, by local rank: ``rank-0.json`` (it lives, and can be signalled), ``beat-0`` (its
+progress), ``stack-0`` (its stacks, on SIGUSR1), ``asked-0`` (it got SIGUSR2: it shall save and end), ``code-0`` (the
+exit code that its command has come to).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evertune.launch.supervisor.beat import own_beat
+from evertune.utils.processes import die_with_parent
+
+_TERMINATION = 5.0
+"""Seconds that a rank may go on after SIGTERM: one that waits for a rank that is gone would not notice."""
+
+_TRAINS = ("fit", "update")
+
+
+def main() -> None:
+    """Run a command of the command line as one rank."""
+    from evertune.cli import main as cli
+
+    run(cli.main, _with_layout(sys.argv[1:]))
+
+
+def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
+    """Run a command as one rank and end this process.
+
+    Exit codes that are a decision, and no crash, are left for the supervisor; torchrun then sees a success. All others
+    make torchrun start all ranks over.
+
+    Args:
+        command: ends by returning, or by ``SystemExit``.
+        arguments: of the command.
+
+    Raises:
+        SystemExit: always.
+    """
+    if "EVERTUNE_NODE_DIR" not in os.environ:
+        sys.exit(
+            "evertune.launch.supervisor.worker is started by evertune.launch.supervisor.node; use `evertune launch`"
+        )
+    folder, local_rank = Path(os.environ["EVERTUNE_NODE_DIR"]), os.environ["LOCAL_RANK"]
+    _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
+    from evertune.launch.settings import DECIDED, PREEMPTED
+    from evertune.utils.ranks import leave
+
+    try:
+        code = _code_of(command, arguments)
+    finally:
+        if (folder / f"beat-{local_rank}").exists() and (beat := own_beat()) is not None:
+            beat.end_step(beat.step)  # this process may need long to end
+    leave()
+    sys.stdout.flush()
+    if code in (*DECIDED, PREEMPTED):
+        _write(folder / f"code-{local_rank}", {"pid": os.getpid(), "rank": int(os.environ["RANK"]), "code": code})
+        sys.exit(0)
+    sys.exit(code)
+
+
+def _with_layout(arguments: list[str]) -> list[str]:
+    """A command with the number of nodes and processes that there are now: one YAML serves everywhere."""
+    if arguments[:1] not in [[name] for name in _TRAINS]:
+        return arguments
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    return [*arguments, f"--trainer.devices={local}", f"--trainer.num_nodes={world // local}"]
+
+
+def _announce(folder: Path, local_rank: str, awaited: bool) -> None:
+    """From now on this process can be signalled, and its output is kept."""
+    die_with_parent()
+    for name in ("code", "asked", "beat"):  # of the process before it
+        (folder / f"{name}-{local_rank}").unlink(missing_ok=True)
+    stack = (folder / f"stack-{local_rank}").open("w")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what a Trainer may put back after a fit
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)  # which keeps the file open
+    asked = folder / f"asked-{local_rank}"
+    signal.signal(signal.SIGUSR2, lambda *_: asked.touch())
+    _end_soon_after_sigterm()
+    log = (folder / "logs").resolve() / f"rank-{os.environ['RANK']}.log"
+    with log.open("ab") as file:
+        offset = file.tell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    facts = {
+        "pid": os.getpid(),
+        "rank": int(os.environ["RANK"]),
+        "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        "time": time.monotonic(),
+        "awaited": awaited,
+        "log": str(log),
+        "offset": offset,
+    }
+    _write(folder / f"rank-{local_rank}.json", facts)
+
+
+def _end_soon_after_sigterm() -> None:
+    """Lightning ends at the next batch after SIGTERM, which never comes when another rank is gone."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGTERM]):
+            pass
+        time.sleep(_TERMINATION)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="evertune-termination", daemon=True).start()
+
+
+def _code_of(command: Callable[[list[str]], object], arguments: list[str]) -> int:
+    try:
+        command(arguments)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(facts))
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    main()

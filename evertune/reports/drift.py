@@ -1,0 +1,100 @@
+"""A comparison as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from evertune.drift.comparison.comparison import Comparison, Scan
+from evertune.drift.comparison.wording import decision, described, false_alarms, sure
+from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, ticks
+from evertune.reports.page import fill
+
+_MAX_ALARMS = 60  # marked in a plot
+_SIDE, _MARGIN = 300, 8  # of the projection
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The projection as circles of an SVG, ``x`` and ``y`` each."""
+
+    before: list[tuple[float, float]]
+    after: list[tuple[float, float]]
+    size: int = _SIDE
+
+
+def write_page(found: Comparison, out: str | os.PathLike[str] = "drift.html") -> Path:
+    """Write a comparison as one self-contained page: no network, no script. Needs the extra ``evertune[reports]``.
+
+    It shows the score over the records with the threshold and the alarms, the features of both sides in two dimensions,
+    what has changed, and examples side by side. All text is escaped.
+
+    Args:
+        found: what :func:`~evertune.drift.comparison.compare` returned.
+        out: the file to write; its folders are created.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImportError: without jinja2.
+    """
+    page = fill(
+        "drift.html",
+        title=f"{found.current} against {found.reference}",
+        found=found,
+        headline=decision(found),
+        notes=false_alarms(found),
+        plots=[(scan, _scores(scan)) for scan in found.scans if scan.points],
+        projection=_circles(found),
+        fields=[(change, described(change)) for change in found.attribution.fields if sure(change)],
+        topics=list(zip(found.attribution.topics, found.topic_examples, strict=True)),
+        asides=[
+            (name, aside)
+            for name, aside in (
+                (found.reference, found.set_aside_reference),
+                (found.current, found.set_aside_current),
+            )
+            if aside.n
+        ],
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _scores(scan: Scan) -> Chart:
+    points = scan.points
+    scores, thresholds = ([point[name] for point in points] for name in ("score", "threshold"))
+    low, high = min(0.0, *scores, *thresholds), 1.08 * max(0.0, *scores, *thresholds) or 1.0
+    across, up = Axis(0, scan.n_records, 1, 99), Axis(low, high, 100, 0)
+    kept = keep_peaks(scores)
+    xs = [across(points[i]["record"]) for i in kept]
+    alarms = [point for point in points if point["alarm"]]
+    chart = Chart(f"Score of {scan.detector} over {len(points)} tests; {len(alarms)} alarms")
+    chart.lines = [
+        Line(polyline(xs, [up(thresholds[i]) for i in kept]), "var(--muted)", dashed=True),
+        Line(polyline(xs, [up(scores[i]) for i in kept]), "var(--score)"),
+    ]
+    chart.alarms = [
+        Mark(across(point["record"]), up(point["score"]), f"record {point['record']:,}: score {point['score']:.3g}")
+        for point in alarms[:_MAX_ALARMS]
+    ]
+    chart.y_ticks = [Mark(0, up(value), f"{value:g}") for value in ticks(high)]
+    chart.x_ticks = [Mark(across(value), 100, f"{value:g}") for value in ticks(scan.n_records, 5)]
+    return chart
+
+
+def _circles(found: Comparison) -> Projection | None:
+    before, after = found.projection
+    if not before or not after:
+        return None
+    places = [*before, *after]
+    axes = []
+    for i, (start, stop) in enumerate(((_MARGIN, _SIDE - _MARGIN), (_SIDE - _MARGIN, _MARGIN))):
+        values = [place[i] for place in places]
+        axes.append(Axis(min(values), max(values), start, stop))
+    circles = [[(axes[0](x), axes[1](y)) for x, y in side] for side in (before, after)]
+    return Projection(circles[0], circles[1])

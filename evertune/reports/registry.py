@@ -1,0 +1,483 @@
+"""The page about a registry: what is in production, what every version was worth, and why some were refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from evertune.metrics.history import History
+from evertune.registry.registry import Registry, Version
+from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin
+from evertune.reports.page import fill
+from evertune.reports.stream import NBSP
+from evertune.reports.summary import UNKNOWN, percent
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_SHOWN = 40
+"""Versions and slices drawn; of a longer list the newest. The timeline names all versions."""
+MAX_OPEN_PANELS = 9
+MAX_OPEN_ENTRIES = 12
+MAX_OFFSET = 400
+
+PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = "in production", "promoted", "rolled back", "refused", "candidate"
+COLORS = {
+    PRODUCTION: "var(--bar)",
+    PROMOTED: "var(--bar)",
+    ROLLED_BACK: "var(--run-0)",
+    REFUSED: "var(--alarm)",
+    WAITING: "var(--reference)",
+}
+MOMENT = "%Y-%m-%d %H:%M"
+STAGES = ("plan", "train", "evaluate")
+MARKS = (PROMOTED, ROLLED_BACK, REFUSED, WAITING)
+
+
+def write_versions_report(
+    registry: Registry | str | os.PathLike[str],
+    out: str | os.PathLike[str] = "versions.html",
+    title: str | None = None,
+) -> Path:
+    """Write what a registry holds as one self-contained HTML page: no network, no script, phone and desktop.
+
+    It shows what is in production, the accuracy on each held-out slice over the versions, the records each version
+    learnt, and a timeline that says why versions were refused or rolled back. Only manifests are read. Needs the extra
+    ``evertune[reports]``.
+
+    Args:
+        registry: A registry, its folder or its URL.
+        out: The file to write; its folders are created.
+        title: The heading of the page; None for the registry's own name.
+
+    Returns:
+        The path of the page.
+    """
+    registry = _as_registry(registry)
+    page = _page(registry, title or f"Registry {_name(registry)}")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def history_of(registry: Registry | str | os.PathLike[str]) -> History:
+    """The line of versions that led to the one in production, as the history of a run.
+
+    Row ``t`` of its accuracy matrix is the ``t``-th version of that line, column ``k`` the ``k``-th slice that the line
+    came to hold; refused and rolled back versions are no part of it. Pass it to ``write_report``, ``save_plots`` or
+    ``summary_table`` like any other: ``save_plots({"production": history_of("registry")}, "plots")``.
+
+    Args:
+        registry: A registry, its folder or its URL.
+
+    Raises:
+        ValueError: when nothing is in production, or no version in that line was measured.
+    """
+    registry = _as_registry(registry)
+    line = _line(registry.versions(), registry.production)
+    if not line:
+        raise ValueError(f"{_name(registry)} has no version in production yet, so there is no history")
+    slices = _slices(line)
+    if not slices:
+        raise ValueError(f"no version that led to version {line[-1].number} was measured on a held-out slice")
+    seconds = sum(version.manifest.get("seconds", {}).get(stage, 0.0) for version in line for stage in STAGES)
+    return History(
+        list(slices),
+        [[_accuracy(version).get(name, math.nan) for name in slices] for version in line],
+        seconds,
+        examples=sum(_records(version)["train"] for version in line),
+    )
+
+
+def versions_table(registry: Registry | str | os.PathLike[str]) -> Table:
+    """The versions of a registry, newest last, for the terminal: ``rich.print(versions_table("registry"))``.
+
+    Args:
+        registry: A registry, its folder or its URL.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("version", "created", "learnt", "records", "accuracy"):
+        table.add_column(header, justify="left" if header in {"created", "learnt"} else "right", no_wrap=True)
+    table.add_column("")
+    styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
+    for view in _views(_as_registry(registry)):
+        words = Text(view.status, styles.get(view.status, ""))
+        if view.status == REFUSED and view.words:
+            words = Text.assemble(words, f": {shorten(view.words, 72, placeholder='…')}")
+        records = f"{view.records['train']:,}"
+        table.add_row(str(view.number), view.created, Text(view.name), records, percent(view.average), words)
+    return table
+
+
+@dataclass
+class VersionView:
+    """One version as the page shows it."""
+
+    version: Version
+    status: str
+    aliases: list[str]
+    number: int = field(init=False)
+    name: str = field(init=False)
+    created: str = field(init=False)
+    kind: str = field(init=False)
+    cause: str = field(init=False)
+    words: str = field(init=False)
+    accuracy: dict[str, float] = field(init=False)
+    average: float = field(init=False)
+    records: dict[str, int] = field(init=False)
+    color: str = field(init=False)
+    change: float = math.nan
+
+    def __post_init__(self) -> None:
+        manifest = self.version.manifest
+        self.number, self.name = self.version.number, self.version.experience
+        self.created, self.kind = f"{self.version.created:{MOMENT}}", str(manifest.get("kind") or "update")
+        self.cause = str(manifest.get("reason") or "")
+        summary = str((manifest.get("verdict") or {}).get("summary") or "")
+        self.words = summary.removeprefix("refused: ").replace("; ", "\n") if self.status == REFUSED else ""
+        self.accuracy, self.records = _accuracy(self.version), _records(self.version)
+        self.average = _mean(list(self.accuracy.values()))
+        self.color = COLORS[self.status]
+
+    @property
+    def served(self) -> bool:
+        """Whether it is in production, or led to the version that is."""
+        return self.status in (PRODUCTION, PROMOTED)
+
+    @property
+    def weakest(self) -> float:
+        """The accuracy on its worst slice."""
+        return min(self.accuracy.values(), default=math.nan)
+
+
+@dataclass
+class Entry:
+    """One point of the timeline: a version, or something that a person did."""
+
+    at: datetime
+    color: str
+    text: str = ""
+    reason: str = ""
+    view: VersionView | None = None
+
+
+@dataclass
+class SliceView:
+    """One held-out slice as production answers it."""
+
+    name: str
+    number: int
+    examples: int
+    accuracy: float
+    change: float
+
+
+@dataclass
+class Column:
+    """The records of one version: by kind, their height in percent of the tallest column."""
+
+    label: str
+    tip: str
+    heights: dict[str, float]
+    faint: bool
+
+
+def _page(registry: Registry, title: str) -> str:
+    views = _views(registry)
+    line = [view for view in views if view.served]
+    production = line[-1] if line else None
+    slices = _slices([view.version for view in line])
+    shown, drawn = views[-MAX_SHOWN:], dict(list(slices.items())[-MAX_SHOWN:])
+    low = _floor([value for view in shown for value in [*view.accuracy.values(), view.average]])
+    return fill(
+        "versions.html",
+        title=title,
+        views=views,
+        shown=shown,
+        slices=drawn,
+        n_slices=len(slices),
+        production=production,
+        headline=_headline(line),
+        facts=_facts(registry, views, line),
+        details=_details(production) if production else [],
+        held=_held(line, slices),
+        kinds=[(status, COLORS[status]) for status in MARKS if any(view.status == status for view in shown)],
+        overview=_overview(shown, low),
+        panels=[(number, name, _panel(name, shown, low)) for name, number in drawn.items()],
+        max_panels=MAX_OPEN_PANELS,
+        heat=Axis(low, 1),
+        low=low,
+        columns=_columns(shown),
+        timeline=_timeline(views, registry),
+        max_entries=MAX_OPEN_ENTRIES,
+        moment=MOMENT,
+    )
+
+
+# --- what the registry says
+
+
+def _as_registry(registry: Registry | str | os.PathLike[str]) -> Registry:
+    return registry if isinstance(registry, Registry) else Registry(os.fspath(registry))
+
+
+def _name(registry: Registry) -> str:
+    return str(registry.store.root).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _views(registry: Registry) -> list[VersionView]:
+    """Every version, oldest first, with what became of it."""
+    versions, production, aliases = registry.versions(), registry.production, registry.aliases
+    line = {version.number for version in _line(versions, production)}
+    left = {event["from"] for event in registry.events if event["action"] in ("promote", "rollback")}
+    views = []
+    for version in versions:
+        if version.number in line:
+            status = PRODUCTION if version == production else PROMOTED
+        elif version.number in left:
+            status = ROLLED_BACK
+        else:
+            status = WAITING if version.passed else REFUSED
+        names = [name for name, number in aliases.items() if number == version.number and name not in status]
+        views.append(VersionView(version, status, names))
+    by_number = {view.number: view for view in views}
+    for view in views:
+        if (parent := by_number.get(view.version.parent or 0)) is not None:
+            both = view.accuracy.keys() & parent.accuracy.keys()
+            view.change = _mean([view.accuracy[name] - parent.accuracy[name] for name in both])
+    return views
+
+
+def _line(versions: Sequence[Version], last: Version | None) -> list[Version]:
+    """A version and its parents as far back as they are kept, oldest first."""
+    by_number = {version.number: version for version in versions}
+    line = []
+    while last is not None:
+        line.append(last)
+        last = by_number.pop(last.parent, None) if last.parent is not None else None
+    return line[::-1]
+
+
+def _slices(versions: Sequence[Version]) -> dict[str, int]:
+    """The slices that versions were measured on, in the order they came, each with the version that it came with."""
+    slices: dict[str, int] = {}
+    for version in versions:
+        for name in _accuracy(version):
+            slices.setdefault(name, version.number)
+    return slices
+
+
+def _accuracy(version: Version) -> dict[str, float]:
+    accuracy = (version.manifest.get("metrics") or {}).get("accuracy") or {}
+    return {name: float(value) for name, value in accuracy.items() if value is not None}
+
+
+def _records(version: Version) -> dict[str, int]:
+    counts = version.manifest.get("records") or {}
+    return {kind: int(counts.get(kind) or 0) for kind in ("train", "held_out", "quarantined")}
+
+
+# --- what the page says
+
+
+def _headline(line: Sequence[VersionView]) -> str:
+    if not line:
+        return "No version is in production yet."
+    production = line[-1]
+    text = f"Version {production.number} is in production"
+    if math.isnan(production.average):
+        return f"{text}."
+    count = len(production.accuracy)
+    text += f": {percent(production.average)}{NBSP}% right on average over {count} held-out slice{'s' * (count > 1)}"
+    change = _mean([change for name in production.accuracy if not math.isnan(change := _change(name, line))])
+    if math.isnan(change):
+        return f"{text}."
+    return f"{text}, {percent(abs(change))}{NBSP}points {'below' if change < 0 else 'above'} their best so far."
+
+
+def _change(name: str, line: Sequence[VersionView]) -> float:
+    """What production gained on a slice since the best version before it; NaN where there is nothing to compare."""
+    before = [view.accuracy[name] for view in line[:-1] if name in view.accuracy]
+    return line[-1].accuracy[name] - max(before) if before else math.nan
+
+
+def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[VersionView]) -> list[tuple[str, str, str]]:
+    """Figures of the head: what, how many, and of which kinds."""
+    counts = {status: sum(view.status == status for view in views) for status in (REFUSED, ROLLED_BACK)}
+    promoted = sum(view.served for view in views)
+    parts = [f"{promoted} promoted", *(f"{count} {status}" for status, count in counts.items() if count)]
+    total = {kind: sum(view.records[kind] for view in line) for kind in ("train", "held_out", "quarantined")}
+    kept = f"{total['held_out']:,} held out, {total['quarantined']:,} in quarantine"
+    facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learnt", f"{total['train']:,}", kept)]
+    return [*facts, *_pending(registry, int(line[-1].version.manifest.get("consumed") or 0) if line else 0)]
+
+
+def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
+    """How many records the journal holds beyond those that production has learnt; nothing without a journal."""
+    from evertune.live.journal import Journal
+
+    journal = Journal(registry.store)
+    try:
+        if journal.last is None:
+            return []
+        count = sum(segment.records for segment in journal.segments(after=consumed))
+    except ValueError as error:
+        return [("Records pending", "?", str(error))]
+    return [("Records pending", f"{count:,}", "wait for the next update")]
+
+
+def _details(view: VersionView) -> list[tuple[str, str]]:
+    manifest = view.version.manifest
+    classes = [str(name) for name in manifest.get("classes") or []]
+    digest = next((value for name, value in manifest.get("files", {}).items() if name.endswith(".safetensors")), "")
+    offset = manifest.get("offset")
+    details = [
+        ("Created", view.created),
+        ("Learnt", view.name),
+        ("Because", view.cause),
+        ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
+        ("Module", str(manifest.get("module") or UNKNOWN)),
+        ("Classes", _listed(classes)),
+        ("Source offset", shorten(json.dumps(offset), MAX_OFFSET, placeholder=" …") if offset else ""),
+        ("Written by", str(manifest.get("code") or UNKNOWN)),
+        ("Weights, sha256", digest[:16]),
+    ]
+    return [(name, value) for name, value in details if value]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many there are, and which; empty if there are none.
+
+    Example:
+        >>> _listed(["sport", "tech"])
+        '2: sport, tech'
+    """
+    return f"{len(names)}: {', '.join(names[:MAX_SHOWN])}{', …' * (len(names) > MAX_SHOWN)}" if names else ""
+
+
+def _held(line: Sequence[VersionView], slices: dict[str, int]) -> list[SliceView]:
+    """The slices that production was measured on, in the order they came; of many, those that lost most."""
+    if not line:
+        return []
+    production = line[-1]
+    examples = {
+        entry["name"]: int(entry.get("examples") or 0) for entry in production.version.manifest.get("slices", [])
+    }
+    held = [
+        SliceView(name, number, examples.get(name, 0), production.accuracy[name], _change(name, line))
+        for name, number in slices.items()
+        if name in production.accuracy
+    ]
+    lost = sorted(held, key=lambda slice_: (math.isnan(slice_.change), slice_.change))
+    return held if len(held) <= MAX_SHOWN else lost[:MAX_SHOWN]
+
+
+def _floor(values: Sequence[float]) -> float:
+    """Where the scale of accuracies starts: the ten below the lowest, 0 if that is below a half."""
+    lowest = min((value for value in values if not math.isnan(value)), default=0.0)
+    low = min(math.floor(10 * lowest) / 10, 0.9)
+    return low if low >= 0.5 else 0.0
+
+
+def _overview(views: Sequence[VersionView], low: float) -> Chart:
+    chart, across, up = _empty_chart("Average accuracy of each version", views, low)
+    served = [view for view in views if view.served]
+    for name, color, values in (
+        ("average", "var(--bar)", [view.average for view in served]),
+        ("weakest slice", "var(--reference)", [view.weakest for view in served]),
+    ):
+        ys = [up(value) for value in values]
+        dashed = name != "average"
+        chart.lines.append(Line(polyline([across(view.number) for view in served], ys), color, dashed=dashed))
+        if served and not math.isnan(values[-1]):
+            chart.ends.append(Mark(100, ys[-1], percent(values[-1]), color, name))
+            chart.summary += f"; {name} of version {served[-1].number}: {percent(values[-1])} %"
+    _mark(chart, views, {view.number: view.average for view in views}, across, up)
+    for mark, y in zip(chart.ends, spread([mark.y for mark in chart.ends], 8), strict=True):
+        mark.y = y
+    return chart
+
+
+def _panel(name: str, views: Sequence[VersionView], low: float) -> Chart:
+    chart, across, up = _empty_chart(f"Accuracy on {name} of each version", views, low)
+    values = {view.number: view.accuracy.get(name, math.nan) for view in views}
+    served = [view.number for view in views if view.served]
+    ys = [up(values[number]) for number in served]
+    chart.lines = [Line(polyline([across(number) for number in served], ys), "var(--bar)")]
+    measured = [number for number in served if not math.isnan(values[number])]
+    if measured:
+        last = values[measured[-1]]
+        chart.ends = [Mark(100, up(last), percent(last), "var(--bar)")]
+        chart.summary += f"; version {measured[-1]}: {percent(last)} %"
+    _mark(chart, views, values, across, up)
+    chart.y_ticks = chart.y_ticks[::2]
+    return chart
+
+
+def _empty_chart(summary: str, views: Sequence[VersionView], low: float) -> tuple[Chart, Axis, Axis]:
+    """A chart over the version numbers with its ticks, and its two axes."""
+    first, last = (views[0].number, views[-1].number) if views else (0, 0)
+    across, up = Axis(first, last, 4, 96), Axis(low, 1, 100, 0)
+    chart = Chart(summary)
+    step = 0.05 if low >= 0.8 else 0.1 if low else 0.25
+    chart.y_ticks = [
+        Mark(0, up(value), f"{100 * value:.0f}")
+        for value in (low + i * step for i in range(round((1 - low) / step) + 1))
+    ]
+    chart.x_ticks = [Mark(across(first + i), 100, str(first + i)) for i in thin(last - first + 1, 10)]
+    return chart, across, up
+
+
+def _mark(chart: Chart, views: Sequence[VersionView], values: dict[int, float], across: Axis, up: Axis) -> None:
+    """A dot for each version that was measured; a refused one is marked like an alarm."""
+    for view in views:
+        value = values[view.number]
+        if not math.isnan(value):
+            text = f"version {view.number}, {view.status}: {percent(value)} %"
+            marks = chart.alarms if view.status == REFUSED else chart.dots
+            marks.append(Mark(across(view.number), up(value), text, view.color))
+
+
+def _columns(views: Sequence[VersionView]) -> list[Column]:
+    tallest = max((sum(view.records.values()) for view in views), default=0) or 1
+    labelled = {views[i].number for i in thin(len(views), 14)}
+    columns = []
+    for view in views:
+        train, held_out, quarantined = view.records.values()
+        tip = f"version {view.number}, {view.status}: {train:,} learnt, {held_out:,} held out"
+        if quarantined:
+            tip += f", {quarantined:,} in quarantine"
+        heights = {kind: round(100 * count / tallest, 2) for kind, count in view.records.items() if count}
+        label = str(view.number) if view.number in labelled else ""
+        columns.append(Column(label, tip, heights, faint=not view.served))
+    return columns
+
+
+def _timeline(views: Sequence[VersionView], registry: Registry) -> list[Entry]:
+    """Newest first: the versions as they came and, in between, what changed production in another way."""
+    entries = [Entry(view.version.created, view.color, reason=view.words, view=view) for view in views]
+    refused = {view.number for view in views if not view.version.passed}
+    for event in registry.events:
+        old, new, rolled_back = event["from"], event["to"], event["action"] == "rollback"
+        by_hand = event["action"] == "promote" and (new in refused or (old is not None and new < old))
+        if rolled_back or by_hand:
+            text = f"Rolled back from version {old} to {new}" if rolled_back else f"Version {new} promoted by hand"
+            reason = "\n".join(str(event[name]) for name in ("reason", "by") if event.get(name))
+            color = COLORS[ROLLED_BACK if rolled_back else PROMOTED]
+            entries.append(Entry(datetime.fromisoformat(event["time"]), color, text, reason))
+    return sorted(entries, key=lambda entry: entry.at)[::-1]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,28 @@
+"""Which page belongs to what a run has left: the table and the page of a history or of a registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
+    """Print the table of a history or a registry and write its HTML page (and plots)."""
+    from rich.console import Console
+
+    from evertune.reports import save_plots, summary_table, write_report
+
+    console = Console()
+    if history.is_dir():
+        from evertune.reports.registry import versions_table, write_versions_report
+
+        if plots is not None:
+            raise ValueError("--plots is for a history.json; the page of a registry has its plots in it")
+        console.print(versions_table(history))
+        page = write_versions_report(history, page or Path("report.html"))
+    else:
+        console.print(summary_table(history))
+        page = write_report(history, page or history.with_name("report.html"))
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    if plots is not None:
+        save_plots(history, plots)
+        console.print(f"plots: {plots}", markup=False, soft_wrap=True)

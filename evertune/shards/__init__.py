@@ -1,0 +1,19 @@
+"""Weights as each rank holds them, and the state that methods keep about them."""
+
+from typing import TYPE_CHECKING
+
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.shards.shards import Fragment as Fragment
+    from evertune.shards.shards import ParameterShards as ParameterShards
+    from evertune.shards.shards import ReplicatedShards as ReplicatedShards
+    from evertune.shards.support import check_strategy as check_strategy
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.shards.shards": "Fragment ParameterShards ReplicatedShards",
+        "evertune.shards.support": "check_strategy",
+    },
+)

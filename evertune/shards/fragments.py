@@ -1,0 +1,221 @@
+"""State in weight space, kept and saved as each rank holds it: importance, anchors and their kin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evertune.shards.shards import Fragment, ParameterShards, where_ranks_meet
+from evertune.utils.files import sha256
+from evertune.utils.ranks import rank_and_world_size
+
+_INDEX = "index.json"
+_FORMAT = "evertune-fragments"
+
+
+@dataclass
+class FragmentState:
+    """Named tensors over the trainable weights (say ``importance`` and ``anchor``), this rank's fragments of them.
+
+    Args:
+        fragments: which elements this rank holds.
+        shapes: name to whole shape of every parameter, on every rank.
+        sharded: whether the ranks hold different fragments.
+        tensors: for each name, one flat tensor per fragment.
+    """
+
+    fragments: list[Fragment]
+    shapes: dict[str, torch.Size]
+    sharded: bool
+    tensors: dict[str, list[Tensor]]
+
+    @classmethod
+    def of(cls, shards: ParameterShards, tensors: dict[str, list[Tensor]]) -> FragmentState:
+        """State that lies as ``shards`` lie now."""
+        return cls(shards.fragments, shards.shapes, shards.sharded, tensors)
+
+    def rearranged(self, shards: ParameterShards) -> FragmentState:
+        """The same state as ``shards`` lie now; see ``ParameterShards.rearrange``. Call on every rank."""
+        moved = self.fragments != shards.fragments or self.shapes != shards.shapes or self.sharded != shards.sharded
+        if not shards.sum_over_ranks(torch.tensor(float(moved))).item():
+            own = shards.values()  # a checkpoint leaves what it held on the CPU
+            return FragmentState.of(
+                shards,
+                {
+                    kind: [value.to(weight.device) for value, weight in zip(values, own, strict=True)]
+                    for kind, values in self.tensors.items()
+                },
+            )
+        tensors = {
+            kind: shards.rearrange(
+                {f.name: (f.offset, value) for f, value in zip(self.fragments, values, strict=True)},
+                old_sharded=self.sharded,
+            )
+            for kind, values in self.tensors.items()
+        }
+        return FragmentState.of(shards, tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state as tensors and shapes, for a checkpoint of one file. Not for sharded state."""
+        assert not self.sharded
+        return {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "tensors": {
+                kind: {f.name: value for f, value in zip(self.fragments, values, strict=True)}
+                for kind, values in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FragmentState:
+        """What :meth:`state_dict` gave."""
+        shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
+        fragments = [Fragment(name, shape, 0, shape.numel()) for name, shape in shapes.items()]
+        tensors = {kind: [values[f.name] for f in fragments] for kind, values in state["tensors"].items()}
+        return cls(fragments, shapes, False, tensors)
+
+    def save(self, directory: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a folder: one safetensors file per rank that holds something of its own, and a JSON index.
+
+        Call on every rank; the folder must be the same for all. It loads at any world size.
+
+        Args:
+            directory: made if missing.
+            extra: JSON values to keep with the state.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        rank, world_size = rank_and_world_size()
+        writers = world_size if self.sharded else 1
+        digest = torch.zeros(32, dtype=torch.uint8)
+        if rank < writers:
+            path = directory / _file_name(rank, writers)
+            pieces = {
+                f"{kind}|{f.offset}|{f.name}": value.detach().cpu().contiguous()
+                for kind, values in self.tensors.items()
+                for f, value in zip(self.fragments, values, strict=True)
+            }
+            save_file(pieces, path)
+            digest = torch.tensor(list(bytes.fromhex(sha256(path))), dtype=torch.uint8)
+        digests = [digest]
+        if writers > 1:
+            digest = where_ranks_meet(digest)
+            digests = [torch.zeros_like(digest) for _ in range(writers)]
+            dist.all_gather(digests, digest)
+        if rank == 0:
+            index = {
+                "format": _FORMAT,
+                "version": 1,
+                "kinds": sorted(self.tensors),
+                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                "files": {_file_name(r, writers): bytes(d.tolist()).hex() for r, d in enumerate(digests)},
+                "extra": dict(extra or {}),
+            }
+            (directory / _INDEX).write_text(json.dumps(index, indent=1))
+        if world_size > 1:
+            dist.barrier()
+
+    @staticmethod
+    def check(directory: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+        """Read the index of a folder and compare its files with their digests; returns what was saved as ``extra``.
+
+        Args:
+            directory: that :meth:`save` wrote.
+            share: (rank, world size) of processes that share out the files; by default all are compared.
+
+        Raises:
+            FileNotFoundError: when the folder or one of its files is missing.
+            ValueError: when the index or a file is not what was written: truncated, edited, or of another format.
+        """
+        index = _read_index(Path(directory))
+        rank, world_size = share
+        for name, expected in sorted(index["files"].items())[rank::world_size]:
+            path = Path(directory) / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; the saved state in {directory} is not complete")
+            if sha256(path) != expected:
+                raise ValueError(f"{path} is corrupt: its content does not have the digest that {_INDEX} states")
+        extra: dict[str, Any] = index["extra"]
+        return extra
+
+    @classmethod
+    def load(
+        cls, directory: str | Path, shards: ParameterShards, kinds: Collection[str] | None = None
+    ) -> FragmentState:
+        """Read the fragments that ``shards`` lie in from a folder, whatever the world size that wrote it.
+
+        Elements that the saved state does not have (a head that has grown since) are zero.
+
+        Args:
+            directory: that :meth:`save` wrote.
+            shards: where the weights lie now.
+            kinds: which of the named tensors to read; by default all.
+
+        Raises:
+            FileNotFoundError: when a file is missing.
+            ValueError: when the folder is not one that :meth:`save` wrote.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        directory = Path(directory)
+        index = _read_index(directory)
+        here = {fragment.name: (i, fragment) for i, fragment in enumerate(shards.fragments)}
+        tensors = {kind: shards.zeros() for kind in index["kinds"] if kinds is None or kind in kinds}
+        for file_name in index["files"]:
+            try:
+                with safe_open(directory / file_name, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118  (not a dict)
+                        kind, start_text, name = key.split("|", 2)
+                        if name in here and kind in tensors:
+                            i, fragment = here[name]
+                            _copy_overlap(file.get_slice(key), int(start_text), fragment, tensors[kind][i])
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{directory / file_name} is not a safetensors file or is truncated: {error}"
+                ) from None
+        return cls.of(shards, tensors)
+
+
+def saved_shapes(directory: str | Path) -> dict[str, torch.Size]:
+    """Name to whole shape of every parameter that a saved :class:`FragmentState` is about.
+
+    Raises:
+        FileNotFoundError: when the folder or its index is missing.
+        ValueError: when the index is damaged.
+    """
+    return {name: torch.Size(shape) for name, shape in _read_index(Path(directory))["shapes"].items()}
+
+
+def _copy_overlap(saved: Any, start: int, fragment: Fragment, into: Tensor) -> None:
+    end = start + saved.get_shape()[0]
+    first, last = max(start, fragment.offset), min(end, fragment.offset + fragment.numel)
+    if first < last:
+        into[first - fragment.offset : last - fragment.offset] = saved[first - start : last - start].to(into.device)
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / _INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; pass the folder that save() wrote")
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the saved state is corrupt") from None
+    if not isinstance(index, dict) or index.get("format") != _FORMAT or index.get("version") != 1:
+        raise ValueError(f"{path} is not an index of format {_FORMAT!r} version 1")
+    if missing := {"kinds", "shapes", "files", "extra"} - index.keys():
+        raise ValueError(f"{path} is damaged: it has no {sorted(missing)}")
+    return index
+
+
+def _file_name(rank: int, writers: int) -> str:
+    return f"fragments-{rank:05d}-of-{writers:05d}.safetensors"

@@ -1,0 +1,145 @@
+"""A checkpoint of a ZeRO engine that loads on any number of processes and under any stage, without pickle.
+
+Every rank writes its fragments of the fp32 masters and of the optimizer's state as safetensors, and of the weights that
+are not trained; rank 0 writes what all ranks hold alike as a file for ``torch.load(weights_only=True)``. No rank ever
+holds more than its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evertune._lightning import pl
+from evertune.shards.fragments import FragmentState, saved_shapes
+from evertune.shards.shards import FrozenZero3Shards, OptimizerState, ParameterShards, ReplicatedShards, ZeroShards
+from evertune.utils.ranks import is_writer, rank_and_world_size
+
+REPLICATED = "replicated.pt"
+_WEIGHTS, _FROZEN = "weights", "frozen"
+_NOT_FRAGMENTS = ("state_dict", "optimizer_states")
+
+
+def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, frozen: bool = True) -> None:
+    """Write a checkpoint. Call on every rank.
+
+    Args:
+        trainer: in training.
+        checkpoint: Lightning's, whose weights and optimizer states are left out.
+        folder: the same on all ranks.
+        frozen: also write the weights that are not trained.
+
+    Raises:
+        ValueError: when the optimizer's state cannot be moved to other ranks.
+    """
+    engine: Any = trainer.strategy.model
+    shards = _shards(trainer)
+    optimizer = shards.optimizer_state()
+    FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(folder / _WEIGHTS)
+    still = _frozen(trainer)
+    if frozen and still.shapes:
+        FragmentState.of(still, {"value": still.values()}).save(folder / _FROZEN)
+    if is_writer():
+        told = {
+            "lightning": {key: value for key, value in checkpoint.items() if key not in _NOT_FRAGMENTS},
+            "optimizer": vars(replace(optimizer, tensors={})),
+            "engine": {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
+            "loss_scaler": _numbers(_loss_scaler(engine)),
+        }
+        torch.save(told, folder / REPLICATED)
+    trainer.strategy.barrier("a portable checkpoint")
+
+
+def is_portable(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that :func:`save` wrote."""
+    return (folder / REPLICATED).is_file()
+
+
+def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Bring weights, optimizer and engine back to a checkpoint. Call on every rank, when the engine is built.
+
+    Args:
+        trainer: about to train, on any number of processes and under any stage of ZeRO.
+        folder: that :func:`save` wrote.
+        weights_only: as of ``torch.load``.
+
+    Returns:
+        Lightning's part of the checkpoint.
+
+    Raises:
+        ValueError: when a file is damaged, or the module has other weights than the one that was saved.
+    """
+    engine: Any = trainer.strategy.model
+    shards, still = _shards(trainer), _frozen(trainer)
+    parts: list[tuple[str, ParameterShards]] = [(_WEIGHTS, shards)]
+    if (folder / _FROZEN).is_dir():
+        parts.append((_FROZEN, still))
+    for name, expected in parts:
+        _check_together(trainer, folder / name)
+        _check_shapes(folder / name, expected)
+    told = torch.load(folder / REPLICATED, map_location="cpu", weights_only=weights_only)
+
+    def read(kind: str) -> list[Tensor]:
+        return FragmentState.load(folder / _WEIGHTS, shards, [kind]).tensors[kind]
+
+    shards.load(read, OptimizerState(**told["optimizer"]))
+    if len(parts) > 1:
+        still.set_values(FragmentState.load(folder / _FROZEN, still).tensors["value"])
+    vars(_loss_scaler(engine)).update(told["loss_scaler"])
+    engine.global_steps, engine.skipped_steps = told["engine"]["global_steps"], told["engine"]["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    engine.global_samples = engine.global_steps * engine.train_batch_size()
+    lightning: dict[str, Any] = told["lightning"]
+    return lightning
+
+
+def _shards(trainer: pl.Trainer) -> ZeroShards:
+    shards = ParameterShards.of(trainer)
+    assert isinstance(shards, ZeroShards)
+    return shards
+
+
+def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards:
+    """The weights that are not trained: sharded at stage 3, whole on every rank before."""
+    engine: Any = trainer.strategy.model
+    if engine.zero_optimization_stage() == 3:
+        return FrozenZero3Shards(trainer.lightning_module, engine)
+    return ReplicatedShards(trainer.lightning_module, frozen=True)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """The loss scaler, whose type follows from the configuration; something empty where there is none."""
+    return getattr(engine.optimizer, "loss_scaler", SimpleNamespace())
+
+
+def _numbers(scaler: object) -> dict[str, Any]:
+    """What a loss scaler counts."""
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, bool | int | float)}
+
+
+def _check_together(trainer: pl.Trainer, folder: Path) -> None:
+    """Compare the files with their digests, each on one rank; a rank that finds a damaged one stops all of them."""
+    problem = ""
+    try:
+        FragmentState.check(folder, rank_and_world_size())
+    except (ValueError, FileNotFoundError) as error:
+        problem = str(error)
+    if not trainer.strategy.reduce_boolean_decision(not problem, all=True):
+        raise ValueError(problem or f"a file of {folder} is damaged or missing: the message of another rank says which")
+
+
+def _check_shapes(folder: Path, shards: ParameterShards) -> None:
+    saved = saved_shapes(folder)
+    if saved != shards.shapes:
+        name = min(name for name in saved.keys() | shards.shapes.keys() if saved.get(name) != shards.shapes.get(name))
+        here, there = (list(shapes[name]) if name in shapes else "not there" for shapes in (shards.shapes, saved))
+        raise ValueError(
+            f"the weights in {folder} are not those of this module: {name} is {there} in the checkpoint and {here} in "
+            "the module; go on with the module, and the weights that are trained, as they were"
+        )

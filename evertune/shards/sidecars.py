@@ -1,0 +1,51 @@
+"""State of which every rank has its own part, saved beside a DeepSpeed checkpoint.
+
+Lightning keeps the callback state of one rank in a DeepSpeed checkpoint and restores it to all of them.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+from evertune._lightning import pl
+
+
+class SavesFolder(Protocol):
+    """A callback with state of its own on every rank."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder; called on every rank."""
+
+    def load(self, directory: str | Path) -> None:
+        """Read the folder; called on every rank."""
+
+    @property
+    def experience_index(self) -> int:
+        """How many experiences it has learnt; a sidecar is written when there is one."""
+
+
+def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -> None:
+    """From now on, let every checkpoint of this trainer's strategy hold the callback's folder too."""
+    strategy = trainer.strategy
+    save_checkpoint = strategy.save_checkpoint
+
+    @wraps(save_checkpoint)
+    def save_with_sidecar(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, filepath, storage_options)
+        if callback.experience_index > 0:
+            callback.save(_folder(strategy.broadcast(filepath), callback))
+
+    strategy.save_checkpoint = save_with_sidecar  # type: ignore[method-assign]
+
+
+def read_sidecar(trainer: pl.Trainer, callback: SavesFolder) -> None:
+    """Load the callback's folder from the checkpoint the trainer resumes from, if it has one."""
+    folder = _folder(str(trainer.ckpt_path), callback)
+    if folder.is_dir():
+        callback.load(folder)
+
+
+def _folder(checkpoint: str | Path, callback: SavesFolder) -> Path:
+    return Path(checkpoint) / "evertune" / type(callback).__name__

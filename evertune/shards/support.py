@@ -1,0 +1,70 @@
+"""Which strategies evertune's callbacks work with, told before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from evertune._lightning import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, pl
+
+_LAUNCHERS_THAT_COPY = ("spawn", "fork", "forkserver")
+
+
+def is_deepspeed(trainer: pl.Trainer) -> bool:
+    """Whether the trainer runs under DeepSpeed."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def is_step_boundary(trainer: pl.Trainer) -> bool:
+    """Whether ``on_before_optimizer_step`` really comes before a step: DeepSpeed calls it on every micro-batch."""
+    engine: Any = trainer.strategy.model
+    return not is_deepspeed(trainer) or bool(engine.is_gradient_accumulation_boundary())
+
+
+def check_strategy(trainer: pl.Trainer, who: str) -> None:
+    """Refuse what cannot work, by name; call it in ``setup``.
+
+    Args:
+        trainer: with its strategy chosen, set up or not.
+        who: the callback that asks, named in the messages.
+
+    Raises:
+        ValueError: for strategies whose weights evertune cannot see (FSDP and others), ZeRO stage 0, launchers that
+            copy the process (what a callback learns there would be lost), and ``round_robin_gradients``.
+    """
+    strategy = trainer.strategy
+    name = _name_of(strategy)
+    if not (isinstance(strategy, SingleDeviceStrategy) or _is_ddp_or_deepspeed(strategy)):
+        raise ValueError(
+            f"{who} does not support strategy {name!r}; use one device, 'ddp' or "
+            "'evertune_deepspeed_stage_1', '_2' or '_3'"
+        )
+    start_method = getattr(strategy, "_start_method", None)
+    if start_method in _LAUNCHERS_THAT_COPY:
+        raise ValueError(
+            f"{who} does not support the {start_method!r} launcher of strategy {name!r}: what it learns would be lost "
+            "with the copied process; use strategy='ddp', torchrun, or one device"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        _check_deepspeed(strategy, who)
+
+
+def _check_deepspeed(strategy: DeepSpeedStrategy, who: str) -> None:
+    config: Any = strategy.config
+    zero = (config or {}).get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{who} supports ZeRO stages 1, 2 and 3, got stage {stage!r} in the DeepSpeed config")
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            f"{who} does not support round_robin_gradients=True: it reorders the gradients of a rank; "
+            "remove it from zero_optimization in the DeepSpeed config"
+        )
+
+
+def _is_ddp_or_deepspeed(strategy: Strategy) -> TypeGuard[DDPStrategy]:
+    return isinstance(strategy, DDPStrategy)  # DeepSpeedStrategy is one
+
+
+def _name_of(strategy: Strategy) -> str:
+    name = getattr(strategy, "strategy_name", None) or type(strategy).__name__
+    return str(name)

@@ -1,0 +1,422 @@
+"""How the bytes of a file become records: JSONL, CSV and Parquet, and what is wrong with those that cannot."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+from evertune.sources.base import Incoming
+from evertune.sources.json import json_object, plain
+
+KINDS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".csv", ".csv.gz", ".parquet")
+
+_Line = tuple[int, bytes, bool]  # the bytes it takes, its text, and whether a newline ends it
+
+_BLOCK = 1 << 20  # bytes read at once
+_WINDOW = 4096  # bytes at either end of what a fingerprint is of
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # of a Parquet file, decoded at once
+_MAX_DEPTH = 100
+_BOM = b"\xef\xbb\xbf"
+
+
+def kind(name: str) -> str:
+    """Which of ``KINDS`` a file is by its name; empty when it is none."""
+    return next((suffix for suffix in KINDS if name.lower().endswith(suffix)), "")
+
+
+def digest(data: bytes, size: int) -> str:
+    """A hash of ``size`` bytes, in hexadecimal."""
+    return blake2b(data, digest_size=size).hexdigest()
+
+
+class BadFileError(Exception):
+    """Nothing of a file can be used, and why."""
+
+
+class ChangedError(Exception):
+    """A file changed while it was read."""
+
+
+class _Header(NamedTuple):
+    names: list[str]
+    position: int
+    line: int
+
+
+class _Text(Protocol):
+    """The bytes of a text file by position, and what is known of its header."""
+
+    header: _Header | None
+
+    def read_at(self, position: int, size: int) -> bytes: ...
+
+
+class Blob(io.RawIOBase):
+    """A file, as long as it was when it was listed: read by position, and by libraries as a file object."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        self.size = size
+        self.header: _Header | None = None
+        self._fetch = fetch
+        self._kept = (0, b"")
+        self._at = 0
+
+    def read_at(self, position: int, size: int) -> bytes:
+        end = min(position + size, self.size)
+        if position >= end:
+            return b""
+        start, data = self._kept
+        if not start <= position < end <= start + len(data):
+            start, stop = (0, self.size) if self.size <= _BLOCK else (position, end)
+            data = self._fetch(start, stop)
+            if len(data) < stop - start:
+                raise ChangedError
+            self._kept = (start, data)
+        return data[position - start : end - start]
+
+    def fingerprint(self, position: int) -> str:
+        """Of what is before a position: of all of it, or of both its ends."""
+        head = self.read_at(0, min(position, _WINDOW))
+        tail = self.read_at(max(position - _WINDOW, 0), min(position, _WINDOW))
+        return digest(b"%d %b%b" % (position, head, tail), 8)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._at = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read_at(self._at, len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class Gunzip:
+    """What is in a gz file, by position: quick from where the last read began, from the start of the file before."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.header: _Header | None = None
+        self._file = io.BufferedReader(blob, _BLOCK)
+        self._data = b""
+        self._rewind()
+        while self._unpack():
+            pass
+        self._rewind()
+
+    def read_at(self, position: int, size: int) -> bytes:
+        if position < self._start:
+            self._rewind()
+        while position >= self._start + len(self._data):
+            self._start += len(self._data)
+            self._data = self._unpack()
+            if not self._data:
+                return b""
+        return self._data[position - self._start :][:size]
+
+    def _rewind(self) -> None:
+        self._file.seek(0)
+        self._stream = gzip.GzipFile(fileobj=self._file)
+        self._start = 0
+        self._data = b""
+
+    def _unpack(self) -> bytes:
+        try:
+            return self._stream.read(_BLOCK)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise BadFileError(f"corrupt or truncated gzip file ({error})") from error
+
+
+class ParquetReader:
+    """The rows of a Parquet file, by number: quick from where the last read ended, else from a row group's start."""
+
+    def __init__(self, blob: Blob) -> None:
+        import pyarrow.parquet as pq
+
+        with _parquet_errors():
+            self._file = pq.ParquetFile(blob)
+            names = self._file.schema_arrow.names
+            metadata = self._file.metadata
+            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+            self._n_rows: int = metadata.num_rows
+            self._n_batch = min(max(_BATCH_BYTES * self._n_rows // max(size, 1), 1), _BATCH_ROWS)
+            for _ in self._file.iter_batches(self._n_batch):
+                pass
+        if len(set(names)) < len(names):
+            raise BadFileError(f"two columns have the same name: {', '.join(names)}")
+        self._batch: Any = b""
+        self._next = -1
+
+    def read(self, name: str, start: int, limit: int, room: int) -> tuple[list[Incoming], int, bool]:
+        """Records from row ``start`` on, up to ``limit`` and about ``room`` bytes; their size; if more are left."""
+        if start != self._next:
+            self._begin(start)
+        records: list[Incoming] = []
+        size = 0
+        while len(records) < limit and size < room and self._next < self._n_rows:
+            if not len(self._batch):
+                with _parquet_errors():
+                    self._batch = next(self._batches)
+            batch = self._batch[: limit - len(records)]
+            self._batch = self._batch[len(batch) :]
+            records += _row_records(name, self._next, batch)
+            size += batch.nbytes
+            self._next += len(batch)
+        return records, size, self._next < self._n_rows
+
+    def _begin(self, start: int) -> None:
+        metadata = self._file.metadata
+        first, group = 0, 0
+        while group < metadata.num_row_groups and first + metadata.row_group(group).num_rows <= start:
+            first += metadata.row_group(group).num_rows
+            group += 1
+        self._batches = self._file.iter_batches(self._n_batch, row_groups=range(group, metadata.num_row_groups))
+        self._batch = b""
+        while first < start:
+            with _parquet_errors():
+                self._batch = next(self._batches)
+            skipped = min(start - first, len(self._batch))
+            self._batch = self._batch[skipped:]
+            first += skipped
+        self._next = start
+
+
+class TextReader:
+    """Reads records of a text file from a position on: ``records``, and the ``position`` and ``line`` behind them.
+
+    Reading returns whether there may be more to read in the file as it is now.
+    """
+
+    def __init__(self, name: str, text: _Text, position: int, line: int, most: int) -> None:
+        self.records: list[Incoming] = []
+        self.position = position
+        self.line = line
+        self._name = name
+        self._text = text
+        self._most = most
+
+    def read_jsonl(self, limit: int, room: int, final: bool) -> bool:
+        """Up to ``limit`` records and ``room`` bytes; ``final``: no newline will come to the last line."""
+        stop = self.position + room
+        lines = self._lines(final)
+        if len(self.records) == limit:
+            return True
+        for length, raw, ended in lines:
+            record = self._json_record(length, raw)
+            if not (ended or final or (record and record.value is not None)):
+                return False
+            self.position += length
+            self.line += 1
+            if record:
+                self.records.append(record)
+                if len(self.records) == limit or self.position >= stop:
+                    return True
+        return False
+
+    def read_csv(self, limit: int, room: int, delimiter: str, final: bool) -> bool:
+        """As :meth:`read_jsonl`; ``final``: nor will a quote come that closes an open one."""
+        stop = self.position + room
+        field_limit = csv.field_size_limit(max(csv.field_size_limit(), self._most))
+        try:
+            header = self._text.header = self._text.header or self._read_header(delimiter, final)
+            if header is None:
+                return not final
+            if self.position < header.position:
+                self.position, self.line = header.position, header.line
+            rows = _CsvRows(self._lines(final), delimiter, self._most)
+            while len(self.records) < limit and self.position < stop:
+                row = rows.read()
+                if row is None:
+                    return False
+                if row.unfinished and not final:
+                    return True
+                if row.fields or row.error:
+                    self.records.append(self._csv_record(header.names, row))
+                self.position += row.length
+                self.line += row.n_lines
+            return True
+        finally:
+            csv.field_size_limit(field_limit)
+
+    def _read_header(self, delimiter: str, final: bool) -> _Header | None:
+        rows = _CsvRows(_lines(self._text, 0, self._most), delimiter, self._most)
+        position = line = 0
+        while (row := rows.read()) and (final or not row.unfinished):
+            position += row.length
+            line += row.n_lines
+            if row.error:
+                raise BadFileError(f"the header cannot be read: {row.error}")
+            if len(set(row.fields)) < len(row.fields):
+                raise BadFileError(f"two columns have the same name: {', '.join(row.fields)}")
+            if row.fields:
+                return _Header(row.fields, position, line)
+        return None
+
+    def _lines(self, final: bool) -> Iterator[_Line]:
+        """The lines from the position on. What comes after a line that was taken before it ended is seen to first."""
+        lines = _lines(self._text, self.position, self._most)
+        if self.position and isinstance(self._text, Blob) and self._text.read_at(self.position - 1, 1) != b"\n":
+            length, raw, ended = next(lines, (0, b"", False))
+            if ended or final:
+                if raw.strip():
+                    self.records.append(self._bad("continues a line that was whole when it was read", raw, self.line))
+                self.position += length
+        return lines
+
+    def _json_record(self, length: int, raw: bytes) -> Incoming | None:
+        if length > self._most:
+            return self._too_long(length, raw)
+        try:
+            return Incoming(f"{self._name}:{self.line + 1}", json_object(raw))
+        except ValueError as error:
+            return self._bad(str(error), raw, self.line + 1) if raw.strip() else None
+
+    def _csv_record(self, names: list[str], row: _CsvRow) -> Incoming:
+        if row.length > self._most:
+            return self._too_long(row.length, row.raw)
+        if row.error:
+            return self._bad(row.error, row.raw, self.line + 1)
+        if len(row.fields) != len(names):
+            reason = f"has {len(row.fields)} fields, the header has {len(names)}"
+            return self._bad(reason, row.raw, self.line + 1)
+        value = {name: field or None for name, field in zip(names, row.fields, strict=True)}
+        return Incoming(f"{self._name}:{self.line + 1}", value)
+
+    def _bad(self, reason: str, raw: bytes, line: int) -> Incoming:
+        return Incoming(f"{self._name}:{line}", None, reason, raw.decode(errors="backslashreplace").rstrip("\r"))
+
+    def _too_long(self, length: int, raw: bytes) -> Incoming:
+        reason = f"a line of {length} bytes is longer than max_line_bytes={self._most}"
+        head = raw[:200].decode(errors="backslashreplace")
+        where = f"{head}... (bytes {self.position} to {self.position + length} of {self._name})"
+        return Incoming(f"{self._name}:{self.line + 1}", None, reason, where)
+
+
+def _lines(text: _Text, position: int, most: int) -> Iterator[_Line]:
+    """The lines from a position on; of those longer than ``most`` bytes, the head."""
+    rest, cut = b"", 0
+    begin = position == 0
+    while block := text.read_at(position, _BLOCK):
+        position += len(block)
+        if begin and block.startswith(_BOM):
+            block, cut = block[len(_BOM) :], len(_BOM)
+        begin = False
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            yield cut + len(line) + 1, line, True
+            cut = 0
+        if len(rest) > most:
+            cut += len(rest) - most
+            rest = rest[:most]
+    if rest:
+        yield cut + len(rest), rest, False
+
+
+class _CsvRow(NamedTuple):
+    fields: list[str]
+    error: str
+    raw: bytes
+    length: int
+    n_lines: int
+    unfinished: bool
+
+
+class _CsvRows:
+    """Rows of CSV lines. Where a row cannot be told apart, its first line is bad, and the next begins another row."""
+
+    def __init__(self, lines: Iterator[_Line], delimiter: str, most: int) -> None:
+        self._lines = lines
+        self._delimiter = delimiter
+        self._most = most
+        self._back: deque[_Line] = deque()
+        self._taken: list[_Line] = []
+        self._length = 0
+        self._begin()
+
+    def read(self) -> _CsvRow | None:
+        """The next row; None when there are no more lines."""
+        self._taken, self._length, self._valid, self._dry = [], 0, True, False
+        try:
+            fields = next(self._reader)
+        except StopIteration:
+            return self._first_line("") if self._taken else None
+        except csv.Error as problem:
+            return self._first_line(str(problem))
+        raw = self._taken[0][1] if len(self._taken) == 1 else b"\n".join(raw for _, raw, _ in self._taken)
+        error = "" if self._valid else "not valid UTF-8"
+        return _CsvRow(fields, error, raw, self._length, len(self._taken), not self._taken[-1][2])
+
+    def _first_line(self, error: str) -> _CsvRow:
+        if self._length > self._most:
+            error = f"a row of more than max_line_bytes={self._most}: is a quote opened and never closed?"
+        elif self._dry:
+            error = "a quote is opened and never closed"
+        elif "new-line" in error:
+            error = "a carriage return outside quotes"
+        (length, raw, ended), *others = self._taken
+        self._back.extendleft(reversed(others))
+        self._begin()
+        return _CsvRow([], error, raw, length, 1, self._dry or not ended)
+
+    def _begin(self) -> None:
+        self._reader = csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
+
+    def _feed(self) -> Iterator[str]:
+        """What the reader asks for: the lines of one row, which are remembered."""
+        while self._length <= self._most and (line := self._back.popleft() if self._back else next(self._lines, None)):
+            self._taken.append(line)
+            self._length += line[0]
+            try:
+                text = line[1].decode()
+            except UnicodeDecodeError:
+                text = line[1].decode(errors="replace")
+                self._valid = False
+            if self._length <= self._most:
+                yield text + "\n"
+        self._dry = self._length <= self._most
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(f"corrupt or truncated Parquet file ({error})") from error
+
+
+def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
+    """The rows of a batch, of which ``first`` come before it."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # a value that Python cannot hold: find out in which rows
+        rows = [None] * len(batch)
+    records = []
+    for position, row in enumerate(rows):
+        origin = f"{name}:{first + position + 1}"
+        try:
+            value = plain(row or batch.slice(position, 1).to_pylist()[0], decode=True)
+        except Exception as error:
+            records.append(Incoming(origin, None, f"cannot be JSON ({error})", str(row or "")))
+        else:
+            records.append(Incoming(origin, value))
+    return records

@@ -1,0 +1,428 @@
+"""What a record must look like: checked once, when it arrives, and said in plain words where it does not."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import reprlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+from evertune.sources.values import label_value, text_value
+
+Record = dict[str, Any]
+"""The fields of a record by name: JSON values only."""
+
+_SURROGATE = "it has a lone surrogate, which no encoding can write"
+
+
+def _writable(text: str) -> str:
+    if not _is_utf8(text):
+        raise ValueError(_SURROGATE)
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_writable)]
+_Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+FIELD_TYPES: dict[str, Any] = {
+    "str": _Text,
+    "int": _Int,
+    "float": float,
+    "bool": bool,
+    "date": date,
+    "datetime": datetime,
+    "list[str]": list[_Text],
+    "list[int]": list[_Int],
+    "list[float]": list[float],
+}
+"""The types that a field declared by name may have; each also with ``| None``, for a field that may be absent."""
+
+# What a field with a part to play may be declared as; :class:`RecordSchema` checks these itself, not pydantic.
+_ROLE_TYPES = {
+    "text": ("str",),
+    "label": ("str", "int", "bool", "list[str]", "list[int]"),
+    "id": ("str", "int"),
+    "time": ("datetime", "str", "float", "int"),
+}
+_YEARS = range(1900, 2100)
+_MILLISECONDS = 1e11  # as seconds it would be the year 5138
+_EXPECTED = {
+    "string": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "date": "a date",
+    "datetime": "a date and time",
+    "list": "a list",
+    "dict": "an object",
+    "model": "an object",
+}
+_GOT: dict[type, str] = {
+    type(None): "null",
+    str: "a text",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+_MAX_REASONS = 3
+_MAX_DEPTH = 100
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 80
+_NOT_JSON = "the record holds a value that JSON cannot say"
+
+
+class RecordSchema:
+    """What a record must look like.
+
+    A pydantic model checks the type of every field: one of your own, or one made of ``fields``. On top of it, the text
+    must hold something and not be too long, the label must be a name or a list of names (whole numbers become names:
+    ``3`` is ``"3"``), a time must say its zone, and no number may be NaN or infinite. Numbers and dates may arrive as
+    text, as in CSV files; a number is never a text. Fields that are not declared are left out and cost no memory; a
+    model of your own decides that for itself (pydantic's ``extra``).
+
+    Args:
+        model: a pydantic model, or its import path (``"my_package.records.Ticket"``).
+        fields: instead of a model: the type of each field by name, one of :data:`FIELD_TYPES`. By default the fields
+            named below are declared, and no others.
+        text: the field with the text, or the two fields of a pair of texts.
+        label: the field with the label, or None for records without.
+        id: the field that identifies a record, text or a whole number; None: a record is known by where it came from.
+        time: the field that says when the record is from: ISO 8601 with a time zone, or seconds or milliseconds since
+            1970. It is kept as ISO 8601 in UTC.
+        max_text_length: in characters. The default is far more than a transformer reads, and keeps a runaway file out
+            of memory.
+        closed_classes: the only labels allowed; by default any.
+
+    Raises:
+        ValueError: for a model that cannot be imported, an unknown type, or a field named here that is not declared.
+
+    Example:
+        >>> schema = RecordSchema(fields={"text": "str", "label": "str", "score": "float | None"})
+        >>> schema.check({"text": "The card was charged twice", "label": 3, "agent": "Ann"})
+        {'text': 'The card was charged twice', 'label': '3', 'score': None}
+        >>> schema.check({"text": 7, "label": "billing"})
+        Traceback (most recent call last):
+        ...
+        ValueError: field 'text' must be a text, not a number
+    """
+
+    def __init__(
+        self,
+        model: type[BaseModel] | str | None = None,
+        fields: dict[str, str] | None = None,
+        text: str | list[str] = "text",
+        label: str | None = "label",
+        id: str | None = None,
+        time: str | None = None,
+        max_text_length: int = 100_000,
+        closed_classes: list[str] | None = None,
+    ) -> None:
+        self.text, self.label, self.id, self.time = text, label, id, time
+        self.texts = [text] if isinstance(text, str) else list(text)
+        if len(self.texts) not in (1, 2):
+            raise ValueError(f"text is one field or a pair of fields, got {text!r}")
+        if max_text_length < 1:
+            raise ValueError(f"max_text_length must be positive, got {max_text_length}")
+        if closed_classes is not None and (isinstance(closed_classes, str) or not closed_classes):
+            raise ValueError(f"closed_classes must be a list of labels, got {closed_classes!r}")
+        self.max_text_length = max_text_length
+        self.closed_classes = None if closed_classes is None else list(dict.fromkeys(closed_classes))
+        self._classes = frozenset(self.closed_classes or ())
+
+        roles = dict.fromkeys(self.texts, "text") | {label: "label", id: "id", time: "time"}
+        named = {name: role for name, role in roles.items() if name is not None}
+        if len(named) < len(self.texts) + sum(name is not None for name in (label, id, time)):
+            raise ValueError(f"text, label, id and time must be different fields, got {[*self.texts, label, id, time]}")
+        if model is not None and fields is not None:
+            raise ValueError("give a model or fields, not both")
+        self._made = model is None
+        self._label_is: type | None = None
+        if model is not None:
+            self.model = _import_model(model)
+            self.arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
+        else:
+            if fields and label in fields:
+                self._label_is = list if fields[label].strip().startswith("list") else str
+            self.model = _make_model(
+                {name: _ROLE_TYPES[role][0] for name, role in named.items()} if fields is None else fields, named
+            )
+            self.arrives_as = {name: [name] for name in fields or named}
+        for name, role in named.items():
+            if name not in self.arrives_as:
+                raise ValueError(
+                    f"{role}={name!r} is no field of the records: they have {', '.join(self.arrives_as)}; "
+                    f"declare it, or name another field"
+                )
+        self.known_keys = frozenset(key for keys in self.arrives_as.values() for key in keys)
+        self._validator = self.model.__pydantic_validator__
+        self._serializer = self.model.__pydantic_serializer__
+
+    def check(self, value: Mapping[str, Any]) -> Record:
+        """The record as it is kept.
+
+        Args:
+            value: its fields as they arrived; it is not changed.
+
+        Raises:
+            ValueError: when it does not fit, with the reasons, naming the fields.
+        """
+        checked = self._validated(value)
+        if not self._made:  # the fields of a model made here cannot hold such values
+            _refuse_unwritable(self._as_json(checked, "python"))
+        record = self._as_json(checked, "json")
+        field = ""
+        try:
+            for field in self.texts:
+                self._check_text(record[field])
+            if self.label is not None:
+                field = self.label
+                record[field] = label_value(record[field])
+                self._check_label(record[field])
+            if self.id is not None and record[self.id] is not None:
+                field = self.id
+                record[field] = id_value(record[field])
+            if self.time is not None and record[self.time] is not None:
+                field = self.time
+                record[field] = time_value(record[field])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"field {field!r}: {error}") from None
+        return record
+
+    def check_half(self, value: Mapping[str, Any]) -> Record:
+        """A record that lacks its label, or a label that lacks its text, as JSON values that can wait for the rest.
+
+        What is there is checked as far as that goes; :meth:`check` sees the whole when it is complete.
+
+        Raises:
+            ValueError: when it can never become a good record, with the reasons.
+        """
+        assert self.label is not None, "only a schema with a label has halves"
+        check: Callable[[Any], None]
+        if self.has_text(value):
+            self._validated(value, but=self.arrives_as[self.label])
+            value = {key: part for key, part in value.items() if key not in self.arrives_as[self.label]}
+            names, check = self.texts, self._check_text
+        else:
+            names, check = [self.label], self._check_label
+        for name in names:
+            try:
+                check(self.get(value, name))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"field {name!r}: {error}") from None
+        if self.model.model_config.get("extra") != "allow":
+            value = {key: part for key, part in value.items() if key in self.known_keys}
+        _refuse_unwritable(value)
+        try:
+            half: Record = to_jsonable_python(value)
+        except (ValueError, RecursionError):
+            raise ValueError(_NOT_JSON) from None
+        return half
+
+    def has_text(self, value: Mapping[str, Any]) -> bool:
+        """Whether any text has arrived, be it good or bad."""
+        return any(self.get(value, name) is not None for name in self.texts)
+
+    def has_label(self, value: Mapping[str, Any]) -> bool:
+        """Whether a label has arrived, be it good or bad; null, NaN and the empty text are none."""
+        label = None if self.label is None else self.get(value, self.label)
+        return not (label is None or label == "" or (isinstance(label, float) and math.isnan(label)))
+
+    def get(self, value: Mapping[str, Any], name: str) -> Any:
+        """A field as it arrived, under its name or its alias."""
+        return next((value[key] for key in self.arrives_as[name] if value.get(key) is not None), None)
+
+    def _validated(self, value: Mapping[str, Any], but: Collection[str] = ()) -> Any:
+        """The value as the model has it; errors in the fields ``but`` do not count (and then there is no value)."""
+        try:
+            return self._validator.validate_python(value)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_context=False)
+            details = [detail for detail in details if not detail["loc"] or detail["loc"][0] not in but]
+            if details:
+                raise ValueError(_reasons(details)) from None
+        except Exception as error:  # a validator of the user's own: its fault costs one record, not the stream
+            raise ValueError(f"the record could not be checked ({type(error).__name__}: {error})") from None
+        return None
+
+    def _as_json(self, checked: Any, mode: Literal["json", "python"]) -> Record:
+        try:
+            record: Record = self._serializer.to_python(checked, mode=mode, by_alias=self._made)
+        except (ValueError, RecursionError):
+            raise ValueError(_NOT_JSON) from None
+        return record
+
+    def _check_text(self, text: Any) -> None:
+        if len(text_value(text)) > self.max_text_length:
+            raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
+
+    def _check_label(self, value: Any) -> None:
+        label = label_value(value)
+        if self._label_is is not None and not isinstance(label, self._label_is):
+            raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
+        for name in [label] if isinstance(label, str) else label:
+            if not name.strip() or not _is_utf8(name):
+                raise ValueError(f"the label {name!r} is not a name")
+            if self._classes and name not in self._classes:
+                raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
+
+
+def id_value(value: Any) -> str:
+    """What identifies a record: a text that is not empty, or a whole number as text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip() or not _is_utf8(value):
+        raise ValueError(f"{_show(value)} does not identify a record")
+    return value
+
+
+def time_value(value: Any) -> str:
+    """A moment, as ISO 8601 in UTC.
+
+    Args:
+        value: ISO 8601 with a time zone, a datetime with one, or seconds or milliseconds since 1970.
+
+    Raises:
+        ValueError: when it is none of these, has no time zone, or is not of the years 1900 to 2099.
+
+    Example:
+        >>> time_value("2024-05-17T12:00:00+02:00"), time_value(1715940000)
+        ('2024-05-17T10:00:00+00:00', '2024-05-17T10:00:00+00:00')
+    """
+    if isinstance(value, str):
+        value = _parsed(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            seconds = value / 1000 if abs(value) >= _MILLISECONDS else value
+            value = datetime.fromtimestamp(seconds, UTC)
+        except (ValueError, OverflowError, OSError):
+            raise ValueError(f"{_show(value)} is not a time since 1970") from None
+    if not isinstance(value, datetime):
+        raise ValueError(f"{_show(value)} is not a time")
+    if value.tzinfo is None:
+        raise ValueError(f"the time {value.isoformat()} has no time zone; write {value.isoformat()}+00:00 for UTC")
+    if value.year not in _YEARS:
+        raise ValueError(f"the time {value.isoformat()} is not of the years {_YEARS[0]} to {_YEARS[-1]}")
+    return value.astimezone(UTC).isoformat()
+
+
+def _parsed(text: str) -> datetime | float:
+    for parse in (datetime.fromisoformat, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    raise ValueError(f"{_show(text)} is not a time; write it like 2024-05-17T10:00:00+00:00")
+
+
+def _import_model(model: type[BaseModel] | str) -> type[BaseModel]:
+    found: Any = model
+    if isinstance(model, str):
+        module, _, name = model.replace(":", ".").rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f'cannot import the model {model!r} ({error}); give it as "package.module.Name"'
+            ) from error
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise ValueError(f"the model {model!r} is not a pydantic BaseModel")
+    return found
+
+
+def _make_model(fields: Mapping[str, str], roles: Mapping[str, str]) -> type[BaseModel]:
+    """A model of these fields, whatever their names: they are aliases, so that none collides with pydantic's own."""
+    declared: dict[str, Any] = {}
+    for number, (name, spelled) in enumerate(fields.items()):
+        kind, _, rest = (part.strip() for part in spelled.partition("|"))
+        allowed = _ROLE_TYPES[roles[name]] if name in roles else tuple(FIELD_TYPES)
+        if kind not in allowed or rest not in ("", "None"):
+            part = f", the {roles[name]}," if name in roles else ""
+            raise ValueError(
+                f"field {name!r}{part} cannot be of type {spelled!r}; use one of {', '.join(allowed)}, "
+                f'or "{allowed[0]} | None" where it may be absent'
+            )
+        checked_here = roles.get(name, "text") != "text"
+        absent = None if rest else ...
+        annotation = Any if checked_here else FIELD_TYPES[kind] | None if rest else FIELD_TYPES[kind]
+        declared[f"field_{number}"] = (annotation, Field(absent, alias=name))
+    return create_model("Record", __config__=ConfigDict(allow_inf_nan=False, extra="ignore"), **declared)
+
+
+def _aliases(model: type[BaseModel], name: str) -> list[str]:
+    """The keys under which a field of a user's model may arrive."""
+    alias = model.model_fields[name].validation_alias or model.model_fields[name].alias
+    choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+    return [*(choice for choice in choices if isinstance(choice, str)), name]
+
+
+def _reasons(details: Sequence[ErrorDetails]) -> str:
+    """What pydantic found, in plain words. Values are left out: a record may be long."""
+    reasons = [_reason(detail) for detail in details[:_MAX_REASONS]]
+    more = len(details) - len(reasons)
+    return "; ".join(reasons + ([f"and {more} more"] if more else []))
+
+
+def _reason(detail: ErrorDetails) -> str:
+    where = f"field {'.'.join(map(str, detail['loc']))!r}" if detail["loc"] else "the record"
+    kind = detail["type"]
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "extra_forbidden":
+        return f"{where} is not declared"
+    if kind == "string_unicode":
+        return f"{where}: {_SURROGATE}"
+    expected = _EXPECTED.get(kind.partition("_")[0])
+    got = _GOT.get(type(detail["input"]))
+    if kind == "finite_number":
+        return f"{where} must be a finite number"
+    if expected and got and kind.endswith(("_type", "_parsing")):
+        return f"{where} must be {expected}, not {got}"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _refuse_unwritable(value: Any, where: str = "", depth: int = 0) -> None:
+    """Refuse, wherever they are, what JSON files and tables cannot hold."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"the record is nested more than {_MAX_DEPTH} levels deep")
+    problem = None
+    if isinstance(value, str):
+        problem = None if _is_utf8(value) else f": {_SURROGATE}"
+    elif isinstance(value, float):
+        problem = None if math.isfinite(value) else " must be a finite number"
+    elif isinstance(value, int):
+        problem = None if value.bit_length() < 64 else " must be a number of at most 64 bits"
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _refuse_unwritable(str(key), where, depth)
+            _refuse_unwritable(part, f"{where}.{key}" if where else str(key), depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            _refuse_unwritable(part, f"{where}.{number}", depth + 1)
+    if problem:
+        raise ValueError(f"field {where!r}{problem}" if where else f"a field's name{problem}")
+
+
+def _show(value: Any) -> str:
+    """A value in a message: not all of it where it is long or deep."""
+    return _shortener.repr(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,307 @@
+"""Records from a table of a SQL database."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
+from evertune.sources.json import plain
+from evertune.utils.extras import library
+from evertune.utils.secrets import fill_in, without_secrets
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+_Place = tuple[Any, Any]  # the cursor and the key of a row
+
+_KINDS = {int: None, str: None, datetime: "datetime", date: "date", Decimal: "decimal", UUID: "uuid"}
+_READ: dict[str, Callable[[str], Any]] = {
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "decimal": Decimal,
+    "uuid": UUID,
+}
+"""How a place in the order that JSON has no type for is read back from its text."""
+
+
+class SQLSource(Source):
+    """Reads the rows of a table, or of a query, in the order of a column that only grows: its cursor.
+
+    A row is read once, when its cursor comes; later changes of it are not seen, unless the cursor is a column that
+    they move forward (``updated_at``): then it is read again. Rows with the same cursor are told apart by ``key``.
+    A row without a cursor or a key has no place in this order: the end of the table is an error until it has one, or
+    until a ``query`` leaves it out on purpose.
+
+    **Transactions that commit late.** A number or a time is given to a row when it is inserted, and the row is seen
+    when its transaction commits: a row may appear behind the cursor, and would never be read. Set ``delay`` to more
+    seconds than the longest writing transaction takes: rows younger than that, and all rows after them, wait. Without
+    it, nothing is lost only where one transaction writes at a time.
+
+    Nothing is written: the transaction is read-only where the database can do that (PostgreSQL, SQLite), and always
+    rolled back. A database that was restored from an old backup gives its new rows cursors that were read already:
+    start it without an offset.
+
+    Args:
+        url: SQLAlchemy's, such as ``"postgresql+psycopg://user:${PASSWORD}@host/name"``; ``${NAME}`` stands for an
+            environment variable.
+        table: the table (or view) to read, ``"name"`` or ``"schema.name"``.
+        query: a SELECT to read instead.
+        cursor: the column that tells the order: integers, times, or text that sorts (such as a ULID).
+        key: a column that, together with the cursor, no two rows share; the cursor itself when it is unique. Default:
+            the primary key of the table.
+        columns: which columns make a record; None for all. A time becomes ISO 8601, a decimal (exactly) and a UUID
+            a string; a row with a value that JSON has not becomes a record with its ``error``.
+        delay: how many seconds old a row must be, by the clock of the database.
+        time: the column with the time at which a row was inserted, for ``delay``; the cursor when it is a time. In
+            SQLite it must be text in UTC (``CURRENT_TIMESTAMP``), elsewhere a timestamp as the database writes it.
+
+    Raises:
+        ValueError: when an argument is bad.
+        ModuleNotFoundError: when ``sqlalchemy`` or the database's driver is not installed.
+
+    Example:
+        >>> source = SQLSource("sqlite:///tickets.db", table="tickets", cursor="created_at", delay=60)
+        >>> print(source)
+        the table tickets of sqlite:///tickets.db
+    """
+
+    def __init__(
+        self,
+        url: str,
+        table: str | None = None,
+        query: str | None = None,
+        *,
+        cursor: str,
+        key: str | None = None,
+        columns: Sequence[str] | None = None,
+        delay: float = 0.0,
+        time: str | None = None,
+    ) -> None:
+        if bool(table) == bool(query):
+            raise ValueError("give a table or a query, one of the two")
+        if not cursor:
+            raise ValueError("cursor must not be empty")
+        if query and not key:
+            raise ValueError("a query needs a key: a column that tells rows with the same cursor apart")
+        if columns is not None and not columns:
+            raise ValueError("columns must name at least one column; None takes all of them")
+        if delay < 0:
+            raise ValueError(f"delay must not be negative, got {delay}")
+        if time and not delay:
+            raise ValueError("time is only for delay, which is 0")
+        self.table, self.cursor, self.key, self.columns = table, cursor, key or "", columns  # no key: look it up
+        self.delay, self.time = delay, time or cursor
+        self._query = (query or "").strip().rstrip(";")
+        self._sa = library("sqlalchemy", "sql")
+        url = fill_in(url)
+        self._place = without_secrets(url)
+        try:
+            self._engine = self._sa.create_engine(
+                url,
+                poolclass=self._sa.NullPool,  # reads may be hours apart
+                execution_options={"postgresql_readonly": True},
+            )
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}: install the driver of {self._place}", name=error.name) from None
+        except (self._sa.exc.ArgumentError, ValueError):
+            raise ValueError(
+                f"not the URL of a database: {self._place}; special characters of its password are percent-encoded"
+            ) from None
+        if "@" in (self._engine.url.host or ""):
+            raise ValueError("not the URL of a database: percent-encode the @ in its password as %40")
+        self._rows: Any = None
+        self._may_be_null: set[str] = set()
+
+    def read(self, offset: Offset | None, limit: int) -> Chunk:
+        try:
+            with self._connect() as connection:
+                if self._rows is None:
+                    self._rows = self._look(connection)
+                after = None if offset is None else self._parse(offset)
+                rows = [dict(row) for row in connection.execute(self._page(connection, after, limit)).mappings()]
+                if len(rows) <= limit:
+                    self._check_placed(connection)
+        except self._sa.exc.SQLAlchemyError as error:
+            reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+            raise SourceError(
+                f"{self} cannot be read: {reason}. When that is mended, reading goes on from the same offset"
+            ) from error
+        places = [self._place_of(row) for row in rows]
+        for place, following in itertools.pairwise(places):
+            if place == following:
+                raise SourceError(
+                    f"{self} has rows that {self.cursor} and {self.key} do not tell apart "
+                    f"({' and '.join(map(str, place))}): give a key that does"
+                )
+        records = [self._incoming(row, place) for row, place in zip(rows[:limit], places, strict=False)]
+        return Chunk(records, self._offset(places[len(records) - 1] if records else after))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def __str__(self) -> str:
+        return f"{f'the table {self.table}' if self.table else 'a query'} of {self._place}"
+
+    def _connect(self) -> Connection:
+        sqlite = self._engine.dialect.name == "sqlite"
+        database = self._engine.url.database
+        if sqlite and database and not database.startswith("file:") and not Path(database).exists():
+            raise SourceError(f"{self} cannot be read: there is no such file")  # connecting would make an empty one
+        connection: Connection = self._engine.connect()
+        if sqlite:
+            connection.exec_driver_sql("PRAGMA query_only = ON")
+            connection.connection.dbapi_connection.text_factory = _text  # type: ignore[union-attr]
+        return connection
+
+    def _look(self, connection: Connection) -> Any:
+        """What to select from, with its columns, as the database has it."""
+        if self.table:
+            rows = self._look_at_table(connection, self.table)
+        else:
+            query = self._sa.text(self._query.replace(":", "\\:"))  # a colon is no parameter
+            everything = self._sa.select(self._sa.text("*")).select_from(query.columns().subquery("records"))
+            names = list(connection.execute(everything.limit(0)).keys())
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise SourceError(f"{self} has several columns named {', '.join(twice)}: rename them in the query")
+            rows = query.columns(*map(self._sa.column, names)).subquery("records")
+            self._may_be_null = set(names)
+        for name in (self.cursor, self.key, self.time, *(self.columns or ())):
+            if name not in rows.c:
+                raise SourceError(f"{self} has no column {name!r}; it has {', '.join(rows.c.keys())}")
+        return rows
+
+    def _look_at_table(self, connection: Connection, table: str) -> Any:
+        *schema, name = table.rsplit(".", 1)
+        inspector = self._sa.inspect(connection)
+        try:
+            columns = inspector.get_columns(name, *schema)
+            primary = inspector.get_pk_constraint(name, *schema)["constrained_columns"]
+        except self._sa.exc.NoSuchTableError:
+            raise SourceError(f"{self} cannot be read: there is no such table") from None
+        if not self.key:
+            if len(primary) != 1:
+                raise SourceError(
+                    f"{self} has no primary key of one column: give a key, a column that tells rows with the same "
+                    f"{self.cursor} apart"
+                )
+            self.key = primary[0]
+        self._may_be_null = {column["name"] for column in columns if column["nullable"]}
+        names = [self._sa.column(column["name"]) for column in columns]
+        return self._sa.table(name, *names, schema=schema[0] if schema else None)
+
+    def _page(self, connection: Connection, after: _Place | None, limit: int) -> Any:
+        """The rows after a place, and one more, to see that it can be told from the last."""
+        select, either, column = self._sa.select, self._sa.or_, self._rows.c
+        cursor, key = column[self.cursor], column[self.key]
+        names = dict.fromkeys([*(self.columns or column.keys()), self.cursor, self.key])
+        page = select(*(column[name] for name in names)).where(cursor.is_not(None), key.is_not(None))
+        if after is not None:
+            last, last_key = map(self._bound, after)
+            page = page.where(cursor >= last, either(cursor > last, key > last_key))
+        if self.delay:  # in one statement, so that no row gets in between
+            first_young = select(self._sa.func.min(cursor)).where(self._young(connection)).scalar_subquery()
+            page = page.where(either(first_young.is_(None), cursor < first_young))
+        return page.order_by(cursor, key).limit(limit + 1)
+
+    def _young(self, connection: Connection) -> Any:
+        """Whether a row is younger than ``delay``."""
+        time = self._rows.c[self.time]
+        if self._engine.dialect.name == "sqlite":
+            return self._sa.func.julianday(time) > self._sa.func.julianday("now") - self.delay / 86400
+        now = connection.execute(self._sa.select(self._sa.func.current_timestamp())).scalar_one()
+        return time > self._bound(now - timedelta(seconds=self.delay))
+
+    def _check_placed(self, connection: Connection) -> None:
+        """See that no row is without a place in the order.
+
+        Raises:
+            SourceError: when one is.
+        """
+        column, needed = self._rows.c, {self.cursor, self.key}
+        missing = [column[name].is_(None) for name in needed & self._may_be_null]
+        if self.delay:
+            needed.add(self.time)
+            sqlite = self._engine.dialect.name == "sqlite"
+            missing.append((self._sa.func.julianday(column[self.time]) if sqlite else column[self.time]).is_(None))
+        if not missing:
+            return
+        count = self._sa.select(self._sa.func.count()).select_from(self._rows).where(self._sa.or_(*missing))
+        if rows := connection.execute(count).scalar_one():
+            raise SourceError(
+                f"{self} has {rows} rows without a usable {' or '.join(sorted(needed))}, which have no place in its "
+                "order: fill it in, or leave them out with a query (WHERE ... IS NOT NULL)"
+            )
+
+    def _place_of(self, row: dict[str, Any]) -> _Place:
+        cursor, key = row[self.cursor], row[self.key]
+        for name, value in ((self.cursor, cursor), (self.key, key)):
+            if type(value) not in _KINDS:
+                raise SourceError(
+                    f"{self} cannot be read in the order of {name}, which holds a value of the type "
+                    f"{type(value).__name__}: it must hold integers, times or text"
+                )
+        if self.delay and self.time == self.cursor and isinstance(cursor, int):
+            raise SourceError(f"{self}: delay needs a time, but {self.cursor} holds numbers: name the column as time")
+        return cursor, key
+
+    def _incoming(self, row: dict[str, Any], place: _Place) -> Incoming:
+        where = plain(place[:1] if self.key == self.cursor else place)
+        origin = f"{self.table or 'query'}@{'/'.join(map(str, where))}"
+        value = {}
+        for name in self.columns or row:
+            try:
+                value[name] = plain(row[name])
+            except ValueError as error:
+                return Incoming(origin, None, f"column {name}: {error}", str(row))
+        return Incoming(origin, value)
+
+    def _bound(self, value: Any) -> Any:
+        """A value to compare a column with, of exactly its type."""
+        zoned = isinstance(value, datetime) and value.tzinfo is not None
+        return self._sa.literal(value, self._sa.DateTime(timezone=True) if zoned else None)
+
+    def _offset(self, place: _Place | None) -> Offset:
+        after = None if place is None else [_encoded(value) for value in place]
+        return {"table": self.table or "query", "by": [self.cursor, self.key], "after": after}
+
+    def _parse(self, offset: Offset) -> _Place | None:
+        try:
+            table, by, after = offset["table"], list(offset["by"]), offset["after"]
+            place = None if after is None else (_decoded(after[0]), _decoded(after[1]))
+        except (KeyError, TypeError, ValueError, ArithmeticError, IndexError):
+            raise SourceError(f"{json.dumps(offset)} is not an offset of a SQL table") from None
+        mine = self.table or "query", [self.cursor, self.key]
+        if (table, by) != mine:
+            raise SourceError(
+                f"the offset is one of {table} by {' and '.join(map(str, by))}, but the source reads {mine[0]} by "
+                f"{' and '.join(map(str, mine[1]))}"
+            )
+        return place
+
+
+def _encoded(value: Any) -> Any:
+    """A place as JSON has it: a number or text as it is, anything else with the name of its type."""
+    kind = _KINDS[type(value)]
+    return value if kind is None else {kind: plain(value)}
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, text),) = value.items()
+    return _READ[kind](text)
+
+
+def _text(data: bytes) -> str | bytes:
+    """Text of SQLite, which does not promise that it is UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data

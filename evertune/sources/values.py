@@ -1,0 +1,47 @@
+"""What a text and a label of a record must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+
+def text_value(value: Any) -> str:
+    """A text with something in it."""
+    if value is None:
+        raise ValueError("no text")
+    if not isinstance(value, str):
+        raise ValueError(f"the text is a {type(value).__name__}, not a string")
+    if not value.strip():
+        raise ValueError("the text is empty")
+    if not is_utf8([value]):
+        raise ValueError("the text has a lone surrogate, which no encoding can write")
+    return value
+
+
+def label_value(value: Any) -> str | list[str]:
+    """The name of a label, or the list of names of a multi-label row; whole numbers and truth values become names."""
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+        raise ValueError("no label")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, Sequence) or hasattr(value, "tolist"):
+        names = [label_value(name) for name in value]
+        if all(isinstance(name, str) for name in names):
+            return list(dict.fromkeys(names))  # type: ignore[arg-type]
+    raise ValueError(f"the label {value!r} is not a name")
+
+
+def is_utf8(cells: Sequence[str]) -> bool:
+    """Whether texts can be written as UTF-8: none has a lone surrogate."""
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

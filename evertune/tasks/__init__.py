@@ -1,0 +1,19 @@
+"""What learns, seen from outside: what a label, a score, a prediction and a record are."""
+
+from typing import TYPE_CHECKING
+
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.tasks.base import Outputs as Outputs
+    from evertune.tasks.base import Task as Task
+    from evertune.tasks.base import task_of as task_of
+    from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.tasks.base": "Outputs Task task_of",
+        "evertune.tasks.sequence_classification": "SequenceClassificationTask",
+    },
+)

@@ -1,0 +1,376 @@
+"""Checkpoints inside an update: killed at any moment, it goes on from the last one and ends in the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evertune._lightning import Checkpoint, DeepSpeedStrategy, pl
+from evertune.memory.codec import decode, encode
+from evertune.shards.portable import REPLICATED
+from evertune.shards.support import check_strategy
+from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy
+from evertune.streams.sampler import BucketSampler
+from evertune.utils.collectives import gather_bytes
+from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
+from evertune.utils.loaders import resume_loaders
+from evertune.utils.random_state import random_state, set_random_state
+
+_NAME = "step-"
+_STATE = "update.ckpt"
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint that :class:`UpdateCheckpoint` left in a folder, for ``fit(ckpt_path=...)``.
+
+    Example:
+        >>> latest("there/is/none")
+    """
+    steps = [path for path in Path(directory).glob(f"{_NAME}*") if (path / MANIFEST).is_file()]
+    newest = max(steps, key=lambda path: int(path.name.removeprefix(_NAME)), default=None)
+    return None if newest is None else newest / _STATE
+
+
+class UpdateCheckpoint(Checkpoint):
+    """Lets a killed ``fit`` go on where it was, to the same weights and learning state, bit for bit.
+
+    Every ``every_n_steps`` optimizer steps all ranks write all that the rest of the fit depends on: weights, optimizer,
+    schedule, the place in the data, what the callbacks know, and the state of the random generators of every rank. It
+    is scratch, for the same code; what is published is saved in other ways. A checkpoint appears under its name once
+    it is whole and on the disk; only then the one before it is removed. Nothing is drawn from a random generator: a fit
+    with checkpoints ends in the same bits as one without.
+
+    **On another number of processes** (a node was lost, or came back) a fit goes on in the same optimizer steps: each
+    sees the examples that it would have seen, when its size stays the same (processes x ``batch_size`` x
+    ``accumulate_grad_batches``; :func:`evertune.training.elastic.layout` tells the batches) and the loader is that of
+    ``ExperienceDataModule``. Then the weights are equal but for rounding. The random generators of all ranks but the
+    first are seeded anew, in the same way each time: dropout differs. With a ``replay_ratio`` that makes no whole
+    number of examples per batch, up to one example per rank is replayed twice or not at all. Under
+    ``evertune_deepspeed_stage_...`` the stage may change, too.
+
+    A step that ends an epoch, or that validation follows, is passed over: the checkpoint comes a step later. Metrics
+    that are averaged over an epoch start anew when a fit goes on in the middle of it.
+
+    The same bits need a loader that goes on with the next batch, as that of ``ExperienceDataModule`` does, and
+    examples that are not changed at random in worker processes.
+
+    Checkpoints hold safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. Only
+    under Lightning's own DeepSpeed strategy, and with an optimizer offloaded to NVMe or in part, they are DeepSpeed's:
+    for the same number of processes and the same stage, and read with pickle, so do not resume from a folder that
+    others can write to.
+
+    Args:
+        directory: belongs to one update, and all nodes must see it. A fit that does not go on from its checkpoint
+            empties it when training starts.
+        every_n_steps: what a kill costs at most. The default, 100, keeps the time for checkpoints to a few percent for
+            models of MiniLM's size.
+
+    Raises:
+        ValueError: when ``every_n_steps`` is not positive. When ``fit`` goes on from a checkpoint with a damaged file,
+            of another kind of strategy, or of steps of another size.
+
+    Example::
+
+        trainer = pl.Trainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), UpdateCheckpoint("checkpoints")])
+        trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # None at first: it starts at the beginning
+    """
+
+    def __init__(self, directory: str | Path, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be positive, got {every_n_steps}")
+        self.directory = Path(directory)
+        self.every_n_steps = every_n_steps
+        self._resumed: Path | None = None  # the step's folder that this fit goes on from
+        self._saved: dict[str, Any] = {}  # and its manifest
+        self._last_step = 0
+        self._saved_step: int | None = None  # the step of the newest checkpoint
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """From now on, look at a checkpoint before the strategy loads it."""
+        if stage != "fit":
+            return
+        check_strategy(trainer, "UpdateCheckpoint")
+        self._resumed = None
+        load_checkpoint = trainer.strategy.load_checkpoint
+
+        @wraps(load_checkpoint)
+        def check_and_load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            folder = Path(checkpoint_path).parent
+            if not (folder / MANIFEST).is_file():
+                return load_checkpoint(checkpoint_path, weights_only=weights_only)
+            self._resumed, self._saved = folder, read_manifest(folder)
+            _check_strategy(folder, self._saved, trainer)
+            _check_files(folder, self._saved["files"], trainer)
+            checkpoint = load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
+            _set_buffers(decode(self._rank_file(trainer).read_bytes())["buffers"], pl_module)
+            return _recounted(checkpoint, self._saved["accumulation"], trainer.accumulate_grad_batches)
+
+        trainer.strategy.load_checkpoint = check_and_load  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring back the random generators: the loader's iterator has been made, and no batch has been read yet."""
+        resume_loaders(trainer)
+        if self._resumed is not None:
+            _check_steps(self._resumed, self._saved, trainer)
+            content = self._rank_file(trainer).read_bytes()
+            if self._saved["processes"] == trainer.world_size or trainer.is_global_zero:  # what rank 0 draws, all share
+                set_random_state(decode(content)["random"], trainer.strategy.root_device)
+            else:
+                _seed_anew(content, trainer)
+        self._last_step = trainer.global_step
+        self._saved_step = None if self._resumed is None else trainer.global_step
+        if trainer.is_global_zero:
+            self._remove_all_but(self._resumed)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a checkpoint when one is due. Lightning calls checkpoint callbacks after all others."""
+        if trainer.global_step - self._last_step >= self.every_n_steps and self.save_now(trainer):
+            self._last_step = trainer.global_step
+
+    def save_now(self, trainer: pl.Trainer) -> bool:
+        """Write a checkpoint at this step, due or not. Call it on every rank, in ``on_train_batch_end``.
+
+        Returns:
+            Whether there is a checkpoint of this step, from this call or before. Not so inside an accumulation, at the
+            end of an epoch or of the fit, and where validation follows: try again after the next batch.
+        """
+        if trainer.global_step == self._saved_step:
+            return True
+        loop = trainer.fit_loop.epoch_loop
+        stepped = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or loop._is_training_done or trainer.should_stop or self._validates_next(trainer):
+            return False
+        self._save(trainer)
+        self._saved_step = trainer.global_step
+        return True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the strategy as it was."""
+        vars(trainer.strategy).pop("load_checkpoint", None)
+
+    def _rank_file(self, trainer: pl.Trainer) -> Path:
+        """What this rank had alone: at another number of processes, what rank 0 had."""
+        assert self._resumed is not None
+        same = self._saved["processes"] == trainer.world_size
+        return self._resumed / _rank_name(trainer.global_rank if same else 0)
+
+    @staticmethod
+    def _validates_next(trainer: pl.Trainer) -> bool:
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Write everything under a name that nobody looks for, and give it its own name at last."""
+        whole = self.directory / f"{_NAME}{trainer.global_step}"
+        draft = _hidden(whole)
+        draft.mkdir(parents=True, exist_ok=True)
+        self._write_state(trainer, draft / _STATE)
+        own = draft / _rank_name(trainer.global_rank)
+        own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
+        digests = [digest.decode() for digest in gather_bytes(sha256(own).encode(), trainer)]
+        trainer.strategy.barrier("the parts of a checkpoint")
+        if trainer.is_global_zero:
+            alike = [draft / _STATE] if (draft / _STATE).is_file() else _written_by_rank_0(draft / _STATE)
+            files = {str(path.relative_to(draft)): sha256(path) for path in alike}
+            files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}
+            write_atomically(draft / MANIFEST, json.dumps(_layout(trainer) | {"files": files}, indent=1).encode())
+            sync_tree(draft)
+            draft.rename(whole)
+            sync_folder(self.directory)
+            self._remove_all_but(whole)
+        trainer.strategy.barrier("a whole checkpoint")
+
+    @staticmethod
+    def _write_state(trainer: pl.Trainer, path: Path) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, EvertuneDeepSpeedStrategy):
+            trainer.save_checkpoint(path)
+            return
+        strategy.portable = strategy.can_be_portable
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            strategy.portable = False
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        """Remove older checkpoints and what a killed process has left; one that is half removed has no name."""
+        for path in self.directory.glob(f".{_NAME}*"):
+            shutil.rmtree(path)
+        for path in self.directory.glob(f"{_NAME}*"):
+            if kept is None or path.resolve() != kept.resolve():
+                shutil.rmtree(path.rename(_hidden(path)))
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _rank_name(rank: int) -> str:
+    return f"rank-{rank:05d}.state"
+
+
+def _written_by_rank_0(state: Path) -> list[Path]:
+    """What rank 0 has written of a folder with the parts of all ranks: the indices tell the digests of the others."""
+    return [path for path in (state / REPLICATED, *state.rglob("index.json")) if path.is_file()]
+
+
+def _layout(trainer: pl.Trainer) -> dict[str, Any]:
+    """How the weights and the examples of a step are shared out among the processes."""
+    strategy = trainer.strategy
+    stage, weights = 0, "replicated"
+    if isinstance(strategy, DeepSpeedStrategy):
+        assert isinstance(strategy.config, dict)
+        stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
+        if isinstance(strategy, EvertuneDeepSpeedStrategy) and strategy.can_be_portable:
+            weights = "portable"
+    return {
+        "processes": trainer.world_size,
+        "weights": weights,
+        "zero_stage": stage,
+        "batch_size": getattr(trainer.train_dataloader, "batch_size", None),
+        "accumulation": trainer.accumulate_grad_batches,
+    }
+
+
+def _check_strategy(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Refuse a checkpoint whose weights this fit cannot read."""
+    here = _layout(trainer)
+    what = ["weights"] if here["weights"] != "deepspeed" else ["weights", "processes", "zero_stage"]
+    if any(saved[key] != here[key] for key in what):
+        raise ValueError(
+            f"the checkpoint {folder} was written by {_in_words(saved)}, this fit has {_in_words(here)}. Inside an "
+            "update the kind of strategy must stay the same, and where checkpoints are DeepSpeed's own the number of "
+            "processes and the stage too: go on as it was written (ZeRO works on one process), or delete the "
+            "checkpoint and learn the update anew from the version before it. Between two updates they may change"
+        )
+
+
+def _in_words(layout: dict[str, Any]) -> str:
+    processes, stage = layout["processes"], layout["zero_stage"]
+    own = " and DeepSpeed's own checkpoints" * (layout["weights"] == "deepspeed")
+    return f"{processes} process{'es' * (processes > 1)} {f'with ZeRO-{stage}{own}' if stage else 'without ZeRO'}"
+
+
+def _check_files(folder: Path, files: dict[str, str], trainer: pl.Trainer) -> None:
+    """Compare the files that every rank reads, and this rank's own, with their digests."""
+    for name, expected in files.items():
+        path = folder / name
+        if name.startswith("rank-") and name not in (_rank_name(0), _rank_name(trainer.global_rank)):
+            continue
+        if not path.is_file() or sha256(path) != expected:
+            raise ValueError(
+                f"{path} is damaged or missing: it is not what {MANIFEST} says was written. Delete the checkpoint and "
+                "learn the update anew"
+            )
+
+
+def _check_steps(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Refuse to go on in optimizer steps of other examples."""
+    here = _layout(trainer)
+    if all(saved[key] == here[key] for key in ("processes", "batch_size", "accumulation")):
+        return
+    if step_size_of(saved) != step_size_of(here):
+        raise ValueError(
+            f"the checkpoint {folder} was written in optimizer steps of {_step_in_words(saved)} examples, this fit has "
+            f"{_step_in_words(here)}: keep the product, as evertune.training.elastic.layout does, or delete the "
+            "checkpoint and "
+            "learn the update anew"
+        )
+    if not isinstance(getattr(trainer.train_dataloader, "sampler", None), BucketSampler):
+        raise ValueError(
+            f"the checkpoint {folder} was written by {_step_in_words(saved)} examples a step, this fit has "
+            f"{_step_in_words(here)}: only loaders of ExperienceDataModule deal the same examples to another number of "
+            "processes. Use one, or go on as it was written"
+        )
+
+
+def _step_in_words(layout: dict[str, Any]) -> str:
+    return f"{layout['processes']} (processes) x {layout['batch_size']} (batch_size) x {layout['accumulation']}"
+
+
+def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, Any]:
+    """Lightning's count of batches at another accumulation: as many optimizer steps as before.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        saved: batches in a step when it was written.
+        here: batches in a step now.
+    """
+    if saved == here:
+        return checkpoint
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["total"]["ready"] != checkpoint["global_step"] * saved:
+        raise ValueError(
+            f"the checkpoint has {progress['total']['ready']} batches in {checkpoint['global_step']} optimizer steps, "
+            f"not {saved} in each, so it can only be resumed with accumulate_grad_batches={saved}"
+        )
+    for counts in (progress["total"], progress["current"]):
+        batches = counts["ready"] // saved * here
+        running = counts["ready"] - counts["completed"]  # the batch at whose end it was written
+        counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - running}
+    for loader in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+        if loader.keys() == {"epoch", "batch"}:  # those of a ResumableLoader
+            loader["batch"] = loader["batch"] // saved * here
+    return checkpoint
+
+
+def _buffers(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+    """The module's buffers as this rank has them; without ZeRO they are among the weights of the checkpoint."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return {}
+    persistent = trainer.lightning_module.state_dict().keys()
+    return {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in persistent}
+
+
+def _set_buffers(buffers: dict[str, torch.Tensor], module: pl.LightningModule) -> None:
+    for name, buffer in module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+
+
+def _seed_anew(content: bytes, trainer: pl.Trainer) -> None:
+    """Seed this rank's generators from what a checkpoint holds: the same checkpoint gives the same numbers."""
+    seed = int.from_bytes(hashlib.sha256(content).digest()[:3]) + trainer.global_rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+MANIFEST = "checkpoint.json"
+
+
+def step_size_of(manifest: dict[str, Any]) -> int | None:
+    """Examples in an optimizer step of the fit that wrote a checkpoint; None where its loader does not tell."""
+    batch_size = manifest["batch_size"]
+    return None if batch_size is None else int(manifest["processes"] * batch_size * manifest["accumulation"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about the fit that wrote it.
+
+    Args:
+        folder: of the checkpoint's step.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        missing = {"processes", "weights", "zero_stage", "batch_size", "accumulation", "files"} - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the checkpoint and learn the update anew") from None
+    if missing:
+        raise ValueError(f"{path} is damaged or of another version: it has no {sorted(missing)}")
+    return manifest  # type: ignore[no-any-return]

@@ -1,0 +1,326 @@
+"""What was kept and what was lost: the accuracy matrix, one row after each update."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from evertune._lightning import RunningStage, is_overridden, isolate_rng, pl
+from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.examples import to_device
+from evertune.shards.support import check_strategy
+from evertune.utils.batches import logits_of, targets_of
+
+Score = Callable[[pl.LightningModule, Any], Tensor]
+_FILE = "evaluation.json"
+
+
+def accuracy(module: pl.LightningModule, batch: Any) -> Tensor:
+    """1 for each example the module gets right, else 0: a float tensor of shape ``[batch]``.
+
+    Targets of shape ``[batch]`` are class indices, compared with the largest logit. Targets of the logits' own shape
+    are multi-label: an example counts only when every label is right (a logit above 0 means yes).
+
+    Raises:
+        TypeError: when the targets fit neither case; pass your own ``score=`` then.
+    """
+    logits, targets = logits_of(module, batch), targets_of(batch)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"cannot score targets of type {type(targets).__name__}; pass score= to ContinualEvaluation")
+    if logits.ndim == 2 and targets.ndim == 1:
+        return (logits.argmax(1) == targets).float()
+    if logits.ndim == 2 and targets.shape == logits.shape:
+        return ((logits > 0) == (targets > 0.5)).all(1).float()
+    raise TypeError(
+        f"cannot score logits of shape {list(logits.shape)} against targets of shape {list(targets.shape)}; "
+        "pass score= to ContinualEvaluation, a callable (module, batch) -> tensor [batch]"
+    )
+
+
+class ContinualEvaluation(ContinualCallback):
+    """Fills the accuracy matrix: after each experience, the score on every experience seen so far.
+
+    ``accuracy_matrix[t][k]`` is the mean score on experience k after update t. The number is the same on one process
+    and on many: each rank scores its share of the examples and the sums are added.
+
+    Experience k is the k-th one added with :meth:`add_experience`. When experience t ends and no such loader was
+    added, the loader of the current ``fit`` is kept as experience t: the test loader of the datamodule or module, or
+    else the validation loader. Training is left as it was: no random number is drawn from the global generators, and
+    every submodule returns to its mode.
+
+    Example::
+
+        >>> import pytorch_lightning as pl
+        >>> from evertune.training.evaluation import ContinualEvaluation
+        >>> evaluation = ContinualEvaluation(on="val")
+        >>> trainer = pl.Trainer(callbacks=[evaluation], logger=False, enable_model_summary=False, accelerator="cpu")
+        >>> evaluation.accuracy_matrix  # filled by trainer.fit
+        []
+
+    Args:
+        score: ``(module, batch) -> tensor [batch]``, each example's score in [0, 1]. Default: :func:`accuracy`, which
+            takes logits from calling the module and targets from the batch.
+        on: which loader of the ``fit`` to keep when none was added: ``"test"`` (the validation loader where there is
+            no test loader) or ``"val"``.
+        evaluate_unseen: also score the experiences added but not yet learned (for forward transfer).
+
+    Raises:
+        ValueError: when ``fit`` starts and there is nothing to evaluate on, or a loader cannot be evaluated.
+    """
+
+    def __init__(
+        self, score: Score | None = None, on: Literal["test", "val"] = "test", evaluate_unseen: bool = False
+    ) -> None:
+        if on not in ("test", "val"):
+            raise ValueError(f'on must be "test" or "val", got {on!r}')
+        self.score = score or accuracy
+        self.on = on
+        self.evaluate_unseen = evaluate_unseen
+        self.experiences: list[str] = []
+        """Names of the experiences: the columns of the matrix."""
+        self._rows: list[list[float]] = []
+        self._loaders: dict[str, DataLoader[Any]] = {}
+        self._classes: dict[str, set[str]] = {}
+        self._fit_loader: DataLoader[Any] | None = None
+
+    @property
+    def accuracy_matrix(self) -> list[list[float]]:
+        """One row per update, one column per experience; NaN where there was no evaluation."""
+        return [row + [math.nan] * (len(self.experiences) - len(row)) for row in self._rows]
+
+    def add_experience(self, name: str, loader: DataLoader[Any], classes: Sequence[str] = ()) -> None:
+        """Add the next experience, or give a known one its loader (as after a restart).
+
+        Args:
+            name: unique; the column's name.
+            loader: a ``DataLoader`` over a map-style dataset. Only its dataset, batch size and ``collate_fn`` are
+                used: examples are read in order, each exactly once.
+            classes: the names of its classes. As long as a module with ``classes`` of its own lacks one of them, as a
+                head that is still to grow does, the score is NaN.
+
+        Raises:
+            ValueError: when the loader is of another kind, or empty.
+        """
+        _check_loader(name, loader)
+        if name not in self.experiences:
+            self.experiences.append(name)
+        self._loaders[name] = loader
+        self._classes[name] = set(classes)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse, by name, a strategy that this callback cannot work with."""
+        check_strategy(trainer, "ContinualEvaluation")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the previous fit's loader."""
+        self._fit_loader = None
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse, before the first step, a fit after which nothing could be evaluated."""
+        if len(self.experiences) <= len(self._rows):
+            self._fit_loader = self._find_loader(trainer)
+            if self._fit_loader is None and not self.experiences:
+                raise ValueError(
+                    "ContinualEvaluation has nothing to evaluate on: this fit has no test loader, and no "
+                    "validation loader with a validation_step; give it one, or call add_experience(name, loader) first"
+                )
+        lost = [name for name in self.experiences if name not in self._loaders]
+        if lost:
+            rank_zero_warn(
+                f"ContinualEvaluation has no data for {lost}, learned before a restart: their scores will be NaN; "
+                "call add_experience(name, loader) with the same names to evaluate on them"
+            )
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Score the module on the experiences seen, add a row to the matrix, and log it."""
+        update = len(self._rows)
+        if len(self.experiences) <= update:
+            self._fit_loader = self._fit_loader or self._find_loader(trainer)
+            if self._fit_loader is not None:
+                self.add_experience(self._free_name(trainer), self._fit_loader)
+        names = self.experiences if self.evaluate_unseen else self.experiences[: update + 1]
+        self._rows.append(self._evaluate(trainer, module, names))
+        self._log(trainer)
+
+    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, names: list[str]) -> list[float]:
+        scores: dict[int, float] = {}  # by loader: experiences that a drift trigger split off one fit share theirs
+        row = []
+        with _evaluating(trainer, module):
+            for name in names:
+                loader = self._loaders.get(name) if self._knows(module, name) else None
+                if loader is not None and id(loader) not in scores:
+                    scores[id(loader)] = self._mean_score(trainer, module, loader)
+                row.append(math.nan if loader is None else scores[id(loader)])
+        return row
+
+    def _knows(self, module: pl.LightningModule, name: str) -> bool:
+        """Whether the module has a score for every class of an experience, as far as both say."""
+        known = getattr(module, "classes", None)
+        return known is None or self._classes.get(name, set()) <= set(known)
+
+    def _mean_score(self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any]) -> float:
+        share, n_real = _share(loader, trainer)
+        total, seen = 0.0, 0
+        for batch in share:
+            batch = to_device(trainer, batch)  # noqa: PLW2901
+            with trainer.precision_plugin.val_step_context():
+                scores = self.score(module, batch)
+            _check_scores(scores)
+            total += scores[: max(n_real - seen, 0)].double().sum().item()
+            seen += len(scores)
+        sums = torch.tensor([total, n_real], dtype=torch.float64)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        return (sums[0] / sums[1]).item()
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        from evertune.metrics.functional import average_accuracy, forgetting
+
+        matrix = torch.tensor(self.accuracy_matrix, dtype=torch.float64)
+        metrics = {f"accuracy/{name}": x for name, x in zip(self.experiences, self._rows[-1], strict=False)}
+        metrics["average_accuracy"] = average_accuracy(matrix, seen=min(matrix.shape))
+        metrics["forgetting"] = forgetting(matrix)
+        metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _find_loader(self, trainer: pl.Trainer) -> DataLoader[Any] | None:
+        """The one loader of this fit to evaluate on, or None."""
+        if self.on == "test":
+            for owner in (_datamodule(trainer), trainer.lightning_module):
+                if owner is not None and is_overridden("test_dataloader", owner):
+                    owner.setup("test")
+                    loader = _only_one(owner.test_dataloader(), "test")
+                    if loader is not None:
+                        return loader
+        return _only_one(trainer.val_dataloaders, "validation")
+
+    def _free_name(self, trainer: pl.Trainer) -> str:
+        name = getattr(getattr(_datamodule(trainer), "experience", None), "name", None)
+        if isinstance(name, str) and name not in self.experiences:
+            return name
+        return f"experience_{len(self.experiences)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The matrix and its names; the loaders belong to the process."""
+        return {
+            "experience_index": self.experience_index,
+            "experiences": list(self.experiences),
+            "accuracy_matrix": [list(row) for row in self._rows],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; loaders added under other names come after the restored ones."""
+        restored = list(state_dict["experiences"])
+        self.experience_index = state_dict["experience_index"]
+        self.experiences = restored + [name for name in self.experiences if name not in restored]
+        self._rows = [list(row) for row in state_dict["accuracy_matrix"]]
+
+    def save(self, directory: str | Path) -> None:
+        """Write the matrix to ``evaluation.json``. Call on every rank."""
+        state = self.state_dict()
+        state["accuracy_matrix"] = [[None if math.isnan(x) else x for x in row] for row in self._rows]
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            (Path(directory) / _FILE).write_text(json.dumps(state, indent=1, allow_nan=False))
+
+    def load(self, directory: str | Path) -> None:
+        """Read what :meth:`save` wrote. Call on every rank.
+
+        Raises:
+            ValueError: when the file is not such a JSON file.
+        """
+        path = Path(directory) / _FILE
+        try:
+            state = json.loads(path.read_text())
+            state["accuracy_matrix"] = [
+                [math.nan if x is None else float(x) for x in r] for r in state["accuracy_matrix"]
+            ]
+            self.load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a saved ContinualEvaluation: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _evaluating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Evaluation mode, no gradients, and everything back as it was."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING  # user hooks that ask `trainer.training` (augmentation) hear no
+    module.eval()
+    try:
+        with torch.no_grad(), isolate_rng():
+            yield
+    finally:
+        trainer.state.stage = stage
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
+def _share(loader: DataLoader[Any], trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
+    """This rank's examples and how many of them count: padded, so that all ranks run as many batches."""
+    batch_size = _batch_size(loader)
+    assert batch_size is not None
+    n_examples = len(loader.dataset)  # type: ignore[arg-type]
+    n_debug_batches = int(getattr(trainer, "fast_dev_run", 0))
+    if n_debug_batches:
+        n_examples = min(n_examples, n_debug_batches * batch_size * trainer.world_size)
+    indices = list(range(trainer.global_rank, n_examples, trainer.world_size))
+    n_real = len(indices)
+    indices += [0] * (math.ceil(n_examples / trainer.world_size) - n_real)
+    return DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, collate_fn=loader.collate_fn), n_real
+
+
+def _datamodule(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return getattr(trainer, "datamodule", None)
+
+
+def _batch_size(loader: DataLoader[Any]) -> int | None:
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _check_loader(name: str, loader: DataLoader[Any]) -> None:
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"experience {name!r}: the loader must be a DataLoader, got {type(loader).__name__}")
+    if not hasattr(loader.dataset, "__len__") or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        kind = type(loader.dataset).__name__
+        raise ValueError(f"experience {name!r}: evaluation needs a map-style dataset with a length, got {kind}")
+    if _batch_size(loader) is None:
+        raise ValueError(f"experience {name!r}: evaluation needs a loader with a batch_size, got batch_size=None")
+    if len(loader.dataset) == 0:
+        raise ValueError(f"experience {name!r}: there are no examples to evaluate on")
+
+
+def _only_one(loaders: Any, kind: str) -> DataLoader[Any] | None:
+    leaves = tree_leaves(loaders, is_leaf=lambda leaf: isinstance(leaf, DataLoader)) if loaders is not None else []
+    if len(leaves) > 1:
+        raise ValueError(
+            f"ContinualEvaluation found {len(leaves)} {kind} loaders and cannot tell which one is the experience's: "
+            "call add_experience(name, loader) with it"
+        )
+    if not leaves:
+        return None
+    _check_loader(f"the {kind} loader", leaves[0])
+    loader: DataLoader[Any] = leaves[0]
+    return loader
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not isinstance(scores, Tensor) or scores.ndim != 1:
+        shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"score must return a tensor of shape [batch], got {shape}")
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise ValueError(f"score must return values in [0, 1], got {scores.min().item():g} to {scores.max().item():g}")

@@ -1,0 +1,211 @@
+"""A stream's run that may be interrupted: what it has learnt so far, in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from evertune._lightning import pl
+from evertune.callbacks.base import named_callbacks
+from evertune.lightning_modules.saving import load_weights, save_weights
+from evertune.memory.codec import decode, encode
+from evertune.strategies.deepspeed import SavedMasters
+from evertune.training.checkpoint import UpdateCheckpoint, latest
+from evertune.training.heartbeat import Heartbeat
+from evertune.training.preemption import Preemption
+from evertune.utils.files import sync_folder, sync_tree, write_atomically
+from evertune.utils.random_state import random_state, set_random_state
+from evertune.utils.ranks import is_leader, is_writer, rank_and_world_size
+
+if TYPE_CHECKING:
+    from evertune.streams.experience import Experience
+
+_STATE = "state-"
+_RUN = "run.json"
+_STEP = "step.json"
+_MODULE = "model"
+_WEIGHTS = "weights.safetensors"
+_MASTERS = "masters"
+_CALLBACKS = "callbacks"
+
+
+class StreamRun:
+    """The folder of a run over a stream: it starts where the last one in this folder stopped.
+
+    After each experience it holds the weights and all that the continual callbacks have learnt; inside of one, the
+    checkpoints of :class:`~evertune.callbacks.UpdateCheckpoint`. On the same number of processes a run that was
+    interrupted ends in the bits of one that was not. What comes in is whole or is not there: every state appears under
+    its name when it is on the disk.
+
+    Args:
+        directory: belongs to one run; all nodes must see it.
+        experiences: the stream.
+        every_n_steps: optimizer steps between two checkpoints inside an experience.
+
+    Raises:
+        ValueError: when the folder holds a run over other experiences.
+    """
+
+    def __init__(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> None:
+        self.directory = Path(directory)
+        self.checkpoint = UpdateCheckpoint(self.directory / "checkpoints", every_n_steps)
+        self._generators = _Generators()
+        self._describe(experiences)
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What every fit of the run needs: checkpoints, a way to be stopped, and a sign of life for a launcher."""
+        launched = "EVERTUNE_NODE_DIR" in os.environ  # its supervisor's SIGTERM means: start over
+        signals = (signal.SIGUSR2,) if launched else (signal.SIGUSR2, signal.SIGTERM)
+        return [self._generators, self.checkpoint, Preemption(signals), Heartbeat()]
+
+    def resume(self, trainer: pl.Trainer, module: pl.LightningModule, experiences: Sequence[Experience]) -> int:
+        """Bring back what was learnt. Call on every rank, before the first fit.
+
+        Returns:
+            How many experiences have been learnt.
+        """
+        learnt = max((int(path.name.removeprefix(_STATE)) for path in self.directory.glob(f"{_STATE}*")), default=0)
+        self._checkpoints_of(learnt)
+        if not learnt:
+            return 0
+        prepare = getattr(module, "prepare_experience", None)
+        if callable(prepare):
+            for experience in experiences[:learnt]:
+                prepare(experience)
+        state = self.directory / f"{_STATE}{learnt}"
+        _load_module(module, state)
+        for name, callback in named_callbacks(trainer):
+            if (state / _CALLBACKS / name).is_dir():
+                callback.load(state / _CALLBACKS / name)
+        if learnt == len(experiences):
+            module.configure_model()
+        random = state / _random_file(trainer.global_rank)
+        if random.is_file():  # there are more processes than before otherwise
+            self._generators.state = decode(random.read_bytes())
+        return learnt
+
+    def step_size(self, trainer: pl.Trainer, datamodule: Any) -> int | None:
+        """Examples in an optimizer step, over all processes: the first start of the run decides.
+
+        None where the datamodule does not tell.
+        """
+        path = self.directory / _STEP
+        if path.is_file():
+            return int(json.loads(path.read_bytes())["step_size"])
+        batch_size = getattr(datamodule, "batch_size", None)
+        if batch_size is None:
+            return None
+        size: int = batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        if is_leader():
+            write_atomically(path, json.dumps({"step_size": size}).encode())
+        return size
+
+    @property
+    def ckpt_path(self) -> Path | None:
+        """The checkpoint to go on from inside the next experience."""
+        return latest(self.checkpoint.directory)
+
+    @property
+    def seconds(self) -> float:
+        """What the experiences that are learnt have taken."""
+        states = list(self.directory.glob(f"{_STATE}*/{_RUN}"))
+        return max((float(json.loads(path.read_bytes())["seconds"]) for path in states), default=0.0)
+
+    def commit(self, trainer: pl.Trainer, module: pl.LightningModule, learnt: int, seconds: float) -> None:
+        """Keep what has been learnt, and nothing from before. Call on every rank.
+
+        Args:
+            trainer: with its callbacks.
+            module: trained.
+            learnt: the number of experiences learnt.
+            seconds: that they have taken.
+        """
+        whole = self.directory / f"{_STATE}{learnt}"
+        draft = whole.with_name(f".{whole.name}")
+        if is_writer():
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        _barrier()
+        _save_module(module, draft)
+        for name, callback in named_callbacks(trainer):
+            callback.save(draft / _CALLBACKS / name)
+        self._generators.state = random_state(trainer.strategy.root_device)
+        (draft / _random_file(rank_and_world_size()[0])).write_bytes(encode(self._generators.state))
+        _barrier()
+        if is_writer():
+            write_atomically(draft / _RUN, json.dumps({"seconds": seconds}).encode())
+            sync_tree(draft)
+            draft.rename(whole)
+            sync_folder(self.directory)
+            shutil.rmtree(self.checkpoint.directory, ignore_errors=True)
+            for path in self.directory.glob(f"{_STATE}*"):
+                if path != whole:
+                    shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
+        _barrier()
+        self._checkpoints_of(learnt)
+
+    def _checkpoints_of(self, learnt: int) -> None:
+        """Checkpoints are those of one experience: another one's are never resumed."""
+        self.checkpoint.directory = self.directory / f"checkpoints-{learnt}"
+
+    def _describe(self, experiences: Sequence[Experience]) -> None:
+        """Write down what the run is over, or compare."""
+        path = self.directory / _RUN
+        here = [{"name": e.name, "examples": len(e.train), "classes": list(e.classes)} for e in experiences]
+        if path.is_file():
+            there = json.loads(path.read_bytes())["experiences"]
+            if there != here:
+                differs = next((f"{a} now, {b} then" for a, b in zip(here, there, strict=False) if a != b), None)
+                raise ValueError(
+                    f"{self.directory} holds a run over other experiences: "
+                    f"{differs or f'{len(here)} now, {len(there)} then'}; give this one another folder, or delete that"
+                )
+        elif is_leader():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({"experiences": here}, indent=1).encode())
+
+
+class _Generators(pl.Callback):
+    """Starts each fit with the random generators as the last one left them, whatever loaded the model since."""
+
+    state: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.state is not None:
+            set_random_state(self.state, trainer.strategy.root_device)
+
+
+def _save_module(module: Any, folder: Path) -> None:
+    masters = vars(module).get("_evertune_masters")  # of 16-bit training under DeepSpeed
+    if masters is not None:
+        masters.save(folder / _MASTERS)
+    if hasattr(module, "start_from"):
+        module.save_pretrained(folder / _MODULE)
+    else:
+        save_weights(module, folder / _WEIGHTS)
+
+
+def _load_module(module: Any, folder: Path) -> None:
+    if (folder / _MASTERS).is_dir():
+        vars(module)["_evertune_masters"] = SavedMasters(folder / _MASTERS)
+    if hasattr(module, "start_from"):
+        module.start_from(folder / _MODULE)
+        return
+    module.configure_model()
+    load_weights(module, folder / _WEIGHTS)
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.state"
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,246 @@
+"""One update per experience: a Lightning trainer for a stream."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from evertune._lightning import EarlyStopping, ModelCheckpoint, Strategy, Timer, is_overridden, pl, rank_zero_info
+from evertune.callbacks.drift_trigger import DriftTrigger
+from evertune.callbacks.replay.callback import Replay
+from evertune.metrics.history import History
+from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
+from evertune.streams.experience import Experience, ExperienceStream
+from evertune.training.elastic import layout
+from evertune.training.evaluation import ContinualEvaluation
+
+if TYPE_CHECKING:
+    from evertune.training.stream_run import StreamRun
+
+_OF_ONE_FIT = (EarlyStopping, ModelCheckpoint, Timer)
+"""Callbacks that judge a single fit: they start anew with each update."""
+
+
+class ContinualTrainer(pl.Trainer):
+    """A ``Trainer`` that learns a stream: one ``fit`` for each experience, each scored on all experiences so far.
+
+    Takes every argument of ``pl.Trainer``; they hold for each update (``max_epochs=3`` are three epochs per
+    experience). Callbacks live through the whole stream, so ``Replay`` and ``EWC`` remember. Optimizer and schedule
+    start anew with each update: a carried-over Adam and a decayed learning rate learn nothing new.
+
+    ``fit``, ``validate``, ``test`` and ``predict`` are Lightning's own.
+
+    Args:
+        **settings: as in ``pl.Trainer``.
+
+    Example::
+
+        stream = class_incremental("intents.jsonl", label="intent", n_experiences=10)
+        module = SequenceClassificationModule("bert-base-uncased")
+        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC(ewc_lambda=100.0)])
+        history = trainer.fit_stream(module, stream)
+        print(history.average_accuracy, history.forgetting)
+
+    Attributes:
+        experience: the experience being learnt, or None outside of ``fit_stream``.
+    """
+
+    callbacks: list[pl.Callback]
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = _kept(settings)
+        super().__init__(**settings)
+        self.experience: Experience | None = None
+
+    def fit_stream(
+        self,
+        module: pl.LightningModule,
+        stream: Sequence[Experience] | StreamDataModule,
+        datamodule: Callable[[Experience], pl.LightningDataModule] | None = None,
+        evaluate_on: Sequence[Experience] | None = None,
+        run_dir: str | Path | None = None,
+        checkpoint_every_n_steps: int = 500,
+    ) -> History:
+        """Learn the experiences of a stream one after the other.
+
+        Args:
+            module: any LightningModule. One with ``prepare_experience(experience)``, as
+                ``SequenceClassificationModule`` has, is told of each experience before its fit (its head grows then).
+            stream: the experiences, or a ``StreamDataModule`` that describes them and their batches.
+            datamodule: makes the datamodule of an experience. By default a ``StreamDataModule`` makes its own, and
+                other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
+            evaluate_on: the experiences to score after every update, seen or not. By default those seen so far.
+            run_dir: a folder that all nodes see, in which the run keeps what it has learnt: called again with the same
+                folder, in a new process, it goes on where it was killed or stopped, and on the same number of
+                processes ends in the same bits. By default nothing is kept.
+            checkpoint_every_n_steps: optimizer steps between two checkpoints inside an experience, with ``run_dir``.
+
+        A second call goes on where the first ended: the accuracy matrix gets more rows. A call that fails leaves what
+        was learnt of the experiences before; call it again with those that are left.
+
+        Returns:
+            The accuracy matrix, the metrics that follow from it, the seconds, and what drift triggers and the replay
+            memory have to tell.
+
+        Raises:
+            ValueError: when the stream is empty, or an experience has neither test nor validation data.
+        """
+        experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
+        if len(experiences) == 0:
+            raise ValueError("the stream is empty: there is nothing to learn")
+        run = None if run_dir is None else self._start_run(run_dir, experiences, checkpoint_every_n_steps)
+        make = datamodule or _default_datamodule(module, stream)
+        evaluation = self._evaluation()
+        evaluation.evaluate_unseen |= evaluate_on is not None
+        for scored in evaluate_on or ():
+            evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
+        learnt = 0 if run is None else run.resume(self, module, experiences)
+        start = time.perf_counter() - (0.0 if run is None else run.seconds)
+        datamodules = [make(experience) for experience in experiences]
+        loaders = [  # made before anything is trained: an experience that cannot be scored is found at once
+            None if evaluate_on is not None else _evaluation_loader(experience, data)
+            for experience, data in zip(experiences, datamodules, strict=True)
+        ]
+        for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
+            if loader is not None:
+                evaluation.add_experience(experience.name, loader, experience.classes)
+            if number < learnt:
+                continue
+            rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
+            if run is None:
+                self.fit_experience(module, experience, data)
+            else:
+                self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
+                run.commit(self, module, number + 1, time.perf_counter() - start)
+        return History(
+            evaluation.experiences,
+            evaluation.accuracy_matrix,
+            time.perf_counter() - start,
+            drift=[
+                point
+                for one in self.callbacks
+                if isinstance(one, DriftTrigger)
+                for point in one.history
+                if "score" in point
+            ],
+            memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
+            examples=sum(len(experience.train) for experience in experiences),
+        )
+
+    def fit_experience(
+        self,
+        module: pl.LightningModule,
+        experience: Experience,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | Path | None = None,
+        step_size: int | None = None,
+    ) -> None:
+        """Learn one experience: one update, with nothing evaluated but what callbacks evaluate.
+
+        Args:
+            module: any LightningModule; ``prepare_experience(experience)`` is called where it has one.
+            experience: what is learnt.
+            datamodule: its batches.
+            ckpt_path: a checkpoint of the same update, to go on from; on another number of processes the same steps
+                are shared out anew, see :func:`evertune.training.elastic.layout`.
+            step_size: examples in an optimizer step, over all processes, where that shall not depend on how many there
+                are. By default batch size, accumulation and processes make it.
+
+        Raises:
+            ValueError: when the step does not divide among the processes.
+        """
+        if self.state.fn is not None:
+            super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
+        if hasattr(datamodule, "batch_size"):
+            accumulation = self._settings.get("accumulate_grad_batches", 1)
+            datamodule.batch_size, self.accumulate_grad_batches = layout(
+                ckpt_path, self.world_size, datamodule.batch_size, accumulation, step_size=step_size
+            )
+        prepare = getattr(module, "prepare_experience", None)
+        if callable(prepare):
+            prepare(experience)
+        self.experience = experience
+        try:
+            self.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+        finally:
+            self.experience = None
+
+    def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
+        """A trainer with the settings of this one, whose callbacks remember nothing that this one has not yet learnt.
+
+        Args:
+            callbacks: more callbacks, after copies of this one's.
+            settings: replace those of this one.
+        """
+        kept = _kept(self._settings)
+        copies = [copy.deepcopy(callback) for callback in kept["callbacks"]]
+        return ContinualTrainer(**{**kept, **settings, "callbacks": [*copies, *callbacks]})
+
+    def _start_run(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> StreamRun:
+        """The folder of a run; its callbacks join this trainer's."""
+        from evertune.training.stream_run import StreamRun
+
+        run = StreamRun(directory, experiences, every_n_steps)
+        self._settings |= {"callbacks": [*self._settings["callbacks"], *run.callbacks()], "enable_checkpointing": True}
+        super().__init__(**_kept(self._settings))
+        return run
+
+    def _evaluation(self) -> ContinualEvaluation:
+        """The evaluation among the callbacks, or a new one that stays for all updates."""
+        for callback in self.callbacks:
+            if isinstance(callback, ContinualEvaluation):
+                return callback
+        evaluation = ContinualEvaluation()
+        self._settings["callbacks"].append(evaluation)
+        self.callbacks.append(evaluation)
+        return evaluation
+
+
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for one more trainer: what a fit uses up is copied, what learns through the stream is shared."""
+    callbacks = settings.get("callbacks") or []
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+    copied: dict[str, Any] = {
+        "callbacks": [
+            copy.deepcopy(callback) if isinstance(callback, _OF_ONE_FIT) else callback for callback in callbacks
+        ]
+    }
+    if isinstance(settings.get("strategy"), Strategy):
+        copied["strategy"] = copy.deepcopy(settings["strategy"])
+    return {**settings, **copied}
+
+
+def _default_datamodule(
+    module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule
+) -> Callable[[Experience], pl.LightningDataModule]:
+    """The batches of an experience when nobody says how to make them."""
+    tokenizer = getattr(module, "tokenizer", None)
+    if isinstance(stream, StreamDataModule):
+        return lambda experience: stream.datamodule(experience, tokenizer)
+    columns: dict[str, Any] = {}
+    if isinstance(stream, ExperienceStream):
+        columns = {"text": stream.text, "label": stream.label}
+    made: dict[int, ExperienceDataModule] = {}
+
+    def make(experience: Experience) -> ExperienceDataModule:
+        if id(experience) not in made:  # tokenised once, though each is scored after many updates
+            made[id(experience)] = ExperienceDataModule(experience, tokenizer, **columns)
+        return made[id(experience)]
+
+    return make
+
+
+def _evaluation_loader(experience: Experience, data: pl.LightningDataModule) -> DataLoader[Any]:
+    """The test batches of an experience, or its validation batches where it has no test data."""
+    data.prepare_data()
+    data.setup("test")
+    for name in ("test_dataloader", "val_dataloader"):
+        loader = getattr(data, name)() if is_overridden(name, data, pl.LightningDataModule) else []
+        if isinstance(loader, DataLoader):
+            return loader
+    raise ValueError(f"experience {experience.name!r} has neither test nor validation data to score it on")

@@ -1,0 +1,24 @@
+"""What Lightning leaves out when a fit goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from evertune._lightning import pl
+
+
+def resume_loaders(trainer: pl.Trainer) -> None:
+    """Let the training loaders go on from where the checkpoint left them; call it in ``on_train_start``.
+
+    Lightning does so where it sets them up when training starts. Where it has set them up before, because a schedule
+    asked how long ``fit`` will be, it had not read that part of the checkpoint yet.
+    """
+    if trainer.fit_loop.restarting and trainer.fit_loop._combined_loader_states_to_load:
+        restart_loaders(trainer)
+
+
+def restart_loaders(trainer: pl.Trainer) -> None:
+    """Make a new iterator over the training loaders, from where the checkpoint left them if there is one."""
+    loop = trainer.fit_loop
+    assert loop._combined_loader is not None and loop._data_fetcher is not None
+    loop._combined_loader.reset()
+    loop._load_combined_loader_states()
+    iter(loop._data_fetcher)

@@ -1,0 +1,80 @@
+"""Every method gives the same weights on one process, DDP and ZeRO-1, 2 and 3."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.distributed import run_ranks
+from tests.helpers.shard_worker import make_bert
+
+RUNS = [
+    {"method": method, "optimizer": optimizer, "accumulation": accumulation}
+    for method, optimizer, accumulation in itertools.product(("replay", "ewc", "replay+ewc"), ("sgd", "adamw"), (1, 3))
+]
+
+PAIRS = [run for i, run in enumerate(RUNS) if (i // 4 + i // 2 + i) % 2 == 0]
+"""Half of them, in which every two settings of method, optimizer and accumulation meet."""
+
+
+def weights(folder: Path, run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{run['method']}-{run['optimizer']}-{run['accumulation']}.safetensors")
+
+
+def assert_same_weights(run: dict[str, Any], one_process: Path, folder: Path) -> None:
+    expected, found = weights(one_process, run), weights(folder, run)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        where = f"{run} {name}"
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks("tests.helpers.shard_worker:learn_two", 1, folder=bert, out=str(folder), strategy="auto", runs=RUNS)
+    return folder
+
+
+def check(strategy: str, runs: list[dict[str, Any]], bert: str, one_process: Path, folder: Path) -> None:
+    run_ranks("tests.helpers.shard_worker:learn_two", 2, folder=bert, out=str(folder), strategy=strategy, runs=runs)
+    for run in runs:
+        assert_same_weights(run, one_process, folder)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"]
+)
+def test_shard_exact(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    check(strategy, PAIRS, bert, one_process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3"]
+)
+def test_shard_exact_for_all_combinations(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    check(strategy, [run for run in RUNS if run not in PAIRS], bert, one_process, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["evertune_deepspeed_stage_2_offload", "evertune_deepspeed_stage_3_offload"])
+def test_shard_exact_offloaded(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
+    runs = [run for run in RUNS if run["method"] == "replay+ewc" and run["optimizer"] == "adamw"]
+    check(strategy, runs, bert, one_process, tmp_path)
+
+
+def test_methods_change_the_weights(one_process: Path) -> None:
+    """Equality above would say nothing if the methods did nothing."""
+    sgd = {run["method"]: weights(one_process, run) for run in RUNS if run["optimizer"] == "sgd"}
+    for one, other in itertools.combinations(sgd.values(), 2):
+        assert any((one[name] - other[name]).abs().max() > 1e-3 for name in one)

@@ -1,0 +1,238 @@
+"""``evertune registry``, as a shell runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evertune.cli.registry import add_registry_commands, run_registry
+from evertune.registry.lease import TOKEN
+from evertune.registry.registry import Registry
+
+Said = tuple[int, str, str]
+DASH = "\N{EN DASH}"
+
+
+def squeezed(out: str) -> list[str]:
+    """The lines of a table, one space between two words."""
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
+class Shell:
+    """Runs a command on one registry, and gives its exit code and what it wrote."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self.capsys = capsys
+        self.parser = argparse.ArgumentParser(prog="evertune")
+        add_registry_commands(self.parser.add_subparsers(dest="command", required=True))
+
+    def __call__(self, action: str, *arguments: str) -> Said:
+        code = run_registry(self.parser.parse_args(["registry", action, str(self.root), *arguments]))
+        return code, *self.capsys.readouterr()
+
+    def json(self, action: str, *arguments: str) -> Any:
+        code, out, err = self(action, *arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """Four versions: 3 in production, 2 before it, 4 refused."""
+    registry = Registry(tmp_path / "registry")
+    for number in (1, 2, 3, 4):
+        (tmp_path / "staging").mkdir()
+        (tmp_path / "staging/weights.bin").write_bytes(b"w" * number)
+        passed, parent = number != 4, min(number - 1, 3) or None
+        manifest = {
+            "version": number,
+            "parent": parent,
+            "created": f"2026-01-0{number}T10:30:00+00:00",
+            "kind": "update" if parent else "first",
+            "reason": f"{number}00 [new] records",
+            "records": {"train": 100 * number},
+            "classes": ["sport", "news"][: min(number, 2)],
+            "metrics": {"accuracy": {"update-1": 0.9}, "average_accuracy": (80 + number) / 100},
+            "verdict": {"passed": passed, "summary": "well" if passed else "it forgets update-1"},
+            "config": {"trainer": {"max_epochs": number}},
+        }
+        registry.publish(tmp_path / "staging", manifest)
+        if passed:
+            registry.promote(number, f"{number} is due", by="me")
+        else:
+            registry.set_candidate(number, by="me")
+    return registry
+
+
+@pytest.fixture
+def shell(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Shell:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv(TOKEN, raising=False)
+    return Shell(tmp_path / "registry", capsys)
+
+
+def test_list(shell: Shell) -> None:
+    code, out, err = shell("list")
+    assert (code, err) == (0, "")
+    assert squeezed(out) == [
+        "version alias created (UTC) parent kind records accuracy verdict reason",
+        f"1 2026-01-01 10:30 {DASH} first 100 81.0 % passed 100 [new] records",
+        "2 previous 2026-01-02 10:30 1 update 200 82.0 % passed 200 [new] records",
+        "3 production 2026-01-03 10:30 2 update 300 83.0 % passed 300 [new] records",
+        "4 candidate 2026-01-04 10:30 3 update 400 84.0 % refused it forgets update-1",
+    ]
+    found = shell.json("list")
+    assert found["aliases"] == {"production": 3, "previous": 2, "candidate": 4}
+    assert [version["version"] for version in found["versions"]] == [1, 2, 3, 4]
+    assert found["versions"][3] == {
+        "version": 4,
+        "aliases": ["candidate"],
+        "created": "2026-01-04T10:30:00+00:00",
+        "parent": 3,
+        "kind": "update",
+        "experience": "",
+        "records": {"train": 400},
+        "average_accuracy": 0.84,
+        "passed": False,
+        "reason": "it forgets update-1",
+    }
+
+
+def test_list_shows_the_newest(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evertune.cli.registry._SHOWN", 1)
+    _, out, _ = shell("list")
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["2", "3", "4"]  # what has an alias always
+    assert "1 older versions are not shown: --all" in out
+    assert len(shell("list", "--all")[1].splitlines()) == 5
+    assert len(shell.json("list")["versions"]) == 4
+
+
+def test_events(shell: Shell) -> None:
+    _, out, _ = shell("list", "--events")
+    assert [line.partition(" ")[2] for line in squeezed(out)[1:]] == [
+        f"promote {DASH} 1 1 is due me",
+        "promote 1 2 2 is due me",
+        "promote 2 3 3 is due me",
+        f"candidate {DASH} 4 me",
+    ]
+    assert shell.json("list", "--events")[-1]["to"] == 4
+
+
+def test_show(shell: Shell) -> None:
+    code, out, _ = shell("show")
+    assert code == 0
+    lines = squeezed(out)
+    for line in (
+        "version 3",
+        "aliases production",
+        "verdict passed: well",
+        "train records 300",
+        f"update-1 {DASH} 90.0 %",
+    ):
+        assert line in lines
+    assert 'config {"trainer": {"max_epochs": 3}}' in lines
+    found = shell.json("show", "candidate")
+    assert (found["version"], found["aliases"], found["size"] > 0) == (4, ["candidate"], True)
+    assert [event["action"] for event in found["events"]] == ["candidate"]
+
+
+def test_promote_and_rollback(shell: Shell, registry: Registry) -> None:
+    assert shell("promote", "1", "--reason", "better") == (0, "version 1 is in production\n", "")
+    assert registry.events[-1]["reason"] == "better"
+    assert shell("promote", "1") == (0, "version 1 is already in production\n", "")
+    assert shell("rollback", "--discard") == (0, "version 3 is in production again, in place of 1\n", "")
+    assert registry.events[-1]["discard"] == 1
+    assert shell.json("rollback", "--reason", "worse")["aliases"] == {"production": 2, "previous": 1}
+    code, out, err = shell("promote", "4")
+    assert (code, out) == (1, "")
+    assert err.startswith("evertune registry promote: version 4 was refused: it forgets update-1.")
+    assert err.count("\n") == 1
+    assert shell.json("promote", "4", "--force")["aliases"] == {"production": 4, "previous": 2}
+
+
+def test_diff(shell: Shell) -> None:
+    code, out, _ = shell("diff")
+    assert code == 0
+    lines = squeezed(out)
+    for line in (
+        "config version 2 version 3 change",
+        "trainer.max_epochs 2 3 +1",
+        "average_accuracy 0.82 0.83 +0.01",
+        "weights.bin 2 B 3 B changed",
+    ):
+        assert line in lines
+    assert shell.json("diff", "1", "2")["classes"] == {"added": ["news"], "removed": []}
+    assert "added news" in " ".join(shell("diff", "1", "2")[1].split())
+
+
+def test_verify(shell: Shell, registry: Registry) -> None:
+    assert shell("verify") == (0, "the registry is sound\n", "")
+    assert shell("verify", "candidate") == (0, "version candidate is sound\n", "")
+    registry.store.write("versions/2/weights.bin", b"")
+    code, out, err = shell("verify")
+    assert (code, err) == (1, "")
+    assert "2 no versions/2/weights.bin is damaged or cut short" in " ".join(out.split())
+    code, out, _ = shell("verify", "2", "--json")
+    assert code == 1
+    assert [(one["version"], one["usable"]) for one in json.loads(out)["problems"]] == [(2, False)]
+    assert shell("verify", "3")[0] == 0
+
+
+def test_gc(shell: Shell, registry: Registry) -> None:
+    code, out, _ = shell("gc", "--keep", "1", "--dry-run")
+    assert code == 0
+    assert "would be deleted" in out
+    assert len(registry.versions()) == 4
+    found = shell.json("gc", "--keep", "1", "--dry-run")
+    assert [(entry["name"], entry["why"]) for entry in found["deleted"]] == [("versions/1", "old")]
+    assert found["size"] == sum(registry.store.sizes("versions/1").values())
+    code, out, _ = shell("gc", "--keep", "1")
+    assert code == 0
+    assert "versions/1" in out
+    assert "freed" in out
+    assert [version.number for version in registry.versions()] == [2, 3, 4]
+    assert shell("gc") == (0, "nothing to delete\n", "")
+    assert shell("gc", "--keep", "0") == (
+        1,
+        "",
+        "evertune registry gc: keep must be positive, got 0: the newest version is never deleted\n",
+    )
+
+
+@pytest.mark.parametrize("action", ["list", "show", "rollback", "diff", "verify", "gc"])
+def test_no_registry_there(action: str, shell: Shell) -> None:
+    shutil.rmtree(shell.root)
+    words = (
+        f"evertune registry {action}: there is no registry at {shell.root}: check the path, and that it is mounted\n"
+    )
+    assert shell(action) == (1, "", words)
+
+
+def test_a_version_that_is_not_there(shell: Shell) -> None:
+    for arguments in (["show", "9"], ["promote", "9"], ["diff", "9", "1"], ["verify", "9"]):
+        code, out, err = shell(*arguments)
+        assert (code, out) == (1, "")
+        assert err == f"evertune registry {arguments[0]}: {shell.root} has no version 9; it has 1, 2, 3, 4\n"
+
+
+def test_list_helps_where_the_aliases_are_damaged(shell: Shell, registry: Registry) -> None:
+    registry.store.write("aliases.json", b"{")
+    registry.store.write("versions/2/manifest.json", b"")
+    code, out, err = shell("list")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()] == ["version", "1", "3", "4"]
+    assert f"make a new one with `evertune registry promote {shell.root} N --force`" in err
+    assert shell("promote", "3", "--force")[0] == 0
+    code, out, err = shell("list")
+    assert code == 0
+    assert "production" in out
+    assert "left out: " in err
+    assert "versions/2/manifest.json is damaged" in err

@@ -1,0 +1,121 @@
+"""``evertune update``, as a shell or cron runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evertune.cli.update import update
+from evertune.live.training import remembered
+from evertune.registry.registry import Registry
+from tests.helpers.live_worker import feed, prepare
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+CONFIG = """
+registry: registry
+source:
+  class_path: evertune.sources.FolderSource
+  init_args: {path: inbox}
+schema: {id: id}
+trigger:
+  class_path: evertune.live.Volume
+  init_args: {min_records: 10}
+gate: {max_forgetting: null, max_drop: null, max_negative_flips: null, max_label_noise: null, min_new_agreement: null,
+  max_calibration_error_increase: null, max_latency_ratio: null}
+model:
+  class_path: evertune.lightning_modules.SequenceClassificationModule
+  init_args: {model_name_or_path: bert, learning_rate: 0.003}
+data: {batch_size: 8, max_length: 16}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: evertune.callbacks.Replay
+      init_args: {memory_size: 30, id: id}
+watch: {poll: 5}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _same_handler_afterwards() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    prepare(tmp_path)
+    feed(tmp_path, "a", ["business", "sport"], n=60, n_bad=2)
+    (tmp_path / "live.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evertune", *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first = evertune(folder, "update", "--config", "live.yaml")
+    assert first.returncode == 0, first.stderr
+    assert "version 1 is in production" in first.stdout
+    monkeypatch.chdir(folder)
+    assert update(["--config", "live.yaml"]) == 3
+    assert capsys.readouterr().out == "nothing new since the last update; 0 records are pending\n"
+    feed(folder, "b", ["politics", "sport"], n=40)
+    assert update(["--config", "live.yaml", "--gate.min_accuracy", "1.0"]) == 4
+    registry = Registry(folder / "registry")
+    assert registry.aliases == {"production": 1, "candidate": 2}
+    memory = remembered(folder / "registry/versions/1")
+    assert memory is not None
+    assert all(name.startswith("a-") for name in memory.ids)
+    config = registry.version(2).manifest["config"]
+    assert config["gate"]["min_accuracy"] == 1.0
+    assert "watch" not in config
+
+
+def test_terminated_update_goes_on(folder: Path) -> None:
+    slow = ["update", "--config", "live.yaml", "--trainer.max_epochs", "40", "--update.checkpoint_every_n_steps", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "evertune", *slow], cwd=folder, env=ENVIRONMENT)
+    while not list(folder.glob("registry/staging/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert Registry(folder / "registry").production is None
+    done = evertune(folder, *slow)
+    assert done.returncode == 0, done.stderr
+    assert Registry(folder / "registry").aliases == {"production": 1}
+
+
+def test_lightning_starts_the_other_rank(folder: Path) -> None:
+    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4"]
+    done = evertune(folder, "update", "--config", "live.yaml", *devices)
+    assert done.returncode == 0, done.stderr
+    registry = Registry(folder / "registry")
+    assert registry.aliases == {"production": 1}
+    assert registry.verify() == []
+
+
+def test_errors_take_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "inbox").rename(folder / "gone")
+    monkeypatch.chdir(folder)
+    assert update(["--config", "live.yaml"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("evertune update: ")
+    assert "inbox" in last
+    assert not list((folder / "registry").glob("versions/*"))

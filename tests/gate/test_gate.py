@@ -1,0 +1,464 @@
+"""The gate, on predictions drawn from a model of two versions: what it lets through, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from evertune.gate.gate import Check, Gate, Verdict, aligned, pool
+from evertune.gate.label_noise import label_noise
+from evertune.gate.predictions import Cost, Predictions
+from evertune.gate.statistics import binomial_tail, bootstrap, calibration_error, calibration_test, holm, kappa, mcnemar
+
+# --- a model of two versions and their records
+
+
+@dataclass(frozen=True)
+class World:
+    """Two versions and an update.
+
+    Natural mistakes of the two versions are mostly the same ones, and unsure; a wrong label is put in place of a right
+    one at random, and the challenger has learnt a part of those it was trained on by heart.
+    """
+
+    n_past: tuple[int, ...] = (200,)
+    n_held_out: int = 75
+    n_trained: int = 225
+    n_classes: int = 10
+    champion: float = 0.95
+    challenger: float = 0.95
+    champion_new: float | None = None
+    challenger_new: float | None = None
+    new_classes: float = 0.0
+    flipped: float = 0.0
+    by_heart: float = 0.3
+    garbage: bool = False
+
+    def draw(self, seed: int) -> tuple[dict[str, Predictions], dict[str, Predictions]]:
+        rng = np.random.default_rng(seed)
+        old, new = {}, {}
+        for number, n in enumerate(self.n_past):
+            old[f"past {number}"], new[f"past {number}"] = self._slice(rng, n, self.champion, self.challenger)
+        before = self.champion if self.champion_new is None else self.champion_new
+        after = self.challenger if self.challenger_new is None else self.challenger_new
+        for name, n in (("new", self.n_held_out), ("trained", self.n_trained)):
+            fresh = replace(self, by_heart=self.by_heart if name == "trained" else 0.0)
+            old[name], new[name] = fresh._slice(rng, n, before, after, is_new=True)
+        return old, new
+
+    def _slice(
+        self, rng: np.random.Generator, n: int, before: float, after: float, is_new: bool = False
+    ) -> tuple[Predictions, Predictions]:
+        truth = rng.integers(self.n_classes, size=n)
+        if is_new:
+            truth = np.where(rng.random(n) < self.new_classes, self.n_classes + truth % 2, truth)
+        labels = truth.copy()
+        if is_new and self.flipped:
+            wrong = rng.permutation(n)[: round(self.flipped * n)]
+            labels[wrong] = (labels[wrong] + rng.integers(1, self.n_classes, size=len(wrong))) % self.n_classes
+        difficulty = rng.random(n)
+        own = 0.2  # the part of a version's mistakes that is its own
+        right_before, right_after = (
+            np.where(rng.random(n) < own, rng.random(n), difficulty) < accuracy for accuracy in (before, after)
+        )
+        confused = (truth + rng.integers(1, self.n_classes, size=n)) % self.n_classes
+        said_before = np.where(right_before & (truth < self.n_classes), truth, confused)
+        said_after = np.where(right_after, truth, confused)
+        if is_new and self.garbage:
+            labels = rng.integers(self.n_classes, size=n)
+            said_before, said_after = np.zeros(n, int), rng.integers(2, size=n)
+        learnt = (rng.random(n) < self.by_heart) & (labels != truth)
+        said_after = np.where(learnt, labels, said_after)
+        sure = rng.beta(12, 1, size=n), rng.beta(3, 2, size=n)
+        ids = [str(number) for number in range(n)]
+        names = [f"class {label}" for label in labels]
+        made = []
+        for said in (said_before, said_after):
+            confidence = np.where(said == truth, sure[0] * rng.uniform(0.95, 1, n), sure[1] * rng.uniform(0.9, 1, n))
+            of_label = np.where(said == labels, confidence, (1 - confidence) / self.n_classes)
+            made.append(Predictions(ids, list(names), [f"class {one}" for one in said], confidence, of_label))
+        return made[0], made[1]
+
+
+def refusals(world: World, runs: int, gate: Gate | None = None) -> float:
+    """The share of updates that the gate refuses."""
+    gate = gate or Gate()
+    return float(
+        np.mean([not gate.judge(*world.draw(seed), new="new", trained="trained").passed for seed in range(runs)])
+    )
+
+
+# --- what passes and what does not
+
+CLEAN = {
+    "one small slice": World(n_past=(60,)),
+    "ten small slices": World(n_past=(60,) * 10, champion=0.97, challenger=0.97),
+    "a hard task": World(n_past=(60,) * 5, champion=0.8, challenger=0.8),
+    "two classes": World(n_classes=2, champion=0.9, challenger=0.9),
+    "a new domain": World(champion_new=0.65, challenger_new=0.93),
+    "a new class": World(new_classes=0.4),
+    "only new classes": World(new_classes=1.0),
+    "a better version": World(champion=0.85, challenger=0.95),
+}
+POISONED = {
+    "a tenth flipped": World(flipped=0.1),
+    "a tenth flipped, mostly learnt by heart": World(flipped=0.1, by_heart=0.9),
+    "a tenth flipped, few past records": World(flipped=0.1, n_past=(60,)),
+    "a tenth flipped, all held out": World(flipped=0.1, n_held_out=400, n_trained=1),
+    "a tenth flipped, a harder task": World(flipped=0.1, n_held_out=100, n_trained=300, champion=0.9, challenger=0.9),
+    "a fifth flipped": World(flipped=0.2),
+    "half flipped": World(flipped=0.5, challenger=0.93),
+    "garbage": World(garbage=True),
+    "garbage in two classes": World(garbage=True, n_classes=2),
+}
+RUNS = 60
+
+
+@pytest.mark.parametrize("world", CLEAN.values(), ids=CLEAN.keys())
+def test_at_most_3_percent_of_clean_updates_are_refused(world: World) -> None:
+    assert refusals(world, RUNS) <= 0.03
+
+
+@pytest.mark.parametrize("world", POISONED.values(), ids=POISONED.keys())
+def test_at_least_99_percent_of_poisoned_updates_are_refused(world: World) -> None:
+    assert refusals(world, RUNS) >= 0.99
+
+
+def test_without_the_records_trained_on_a_hundred_held_out_ones_find_a_tenth_of_flips_mostly() -> None:
+    world = World(flipped=0.1, n_held_out=100)
+    gate = Gate()
+    found = []
+    for seed in range(RUNS):
+        old, new = world.draw(seed)
+        found.append(not gate.judge(_without(old), _without(new), new="new").passed)
+    assert np.mean(found) >= 0.7
+
+
+def test_a_real_loss_is_refused_and_a_small_one_is_not() -> None:
+    assert refusals(World(n_past=(500, 500), challenger=0.85), 30) == 1
+    assert refusals(World(n_past=(500, 500), challenger=0.94), 30) <= 0.1
+
+
+def _without(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
+    return {name: one for name, one in predictions.items() if name != "trained"}
+
+
+# --- single checks
+
+
+def said(right: int, n: int, confidence: float = 0.9, wrong: str = "law", start: int = 0) -> Predictions:
+    """The first ``right`` of ``n`` sport records right."""
+    ids = [str(start + number) for number in range(n)]
+    predicted = ["sport"] * right + [wrong] * (n - right)
+    return Predictions(ids, ["sport"] * n, list(predicted), np.full(n, confidence), np.full(n, 0.5))
+
+
+def failed(verdict: Verdict) -> list[tuple[str, str]]:
+    return [(check.name, check.slice) for check in verdict.failed]
+
+
+def test_forgetting_needs_a_loss_over_the_limit_that_is_no_chance() -> None:
+    gate = Gate(max_label_noise=None)
+    judge = lambda before, after: gate.judge(  # noqa: E731
+        {"old": before, "new": said(50, 50)}, {"old": after, "new": said(50, 50)}, new="new"
+    )
+    assert judge(said(185, 200), said(162, 200)).words() == (
+        "refused: on 'old' the new version is right on 81.0 % of 200 held-out records, the one in production on 92.5 % "
+        "(p < 0.0001, limit 2.0 points)"
+    )
+    assert judge(said(60, 60), said(57, 60)).passed  # 5 points, by chance perhaps (p = 0.125)
+    assert judge(said(1000, 1000), said(985, 1000)).passed  # certain, but 1.5 points only
+    assert failed(judge(said(1000, 1000), said(975, 1000))) == [("forgetting", "old")]
+
+
+def test_many_small_slices_show_together_what_none_shows_alone() -> None:
+    old = {f"{n}": said(40, 40) for n in range(8)} | {"new": said(50, 50)}
+    new = {f"{n}": said(37, 40) for n in range(8)} | {"new": said(50, 50)}
+    assert failed(Gate(max_label_noise=None).judge(old, new, new="new")) == [("forgetting", "all past slices")]
+
+
+def test_a_collapse_is_refused_without_a_test() -> None:
+    old = {f"{n}": said(60, 60) for n in range(10)} | {"new": said(50, 50)}
+    new = {**old, "3": said(50, 60)}
+    strict = Gate(max_label_noise=None, alpha=1e-9)
+    assert failed(strict.judge(old, new, new="new")) == [("forgetting", "3")]
+    assert "limit 15.0 points" in strict.judge(old, new, new="new").words()
+    assert Gate(max_label_noise=None, alpha=1e-9, max_drop=None).judge(old, new, new="new").passed
+
+
+def test_the_new_records_must_not_get_worse_either() -> None:
+    old, new = {"old": said(90, 100), "new": said(95, 100)}, {"old": said(90, 100), "new": said(80, 100)}
+    assert ("new records", "new") in failed(Gate(max_label_noise=None).judge(old, new, new="new"))
+    assert ("new accuracy", "new") in failed(Gate(min_new_accuracy=0.9).judge(old, new, new="new"))
+
+
+def test_negative_flips_are_counted_where_accuracy_is_the_same() -> None:
+    before, after = said(80, 100), said(80, 100)
+    moved = after.pick(list(range(20, 100)) + list(range(20)))
+    after = Predictions(before.ids, before.labels, moved.predicted, after.confidence, after.label_probability)
+    verdict = Gate(max_label_noise=None).judge(
+        {"old": before, "new": said(9, 9)}, {"old": after, "new": said(9, 9)}, "new"
+    )
+    assert failed(verdict) == [("negative flips", "all past slices")]
+    assert "20 of 100 past records that production has right are wrong now" in verdict.words()
+
+
+def test_confidence_that_lost_its_meaning_is_refused() -> None:
+    old = {"old": said(270, 300, 0.9), "new": said(50, 50)}
+    new = {"old": said(270, 300, 0.6), "new": said(50, 50)}
+    assert failed(Gate().judge(old, new, "new")) == [("calibration error", "all past slices")]
+
+
+def test_costs() -> None:
+    old, costs = {"old": said(9, 9), "new": said(9, 9)}, (Cost(5.0, 50.0, 100), Cost(9.0, 60.0, 200))
+    verdict = Gate().judge(old, old, "new", costs=costs)
+    assert failed(verdict) == [("latency of a text", ""), ("size", "")]
+    assert "the latency of a text is 9.0 ms, in production 5.0 ms (limit 1.5 times as much)" in verdict.words()
+    assert Gate(max_latency_ratio=None, max_size_ratio=2).judge(old, old, "new", costs=costs).passed
+
+
+def test_a_version_that_diverged_is_refused() -> None:
+    old = {"old": said(90, 100), "new": said(50, 50)}
+    new = {"old": said(90, 100, np.nan), "new": said(50, 50, np.nan)}
+    verdict = Gate().judge(old, new, "new")
+    assert ("numbers", "all slices") in failed(verdict)
+    assert "no number for 150 of 150 records: its training diverged" in verdict.words()
+    json.dumps(verdict.to_dict(), allow_nan=False)
+    assert Gate().judge(new, old, "new").passed  # a diverged production is no reason to refuse a good version
+
+
+def test_groups_of_a_field_are_compared_too() -> None:
+    gate = Gate(slice_by="region", max_label_noise=None)
+    rows = [{"id": str(n), "record": {"region": "north" if n < 100 else None}} for n in range(50, 200)]
+    groups = gate.groups(rows)
+    assert len(groups) == 50 and set(groups.values()) == {"north"}
+    before, after = said(1000, 1000), said(1000, 1000)
+    after.predicted[60:80] = ["law"] * 20
+    old, new = {"old": before, "new": said(9, 9, start=5000)}, {"old": after, "new": said(9, 9, start=5000)}
+    assert gate.judge(old, new, "new").passed
+    assert failed(gate.judge(old, new, "new", groups=groups)) == [("group", "region = north")]
+
+
+def test_the_first_version_needs_no_champion() -> None:
+    assert Gate().judge(None, {"new": said(30, 100)}, "new").passed
+    verdict = Gate(min_accuracy=0.5).judge(None, {"new": said(30, 100)}, "new")
+    assert verdict.words() == (
+        "refused: on 'all slices' the new version is right on 30.0 % of 100 held-out records "
+        "(at least 50.0 % is asked for)"
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_tiny_slices_and_ties(n: int) -> None:
+    slices = {"old": said(n, n), "none": said(0, 0), "new": said(0, n)}
+    verdict = Gate(min_new_accuracy=None).judge(slices, slices, "new")
+    assert verdict.passed
+    json.dumps(verdict.to_dict(), allow_nan=False)
+
+
+def test_every_limit_off_checks_next_to_nothing() -> None:
+    names = [name for name in vars(Gate()) if name.startswith(("max_", "min_"))]
+    gate = Gate(**dict.fromkeys(names))
+    old, new = {"old": said(90, 100), "new": said(90, 100)}, {"old": said(0, 100), "new": said(0, 100)}
+    verdict = gate.judge(old, new, "new", costs=(Cost(1, 1, 1), Cost(9, 9, 9)))
+    assert [check.name for check in verdict.checks] == ["numbers"]
+    assert gate.judge_data([]) == []
+
+
+# --- alignment
+
+
+def test_predictions_are_aligned_by_id() -> None:
+    old, new = {"a": said(5, 10)}, {"a": said(10, 10).pick([9, 2, 4])}
+    before, after = aligned("a", old, new)
+    assert before.ids == after.ids == ["9", "2", "4"]
+    assert before.correct.tolist() == [False, True, True] and after.correct.all()
+
+
+def test_predictions_that_cannot_be_compared_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'a': the versions were asked about different records"):
+        aligned("a", {"a": said(5, 5)}, {"a": said(5, 5, start=100)})
+    with pytest.raises(ValueError, match="the version in production has no predictions for the slice 'new'"):
+        Gate().judge({"old": said(1, 1)}, {"old": said(1, 1), "new": said(1, 1)}, "new")
+    with pytest.raises(ValueError, match="the new version has no predictions for the slice 'old'"):
+        Gate().judge({"old": said(1, 1), "new": said(1, 1)}, {"new": said(1, 1)}, "new")
+    renamed = said(2, 2)
+    renamed.labels[1] = "sports"
+    with pytest.raises(ValueError, match="the label of record '1' is not the same for both versions"):
+        aligned("a", {"a": said(2, 2)}, {"a": renamed})
+
+
+def test_a_pool_keeps_records_apart() -> None:
+    assert pool([said(1, 2), said(2, 2)]).ids == ["0/0", "0/1", "1/0", "1/1"]
+    assert len(pool([])) == 0
+
+
+# --- the data
+
+
+def rows(labels: list[Any], texts: list[str] | None = None) -> list[dict[str, Any]]:
+    texts = texts or [f"text {number}" for number in range(len(labels))]
+    return [
+        {"id": str(n), "origin": "x", "record": {"text": text, "label": label}}
+        for n, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+
+
+def refused_data(
+    gate: Gate, records: list[dict[str, Any]], known: tuple[str, ...] = ("a", "b"), **counts: int
+) -> list[str]:
+    checks = gate.judge_data(records, known_classes=known, **counts)
+    assert all(check.stage == "data" for check in checks)
+    return [check.words for check in checks if not check.passed]
+
+
+def test_good_data_pass() -> None:
+    assert refused_data(Gate(), rows(["a", "b"] * 50), n_bad=5, n_read=105) == []
+
+
+def test_too_many_bad_records() -> None:
+    assert refused_data(Gate(), rows(["a", "b"] * 50), n_bad=20, n_read=120) == [
+        "20 of 120 records do not fit the schema (16.7 %, limit 10.0 %)"
+    ]
+
+
+def test_a_flood_of_the_same_records() -> None:
+    texts = [f"Buy  NOW number {n % 7}!" if n % 2 else f"buy now, number {n % 7}" for n in range(100)]
+    assert refused_data(Gate(), rows(["a", "b"] * 50, texts)) == [
+        "93 of 100 records repeat the text of another (93.0 %, limit 50.0 %)"
+    ]
+
+
+def test_one_known_class_only() -> None:
+    assert refused_data(Gate(), rows(["a"] * 95 + ["b"] * 5)) == [
+        "95 of 100 records are of one class, 'a' (95.0 %, limit 90.0 %)"
+    ]
+    assert refused_data(Gate(), rows(["c"] * 100)) == []  # a new class may come alone
+    assert len(refused_data(Gate(), rows(["c"] * 100), known=())) == 1  # but not first of all
+    assert len(refused_data(Gate(), rows([["a", "b"]] * 100))) == 1
+
+
+def test_too_few_records() -> None:
+    assert refused_data(Gate(), rows(["a", "b"])) == ["there are 2 records (at least 20 are needed)"]
+    assert refused_data(Gate(), []) == ["there are 0 records (at least 20 are needed)"]
+
+
+def test_data_checks_decide_too() -> None:
+    checks = Gate().judge_data(rows(["a"] * 100), known_classes=["a", "b"])
+    verdict = Gate().judge(None, {"new": said(9, 9)}, "new", data_checks=checks)
+    assert not verdict.passed and "are of one class" in verdict.words()
+
+
+# --- verdicts
+
+
+def test_a_verdict_is_the_same_bytes_each_time_and_survives_json() -> None:
+    old, new = World(flipped=0.2, n_past=(60, 60)).draw(0)
+    for test in ("mcnemar", "bootstrap"):
+        one, again = (Gate(test=test).judge(old, new, "new", trained="trained") for _ in range(2))  # type: ignore[arg-type]
+        text = json.dumps(one.to_dict(), allow_nan=False)
+        assert text == json.dumps(again.to_dict(), allow_nan=False)
+        assert Verdict.from_dict(json.loads(text)) == one
+    stored = {name: Predictions.from_dict(json.loads(json.dumps(said.to_dict()))) for name, said in old.items()}
+    assert json.dumps(Gate(test="bootstrap").judge(stored, new, "new", trained="trained").to_dict()) == text
+    with pytest.raises(ValueError, match="no saved verdict"):
+        Verdict.from_dict({"passed": True, "checks": [{"nme": "x"}]})
+
+
+def test_the_table_shows_every_check() -> None:
+    verdict = Verdict.of(
+        [
+            Check("forgetting", "old", 0.925, 0.81, 0.02, 0.0003, False, "words"),
+            Check("size", "", 91e6, 91e6, 136.5e6, None, True, "words", unit="bytes"),
+        ]
+    )
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(verdict.table())
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines[0] == ["check", "slice", "production", "candidate", "limit", "p", "verdict"]
+    assert lines[1] == ["forgetting", "old", "92.5", "%", "81.0", "%", "2.0", "%", "0.0003", "refused"]
+    assert lines[2] == ["size", "91.0", "MB", "91.0", "MB", "136.5", "MB", "passed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_forgetting": 2}, "max_forgetting is a share between 0 and 1 .* got 2"),
+        ({"max_latency_ratio": 0.5}, "max_latency_ratio is a multiple of production's and at least 1"),
+        ({"min_records": 0}, "min_records must be positive"),
+        ({"alpha": 0.0}, "alpha must be between 0 and 0.5, got 0.0"),
+        ({"test": "t"}, r"test must be one of \['mcnemar', 'bootstrap'\], got 't'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Gate(**settings)
+
+
+# --- the tests behind it
+
+
+def test_exact_tests_equal_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for k, n, p in [(3, 10, 0.3), (60, 1000, 0.05), (700, 1400, 0.5), (5, 5, 0.2), (40, 40_000, 1e-3)]:
+        assert binomial_tail(k, n, p) == pytest.approx(stats.binom.sf(k - 1, n, p), rel=1e-9)
+    assert mcnemar(12, 3) == pytest.approx(stats.binomtest(12, 15, alternative="greater").pvalue)
+
+
+def test_kappa() -> None:
+    labels, predicted = ["y"] * 25 + ["n"] * 25, ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
+    assert kappa(labels, predicted) == pytest.approx(0.4)  # 0.7 agree, 0.5 by chance
+    assert kappa([["a", "b"], []], [["b", "a"], []]) == 1
+    assert kappa([], []) is None
+
+
+def test_the_bootstrap_agrees_with_mcnemar() -> None:
+    for losses, gains in [(20, 5), (12, 8), (5, 5), (30, 10)]:
+        assert bootstrap(losses, gains, 500) == pytest.approx(mcnemar(losses, gains), abs=0.1)
+    assert bootstrap(0, 0, 10) == 1
+
+
+def test_holm_keeps_the_order_and_one() -> None:
+    assert holm([]) == []
+    assert holm([0.5, 0.001, 0.9]) == pytest.approx([1.0, 0.003, 1.0])
+
+
+def test_calibration() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, 20_000)
+    correct = rng.random(20_000) < confidence
+    assert calibration_error(confidence, correct) < 0.02
+    assert calibration_error(np.ones(4), np.array([True, False, True, True])) == pytest.approx(0.25)
+    assert calibration_error(np.empty(0), np.empty(0, bool)) == 0
+    small = slice(0, 300)
+    same = (confidence[small], confidence[small])
+    assert calibration_test(same, (correct[small], correct[small])) > 0.5
+
+
+def test_label_noise_estimates_the_share_of_wrong_labels() -> None:
+    shares = []
+    for seed in range(10):
+        old, new = World(flipped=0.2, n_held_out=1000, n_past=(), n_trained=1).draw(seed)
+        shares.append(label_noise(old["new"], new["new"], {f"class {n}" for n in range(10)}).share)
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.02)
+
+
+def test_bad_predictions_are_refused() -> None:
+    with pytest.raises(ValueError, match="the id 'a' is there twice"):
+        Predictions(["a", "a"], ["x", "x"], ["x", "x"], np.ones(2), np.ones(2))
+    with pytest.raises(ValueError, match="one value of each kind per record"):
+        Predictions(["a"], ["x", "x"], ["x", "x"], np.ones(2), np.ones(2))
+    with pytest.raises(ValueError, match="predictions have the keys"):
+        Predictions.from_dict({"ids": []})
+
+
+def test_several_labels_are_right_in_any_order() -> None:
+    one = Predictions(["a", "b"], [["x", "y"], []], [["y", "x"], ["x"]], np.ones(2), np.array([1.0, 0.0]))
+    assert one.correct.tolist() == [True, False]
+    assert one.log_loss == pytest.approx(-np.log(1e-6) / 2)

@@ -1,0 +1,336 @@
+"""What becomes of an update: promoted, refused, stopped, nothing to do; and of its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evertune.gate.gate import Gate
+from evertune.live.training import remembered
+from evertune.live.triggers import Volume
+from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.registry.registry import LeaseHeld, Registry
+from evertune.sources.base import SourceError
+from evertune.sources.labels import LabelJoin
+from evertune.sources.masking import PatternMasker
+from evertune.sources.schema import RecordSchema
+from tests.helpers.distributed import run_ranks
+from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
+
+REFUSE = {"min_accuracy": 1.0}
+"""More than the tiny model reaches."""
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with version 1 in production."""
+    folder = tmp_path_factory.mktemp("first")
+    prepare(folder)
+    feed(folder, "a", ["business", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+    return folder
+
+
+@pytest.fixture
+def folder(first: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    target = tmp_path / "live"
+    shutil.copytree(first, target, ignore=shutil.ignore_patterns("inbox"))
+    (target / "inbox").mkdir()
+    for path in (first / "inbox").iterdir():
+        os.link(path, target / "inbox" / path.name)
+    return target
+
+
+def production(folder: Path) -> int:
+    version = Registry(folder / "registry").production
+    assert version is not None
+    return version.number
+
+
+def manifest(folder: Path, number: int) -> dict[str, Any]:
+    return dict(Registry(folder / "registry").version(number).manifest)
+
+
+def test_first_version(first: Path) -> None:
+    found = manifest(first, 1)
+    assert found["kind"] == "first"
+    assert found["parent"] is None
+    assert found["classes"] == ["business", "sport"]
+    assert found["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+    assert {"model/model.safetensors", "learning/Replay/memory.json", "evaluation.json"} <= found["files"].keys()
+    assert not (first / "registry/staging").exists()
+    assert updater(first).run() == Outcome("nothing", "nothing new since the last update; 0 records are pending")
+
+
+def test_promoted_update_learns_a_new_class(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    outcome = updater(folder).run()
+    assert (outcome.status, outcome.code, outcome.version) == ("promoted", 0, 2)
+    found = manifest(folder, 2)
+    assert (found["kind"], found["parent"], found["consumed"]) == ("update", 1, 2)
+    assert found["classes"] == ["business", "sport", "politics"]
+    assert [entry["name"] for entry in found["slices"]] == ["update-1", "update-2"]
+    assert set(found["metrics"]["accuracy"]) == {"update-1", "update-2"}
+    assert Registry(folder / "registry").verify() == []
+    memory = remembered(folder / "registry/versions/2")
+    assert memory is not None
+    assert (len(memory), memory.settings["seen"]) == (30, 96)
+
+
+def test_trigger_decides(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    outcome = updater(folder, trigger=Volume(100)).run()
+    assert outcome.status == "nothing"
+    assert outcome.words == "60 records are pending: 60 new records (100 asked for)"
+    feed(folder, "c", ["politics", "sport"], n=40)
+    outcome = updater(folder, trigger=Volume(100)).run()
+    assert (outcome.status, manifest(folder, 2)["reason"]) == ("promoted", "100 new records (100 asked for)")
+
+
+def test_refused_update_keeps_its_records_and_is_not_repeated(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    refused = updater(folder, gate=lenient_gate(**REFUSE)).run()
+    assert (refused.status, refused.code) == ("refused", 4)
+    assert refused.words.startswith("version 2 is refused: ")
+    assert Registry(folder / "registry").aliases == {"production": 1, "candidate": 2}
+    again = updater(folder, gate=lenient_gate(**REFUSE)).run()
+    assert (again.status, again.words) == (
+        "nothing",
+        "nothing new since the last update; 60 records are pending",
+    )
+    feed(folder, "c", ["politics", "sport"], n=20)
+    outcome = updater(folder).run()
+    assert (outcome.status, outcome.version) == ("promoted", 3)
+    assert manifest(folder, 3)["records"] == {"train": 64, "held_out": 16, "quarantined": 0}
+    assert manifest(folder, 3)["parent"] == 1
+
+
+def test_rebuild_after_refusals(folder: Path) -> None:
+    for part in ("b", "c"):
+        feed(folder, part, ["politics", "sport"], n=40)
+        assert updater(folder, gate=lenient_gate(**REFUSE)).run().status == "refused"
+    feed(folder, "d", ["politics", "business"], n=40)
+    settings = UpdateSettings(checkpoint_every_n_steps=4, rebuild_after=2)
+    outcome = updater(folder, settings=settings).run()
+    assert outcome.status == "promoted"
+    found = manifest(folder, 4)
+    assert (found["kind"], found["parent"]) == ("rebuild", 1)
+    assert found["classes"] == ["business", "sport", "politics"]
+    memory = remembered(folder / "registry/versions/4")
+    assert memory is not None
+    assert memory.settings["seen"] == found["records"]["train"] + 30  # what is pending, and all that was remembered
+
+
+def test_bad_data_stop_an_update_before_training(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60, n_bad=20)
+    outcome = updater(folder).run()
+    assert (outcome.status, outcome.code) == ("stopped", 5)
+    assert "20 of 80 records do not fit the schema" in outcome.words
+    assert production(folder) == 1
+    assert updater(folder).run().status == "nothing"
+    feed(folder, "c", ["politics", "sport"], n=200)
+    assert updater(folder).run().status == "promoted"
+
+
+def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    outcome = updater(folder).run(dry_run=True)
+    assert outcome.words.startswith("dry run: version 2 would be promoted")
+    assert [version.number for version in Registry(folder / "registry").versions()] == [1]
+    weights = (folder / "registry/staging/version/model/model.safetensors").read_bytes()
+    assert updater(folder).run().status == "promoted"
+    assert (folder / "registry/versions/2/model/model.safetensors").read_bytes() == weights
+
+
+def test_rollback_gives_the_records_back(folder: Path) -> None:
+    weights = (folder / "registry/versions/1/model/model.safetensors").read_bytes()
+    feed(folder, "b", ["politics", "sport"], n=60)
+    updater(folder).run()
+    registry = Registry(folder / "registry")
+    assert registry.rollback("worse").number == 1
+    assert (registry.version("production").folder() / "model/model.safetensors").read_bytes() == weights
+    assert updater(folder).situation().n_pending == 60
+    assert updater(folder).run().status == "nothing"  # the same records would give the same version
+    feed(folder, "c", ["politics", "sport"], n=20)
+    assert updater(folder).run().version == 3
+    assert manifest(folder, 3)["records"]["train"] == 64
+
+
+def test_rollback_can_give_the_records_up(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    updater(folder).run()
+    Registry(folder / "registry").rollback("poisoned", discard=True)
+    feed(folder, "c", ["politics", "sport"], n=40)
+    assert updater(folder).run().version == 3
+    assert sum(manifest(folder, 3)["records"].values()) == 40
+    quarantined = updater(folder).journal.quarantined()
+    assert {row["reason"] for row in quarantined} == {"learnt by version 2, which was rolled back"}
+    assert len(quarantined) == 60
+
+
+def test_newer_record_with_the_same_id_wins(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    correction = {"id": "b-0", "text": "the law of the party", "label": "sport"}
+    live = updater(folder)
+    live.intake()
+    (folder / "inbox/c.jsonl").write_text(json.dumps(correction) + "\n")
+    outcome = live.run()
+    assert outcome.status == "promoted"
+    assert manifest(folder, 2)["records"]["quarantined"] == 1
+    assert [row["id"] for row in live.journal.quarantined()] == ["b-0"]
+
+
+def test_other_settings_are_another_attempt(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder, gate=lenient_gate(**REFUSE), config={"a": 1}).run().status == "refused"
+    assert updater(folder, config={"a": 1}).run().status == "nothing"
+    assert updater(folder, config={"a": 2}).run().status == "promoted"
+
+
+def test_masked_before_anything_is_stored(folder: Path) -> None:
+    rows = [{"id": str(i), "text": f"the bank of anna.k{i}@example.org", "label": "business"} for i in range(30)]
+    rows.append({"id": "x", "text": 5, "label": "mail me: anna.k77@example.org"})
+    (folder / "inbox/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert updater(folder, masker=PatternMasker()).run().status == "promoted"
+    for path in (folder / "registry").rglob("*"):
+        assert not path.is_file() or b"anna.k" not in path.read_bytes(), path
+
+
+def test_late_labels(folder: Path) -> None:
+    texts = [{"id": f"t{i}", "text": "the party law vote"} for i in range(30)]
+    (folder / "inbox/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    join = {"label_join": LabelJoin(id="id", window=1_000)}
+    assert updater(folder, **join).run().words == "nothing new since the last update; 0 records are pending"
+    labels = [{"id": f"t{i}", "label": "politics"} for i in range(30)]
+    (folder / "inbox/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    assert updater(folder, **join).run().status == "promoted"
+    assert manifest(folder, 2)["records"] == {"train": 24, "held_out": 6, "quarantined": 0}
+
+
+def test_source_that_is_gone_changes_nothing(folder: Path) -> None:
+    (folder / "inbox").rename(folder / "elsewhere")
+    with pytest.raises(SourceError, match="inbox"):
+        updater(folder).run()
+    assert production(folder) == 1
+    (folder / "elsewhere").rename(folder / "inbox")
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+
+
+def test_reading_on_from_another_offset(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    read = folder / "inbox/a.jsonl"
+    lines = read.read_text()
+    read.unlink()
+    read.write_text(lines.replace("a", "e"))  # what has been read must not change
+    live = updater(folder)
+    with pytest.raises(SourceError, match=r"a\.jsonl"):
+        live.run()
+    last = live.journal.last
+    assert last is not None
+    assert last.offset is not None
+    del last.offset["files"]["a.jsonl"]
+    read.unlink()
+    live.read_on_from(last.offset)
+    assert live.run().status == "promoted"
+    assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+
+
+def test_one_updater_at_a_time(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    with Registry(folder / "registry").lease("somebody else"), pytest.raises(LeaseHeld, match="somebody else"):
+        updater(folder).run()
+    assert production(folder) == 1
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "evertune_deepspeed_stage_2"])
+def test_ranks_of_a_launcher_update_together(folder: Path, strategy: str) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    settings = {"trainer": {"strategy": strategy, "devices": 2}, "data": {"batch_size": 4, "max_length": 16}}
+    outcomes = run_ranks("tests.helpers.live_worker:run", 2, folder=str(folder), **settings)
+    assert [outcome["status"] for outcome in outcomes] == ["promoted", "trained"]
+    assert Registry(folder / "registry").verify() == []
+    assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+    outcomes = run_ranks("tests.helpers.live_worker:run", 2, folder=str(folder), **settings)
+    assert [outcome["status"] for outcome in outcomes] == ["nothing", "trained"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)  # weights may still be mapped
+
+
+def test_full_disk_changes_nothing(folder: Path, small_disk: Path) -> None:
+    """The disk is full at first, then has a little more room each time: production stands until there is enough."""
+    shutil.copytree(folder / "registry", small_disk / "registry")
+    feed(folder, "b", ["politics", "sport"], n=60)
+    filler, failures = small_disk / "filler", 0
+    room = 4_096
+    while True:
+        free = shutil.disk_usage(small_disk).free + (filler.stat().st_size if filler.exists() else 0)
+        filler.write_bytes(b"x" * max(free - room, 0))
+        live = updater(folder, registry=small_disk / "registry")
+        try:
+            outcome = live.run()
+        except OSError as error:
+            failures += 1
+            assert "disk is full" in str(error) or "No space left" in str(error)
+            standing = live.registry.production
+            assert standing is not None
+            assert standing.number == 1
+            assert live.registry.verify("production") == []
+            room *= 2
+            continue
+        break
+    assert outcome.status == "promoted"
+    assert failures > 2
+    assert live.registry.verify() == []
+    assert manifest_of(live) == {"train": 48, "held_out": 12, "quarantined": 0}
+
+
+def manifest_of(live: Updater) -> dict[str, int]:
+    version = live.registry.production
+    assert version is not None
+    return dict(version.manifest["records"])
+
+
+def test_settings_are_checked(folder: Path) -> None:
+    with pytest.raises(ValueError, match="holdout must be between 0 and 1, got 1\\.5"):
+        UpdateSettings(holdout=1.5)
+    with pytest.raises(ValueError, match="max_records must be positive, got 0"):
+        UpdateSettings(max_records=0)
+    with pytest.raises(ValueError, match="needs the field that holds them"):
+        updater(folder, schema=RecordSchema(label=None))
+    with pytest.raises(ValueError, match="is not on this machine: pass work_dir"):
+        updater(folder, registry="memory://far/away")
+
+
+def test_gate_of_its_own_refuses_flipped_labels(folder: Path) -> None:
+    """The gate as it is, not the lenient one: half of the labels are of another class."""
+    torch.manual_seed(0)  # else what tests before it have drawn decides how well a few steps learn
+    feed(folder, "b", ["business", "sport"], n=400)
+    assert updater(folder, gate=Gate()).run().status == "promoted"
+    feed(folder, "c", ["business", "sport"], n=400)
+    lines = [json.loads(line) for line in (folder / "inbox/c.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        if number % 10 in (0, 3, 5):
+            line["label"] = "sport" if line["label"] == "business" else "business"
+    (folder / "inbox/c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = updater(folder, gate=Gate()).run()
+    assert outcome.status == "refused", outcome.words
+    assert production(folder) == 2
