@@ -19,7 +19,7 @@ from torch.utils.data import (
 from evertune._lightning import move_data_to_device, pl, rank_zero_warn
 from evertune.importance.fisher import IndexedBatch
 from evertune.memory.codec import decode, encode
-from evertune.utils.batches import batch_size_of
+from evertune.utils.batches import batch_size_of, to_device
 from evertune.utils.collectives import gather_bytes
 
 
@@ -107,13 +107,6 @@ class ExampleSampler:
         self._seen = ranks[0]["seen"] * trainer.accumulate_grad_batches // state["accumulation"]
         device = trainer.strategy.root_device
         self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in held]
-
-
-def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """A collated batch as a training step gets it: through the module's transfer hooks, on its device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def reads_by_index(trainer: pl.Trainer, loader: Any) -> bool:

@@ -23,7 +23,7 @@ cannot be read, no usable or too few records.
 
 _EPILOG = """\
 Records are lines of JSON or CSV (also .gz) or rows of Parquet. Bad ones are counted and set aside. A reference of more
-records than --reference-size is sampled at random where --block-size is 1, which claims that records are independent;
+records than --reference_size is sampled at random where --block_size is 1, which claims that records are independent;
 with larger blocks its last records are taken, in order. New records always stay in order.
 """
 
@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--arl", type=float, default=10_000, help="mean number of records up to a false alarm (default: 10000)")
     add("--window", type=int, metavar="N", help="records in a test (default: the detector's)")
-    add("--reference-size", type=int, metavar="N", help="records to arm with (default: all up to 2000)")
-    add("--block-size", type=int, default=1, metavar="N", help="records alike because they came together (default: 1)")
+    add("--reference_size", type=int, metavar="N", help="records to arm with (default: all up to 2000)")
+    add("--block_size", type=int, default=1, metavar="N", help="records alike because they came together (default: 1)")
     add("--ignore", nargs="+", default=[], metavar="FIELD", help="fields that the explanation leaves out")
     add("--seed", type=int, default=0, help="of samples and detectors (default: 0)")
     add("--out", type=Path, metavar="FILE", help="also write an HTML page")

@@ -47,7 +47,7 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
         action="store_true",
         help="even if the gate refused it; also makes new aliases where they are damaged",
     )
-    promote.add_argument("--no-verify", action="store_true", help="do not compare its files with their sha256 first")
+    promote.add_argument("--no_verify", action="store_true", help="do not compare its files with their sha256 first")
     rollback = add("rollback", "put the previous version back into production")
     rollback.add_argument("--reason", default="", help="why, for the list of events")
     rollback.add_argument(
@@ -60,9 +60,9 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
     verify.add_argument("version", nargs="?", help=f"{one_of} (default: the whole registry)")
     gc = add("gc", "delete old versions and what only they needed")
     gc.add_argument("--keep", type=int, default=5, help="how many of the newest versions stay (default: 5)")
-    gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    gc.add_argument("--dry_run", action="store_true", help="only list what would be deleted")
     gc.add_argument(
-        "--stale-days", type=float, default=7.0, help="days after which unfinished things are deleted (default: 7)"
+        "--stale_days", type=float, default=7.0, help="days after which unfinished things are deleted (default: 7)"
     )
 
 

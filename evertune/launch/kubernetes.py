@@ -117,7 +117,7 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
         print(text, end="")
         return 0
     if shutil.which("kubectl") is None:
-        return _say("kubectl is not on the PATH: install it, or print the manifest with --dry-run")
+        return _say("kubectl is not on the PATH: install it, or print the manifest with --dry_run")
     if not settings.kubernetes.volumes:
         _say("note: kubernetes.volumes is empty: what a pod writes, checkpoints too, is lost with it")
     return _launch(_Job(settings, text), wait=wait)

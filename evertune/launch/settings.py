@@ -219,12 +219,12 @@ class LaunchSettings:
             :func:`shell_words`.
         """
         words = [self.python, "-m", "evertune.launch.supervisor.node"]
-        words += ["--nodes", str(self.nodes), "--node-rank", node_rank, "--processes", str(self.processes)]
-        words += ["--master", f"{master}:{self.port}", "--run-id", run_id, "--log-dir", self.log_dir]
+        words += ["--nodes", str(self.nodes), "--node_rank", node_rank, "--processes", str(self.processes)]
+        words += ["--master", f"{master}:{self.port}", "--run_id", run_id, "--log_dir", self.log_dir]
         if self.min_nodes is not None:
-            words += ["--min-nodes", str(self.min_nodes)]
-        words += ["--max-restarts", str(self.max_restarts), "--grace", f"{self.grace:g}"]
-        words += ["--hang-timeout", f"{self.hang_timeout:g}", "--silence-timeout", f"{self.silence_timeout:g}"]
+            words += ["--min_nodes", str(self.min_nodes)]
+        words += ["--max_restarts", str(self.max_restarts), "--grace", f"{self.grace:g}"]
+        words += ["--hang_timeout", f"{self.hang_timeout:g}", "--silence_timeout", f"{self.silence_timeout:g}"]
         if self.preflight:
             words += ["--preflight"]
             for folder in self.shared_folders:
@@ -251,7 +251,7 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
         where: the launcher's name, for messages.
 
     Returns:
-        The settings, and whether ``--dry-run`` and ``--wait`` were given.
+        The settings, and whether ``--dry_run`` and ``--wait`` were given.
 
     Raises:
         SystemExit: when an option is unknown or bad, with a message.
@@ -263,7 +263,7 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
         exit_on_error=False,
     )
     parser.add_class_arguments(LaunchSettings)
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print what would run, and run nothing")
     parser.add_argument("--wait", action="store_true", help="until it has ended, and exit with its exit code")
     for action in parser._actions:  # what other launchers need may be there, and is not shown
         if action.dest.partition(".")[0] in _GROUPS - {where}:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from evertune._lightning import DeepSpeedStrategy, pl, rank_zero_warn
@@ -26,7 +25,7 @@ from evertune.lightning_modules.saving import (
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
 from evertune.utils.loaders import resume_loaders
 from evertune.utils.locate import locate
-from evertune.utils.ranks import is_writer
+from evertune.utils.ranks import barrier, is_writer
 
 
 class TransformerModule(pl.LightningModule):
@@ -215,8 +214,7 @@ class TransformerModule(pl.LightningModule):
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             settings.pop("model_name_or_path")  # from now on the folder itself
             write_manifest(folder, {"module": type(self).__name__, "hparams": settings})
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, lazy: bool = False, **settings: Any) -> Self:

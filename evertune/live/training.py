@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from evertune._lightning import pl
@@ -27,7 +26,7 @@ from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
 from evertune.training.trainer import ContinualTrainer
 from evertune.utils.files import write_atomically
-from evertune.utils.ranks import is_writer
+from evertune.utils.ranks import barrier, is_writer
 
 MODEL = "model"
 LEARNING = "learning"
@@ -99,8 +98,7 @@ def train(
     if is_writer():
         shutil.rmtree(version, ignore_errors=True)
         version.mkdir(parents=True)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     module.save_pretrained(version / MODEL)
     for name, callback in named_callbacks(learner):
         callback.save(version / LEARNING / name)

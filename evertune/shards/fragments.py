@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evertune.shards.shards import Fragment, ParameterShards, where_ranks_meet
 from evertune.utils.files import sha256
-from evertune.utils.ranks import rank_and_world_size
+from evertune.utils.ranks import barrier, rank_and_world_size
 
 _INDEX = "index.json"
 _FORMAT = "evertune-fragments"
@@ -121,8 +121,7 @@ class FragmentState:
                 "extra": dict(extra or {}),
             }
             (directory / _INDEX).write_text(json.dumps(index, indent=1))
-        if world_size > 1:
-            dist.barrier()
+        barrier()
 
     @staticmethod
     def check(directory: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:

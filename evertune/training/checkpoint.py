@@ -23,6 +23,7 @@ from evertune.utils.collectives import gather_bytes
 from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
 from evertune.utils.loaders import resume_loaders
 from evertune.utils.random_state import random_state, set_random_state
+from evertune.utils.ranks import is_writer
 
 _NAME = "step-"
 _STATE = "update.ckpt"
@@ -121,13 +122,13 @@ class UpdateCheckpoint(Checkpoint):
         if self._resumed is not None:
             _check_steps(self._resumed, self._saved, trainer)
             content = self._rank_file(trainer).read_bytes()
-            if self._saved["processes"] == trainer.world_size or trainer.is_global_zero:  # what rank 0 draws, all share
+            if self._saved["processes"] == trainer.world_size or is_writer():  # what rank 0 draws, all share
                 set_random_state(decode(content)["random"], trainer.strategy.root_device)
             else:
                 _seed_anew(content, trainer)
         self._last_step = trainer.global_step
         self._saved_step = None if self._resumed is None else trainer.global_step
-        if trainer.is_global_zero:
+        if is_writer():
             self._remove_all_but(self._resumed)
 
     def on_train_batch_end(
@@ -180,7 +181,7 @@ class UpdateCheckpoint(Checkpoint):
         own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
         digests = [digest.decode() for digest in gather_bytes(sha256(own).encode(), trainer)]
         trainer.strategy.barrier("the parts of a checkpoint")
-        if trainer.is_global_zero:
+        if is_writer():
             alike = [draft / _STATE] if (draft / _STATE).is_file() else _written_by_rank_0(draft / _STATE)
             files = {str(path.relative_to(draft)): sha256(path) for path in alike}
             files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}

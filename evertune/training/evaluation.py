@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import RunningStage, is_overridden, isolate_rng, pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.examples import to_device
 from evertune.shards.support import check_strategy
-from evertune.utils.batches import logits_of, targets_of
+from evertune.utils.batches import logits_of, targets_of, to_device
 
 Score = Callable[[pl.LightningModule, Any], Tensor]
 _FILE = "evaluation.json"

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from evertune._lightning import pl
 from evertune.callbacks.base import named_callbacks
 from evertune.lightning_modules.saving import load_weights, save_weights
@@ -22,7 +20,7 @@ from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
 from evertune.utils.files import sync_folder, sync_tree, write_atomically
 from evertune.utils.random_state import random_state, set_random_state
-from evertune.utils.ranks import is_leader, is_writer, rank_and_world_size
+from evertune.utils.ranks import barrier, is_leader, is_writer, rank_and_world_size
 
 if TYPE_CHECKING:
     from evertune.streams.experience import Experience
@@ -132,13 +130,13 @@ class StreamRun:
         if is_writer():
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-        _barrier()
+        barrier()
         _save_module(module, draft)
         for name, callback in named_callbacks(trainer):
             callback.save(draft / _CALLBACKS / name)
         self._generators.state = random_state(trainer.strategy.root_device)
         (draft / _random_file(rank_and_world_size()[0])).write_bytes(encode(self._generators.state))
-        _barrier()
+        barrier()
         if is_writer():
             write_atomically(draft / _RUN, json.dumps({"seconds": seconds}).encode())
             sync_tree(draft)
@@ -148,7 +146,7 @@ class StreamRun:
             for path in self.directory.glob(f"{_STATE}*"):
                 if path != whole:
                     shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
-        _barrier()
+        barrier()
         self._checkpoints_of(learnt)
 
     def _checkpoints_of(self, learnt: int) -> None:
@@ -204,8 +202,3 @@ def _load_module(module: Any, folder: Path) -> None:
 
 def _random_file(rank: int) -> str:
     return f"random-{rank:05d}.state"
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

@@ -59,6 +59,13 @@ def targets_of(batch: Any) -> Any:
     raise TypeError(f"cannot find targets in a {type(batch).__name__}")
 
 
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """A collated batch as a training step gets it: through the module's transfer hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def batch_size_of(batch: Any) -> int:
     """How many examples a batch holds: the length of the first tensor found in it.
 

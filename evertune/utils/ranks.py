@@ -27,13 +27,22 @@ def leave() -> None:
         time.sleep(0.1)
 
 
+def barrier() -> None:
+    """Wait until every rank has come here. Without a process group there is nothing to wait for."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def is_writer() -> bool:
-    """Whether this process is the one that writes what all of them hold alike (rank 0)."""
+    """Whether this process writes what all ranks hold alike: rank 0 of the process group, or alone.
+
+    Before there is a process group, every process is alone: see :func:`is_leader`.
+    """
     return rank_and_world_size()[0] == 0
 
 
 def is_leader() -> bool:
-    """Whether this process is rank 0 of its launch, told from the environment: before there is a process group.
+    """Whether this process is rank 0 of its launch, read from the environment: before there is a process group.
 
     Understands torchrun, SLURM, and the processes that Lightning starts itself. Where torchrun gives a rank, that alone
     counts: rank 0 may be on any node.

@@ -53,7 +53,7 @@ def lines(seed: int = 0) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("inbox"), help="the folder (default: inbox)")
-    parser.add_argument("--per-tick", type=int, default=20, help="lines at a time (default: 20)")
+    parser.add_argument("--per_tick", type=int, default=20, help="lines at a time (default: 20)")
     parser.add_argument("--tick", type=float, default=2.0, help="seconds between them (default: 2)")
     parser.add_argument("--limit", type=int, help="stop after so many lines in all (default: all, about 2,500)")
     arguments = parser.parse_args()

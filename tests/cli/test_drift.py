@@ -105,10 +105,10 @@ def test_as_a_shell_runs_it(folder: Path) -> None:
         (["--value", "loss"], "mmd watches texts"),
         (["--arl", "-1"], "-1"),
         (["--window", "0"], "window_size must be positive, got 0"),
-        (["--reference-size", "40"], "a reference of 40 records is too small for arl=10000"),
+        (["--reference_size", "40"], "a reference of 40 records is too small for arl=10000"),
         (["--text", "body"], "the fields text"),
         (["--label", "topic"], "no record of the reference has a label in 'topic'"),
-        (["--block-size", "0"], "block_size must be positive, got 0"),
+        (["--block_size", "0"], "block_size must be positive, got 0"),
     ],
 )
 def test_misuse_is_exit_code_2(

@@ -187,11 +187,11 @@ def test_verify(shell: Shell, registry: Registry) -> None:
 
 
 def test_gc(shell: Shell, registry: Registry) -> None:
-    code, out, _ = shell("gc", "--keep", "1", "--dry-run")
+    code, out, _ = shell("gc", "--keep", "1", "--dry_run")
     assert code == 0
     assert "would be deleted" in out
     assert len(registry.versions()) == 4
-    found = shell.json("gc", "--keep", "1", "--dry-run")
+    found = shell.json("gc", "--keep", "1", "--dry_run")
     assert [(entry["name"], entry["why"]) for entry in found["deleted"]] == [("versions/1", "old")]
     assert found["size"] == sum(registry.store.sizes("versions/1").values())
     code, out, _ = shell("gc", "--keep", "1")

@@ -130,13 +130,13 @@ class Run:
             sys.executable,
             "-m",
             "evertune.launch.supervisor.node",
-            "--node-rank",
+            "--node_rank",
             str(node),
-            "--run-id",
+            "--run_id",
             "chaos",
         ]
         command += [word for name, number in layout.items() for word in (f"--{name}", str(number))]
-        command += ["--master", f"{master}:{self._port}", "--log-dir", str(self.folder / "logs"), *self._options]
+        command += ["--master", f"{master}:{self._port}", "--log_dir", str(self.folder / "logs"), *self._options]
         command += ["--", "fit", "--config", str(self.folder / "stream.yaml")]
         variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (self.folder / f"node-{node}.txt").open("ab") as output:

@@ -84,7 +84,7 @@ def test_a_dry_run_prints_the_command_of_this_machine(shown: Callable[..., str])
 
 def test_runs_on_this_machine_do_not_meet(shown: Callable[..., str]) -> None:
     texts = [shown("local", "--", "fit") for _ in range(2)]
-    assert len({re.search(r"--run-id (\S+)", text)[1] for text in texts}) == 2  # type: ignore[index]
+    assert len({re.search(r"--run_id (\S+)", text)[1] for text in texts}) == 2  # type: ignore[index]
     assert len({re.search(r"--master (\S+)", text)[1] for text in texts}) == 2  # type: ignore[index]
     assert "--master 127.0.0.1:1234 " in shown("local", "--port=1234", "--", "fit")
 
@@ -93,7 +93,7 @@ def test_options_come_from_the_configuration_and_the_command_line(here: Path, sh
     (here / "a.yaml").write_text("launch: {name: base, grace: 7, environment: {A: a}, slurm: {time: '1:00'}}\nout: run")
     (here / "b.yaml").write_text("launch:\n  name: night\n  slurm: {partition: big}")
     text = shown("local", "--environment.B=b", "--", "fit", "--config", "a.yaml", "--config=b.yaml")
-    assert "--run-id night-" in text
+    assert "--run_id night-" in text
     assert " --grace 7 " in text
     assert "export A=a && export B=b && " in text
 
@@ -159,7 +159,7 @@ def test_lines_to_run_by_hand_come_with_what_to_do(shown: Callable[..., str]) ->
     first, *rest = shown("torchrun", "--nodes=2", "--", "fit").splitlines()
     assert first == "# In all lines, put the name or address of the first node in place of FIRST_NODE."
     assert rest[0] == "# Node 0 of 2:"
-    assert "--node-rank 0 " in rest[1]
+    assert "--node_rank 0 " in rest[1]
     assert "--master FIRST_NODE:29500 " in rest[1]
     named = shown("torchrun", "--torchrun.hosts=[a, me@b]", "--torchrun.ssh=", "--", "fit").splitlines()
     assert named[::2] == ["# Node 0 of 2, on a:", "# Node 1 of 2, on me@b:"]

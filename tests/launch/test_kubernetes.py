@@ -181,8 +181,8 @@ def test_a_pod_of_a_jobset_runs_the_supervisor(tmp_path: Path, path_with: Any) -
     assert words[:2] == ["-m", "evertune.launch.supervisor.node"]
     assert words[words.index("--") + 1 :] == ["update", "--registry=s3://bucket/news"]
     options = dict(pairwise(words))
-    assert options["--node-rank"] == "1"
-    assert options["--run-id"] == "uid"
+    assert options["--node_rank"] == "1"
+    assert options["--run_id"] == "uid"
     assert options["--master"] == "news-workers-0-0.news:29500"
 
 
@@ -191,7 +191,7 @@ def test_a_pytorchjob_starts_a_preempted_pod_again(tmp_path: Path, path_with: An
     variables = {**path_with("python", NODE), "NODE_RANK": "1", "CODE": code}
     assert bash("pytorchjob", variables, tmp_path) == seen
     options = dict(pairwise(json.loads((tmp_path / "seen.json").read_text())))
-    assert options["--node-rank"] == "1"
+    assert options["--node_rank"] == "1"
     assert options["--master"] == "news-worker-0:29500"
     assert options["--config"] == "/etc/evertune/kubernetes-stream.yaml"
 
@@ -246,7 +246,7 @@ def test_a_dry_run_prints_the_manifest_and_nothing_else(capsys: pytest.CaptureFi
 
 def test_each_run_of_a_pytorchjob_has_an_id_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*LAUNCHES["pytorchjob"], dry_run=True, wait=False) == 0
-    assert re.search(r"--run-id news-\d{8}-\d{6} ", capsys.readouterr().out)
+    assert re.search(r"--run_id news-\d{8}-\d{6} ", capsys.readouterr().out)
 
 
 def test_without_gpus_none_is_asked_for() -> None:

@@ -70,7 +70,7 @@ class Run:
         self.started: list[Node] = []
 
     def start(self, node: int = 0) -> Node:
-        started = Node(self.folder / f"node-{node}", [*self.options, "--node-rank", str(node)], self.arguments)
+        started = Node(self.folder / f"node-{node}", [*self.options, "--node_rank", str(node)], self.arguments)
         self.started.append(started)
         return started
 

@@ -72,11 +72,11 @@ def supervisor(node: int, folder: Path) -> list[str]:
         "-m",
         "evertune.launch.supervisor.node",
         "--nodes=2",
-        f"--node-rank={node}",
+        f"--node_rank={node}",
         "--processes=1",
     ]
-    command += [f"--master={ADDRESSES[0]}:29500", "--run-id=test", f"--log-dir={folder / 'logs'}", "--max-restarts=0"]
-    command += ["--grace=60", "--hang-timeout=45", "--silence-timeout=300"]
+    command += [f"--master={ADDRESSES[0]}:29500", "--run_id=test", f"--log_dir={folder / 'logs'}", "--max_restarts=0"]
+    command += ["--grace=60", "--hang_timeout=45", "--silence_timeout=300"]
     return [*command, "--preflight", f"--shared={folder}", "--module=tests.helpers.nodes_worker", "--"]
 
 

@@ -54,10 +54,10 @@ class Nodes:
             "evertune.launch.supervisor.preflight",
             "--nodes",
             str(nodes),
-            "--node-rank",
+            "--node_rank",
             str(rank),
         ]
-        command += ["--master", f"127.0.0.1:{self.port}", "--timeout", str(timeout), "--run-id", "7", *options]
+        command += ["--master", f"127.0.0.1:{self.port}", "--timeout", str(timeout), "--run_id", "7", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         out = (here / "out").open("w")
         self.processes.append(
@@ -135,7 +135,7 @@ def test_a_folder_that_one_node_does_not_see(nodes: Nodes, tmp_path: Path) -> No
 
 
 def test_nobody_else_comes(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--nodes", "3", "--node-rank", "0", "--timeout", "0.2", "--master", f"127.0.0.1:{port}"]) == 1
+    assert main(["--nodes", "3", "--node_rank", "0", "--timeout", "0.2", "--master", f"127.0.0.1:{port}"]) == 1
     said = capsys.readouterr().out
     assert f"preflight: node 1, 2: not come to 127.0.0.1:{port} within 0 s. Look there: is it running; " in said
     assert f"`nc -vz 127.0.0.1 {port}`" in said
@@ -146,7 +146,7 @@ def test_nobody_else_comes(port: int, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("min_nodes", [2, 3])
 def test_one_of_three_does_not_come(nodes: Nodes, port: int, min_nodes: int) -> None:
     for rank in (1, 0):
-        nodes.start(rank, "--min-nodes", str(min_nodes), nodes=3, timeout=60)
+        nodes.start(rank, "--min_nodes", str(min_nodes), nodes=3, timeout=60)
     codes, outputs = nodes.end()
     missing = f"node 2: not come to 127.0.0.1:{port} within 60 s"
     if min_nodes == 2:
@@ -170,7 +170,7 @@ def test_node_0_dies_under_way(nodes: Nodes, port: int, tmp_path: Path) -> None:
 
 
 def test_the_master_cannot_be_reached(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--nodes", "2", "--node-rank", "1", "--timeout", "0.2", "--master"]
+    arguments = ["--nodes", "2", "--node_rank", "1", "--timeout", "0.2", "--master"]
     assert main([*arguments, f"127.0.0.1:{port}"]) == 1
     said = capsys.readouterr().out
     assert f"preflight: node 1 (host {HOST}) cannot reach node 0 at 127.0.0.1:{port} within 0 s: Connection ref" in said
@@ -180,13 +180,13 @@ def test_the_master_cannot_be_reached(port: int, capsys: pytest.CaptureFixture[s
 
 def test_a_port_in_use(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     other = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    assert main(["--nodes", "1", "--node-rank", "0", "--master", f"127.0.0.1:{port}"]) == 1
+    assert main(["--nodes", "1", "--node_rank", "0", "--master", f"127.0.0.1:{port}"]) == 1
     assert f"cannot open port {port}" in capsys.readouterr().out
     assert other.port == port
 
 
 def test_one_node(port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--nodes", "1", "--node-rank", "0", "--master", f"127.0.0.1:{port}", "--shared"]
+    arguments = ["--nodes", "1", "--node_rank", "0", "--master", f"127.0.0.1:{port}", "--shared"]
     assert main([*arguments, str(tmp_path)]) == 0
     assert main([*arguments, str(tmp_path / "none")]) == 1
     said = capsys.readouterr().out
@@ -197,8 +197,8 @@ def test_one_node(port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "2", "--node-rank", "2", "--master", "a:1"], "--node-rank must be from 0 to 1, got 2"),
-        (["--nodes", "2", "--node-rank", "1", "--master", "a"], "must be host:port, as in node-0:29500, got 'a'"),
+        (["--nodes", "2", "--node_rank", "2", "--master", "a:1"], "--node_rank must be from 0 to 1, got 2"),
+        (["--nodes", "2", "--node_rank", "1", "--master", "a"], "must be host:port, as in node-0:29500, got 'a'"),
     ],
 )
 def test_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,7 +269,7 @@ def test_a_preempted_job_goes_on(here: SlurmCluster, capsys: pytest.CaptureFixtu
     assert slurm._wait(job) == 4
     assert [record["signal"] for record in records("signal")] == ["SIGUSR2"] * 2
     assert sorted(record["attempt"] for record in records("arguments")) == [0, 0, 1, 1]
-    ids = {words[words.index("--run-id") + 1] for words in (record["arguments"] for record in records("arguments"))}
+    ids = {words[words.index("--run_id") + 1] for words in (record["arguments"] for record in records("arguments"))}
     assert ids == {f"evertune-{job}-0", f"evertune-{job}-1"}
 
 

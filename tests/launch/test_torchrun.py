@@ -29,7 +29,7 @@ NOBODY = "127.0.0.3"
 PATIENCE = 120.0
 SUPERVISOR = """#!/bin/sh
 # Notes what it gets, and ends with the exit code of the file `code-RANK`, or with 75 after SIGTERM.
-while [ "$1" != --node-rank ]; do shift; done
+while [ "$1" != --node_rank ]; do shift; done
 note() { echo "$1" >> signals-$rank; }
 rank=$2
 trap 'note INT' INT; trap 'note USR2' USR2; trap 'note TERM; exit 75' TERM

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -28,10 +27,10 @@ from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.shards.support import check_strategy
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
-from evertune.utils.batches import logits_of, targets_of
+from evertune.utils.batches import logits_of, targets_of, to_device
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.loaders import restart_loaders
-from evertune.utils.ranks import is_writer
+from evertune.utils.ranks import barrier, is_writer
 
 _ALL = 1 << 62
 _STATE = "replay.json"
@@ -231,7 +230,7 @@ class Replay(ContinualCallback):
         if not self._resumed:
             self._experience_start = self._update_start = _batches_done(trainer)
             self._before = None
-        elif self._captured and trainer.global_rank == 0:
+        elif self._captured and is_writer():
             (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
         self._schedule.reset()
         if self._before is not None:
@@ -308,9 +307,9 @@ class Replay(ContinualCallback):
         if self._trainer is not None and not self._trainer.interrupted:
             raise RuntimeError("forget examples before or after fit, not during it")
         held = set(self.memory.ids).intersection(ids)
-        _barrier()  # every rank has read the file that is about to go
+        barrier()  # every rank has read the file that is about to go
         erased = self.memory.forget(held, is_writer=self._is_writer)
-        _barrier()
+        barrier()
         return erased
 
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
@@ -342,9 +341,7 @@ class Replay(ContinualCallback):
         with _evaluating(module):
             for start in range(0, len(mine), size):
                 batch = collate.collate_fn([dataset[index] for index in mine[start : start + size].tolist()])
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                batch = to_device(trainer, batch)
                 with trainer.precision_plugin.val_step_context():
                     chunks.append(self.features(module, batch).detach().float().flatten(1))
         vectors = torch.cat(chunks)
@@ -389,14 +386,14 @@ class Replay(ContinualCallback):
         records = parse_records(state_dict["captured"].numpy().tobytes())
         self._captured = b"".join(r._replace(batch=r.batch * here // saved).to_bytes() for r in records)
         self._resumed = True
-        _barrier()
+        barrier()
 
     def save(self, directory: str | Path) -> None:
         """Write the memory to a folder (Arrow and JSON). Call on every rank."""
         if is_writer():
             self.memory.save(directory)
             (Path(directory) / _STATE).write_text(json.dumps({"experience_index": self.experience_index}))
-        _barrier()
+        barrier()
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote, at any world size. Call on every rank.
@@ -412,7 +409,7 @@ class Replay(ContinualCallback):
             raise ValueError(f"{path} is corrupt or truncated: {error!r}") from error
         self.memory.load(directory, is_writer=self._is_writer)
         self.experience_index = index
-        _barrier()
+        barrier()
 
     # --- batches
 
@@ -534,11 +531,6 @@ def _progress(tracker: object) -> _ProcessedTracker:
     """The counts of a loop over batches, which Lightning types as if batches were not processed."""
     assert isinstance(tracker, _ProcessedTracker)
     return tracker
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 @contextmanager

@@ -65,16 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="evertune.launch.supervisor.node", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--min-nodes", type=int)
-    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--min_nodes", type=int)
+    parser.add_argument("--node_rank", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--master", required=True, metavar="HOST:PORT")
-    parser.add_argument("--run-id", required=True)
-    parser.add_argument("--log-dir", type=Path, required=True)
-    parser.add_argument("--max-restarts", type=int, required=True)
+    parser.add_argument("--run_id", required=True)
+    parser.add_argument("--log_dir", type=Path, required=True)
+    parser.add_argument("--max_restarts", type=int, required=True)
     parser.add_argument("--grace", type=float, required=True)
-    parser.add_argument("--hang-timeout", type=float, required=True)
-    parser.add_argument("--silence-timeout", type=float, required=True)
+    parser.add_argument("--hang_timeout", type=float, required=True)
+    parser.add_argument("--silence_timeout", type=float, required=True)
     parser.add_argument("--preflight", action="store_true")
     parser.add_argument("--shared", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--module", default="evertune.launch.supervisor.worker", help=SUPPRESS)
@@ -145,10 +145,10 @@ class Supervisor:
         passed = self.logs / f"node-{options.node_rank}.preflight"
         if passed.exists():
             return
-        words = ["--nodes", str(options.nodes), "--node-rank", str(options.node_rank)]
-        words += ["--processes", str(options.processes), "--master", options.master, "--run-id", options.run_id]
+        words = ["--nodes", str(options.nodes), "--node_rank", str(options.node_rank)]
+        words += ["--processes", str(options.processes), "--master", options.master, "--run_id", options.run_id]
         if options.min_nodes is not None:
-            words += ["--min-nodes", str(options.min_nodes)]
+            words += ["--min_nodes", str(options.min_nodes)]
         for file in config_files(options.command):
             words += ["--config", str(file)]
         for shared in options.shared:

@@ -2,7 +2,7 @@
 
 Runs on each node at the same time, one process a node::
 
-    python -m evertune.launch.supervisor.preflight --nodes 2 --node-rank 0 --processes 8 --master a:29500 --run-id 1 \\
+    python -m evertune.launch.supervisor.preflight --nodes 2 --node_rank 0 --processes 8 --master a:29500 --run_id 1 \\
         --config stream.yaml --shared runs
 
 The exit code is 0 when training can start, and 1 on all nodes, with the reasons, when it cannot.
@@ -134,7 +134,7 @@ def _open(options: argparse.Namespace) -> _Meeting:
             what = f"talk to what is at {host}:{port}: {error}. Does something else use this port?"
         raise _FailedError([f"{who} cannot {what}"]) from None
     if store.add(f"rank/{rank}", 1) > 1:
-        raise _FailedError([f"{who}: there is another node {rank}: each needs a --node-rank of its own"])
+        raise _FailedError([f"{who}: there is another node {rank}: each needs a --node_rank of its own"])
     return _Meeting(store, rank)
 
 
@@ -337,17 +337,17 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m evertune.launch.supervisor.preflight", description="Look at every node before training."
     )
     parser.add_argument("--nodes", type=int, required=True, help="how many there are")
-    parser.add_argument("--node-rank", type=int, required=True, help="which one this is, from 0")
+    parser.add_argument("--node_rank", type=int, required=True, help="which one this is, from 0")
     parser.add_argument("--processes", type=int, default=1, help="on each node")
     parser.add_argument("--master", type=_address, required=True, help="host:port of node 0")
-    parser.add_argument("--run-id", default="", help="the same on all nodes")
+    parser.add_argument("--run_id", default="", help="the same on all nodes")
     parser.add_argument("--config", action="extend", nargs="+", default=[], help="files to be alike on all nodes")
     parser.add_argument("--shared", action="extend", nargs="+", default=[], help="folders that all nodes must see")
-    parser.add_argument("--min-nodes", type=int, help="go on with so many when others have not come in time")
+    parser.add_argument("--min_nodes", type=int, help="go on with so many when others have not come in time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for the nodes")
     options = parser.parse_args(arguments)
     if not 0 <= options.node_rank < options.nodes:
-        parser.error(f"--node-rank must be from 0 to {options.nodes - 1}, got {options.node_rank}")
+        parser.error(f"--node_rank must be from 0 to {options.nodes - 1}, got {options.node_rank}")
     return options
 
 
