@@ -1,18 +1,18 @@
 """Launch on Kubernetes: a JobSet or a PyTorchJob whose pods each run one supervisor.
 
-What the exit code of the command becomes:
+How the job reacts to the exit code of a supervisor:
 
 ====================================  ==========================================  ================================
-the supervisor exits with             JobSet (0.10.1 or newer)                    PyTorchJob
+exit code                             JobSet (0.10.1 or newer)                    PyTorchJob
 ====================================  ==========================================  ================================
 0                                     completed                                   succeeded
-75: preempted, and has saved          started again, without counting             started again
-2, 3, 4, 5: decided                   failed at once: another try would end so    failed at once
-a pod is evicted, its node is lost    started again, without counting             the pod is started again
-anything else                         started again, ``max_restarts`` times       failed (killed: started again)
+75: preempted, has saved              restarted, not counted                      restarted
+2, 3, 4, 5: a result, not a crash     failed at once: a retry would end the same  failed at once
+a pod is evicted, its node is lost    restarted, not counted                      the pod is restarted
+any other                             restarted up to ``max_restarts`` times      failed (if killed: restarted)
 ====================================  ==========================================  ================================
 
-With ``min_nodes`` a pod of a JobSet that is lost is replaced while the others go on.
+With ``min_nodes``, a lost pod of a JobSet is replaced while the others continue.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from evertune.launch.settings import DECIDED, PREEMPTED, LaunchSettings, config_
 
 _CONFIG_FOLDER = "/etc/evertune"
 _GROUP = 1000
-"""Of the user in evertune's image: may write to the volumes."""
+"""Group of the user in evertune's image, which gets write access to the volumes."""
 _RETRYABLE = 138
-"""Exit code by which a PyTorchJob starts a pod again; all below 128 are final for it."""
+"""Exit code after which a PyTorchJob restarts a pod; it treats all codes below 128 as permanent failures."""
 _MARGIN = 30
-"""Seconds that the supervisor has after ``grace`` to end by itself."""
+"""Seconds after ``grace`` in which the supervisor can still end by itself."""
 _INTERVAL = 5.0
 _RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "pytorchjob": "pytorchjobs.kubeflow.org"}
 _JOB_LABELS = {"jobset": "jobset.sigs.k8s.io/jobset-name", "pytorchjob": "training.kubeflow.org/job-name"}
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML as people write it: text of several lines as a block, no anchors."""
+    """Readable YAML: multi-line text as a block, no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -64,20 +64,20 @@ _Dumper.add_representer(str, _text)
 
 
 def manifest(settings: LaunchSettings, command: Sequence[str], run_id: str | None = None) -> str:
-    """The job, and the files of the command's ``--config`` in a ConfigMap, as YAML.
+    """The YAML of the job, and of a ConfigMap with the files of the command's ``--config``.
 
     Args:
-        settings: of the launch. Where they name no interpreter, the image's ``python`` is taken; where they give no
-            number of processes, that of ``gpus_per_node``, else 1: this machine says nothing about the cluster's.
-        command: what every rank runs: ``["fit", "--config", "stream.yaml"]`` or ``["update", ...]``.
-        run_id: of a PyTorchJob, other than that of any other run; by default its name. A JobSet's is the id of its job.
+        settings: Settings of the launch. The interpreter defaults to ``python`` of the image, and the number of
+            processes to ``gpus_per_node``, else 1: the defaults of this machine say nothing about the cluster.
+        command: Command of every rank: ``["fit", "--config", "stream.yaml"]`` or ``["update", ...]``.
+        run_id: Unique identifier of a PyTorchJob's run; by default its name. A JobSet uses the uid of its job.
 
     Returns:
-        One or two documents.
+        One or two YAML documents.
 
     Raises:
-        ValueError: for what Kubernetes would refuse, and for settings that it has no use for.
-        OSError: when a configuration cannot be read.
+        ValueError: If Kubernetes would refuse a setting, or would ignore it.
+        OSError: If a configuration file cannot be read.
 
     Example:
         >>> from evertune.launch.settings import LaunchSettings
@@ -99,18 +99,18 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
     """Create the job; a finished one of the same name is replaced.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
-        dry_run: print the manifest and do nothing else.
-        wait: until the job has ended. Ended by SIGTERM or Ctrl-C meanwhile, it deletes the job, whose ranks then have
-            ``grace`` seconds to save.
+        settings: Settings of the launch.
+        command: Command of every rank.
+        dry_run: Only print the manifest.
+        wait: Wait until the job has ended. SIGTERM or Ctrl-C then delete the job, whose ranks have ``grace`` seconds
+            to save.
 
     Returns:
-        With ``wait`` the exit code of the command, else 0; 1 when the job could not be created.
+        With ``wait`` the exit code of the command, else 0; 1 if the job could not be created.
 
     Raises:
-        ValueError: as :func:`manifest` does, before anything is created.
-        OSError: likewise.
+        ValueError: Before anything is created, if :func:`manifest` refuses the settings.
+        OSError: Before anything is created, if a configuration file cannot be read.
     """
     text = manifest(settings, command, f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if dry_run:
@@ -119,7 +119,7 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
     if shutil.which("kubectl") is None:
         return _say("kubectl is not on the PATH: install it, or print the manifest with --dry_run")
     if not settings.kubernetes.volumes:
-        _say("note: kubernetes.volumes is empty: what a pod writes, checkpoints too, is lost with it")
+        _say("note: kubernetes.volumes is empty: everything that a pod writes, checkpoints too, is lost with it")
     return _launch(_Job(settings, text), wait=wait)
 
 
@@ -141,7 +141,7 @@ def _launch(job: _Job, *, wait: bool) -> int:
 
 
 class _Job:
-    """A job in the cluster, through kubectl."""
+    """A job in the cluster, controlled through kubectl."""
 
     def __init__(self, settings: LaunchSettings, text: str) -> None:
         kind = settings.kubernetes.kind
@@ -152,7 +152,7 @@ class _Job:
         self._namespace = settings.kubernetes.namespace
 
     def words(self, *words: str) -> list[str]:
-        """The words of a command of kubectl."""
+        """A kubectl command line in the job's namespace."""
         return ["kubectl", *(["--namespace", self._namespace] if self._namespace else []), *words]
 
     def kubectl(self, *words: str, text: str | None = None) -> str:
@@ -160,7 +160,7 @@ class _Job:
         return subprocess.run(self.words(*words), input=text, capture_output=True, text=True, check=True).stdout
 
     def state(self) -> dict[str, Any] | None:
-        """As the cluster has it; None where there is none."""
+        """The job as the cluster reports it; None if it does not exist."""
         text = self.kubectl("get", self.name, "--ignore-not-found", "-o", "json")
         return dict(json.loads(text)) if text.strip() else None
 
@@ -168,7 +168,7 @@ class _Job:
         """Create it and its configuration."""
         self.kubectl("create", "-f", "-", text=self.text)
         output = shlex.join(self.words("logs", "-f", "-l", self.selector))
-        print(f"{self.name} is created; its output: {output}", flush=True)
+        print(f"created {self.name}; to follow its output: {output}", flush=True)
 
     def delete(self) -> None:
         """Delete it and its configuration, and wait until its pods are gone."""
@@ -176,7 +176,7 @@ class _Job:
         self.kubectl("delete", "--ignore-not-found", "--cascade=foreground", timeout, "-f", "-", text=self.text)
 
     def exit_code(self) -> int:
-        """That of the container which failed first; those after it were ended because of it."""
+        """Exit code of the container that failed first; later ones were ended because of it."""
         pods = json.loads(self.kubectl("get", "pods", "-l", self.selector, "-o", "json"))["items"]
         statuses = [status for pod in pods for status in pod.get("status", {}).get("containerStatuses", [])]
         ended = [status["state"]["terminated"] for status in statuses if "terminated" in status.get("state", {})]
@@ -185,7 +185,7 @@ class _Job:
 
 
 def _ending(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The condition that says how a job has ended; None as long as it has not."""
+    """The condition with which a job has ended; None while it runs."""
     for condition in state.get("status", {}).get("conditions", []):
         if condition["type"] in ("Completed", "Succeeded", "Failed") and condition["status"] == "True":
             return dict(condition)
@@ -194,7 +194,7 @@ def _ending(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 @contextmanager
 def _deleted_at_a_signal(job: _Job) -> Iterator[None]:
-    """Delete the job when this process is asked to end."""
+    """Delete the job when this process gets SIGTERM or Ctrl-C."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -203,7 +203,7 @@ def _deleted_at_a_signal(job: _Job) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
-        _say(f"deleting {job.name}, which saves first")
+        _say(f"deleting {job.name}; it saves first")
         try:
             job.delete()
         except subprocess.CalledProcessError as error:
@@ -214,7 +214,7 @@ def _deleted_at_a_signal(job: _Job) -> Iterator[None]:
 
 
 def _follow(job: _Job) -> int:
-    """Wait until the job has ended; the exit code of its command."""
+    """Wait until the job has ended, and return the exit code of its command."""
     while True:
         try:
             state = job.state()
@@ -224,8 +224,8 @@ def _follow(job: _Job) -> int:
             if ending is not None:
                 print(f"{job.name}: {ending['type']}. {ending.get('message', '')}".rstrip(), flush=True)
                 return job.exit_code() if ending["type"] == "Failed" else 0
-        except subprocess.CalledProcessError as error:  # the cluster does not answer; the job runs on
-            _say(f"{error.stderr.strip()}; looking again")
+        except subprocess.CalledProcessError as error:  # the cluster does not answer, but the job may still run
+            _say(f"{error.stderr.strip()}; retrying")
         time.sleep(_INTERVAL)
 
 
@@ -235,7 +235,7 @@ def _say(message: str) -> int:
 
 
 def _of_the_cluster(settings: LaunchSettings) -> LaunchSettings:
-    """Settings without what was taken from this machine."""
+    """Settings without the defaults that were taken from this machine."""
     python = "python" if settings.python == sys.executable else settings.python
     processes = settings.processes_per_node or settings.kubernetes.gpus_per_node or 1
     return replace(settings, python=python, processes_per_node=processes)
@@ -245,16 +245,16 @@ def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
     asked = settings.kubernetes
     if not command or command[0] not in ("fit", "update"):
         given = command[0] if command else "nothing"
-        raise ValueError(f"only `fit` and `update` are launched on Kubernetes, got {given}")
+        raise ValueError(f"only `fit` and `update` can be launched on Kubernetes, got {given}")
     if settings.container is not None:
-        raise ValueError("container does not go with Kubernetes: pods run kubernetes.image")
+        raise ValueError("container cannot be used with Kubernetes: pods run kubernetes.image")
     if settings.modules:
-        raise ValueError("modules do not go with Kubernetes: put what they load into kubernetes.image")
+        raise ValueError("modules cannot be used with Kubernetes: install what they load in kubernetes.image")
     _check_name("name", settings.name, _LABEL)
     longest = f"{settings.name}-workers-0-{settings.nodes - 1}-abcde"
     if len(longest) > 63:
         excess = len(longest) - 63
-        raise ValueError(f"name {settings.name!r} is {excess} characters too long: those of pods are made from it")
+        raise ValueError(f"name {settings.name!r} is {excess} characters too long: pod names are derived from it")
     others = {"kubernetes.namespace": asked.namespace, "kubernetes.service_account": asked.service_account}
     others |= {f"kubernetes.volumes: claim {number + 1}": claim for number, claim in enumerate(asked.volumes)}
     for what, name in others.items():
@@ -264,7 +264,7 @@ def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
         raise ValueError(f"kubernetes.gpus_per_node must not be negative, got {asked.gpus_per_node}")
     for claim, path in asked.volumes.items():
         if not path.startswith("/"):
-            raise ValueError(f"kubernetes.volumes: {claim!r} must be mounted at a path from / on, got {path!r}")
+            raise ValueError(f"kubernetes.volumes: {claim!r} must be mounted at an absolute path, got {path!r}")
 
 
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -274,18 +274,19 @@ _SUBDOMAIN = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
 def _check_name(what: str, name: str, pattern: str) -> None:
     if not re.fullmatch(pattern, name):
         raise ValueError(
-            f"{what} {name!r} is no name for Kubernetes: small letters, digits and dashes, a letter first, no dash last"
+            f"{what} {name!r} is not a valid Kubernetes name: use lower-case letters, digits and dashes, starting with "
+            "a letter and not ending with a dash"
         )
 
 
 def _with_mounted_files(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command with its ``--config`` files where the pods have them, and what is in them by name there."""
+    """The command with the paths of its ``--config`` files inside the pods, and the contents of these files by name."""
     paths = list(dict.fromkeys(config_files(command)))
     contents: dict[str, str] = {}
     places: dict[Path, str] = {}
     for number, path in enumerate(paths):
         if not path.is_file():
-            raise ValueError(f"--config {path} is no file")
+            raise ValueError(f"--config {path} is not a file")
         name = re.sub(r"[^-\w.]", "-", path.name, flags=re.ASCII)
         name = f"{number}-{name}" if len(paths) > 1 else name
         contents[name] = path.read_text()
@@ -325,7 +326,7 @@ def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: b
         run_id="$RUN_ID",
     )
     line = f"exec {shell_words(words)} {shlex.join(command)}"
-    labels = {"RUN_ID": "batch.kubernetes.io/controller-uid"}  # another one each time that the job is made anew
+    labels = {"RUN_ID": "batch.kubernetes.io/controller-uid"}  # changes each time that the job is recreated
     elastic = settings.min_nodes is not None and settings.min_nodes < settings.nodes
     decided = [code for code in DECIDED if code]
     return {
@@ -385,7 +386,7 @@ def _on_exit_codes(codes: Sequence[int]) -> dict[str, Any]:
 
 
 def _pytorchjob(settings: LaunchSettings, command: Sequence[str], run_id: str, *, mounts_files: bool) -> dict[str, Any]:
-    """Workers only: with a master the job would be over as soon as that has ended, be the first rank there or not."""
+    """Workers only: a job with a master is over as soon as the master ends, whether or not it holds rank 0."""
     words = settings.node_command([], node_rank="$NODE_RANK", master=f"{settings.name}-worker-0", run_id=run_id)
     line = "\n".join(
         [
@@ -415,7 +416,7 @@ def _pytorchjob(settings: LaunchSettings, command: Sequence[str], run_id: str, *
 def _pod(
     settings: LaunchSettings, name: str, line: str, labels: Mapping[str, str], *, mounts_files: bool
 ) -> dict[str, Any]:
-    """The pod of one node: its container runs ``line`` after the lines of ``setup``, and knows some of its labels."""
+    """The pod of one node: its container runs ``setup``, then ``line``, and gets ``labels`` as variables."""
     asked = settings.kubernetes
     spec: dict[str, Any] = {}
     if asked.service_account:
@@ -466,10 +467,10 @@ def _resources(settings: LaunchSettings) -> dict[str, Any]:
 
 
 def _patience(settings: LaunchSettings) -> int:
-    """Seconds that a pod has to end after it was asked to."""
+    """Seconds that a pod has to end after SIGTERM."""
     return math.ceil(settings.grace) + _MARGIN
 
 
 def _literal(value: str) -> str:
-    """Text that comes out of Kubernetes' own substitution of ``$(NAME)`` as it is here."""
+    """Escape text so that Kubernetes' substitution of ``$(NAME)`` leaves it unchanged."""
     return re.sub(r"\$(?=[$(])", "$$", value)

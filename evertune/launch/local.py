@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool = True) -> int:
-    """Run a command on this machine, to its end.
+    """Run a command on this machine and wait for it to end.
 
-    The processes meet at a free port where the settings leave the port at its default.
+    If the port has its default value, a free port is chosen, so that several runs can share the machine.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
-        dry_run: only print what would run.
-        wait: there is no other way here.
+        settings: Settings of the launch.
+        command: Command of every rank.
+        dry_run: Only print what would be run.
+        wait: Ignored: this launcher always waits.
 
     Returns:
         The exit code of the node's supervisor.
 
     Raises:
-        ValueError: when there shall be more nodes than one, or a container that only SLURM can start.
+        ValueError: If the settings ask for several nodes, or for a container that only SLURM can start.
     """
     if settings.nodes != 1:
         raise ValueError(f"nodes must be 1 on this machine, got {settings.nodes}: use torchrun, slurm or kubernetes")
@@ -51,18 +51,18 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
 
 
 def new_run_id(settings: LaunchSettings) -> str:
-    """A name for a run that no other run has."""
+    """A unique identifier for a run."""
     return f"{settings.name}-{secrets.token_hex(4)}"
 
 
 def exit_code(code: int) -> int:
-    """The exit code of a child as a shell tells it: 128 and its number for a signal."""
+    """The exit code of a child as a shell reports it: 128 plus the number of the signal that killed it."""
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
 def forwarded(send: Callable[[signal.Signals], object]) -> Iterator[None]:
-    """Signals that ask a run to stop are sent on, and do not end this process."""
+    """Forward the signals that ask a run to stop, instead of ending this process."""
 
     def handle(number: int, frame: object) -> None:
         send(signal.Signals(number))

@@ -1,4 +1,4 @@
-"""How a command is launched on one machine or many: the section ``launch`` of its YAML, and options over it."""
+"""Settings of a launch, from the section ``launch`` of the command's YAML, overridden by command-line options."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import yaml
 from jsonargparse import ArgumentParser
 
 PREEMPTED = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, has saved, and goes on when it is started again."""
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved; it resumes when it is started again."""
 
 DECIDED = (0, 2, 3, 4, 5)
-"""Exit codes of commands that are no crash: another try would end in the same way."""
+"""Exit codes that are results, not crashes: a retry would end the same way."""
 
 _GROUPS = {"torchrun", "slurm", "kubernetes"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """Where the processes run instead of on the bare machine.
+    """The container in which the processes run.
 
     Args:
-        image: a file (``evertune.sif``) or the name of an OCI image.
+        image: Path of an image file (``evertune.sif``) or name of an OCI image.
         runtime: ``"apptainer"`` or ``"pyxis"`` (SLURM's ``srun --container-image``).
-        mounts: folders of the machine to see inside, as ``"/data"`` or ``"/data:/inside"``.
+        mounts: Folders of the host to mount, as ``"/data"`` or ``"/data:/inside"``.
     """
 
     image: str
@@ -42,11 +42,11 @@ class TorchrunSettings:
     """Nodes that are reached over SSH.
 
     Args:
-        hosts: their names, the first of which is the meeting point; one entry for each node.
-        hostfile: a file with a name in each line, instead of ``hosts``. What follows the name (``slots=8``) is the
-            number of processes there and must be the same everywhere.
-        ssh: the command that runs a command elsewhere. Empty: nothing is run, each node's command is printed.
-        folder: where each node runs it; by default this folder, which all nodes then must have.
+        hosts: Host names, one for each node. The first is the rendezvous.
+        hostfile: A file with one host name per line, instead of ``hosts``. A name may be followed by the number of
+            processes on that host (``slots=8``), which must be the same for all hosts.
+        ssh: The command that runs a command on another host. Empty: nothing is run; each node's command is printed.
+        folder: Working directory on each node; by default the current one, which must then exist on all nodes.
     """
 
     hosts: list[str] = field(default_factory=list)
@@ -57,21 +57,22 @@ class TorchrunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """What is asked of SLURM. What has no option here goes into ``options`` as sbatch knows it.
+    """The resources requested from SLURM. Options of sbatch that are not listed here go into ``options``.
 
     Args:
-        time: limit, as in ``"1-12:00:00"``.
-        partition: where to.
-        account: on whose account.
-        qos: quality of service.
-        gpus_per_node: by default ``processes_per_node``; 0 asks for none.
-        cpus_per_task: processor cores for all processes of a node.
-        memory: of a node, as in ``"480G"``.
-        options: more lines for the head of the script, as in ``{"constraint": "h100"}``.
-        seeds: one run for each, as a job array.
-        sweep: one run for each combination of values, as in ``{"model.init_args.learning_rate": [1e-5, 2e-5]}``.
-        parallel: runs of an array at one time at most; None for all.
-        requeue: put the job back into the queue when it is preempted or its time is up.
+        time: Time limit, as in ``"1-12:00:00"``.
+        partition: Partition of the job.
+        account: Account that the job is charged to.
+        qos: Quality of service.
+        gpus_per_node: GPUs requested for each node; by default ``processes_per_node``. 0 requests none.
+        cpus_per_task: CPU cores for all processes of a node together.
+        memory: Memory of each node, as in ``"480G"``.
+        options: Further ``#SBATCH`` options, as in ``{"constraint": "h100"}``.
+        seeds: Submit a job array with one run for each of these seeds.
+        sweep: Submit a job array with one run for each combination of these values, as in
+            ``{"model.init_args.learning_rate": [1e-5, 2e-5]}``.
+        parallel: Maximum number of runs of an array at the same time; None for no limit.
+        requeue: Requeue the job when it is preempted or reaches its time limit.
     """
 
     time: str | None = None
@@ -90,20 +91,20 @@ class SlurmSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesSettings:
-    """What is asked of Kubernetes.
+    """The resources requested from Kubernetes.
 
     Args:
-        image: of the containers.
+        image: Image of the containers.
         kind: ``"jobset"`` (JobSet) or ``"pytorchjob"`` (Kubeflow's Training Operator).
-        namespace: where the job lives.
-        gpus_per_node: by default ``processes_per_node``; 0 asks for none.
-        cpu: of each pod, as in ``"16"``.
-        memory: of each pod, as in ``"480Gi"``.
-        shared_memory: size of ``/dev/shm``, through which loader processes hand over batches.
-        volumes: claim to path, as in ``{"training-data": "/data"}``.
-        service_account: of the pods.
-        node_selector: labels of the machines.
-        queue: of Kueue.
+        namespace: Namespace of the job; by default that of the current context of kubectl.
+        gpus_per_node: GPUs requested for each pod; by default ``processes_per_node``. 0 requests none.
+        cpu: CPU cores of each pod, as in ``"16"``.
+        memory: Memory of each pod, as in ``"480Gi"``.
+        shared_memory: Size of ``/dev/shm``, through which DataLoader workers pass batches.
+        volumes: Mount path of each persistent volume claim, as in ``{"training-data": "/data"}``.
+        service_account: Service account of the pods.
+        node_selector: Labels that a machine must have.
+        queue: Name of the local queue of Kueue.
     """
 
     image: str = "evertune"
@@ -124,30 +125,31 @@ class LaunchSettings:
     """How a command is launched.
 
     Args:
-        name: of the job.
-        nodes: machines.
-        min_nodes: go on with so few when others are lost; by default a lost node is waited for.
-        processes_per_node: one for each GPU; by default the GPUs of this machine, or 1.
-        port: where the processes meet, on the first node.
-        python: the interpreter on the nodes.
-        environment: variables to set.
-        modules: environment modules to load.
-        setup: lines of shell that come before, as in ``["source /opt/venv/bin/activate"]``.
-        container: see :class:`Container`.
-        log_dir: for the output of every rank, and the stacks of those that hang; all nodes should see it.
-        shared_folders: must be the same on all nodes; the preflight looks.
-        interface: the network device between the nodes, as in ``"ib0"``; by default NCCL and gloo choose.
-        preflight: look at every node before training.
-        max_restarts: times that a crash is started over, from the last checkpoint.
-        hang_timeout: seconds without progress inside a training step after which all ranks are started over.
-        silence_timeout: the same outside of training steps: while models load, are saved and are evaluated.
-        grace: seconds before the limit (or after a request to stop) in which a checkpoint must be done.
-        torchrun: see :class:`TorchrunSettings`.
-        slurm: see :class:`SlurmSettings`.
-        kubernetes: see :class:`KubernetesSettings`.
+        name: Name of the job.
+        nodes: Number of nodes.
+        min_nodes: Continue with this many nodes when others are lost; by default, wait for a lost node to return.
+        processes_per_node: Processes on each node, one per GPU; by default the number of GPUs of this machine, or 1.
+        port: Rendezvous port on the first node.
+        python: Python interpreter on the nodes.
+        environment: Environment variables to set.
+        modules: Environment modules to load.
+        setup: Shell lines to run before the command, as in ``["source /opt/venv/bin/activate"]``.
+        container: The container to run in, see :class:`Container`; by default none.
+        log_dir: Folder for the output of every rank and the stack traces of hung ranks; share it between the nodes.
+        shared_folders: Folders that must be the same on all nodes; the preflight checks it.
+        interface: Network interface between the nodes, as in ``"ib0"``; by default NCCL and gloo choose one.
+        preflight: Check every node before training.
+        max_restarts: Number of times that a crashed run is restarted from its last checkpoint.
+        hang_timeout: Seconds without progress inside a training step after which all ranks are restarted.
+        silence_timeout: Seconds without progress outside of training steps (while the model is loaded, saved or
+            evaluated) after which all ranks are restarted.
+        grace: Seconds before the time limit, or after a request to stop, within which a checkpoint must be saved.
+        torchrun: Settings of :class:`TorchrunSettings`.
+        slurm: Settings of :class:`SlurmSettings`.
+        kubernetes: Settings of :class:`KubernetesSettings`.
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     name: str = "evertune"
@@ -194,7 +196,7 @@ class LaunchSettings:
         return max(torch.cuda.device_count(), 1)
 
     def variables(self) -> dict[str, str]:
-        """Environment variables of every process: those asked for, over defaults for NCCL and gloo."""
+        """Environment variables of every process: defaults for NCCL and gloo, overridden by ``environment``."""
         defaults = {
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",
@@ -206,16 +208,16 @@ class LaunchSettings:
         return defaults | self.environment
 
     def node_command(self, command: Sequence[str], *, node_rank: str, master: str, run_id: str) -> list[str]:
-        """What runs on one node: its supervisor, which starts the ranks and watches them.
+        """The command that runs on one node: its supervisor, which starts the ranks and watches them.
 
         Args:
-            command: what every rank runs, without the program's name, as in ``["fit", "--config", "stream.yaml"]``.
-            node_rank: which node this is, or the shell's expression for it, as in ``"$SLURM_NODEID"``.
-            master: name or address of the first node, or an expression for it.
-            run_id: the same on all nodes, other than that of any other run.
+            command: Command of every rank, without the program's name: ``["fit", "--config", "stream.yaml"]``.
+            node_rank: Rank of this node, or the shell expression for it, as in ``"$SLURM_NODEID"``.
+            master: Name or address of the first node, or a shell expression for it.
+            run_id: Identifier of the run: the same on all nodes, different from that of any other run.
 
         Returns:
-            Words for a shell; those with an expression in it must stay unquoted or stand in double quotes: see
+            Words for a shell. Words that contain an expression must be left unquoted or put in double quotes: see
             :func:`shell_words`.
         """
         words = [self.python, "-m", "evertune.launch.supervisor.node"]
@@ -233,7 +235,7 @@ class LaunchSettings:
 
 
 def shell_words(words: Sequence[str]) -> str:
-    """A line of shell; a word with ``$`` is put in double quotes, so that the shell fills it in.
+    """A shell line; a word with ``$`` is put in double quotes, so that the shell expands it.
 
     Example:
         >>> shell_words(["run", "--rank", "$SLURM_NODEID", "two words"])
@@ -243,29 +245,29 @@ def shell_words(words: Sequence[str]) -> str:
 
 
 def read_settings(options: Sequence[str], command: Sequence[str], where: str) -> tuple[LaunchSettings, bool, bool]:
-    """The settings of a launch: the section ``launch`` of the command's ``--config`` files, and options over it.
+    """The settings of a launch: the section ``launch`` of the command's ``--config`` files, overridden by options.
 
     Args:
-        options: of ``evertune launch <where>``.
-        command: what is launched, with its ``--config``.
-        where: the launcher's name, for messages.
+        options: Options of ``evertune launch <where>``.
+        command: Command to launch, with its ``--config``.
+        where: Name of the launcher, for messages.
 
     Returns:
         The settings, and whether ``--dry_run`` and ``--wait`` were given.
 
     Raises:
-        SystemExit: when an option is unknown or bad, with a message.
+        SystemExit: With a message, if an option is unknown or invalid.
     """
     parser = ArgumentParser(
         prog=f"evertune launch {where}",
         usage="%(prog)s [options] -- COMMAND ...",
-        description="The options may stand in the section `launch` of the command's --config file as well.",
+        description="All options can also be set in the section `launch` of the command's --config file.",
         exit_on_error=False,
     )
     parser.add_class_arguments(LaunchSettings)
-    parser.add_argument("--dry_run", action="store_true", help="print what would run, and run nothing")
-    parser.add_argument("--wait", action="store_true", help="until it has ended, and exit with its exit code")
-    for action in parser._actions:  # what other launchers need may be there, and is not shown
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run, and exit")
+    parser.add_argument("--wait", action="store_true", help="wait until it has ended, and exit with its exit code")
+    for action in parser._actions:  # sections of other launchers are accepted, but not shown in the help
         if action.dest.partition(".")[0] in _GROUPS - {where}:
             action.help = SUPPRESS
     try:
@@ -281,7 +283,7 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
 
 
 def config_files(command: Sequence[str]) -> list[Path]:
-    """The files that a command's ``--config`` names, in order.
+    """The files given by a command's ``--config``, in order.
 
     Example:
         >>> [file.name for file in config_files(["fit", "--config", "a.yaml", "--config=b.yaml"])]
@@ -297,10 +299,10 @@ def config_files(command: Sequence[str]) -> list[Path]:
 
 
 def launch_section(command: Sequence[str]) -> dict[str, Any]:
-    """The section ``launch`` of the files that a command's ``--config`` names; later files win.
+    """The merged section ``launch`` of a command's ``--config`` files; later files take precedence.
 
     Raises:
-        SystemExit: when a file cannot be read.
+        SystemExit: If a file cannot be read, or its section is not a mapping.
     """
     merged: dict[str, Any] = {}
     for file in config_files(command):

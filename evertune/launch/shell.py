@@ -1,4 +1,4 @@
-"""The lines of shell in which every launcher's command stands: what comes before it, and the container around it."""
+"""The shell lines around a launcher's command: the preamble before it, and the container that it runs in."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def preamble(settings: LaunchSettings) -> list[str]:
     """What a shell does before the command: modules, the lines of ``setup``, and the environment variables.
 
-    Variables come last, so that no module takes them back. They stand as they are: what the shell has to fill in
-    (``export SCRATCH=/scratch/$USER``) is a line of ``setup``.
+    Variables come last, so that no module overrides them. They are quoted: a value that the shell has to expand
+    (``export SCRATCH=/scratch/$USER``) belongs into ``setup``.
 
     Example:
         >>> from evertune.launch.settings import LaunchSettings
@@ -28,17 +28,17 @@ def preamble(settings: LaunchSettings) -> list[str]:
 
 
 def contained(settings: LaunchSettings, words: Sequence[str]) -> list[str]:
-    """A command inside of the container of the settings; as it is where they have none.
+    """A command that runs in the container of the settings; unchanged if they have none.
 
-    The interpreter of this machine is not there in the container: where the settings name no other, its ``python`` is
-    taken.
+    The interpreter of this machine does not exist in the container: unless the settings give another one, the
+    container's ``python`` is used.
 
     Args:
-        settings: with the container.
-        words: the command, as :meth:`~evertune.launch.settings.LaunchSettings.node_command` makes it.
+        settings: Settings of the launch, with the container.
+        words: Command, as :meth:`~evertune.launch.settings.LaunchSettings.node_command` returns it.
 
     Raises:
-        ValueError: when the container's runtime is pyxis, which only SLURM has.
+        ValueError: If the container's runtime is pyxis, which only SLURM has.
     """
     container = settings.container
     if container is None:
@@ -51,11 +51,11 @@ def contained(settings: LaunchSettings, words: Sequence[str]) -> list[str]:
 
 
 def line(settings: LaunchSettings, words: Sequence[str], *before: str) -> str:
-    """A node's command after its preamble, in one line for a shell, which the command replaces.
+    """A node's preamble and command as one shell line. ``exec`` lets the command replace the shell.
 
     Args:
-        settings: of the launch.
-        words: the command.
-        before: lines of shell that come first.
+        settings: Settings of the launch.
+        words: Command of the node.
+        before: Shell lines to run first.
     """
     return " && ".join([*before, *preamble(settings), f"exec {shlex.join(contained(settings, words))}"])

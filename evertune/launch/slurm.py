@@ -1,4 +1,4 @@
-"""``evertune launch slurm``: a job that goes back into the queue until it is done, or an array of such jobs."""
+"""``evertune launch slurm``: a job that is requeued until it is complete, or an array of such jobs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OWN = {
     "output": "`log_dir`",
     "signal": "`grace`",
 }
-"""Options that the script depends on, and the settings that they follow from."""
+"""Options of sbatch that evertune sets itself, and the settings from which it derives them."""
 
 _ENDED = {
     "COMPLETED",
@@ -48,35 +48,34 @@ _ENDED = {
     "BOOT_FAIL",
 }
 _POLL = 5.0
-_EARLY = 60  # seconds that SLURM may send a signal before its time
-_PORTS = 1000  # ports from `port` on, of which a job takes one, so that two jobs can share a node
+_EARLY = 60  # seconds: SLURM may send a signal this much earlier than requested
+_PORTS = 1000  # a job uses one of this many ports, from `port` on, so that two jobs can share a node
 
 
 def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool) -> int:
-    """Hand a job to SLURM.
+    """Submit a job to SLURM.
 
-    While it is waited for, SIGTERM and SIGINT cancel the job, and SIGUSR2 is sent to it: it saves, and goes back into
-    the queue.
+    With ``wait``, SIGTERM and SIGINT cancel the job; SIGUSR2 is forwarded to it, so that it saves and is requeued.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
-        dry_run: only print the script.
-        wait: until the job has ended for good, however often it goes back into the queue.
+        settings: Settings of the launch.
+        command: Command of every rank.
+        dry_run: Only print the script.
+        wait: Wait until the job has ended for good, however often it is requeued.
 
     Returns:
-        The exit code of the job, the highest of an array; 0 when it is not waited for; that of sbatch when SLURM does
-        not take the job.
+        With ``wait`` the exit code of the job (the highest of an array), else 0; the exit code of sbatch if SLURM
+        rejects the job.
 
     Raises:
-        ValueError: when the settings make no job, or SLURM is not there.
+        ValueError: If the settings are invalid, or sbatch is not installed.
     """
     text = script(settings, command)
     if dry_run:
         print(text, end="")
         return 0
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not there: start this where SLURM is installed, or look at the job with --dry_run")
+        raise ValueError("sbatch is not on the PATH: start this where SLURM is, or print the job with --dry_run")
     folder = Path(settings.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S-%f}.sbatch"
@@ -94,11 +93,11 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
     """The batch script.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
+        settings: Settings of the launch.
+        command: Command of every rank.
 
     Raises:
-        ValueError: when the settings make no job.
+        ValueError: If the settings are invalid for SLURM.
     """
     _check(settings, command)
     array = _is_array(settings)
@@ -106,7 +105,7 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
     cases = (f"    {index}) run=({shlex.join(words)}) ;;" for index, words in enumerate(_runs(settings, command)))
     on_node = shlex.quote(f'exec {_supervisor(settings)} "$@"')
     again = (
-        "# It has saved, or got SIGUSR2 or SIGTERM before it could. A job that was cancelled is not put back.",
+        "# It has saved, or got SIGUSR2 or SIGTERM before it could. A cancelled job is not requeued.",
         f'case "$code" in {PREEMPTED} | 140 | 143) scontrol requeue Incomplete "{job}" ;; esac',
     )
     lines = [
@@ -120,7 +119,7 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
         f'export EVERTUNE_MASTER="$first:$(({settings.port} + SLURM_JOB_ID % {_PORTS}))"',
         f'export EVERTUNE_RUN_ID="$SLURM_JOB_NAME-{job}-${{SLURM_RESTART_COUNT:-0}}"',
         "",
-        "trap : TERM USR2  # the supervisors get these as well; this shell waits for them",
+        "trap : TERM USR2  # the supervisors get these signals too; this shell waits for them",
         " \\\n    ".join([*map(shell_words, _srun(settings)), ""]) + f"sh -c {on_node} sh \\",
         f"    {shlex.join(command)}" + (' "${run[@]}"' if array else ""),
         "code=$?",
@@ -131,7 +130,7 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
 
 
 def _head(settings: LaunchSettings) -> Iterator[str]:
-    """The lines for sbatch."""
+    """The ``#SBATCH`` lines."""
     slurm, array = settings.slurm, _is_array(settings)
     gpus = slurm.gpus_per_node
     options: dict[str, Any] = {
@@ -158,7 +157,7 @@ def _head(settings: LaunchSettings) -> Iterator[str]:
 
 
 def _gpus(settings: LaunchSettings) -> int:
-    """GPUs of a node where nobody says how many: one for each process, if those are for GPUs."""
+    """Default number of GPUs of a node: one for each process, unless the processes run on CPUs."""
     if settings.processes_per_node is not None:
         return settings.processes_per_node
     import torch
@@ -167,7 +166,10 @@ def _gpus(settings: LaunchSettings) -> int:
 
 
 def _srun(settings: LaunchSettings) -> Iterator[list[str]]:
-    """What starts the supervisors, in one or two lines: they alone know when they are done."""
+    """The srun command that starts the supervisors, in one or two lines.
+
+    ``--kill-on-bad-exit=0 --wait=0``: srun must not end the other supervisors when one ends.
+    """
     words = ["srun", "--ntasks=$SLURM_NNODES", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
     if settings.slurm.cpus_per_task is not None:
         words.append(f"--cpus-per-task={settings.slurm.cpus_per_task}")  # srun does not take it from the job
@@ -186,10 +188,10 @@ def _in_pyxis(settings: LaunchSettings) -> Container | None:
 
 
 def _supervisor(settings: LaunchSettings) -> str:
-    """What runs on a node, up to the command, an option in each line of shell."""
+    """The supervisor's command line, without the command of the ranks, with one option per line."""
     words = settings.node_command([], node_rank="$SLURM_NODEID", master="$EVERTUNE_MASTER", run_id="$EVERTUNE_RUN_ID")
     words[words.index("--master") + 1] = "$EVERTUNE_MASTER"  # the port is part of it
-    if _in_pyxis(settings):  # srun is told of the container; the interpreter of this machine is not there
+    if _in_pyxis(settings):  # srun starts the container, in which this machine's interpreter does not exist
         words[0] = "python" if words[0] == sys.executable else words[0]
     else:
         words = contained(settings, words)
@@ -219,7 +221,7 @@ def _indices(settings: LaunchSettings) -> str:
 
 
 def _runs(settings: LaunchSettings, command: Sequence[str]) -> Iterator[list[str]]:
-    """The arguments of each run of an array: what it sets, and a folder of its own."""
+    """The arguments of each run of an array: the values that it sets, and its own output folder."""
     out = _out(command)
     for index, chosen in enumerate(_combinations(settings)):
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in chosen.items()}
@@ -229,7 +231,7 @@ def _runs(settings: LaunchSettings, command: Sequence[str]) -> Iterator[list[str
 
 
 def _out(command: Sequence[str]) -> str:
-    """The folder into which a ``fit`` writes."""
+    """The output folder of a ``fit``."""
     out = "evertune-run"
     for file in config_files(command):
         content = yaml.safe_load(file.read_text())
@@ -244,10 +246,10 @@ def _out(command: Sequence[str]) -> str:
 
 
 def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
-    """Refuse what makes no job.
+    """Refuse settings that SLURM, or the script, cannot carry out.
 
     Raises:
-        ValueError: then.
+        ValueError: With the name and value of the setting.
     """
     slurm = settings.slurm
     if not re.fullmatch(r"[\w.+-]+", settings.name):
@@ -260,21 +262,22 @@ def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
     if limit is not None and limit <= settings.grace + _EARLY:
         raise ValueError(
             f"slurm.time must be longer than grace={settings.grace:g} and {_EARLY} seconds, got {slurm.time!r}: SLURM "
-            "may ask the job to stop so early"
+            "may ask the job to stop that long before its time limit"
         )
     if settings.port + _PORTS > 2**16:
         raise ValueError(
-            f"port must be at most {2**16 - _PORTS}, as each job takes its own from there, got {settings.port}"
+            f"port must be at most {2**16 - _PORTS}, as each job uses one of the {_PORTS} ports from there on, got "
+            f"{settings.port}"
         )
     for name in slurm.options:
         if name in _OWN:
-            raise ValueError(f"slurm.options must leave {name!r} to {_OWN[name]}")
+            raise ValueError(f"slurm.options must not set {name!r}, which follows from {_OWN[name]}")
     for key, values in slurm.sweep.items():
         if not values:
-            raise ValueError(f"slurm.sweep must have a value for {key!r}, got an empty list")
+            raise ValueError(f"slurm.sweep must have at least one value for {key!r}, got an empty list")
     if _is_array(settings) and command[0] != "fit":
         raise ValueError(
-            f"slurm.seeds and slurm.sweep are for `fit`, got {command[0]!r}: a registry has one update at a time"
+            f"slurm.seeds and slurm.sweep are for `fit` only, got {command[0]!r}: a registry runs one update at a time"
         )
     if slurm.parallel is not None and not _is_array(settings):
         raise ValueError("slurm.parallel limits an array: give slurm.seeds or slurm.sweep with it")
@@ -301,7 +304,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _wait(job: str) -> int:
-    """Until a job, or all jobs of an array, have ended for good.
+    """Wait until a job, or all jobs of an array, have ended for good.
 
     Returns:
         The highest exit code.
@@ -318,29 +321,29 @@ def _wait(job: str) -> int:
                 ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False
             )
             if "Invalid job id" in asked.stderr:
-                raise ValueError(f"SLURM does not know job {job} any more, nor how it has ended")
+                raise ValueError(f"SLURM no longer knows job {job}, nor how it ended")
             states = [_facts(line) for line in asked.stdout.splitlines() if line]
-            told = ", ".join(sorted({_told(state) for state in states}))
-            if told and told != shown:
-                print(f"job {job}: {told}", flush=True)
-                shown = told
+            status = ", ".join(sorted({_status(state) for state in states}))
+            if status and status != shown:
+                print(f"job {job}: {status}", flush=True)
+                shown = status
             if states and all(state["JobState"] in _ENDED for state in states):
                 return max(map(_exit_code, states))
-            time.sleep(_POLL)  # also when SLURM does not answer: its controller may be started anew
+            time.sleep(_POLL)  # also when SLURM does not answer: its controller may be restarting
 
 
 def _facts(line: str) -> dict[str, str]:
-    """What ``scontrol show job`` says."""
+    """The fields of a line of ``scontrol show job``."""
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def _told(job: Mapping[str, str]) -> str:
-    """A job's state, and why it waits."""
+def _status(job: Mapping[str, str]) -> str:
+    """A job's state, and the reason why it is pending."""
     return job["JobState"] + ("" if job["Reason"] == "None" else f" ({job['Reason']})")
 
 
 def _exit_code(job: Mapping[str, str]) -> int:
-    """A job's exit code as a shell tells it; 1 when it has none and is not complete: cancelled in the queue."""
+    """A job's exit code as a shell reports it; 1 if it was cancelled in the queue and so has none."""
     code, number = map(int, job["ExitCode"].split(":"))
     if job["JobState"] == "COMPLETED":
         return code

@@ -1,4 +1,4 @@
-"""``evertune launch torchrun``: nodes that are reached over SSH, or by hand."""
+"""``evertune launch torchrun``: nodes that are reached over SSH, or started by hand."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ UNREACHABLE = 255
 """Exit code of ssh itself."""
 
 _UNKNOWN = "FIRST_NODE"
-_MARGIN = 30.0  # seconds beyond the grace, after which nobody waits for a node any more
+_MARGIN = 30.0  # seconds beyond the grace period after which a node is given up
 _LISTEN = 'exec 3<&0; (while read -r s <&3; do kill -s "$s" $$; done; kill -s TERM $$) >/dev/null 2>&1 &'
-"""What runs beside a supervisor over SSH: the signals that come as lines, and SIGTERM when the connection ends."""
+"""Runs beside a supervisor over SSH: turns lines of standard input into signals, and its end into SIGTERM."""
 
 
 def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool = True) -> int:
-    """Run a command on all nodes over SSH, to its end; or print each node's line where there is no SSH.
+    """Run a command on all nodes over SSH and wait for it to end; without SSH, print the line of each node.
 
-    What the nodes print is printed here, after the node's name. SIGINT, SIGTERM and SIGUSR2 go to all supervisors; they
-    get a SIGTERM when this process dies or is cut off from them.
+    The output of the nodes is printed here, prefixed with the node's name. SIGINT, SIGTERM and SIGUSR2 are forwarded
+    to all supervisors, which get a SIGTERM when this process dies or loses its connection to them.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
-        dry_run: only print what would run.
-        wait: there is no other way here.
+        settings: Settings of the launch.
+        command: Command of every rank.
+        dry_run: Only print what would be run.
+        wait: Ignored: this launcher always waits.
 
     Returns:
-        The exit code to which the command has come, which the node of rank 0 tells; 0 when enough nodes end well; else
-        that of a node that failed.
+        The exit code of the command, as the node of rank 0 reports it; 0 if enough nodes succeed; else the exit code
+        of a node that failed.
 
     Raises:
-        ValueError: when the hosts are unknown, or do not go with the other settings.
+        ValueError: If the hosts are not given, or contradict the other settings.
     """
     settings, hosts = nodes_of(settings)
     if settings.nodes == 1 and not hosts:
@@ -63,31 +63,31 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
     if not dry_run and settings.torchrun.ssh:
         raise ValueError(
             f"torchrun.hosts or torchrun.hostfile must name the {settings.nodes} nodes; with --dry_run, or an empty "
-            "torchrun.ssh, their lines are printed, to be run by hand"
+            "torchrun.ssh, the line of each node is printed, to be run by hand"
         )
     if not hosts:
-        print(f"# In all lines, put the name or address of the first node in place of {_UNKNOWN}.")
+        print(f"# In all lines, replace {_UNKNOWN} by the name or address of the first node.")
     for rank, node_line in enumerate(node_lines):
         print(f"# Node {rank} of {settings.nodes}{f', on {hosts[rank]}' if hosts else ''}:\n{node_line}")
     return 0
 
 
 def lines(settings: LaunchSettings, command: Sequence[str], run_id: str | None = None) -> list[str]:
-    """One line of shell for each node: to run here where it is reached over SSH, else to run there.
+    """One shell line for each node: to run here if the node is reached over SSH, else to run on the node.
 
     Args:
-        settings: of the launch.
-        command: what every rank runs.
-        run_id: the same on all nodes; by default a new one.
+        settings: Settings of the launch.
+        command: Command of every rank.
+        run_id: Identifier of the run, the same on all nodes; by default a new one.
 
     Raises:
-        ValueError: see :func:`run`.
+        ValueError: If the hosts contradict the other settings.
     """
     settings, hosts = nodes_of(settings)
     ssh, run_id = settings.torchrun.ssh, run_id or local.new_run_id(settings)
     master = hosts[0].rpartition("@")[2] if hosts else _UNKNOWN
     before = [f"cd {shlex.quote(settings.torchrun.folder or str(Path.cwd()))}"]
-    if settings.modules:  # a shell over SSH may not know them
+    if settings.modules:  # a non-login shell over SSH may lack the command `module`
         before.append("{ command -v module >/dev/null || . /etc/profile; }")
     made = []
     for rank in range(settings.nodes):
@@ -101,10 +101,10 @@ def lines(settings: LaunchSettings, command: Sequence[str], run_id: str | None =
 
 
 def nodes_of(settings: LaunchSettings) -> tuple[LaunchSettings, list[str]]:
-    """The settings with the number of nodes and processes that the hosts have, and the hosts.
+    """The settings with the numbers of nodes and processes that follow from the hosts, and the hosts.
 
     Raises:
-        ValueError: when the hosts do not go with the other settings.
+        ValueError: If the hosts contradict the other settings.
     """
     hosts = settings.torchrun.hosts
     if settings.torchrun.hostfile is not None:
@@ -114,19 +114,19 @@ def nodes_of(settings: LaunchSettings) -> tuple[LaunchSettings, list[str]]:
         if slots is not None:
             if settings.processes_per_node not in (None, slots):
                 raise ValueError(
-                    f"processes_per_node must be that of {settings.torchrun.hostfile}, slots={slots}, got "
+                    f"processes_per_node must agree with {settings.torchrun.hostfile}: slots={slots}, got "
                     f"{settings.processes_per_node}"
                 )
             settings = replace(settings, processes_per_node=slots)
     if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
-        raise ValueError(f"a host must be named once, got {', '.join(twice)} more often")
+        raise ValueError(f"each host must be named once, got {', '.join(twice)} more than once")
     if hosts and settings.nodes not in (1, len(hosts)):
         raise ValueError(f"nodes must be the number of hosts, {len(hosts)}, got {settings.nodes}")
     return replace(settings, nodes=len(hosts) or settings.nodes), hosts
 
 
 def _read_hostfile(file: Path) -> tuple[list[str], int | None]:
-    """The hosts of a file, and their slots."""
+    """The hosts of a file, and the number of slots that they share (None if not given)."""
     try:
         content = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
     except OSError as error:
@@ -155,9 +155,9 @@ class _Nodes:
         self._children: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
         self._printing = threading.Lock()
-        self._deadline: float | None = None  # when those that are left are asked to end, then given up
+        self._deadline: float | None = None  # when the remaining nodes are asked to end, later: when they are killed
         self._asked = False
-        self._lost = 0  # exit code of the node for whose sake they were asked
+        self._lost = 0  # exit code of the lost node that made the others end
         try:
             for host, node_line in zip(hosts, node_lines, strict=True):
                 self._start(host, node_line)
@@ -180,7 +180,7 @@ class _Nodes:
         self._readers[-1].start()
 
     def wait(self) -> int:
-        """Wait for all nodes; when one is lost that the others cannot go on without, they are asked to end."""
+        """Wait for all nodes; when too few are left to continue, ask them to end."""
         with local.forwarded(self._send):
             while any(code is None for code in self._codes()):
                 time.sleep(0.1)
@@ -190,7 +190,7 @@ class _Nodes:
         codes = [local.exit_code(child.wait()) for child in self._children]
         for host, code in zip(self.hosts, codes, strict=True):
             if code:
-                reason = ": it cannot be reached, was cut off or killed" if code == UNREACHABLE else ""
+                reason = ": it cannot be reached, or the connection was lost" if code == UNREACHABLE else ""
                 print(f"evertune launch torchrun: {host} ended with exit code {code}{reason}", file=sys.stderr)
         decided = [code for code in codes if code in (*DECIDED, PREEMPTED)]
         if self._lost or any(decided):

@@ -157,7 +157,7 @@ def test_the_lines_for_every_node_are_the_golden_ones() -> None:
 
 def test_lines_to_run_by_hand_come_with_what_to_do(shown: Callable[..., str]) -> None:
     first, *rest = shown("torchrun", "--nodes=2", "--", "fit").splitlines()
-    assert first == "# In all lines, put the name or address of the first node in place of FIRST_NODE."
+    assert first == "# In all lines, replace FIRST_NODE by the name or address of the first node."
     assert rest[0] == "# Node 0 of 2:"
     assert "--node_rank 0 " in rest[1]
     assert "--master FIRST_NODE:29500 " in rest[1]
@@ -204,7 +204,7 @@ def test_a_hostfile(tmp_path: Path, content: str, hosts: list[str], processes: i
         ("a cores=2", {}, "a line must be `name` or `name slots=8`, got 'a cores=2'"),
         ("a slots=0", {}, "got 'a slots=0'"),
         ("# nobody", {}, "names no host"),
-        ("a\nb\na", {}, "a host must be named once, got a more often"),
+        ("a\nb\na", {}, "each host must be named once, got a more than once"),
         ("a\nb", {"nodes": 3}, "nodes must be the number of hosts, 2, got 3"),
     ],
 )

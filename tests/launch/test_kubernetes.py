@@ -221,13 +221,13 @@ def wait_for(file: Path) -> None:
         ({}, [], "got nothing"),
         ({"container": Container(image="evertune.sif")}, COMMAND, r"container .* kubernetes\.image"),
         ({"modules": ["cuda"]}, COMMAND, r"modules .* kubernetes\.image"),
-        ({"name": "News_1"}, COMMAND, "name 'News_1' is no name"),
+        ({"name": "News_1"}, COMMAND, "name 'News_1' is not a valid Kubernetes name"),
         ({"name": "n" * 60}, COMMAND, "15 characters too long"),
         ({"kubernetes": KubernetesSettings(namespace="a b")}, COMMAND, "namespace 'a b'"),
         ({"kubernetes": KubernetesSettings(volumes={"Data": "/data"})}, COMMAND, "claim 1 'Data'"),
-        ({"kubernetes": KubernetesSettings(volumes={"data": "data"})}, COMMAND, "at a path from /"),
+        ({"kubernetes": KubernetesSettings(volumes={"data": "data"})}, COMMAND, "at an absolute path, got 'data'"),
         ({"kubernetes": KubernetesSettings(gpus_per_node=-1)}, COMMAND, "negative, got -1"),
-        ({}, ["fit", "--config", "nowhere.yaml"], r"nowhere\.yaml is no file"),
+        ({}, ["fit", "--config", "nowhere.yaml"], r"nowhere\.yaml is not a file"),
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused_here(
@@ -318,14 +318,14 @@ def test_the_job_is_created(cluster: Any, capsys: pytest.CaptureFixture[str]) ->
     ]
     output = capsys.readouterr()
     logs = "kubectl --namespace nlp logs -f -l jobset.sigs.k8s.io/jobset-name=news"
-    assert output.out == f"{name} is created; its output: {logs}\n"
+    assert output.out == f"created {name}; to follow its output: {logs}\n"
     assert output.err == ""
 
 
 def test_a_launch_without_volumes_says_that_nothing_stays(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.answer(job=[None])
     assert run(*LAUNCHES["jobset"], dry_run=False, wait=False) == 0
-    assert "what a pod writes, checkpoints too, is lost" in capsys.readouterr().err
+    assert "everything that a pod writes, checkpoints too, is lost" in capsys.readouterr().err
 
 
 def test_a_finished_job_of_the_same_name_is_replaced(cluster: Any) -> None:
@@ -352,7 +352,7 @@ def test_waiting_ends_with_the_exit_code_of_the_command(
     assert run(*LAUNCHES[name], dry_run=False, wait=True) == 4
     output = capsys.readouterr()
     assert "Failed. it has Failed" in output.out
-    assert "the cluster is away; looking again" in output.err
+    assert "the cluster is away; retrying" in output.err
 
 
 @pytest.mark.parametrize(("name", "ending"), [("jobset", "Completed"), ("pytorchjob", "Succeeded")])

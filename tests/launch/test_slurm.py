@@ -106,7 +106,7 @@ def here(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts(name: str) -> None:
-    golden = ROOT / "tests" / "golden" / f"slurm-{name}.sbatch"
+    golden = Path(__file__).with_name("golden") / f"slurm-{name}.sbatch"
     assert slurm.script(SCRIPTS[name], FIT) == golden.read_text()
     subprocess.run(["bash", "-n", golden], check=True)
 
@@ -147,7 +147,11 @@ def test_each_run_of_an_array_has_a_folder_of_its_own(command: list[str], out: s
     ("settings", "command", "message"),
     [
         ({"name": "a/b"}, FIT, "name must be letters, digits and `.+-_`, as it is part of file names, got 'a/b'"),
-        ({"port": 65000}, FIT, "port must be at most 64536, as each job takes its own from there, got 65000"),
+        (
+            {"port": 65000},
+            FIT,
+            "port must be at most 64536, as each job uses one of the 1000 ports from there on, got 65000",
+        ),
         ({"slurm": {"gpus_per_node": -1}}, FIT, "slurm.gpus_per_node must be at least 0, got -1"),
         ({"slurm": {"cpus_per_task": 0}}, FIT, "slurm.cpus_per_task must be at least 1, got 0"),
         ({"slurm": {"seeds": [1], "parallel": 0}}, FIT, "slurm.parallel must be at least 1, got 0"),
@@ -161,10 +165,18 @@ def test_each_run_of_an_array_has_a_folder_of_its_own(command: list[str], out: s
         (
             {"slurm": {"options": {"array": "0-3"}}},
             FIT,
-            "slurm.options must leave 'array' to `slurm.seeds` and",
+            "slurm.options must not set 'array', which follows from `slurm.seeds` and",
         ),
-        ({"slurm": {"sweep": {"data.n": []}}}, FIT, "slurm.sweep must have a value for 'data.n', got an empty list"),
-        ({"slurm": {"seeds": [1]}}, ["update"], "slurm.seeds and slurm.sweep are for `fit`, got 'update': a registry"),
+        (
+            {"slurm": {"sweep": {"data.n": []}}},
+            FIT,
+            "slurm.sweep must have at least one value for 'data.n', got an empty list",
+        ),
+        (
+            {"slurm": {"seeds": [1]}},
+            ["update"],
+            "slurm.seeds and slurm.sweep are for `fit` only, got 'update': a registry",
+        ),
     ],
 )
 def test_what_makes_no_job_is_refused(settings: dict[str, Any], command: list[str], message: str) -> None:
@@ -175,7 +187,7 @@ def test_what_makes_no_job_is_refused(settings: dict[str, Any], command: list[st
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="sbatch is not there"):
+    with pytest.raises(ValueError, match="sbatch is not on the PATH"):
         slurm.run(SCRIPTS["plain"], FIT, dry_run=False, wait=False)
 
 
