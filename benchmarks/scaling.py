@@ -42,7 +42,7 @@ from evertune.cli.plan import GIB, STRATEGIES, shape_of
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards.support import is_step_boundary
 from evertune.streams import Experience, ExperienceDataModule
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 
 BATCH, TOKENS, ACCUMULATION, STEPS = 2, 16, 2, 4
 CLASSES = ["a", "b"]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import ExperienceDataModule, class_incremental
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 
 BATCH, TOKENS, WARM_UP, TURN = 32, 64, 3, 10
 LIMITS = {"ewc": 1.03, "replay": 1.05}

@@ -15,7 +15,9 @@ from evertune.lightning_modules.heads import HEADS, HeadKind
 from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
+from evertune.tasks.sequence_classification import SequenceClassificationTask
 from evertune.utils.batches import TARGET_KEYS, targets_of
+from evertune.utils.evaluation import evaluation_mode
 
 if TYPE_CHECKING:
     from evertune.streams.experience import Experience
@@ -114,6 +116,7 @@ class SequenceClassificationModule(TransformerModule):
         )
         self.head_kind = head
         self.multi_label = multi_label
+        self.task = SequenceClassificationTask(multi_label)
         self.label_smoothing = label_smoothing
         self.pooling = pooling
         self.n_classes_ahead = n_classes_ahead
@@ -316,10 +319,8 @@ class SequenceClassificationModule(TransformerModule):
         if isinstance(texts, str):
             raise TypeError("texts must be a list; for one text pass [text]")
         self.configure_model()
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         predictions: list[dict[str, float]] = []
-        with gathered(self), torch.inference_mode():
+        with evaluation_mode(self), gathered(self), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 batch = self.tokenizer(
                     list(texts[start : start + batch_size]),
@@ -329,8 +330,6 @@ class SequenceClassificationModule(TransformerModule):
                     return_tensors="pt",
                 )
                 predictions += self.predict_step(batch.to(self.device), start)
-        for module, training in modes:
-            module.training = training
         return predictions
 
     def _max_length(self) -> int:

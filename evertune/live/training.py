@@ -19,8 +19,9 @@ from evertune.live.plan import Plan
 from evertune.live.slices import Row
 from evertune.memory.memory import MemoryView
 from evertune.sources.schema import RecordSchema
-from evertune.streams.datamodule import ExperienceDataModule, PadCollator, TokenizedDataset
+from evertune.streams.datamodule import ExperienceDataModule
 from evertune.streams.experience import Experience, class_names
+from evertune.tasks.texts import PadCollator, TokenizedDataset
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption

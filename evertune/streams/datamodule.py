@@ -2,109 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from evertune._lightning import pl
 from evertune.streams import splits as scenarios
-from evertune.streams.experience import Examples, Experience, ExperienceStream, column_of
+from evertune.streams.experience import Experience, ExperienceStream
 from evertune.streams.sampler import BucketSampler, ResumableLoader
-
-_PADDING = {"token_type_ids": 0}
-"""What fills up each kind of tokens besides ``input_ids``."""
-
-
-class TokenizedDataset(Dataset[dict[str, Any]]):
-    """The texts of a dataset as tokens, in flat arrays.
-
-    An example is a dict: ``input_ids`` (and ``token_type_ids`` where the tokenizer makes them), int64 ``[length]``;
-    ``labels``, the label's name or list of names, and ``id``, where the dataset has those columns.
-
-    Args:
-        data: the examples, dicts.
-        tokenizer: of transformers.
-        text: the column with the text, or the pair of columns.
-        label: the column with the label, or None.
-        id_column: the column that identifies an example, or None.
-        max_length: longer texts are cut to this many tokens.
-    """
-
-    def __init__(
-        self,
-        data: Examples,
-        tokenizer: Any,
-        *,
-        text: str | tuple[str, str],
-        label: str | None,
-        id_column: str | None,
-        max_length: int,
-    ) -> None:
-        columns = (text,) if isinstance(text, str) else tuple(text)
-        texts = [column_of(data, column) for column in columns]
-        self.names = {
-            key: column_of(data, column) for key, column in (("labels", label), ("id", id_column)) if column is not None
-        }
-        flat: dict[str, list[np.ndarray]] = {}
-        lengths: list[int] = []
-        for start in range(0, len(data), 1000):
-            parts = [column[start : start + 1000] for column in texts]
-            encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
-            lengths += [len(tokens) for tokens in encoded["input_ids"]]
-            for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
-                flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
-        self.tokens = {key: np.concatenate(chunks) for key, chunks in flat.items()}
-        self.lengths = np.asarray(lengths)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        run = slice(self.starts[index], self.starts[index + 1])
-        tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
-        return {**tokens, **{key: values[index] for key, values in self.names.items()}}
-
-
-class PadCollator:
-    """Joins tokenised examples to a batch: each kind of tokens padded to the longest example, and their names.
-
-    Args:
-        pad_token_id: fills up ``input_ids``.
-        side: where it goes, "right" or "left".
-    """
-
-    def __init__(self, pad_token_id: int, side: Literal["right", "left"] = "right") -> None:
-        self.pad_token_id = pad_token_id
-        self.side = side
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Join examples to a batch.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``; ``labels``: a list
-            of label names (or of lists of them), if the examples have labels.
-        """
-        mask = [torch.ones_like(example["input_ids"]) for example in examples]
-        batch: dict[str, Any] = {
-            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
-            "attention_mask": self._pad(mask, 0),
-        }
-        for key, value in _PADDING.items():
-            if key in examples[0]:
-                batch[key] = self._pad([example[key] for example in examples], value)
-        if "labels" in examples[0]:
-            batch["labels"] = [example["labels"] for example in examples]
-        return batch
-
-    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.side)
+from evertune.tasks.base import Task
 
 
 class ExperienceDataModule(pl.LightningDataModule):
@@ -125,10 +33,12 @@ class ExperienceDataModule(pl.LightningDataModule):
         max_length: longer texts are cut to this many tokens.
         num_workers: processes that load batches. With tokens in memory there is little to load.
         seed: of the order of the training examples; the same on all ranks.
-        collate_fn: joins examples to a batch; by default :class:`PadCollator`, or torch's without a tokenizer.
+        collate_fn: joins examples to a batch; by default the task's, or torch's without a tokenizer.
         bucketed: put texts of similar length together, which saves padding.
         drop_last: leave out the training examples that do not fill a step, instead of filling it with others.
         id_column: a column kept in each tokenised example as ``id``, so that a memory can forget it by name.
+        task: makes the tokenised examples and the collate function; by default the labels stay what they are. Pass
+            ``module.task`` for a module that has one.
 
     Raises:
         ValueError: when a size is not positive, a column is missing, or the tokenizer cannot pad.
@@ -158,6 +68,7 @@ class ExperienceDataModule(pl.LightningDataModule):
         bucketed: bool = True,
         drop_last: bool = False,
         id_column: str | None = None,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
@@ -177,8 +88,9 @@ class ExperienceDataModule(pl.LightningDataModule):
         self.bucketed = bucketed
         self.drop_last = drop_last
         self.id_column = id_column
+        self.task = task or Task()
         if tokenizer is not None and collate_fn is None:
-            self.collate_fn = _pad_collator(tokenizer)
+            self.collate_fn = self.task.collator(tokenizer)
         self._datasets: dict[str, Dataset[Any]] = {}
 
     def dataset(self, split: Literal["train", "val", "test"]) -> Dataset[Any] | None:
@@ -193,7 +105,7 @@ class ExperienceDataModule(pl.LightningDataModule):
                     raise ValueError(
                         f"experience {self.experience.name!r}: {split} has no column {column!r}; it has {columns}"
                     )
-            self._datasets[split] = TokenizedDataset(
+            self._datasets[split] = self.task.dataset(
                 data,
                 self.tokenizer,
                 text=self.text,
@@ -249,13 +161,6 @@ class ExperienceDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # evaluating leaves the global random state alone
         )
-
-
-def _pad_collator(tokenizer: Any) -> PadCollator:
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise ValueError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
-    return PadCollator(token, tokenizer.padding_side)
 
 
 class StreamDataModule(pl.LightningDataModule):
@@ -380,10 +285,12 @@ class StreamDataModule(pl.LightningDataModule):
             self._stream = getattr(scenarios, self.scenario)(self.source, **self._cut)
         return self._stream
 
-    def datamodule(self, experience: Experience, tokenizer: Any = None) -> ExperienceDataModule:
+    def datamodule(
+        self, experience: Experience, tokenizer: Any = None, task: Task | None = None
+    ) -> ExperienceDataModule:
         """The batches of an experience; the same object each time, so that its texts are tokenised once."""
         known, datamodule = self._datamodules.get(id(experience), (None, None))
         if datamodule is None or known is not tokenizer:
-            datamodule = ExperienceDataModule(experience, tokenizer, **self._batches)  # type: ignore[arg-type]
+            datamodule = ExperienceDataModule(experience, tokenizer, task=task, **self._batches)  # type: ignore[arg-type]
             self._datamodules[id(experience)] = (tokenizer, datamodule)
         return datamodule

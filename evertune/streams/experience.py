@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
-
-class Examples(Protocol):
-    """A map-style dataset: anything with a length whose examples are read by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
+from evertune.utils.examples import Examples, column_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +156,6 @@ class ExperienceStream(Sequence[Experience]):
 
     def __repr__(self) -> str:
         return f"ExperienceStream({[experience.name for experience in self]})"
-
-
-def column_of(data: Examples, column: str) -> list[Any]:
-    """What all examples hold under one key, read by column where the dataset has columns."""
-    if hasattr(data, "column_names"):
-        return list(data[column])  # type: ignore[index]
-    return [data[index][column] for index in range(len(data))]
 
 
 def class_names(labels: Iterable[Any]) -> list[str]:

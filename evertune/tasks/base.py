@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+
+from evertune.tasks.losses import negative_losses
+from evertune.tasks.texts import TokenizedDataset, pad_collator
+from evertune.utils.batches import NoLogitsError, has_targets, logits_in, name_of, output_of, targets_of
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -25,14 +30,55 @@ class Outputs:
 
     Args:
         logits: ``[batch, ..., classes]``; for ``"bernoulli"`` one logit per yes-or-no, for ``"gaussian"`` the means.
-        targets: ``[batch, ...]`` class numbers for ``"categorical"``, with -100 where a position counts for nothing;
-            of the logits' shape for the others; None where the batch has none.
-        likelihood: what the logits parametrise.
+        targets: ``[batch, ...]`` class numbers for ``"categorical"``; for the others a tensor of the logits' shape;
+            -100 wherever a position counts for nothing. None where the batch has none.
+        likelihood: what the logits parametrise. An example's log-likelihood is the sum over its positions.
     """
 
     logits: Tensor
     targets: Tensor | None
     likelihood: Likelihood
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Any, likelihood: Likelihood | None = None) -> Outputs:
+        """Read the likelihood, where it is not given, from the shapes and the targets.
+
+        Class numbers of shape ``[batch, ...]`` make it categorical. Targets of the logits' own shape (or one for a
+        single logit) are yes-or-no where all are between 0 and 1, for a single logit exactly 0 or 1, and else the
+        numbers of a regression.
+
+        Raises:
+            ValueError: when the shapes do not fit, and without targets where only they can say what the logits are:
+                for a single logit, and for logits at many positions, some of which may be padding.
+        """
+        if logits.ndim == 1:
+            logits = logits.unsqueeze(-1)
+        if not isinstance(targets, Tensor):
+            if likelihood is None and (logits.ndim != 2 or logits.shape[-1] < 2):
+                raise ValueError(
+                    f"logits of shape {list(logits.shape)} need targets: they say which positions count, and whether a "
+                    f"single logit is a yes-or-no or a number; got {type(targets).__name__}; pass targets=, a callable "
+                    "batch -> tensor"
+                )
+            return cls(logits, None, likelihood or "categorical")
+        single = logits.shape[-1] == 1 and targets.numel() == logits.numel()
+        if likelihood != "categorical" and (single or targets.shape == logits.shape):
+            targets = targets.reshape(logits.shape)
+            return cls(logits, targets, likelihood or ("bernoulli" if _are_yes_or_no(targets) else "gaussian"))
+        if likelihood in (None, "categorical") and targets.numel() == logits.shape[:-1].numel():
+            return cls(logits, targets.reshape(logits.shape[:-1]), "categorical")
+        raise ValueError(
+            f"targets of shape {list(targets.shape)} do not fit logits of shape {list(logits.shape)}: expected class "
+            "numbers for all dimensions but the last one, or one target for each logit; pass logits= and targets="
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """Which targets count, bools: ``[batch, ...]``, of the logits' shape unless the likelihood is categorical."""
+        if self.targets is None:
+            shape = self.logits.shape[:-1] if self.likelihood == "categorical" else self.logits.shape
+            return torch.ones(shape, dtype=torch.bool, device=self.logits.device)
+        return self.targets != IGNORED
 
 
 class Task:
@@ -41,31 +87,65 @@ class Task:
     This base class is the task of any module that carries none: it finds logits and targets in the usual places
     (:mod:`evertune.utils.batches`). Its methods about records and texts are those of a task that learns from records;
     only the live path and ``ExperienceDataModule`` with a tokenizer call them.
+
+    Args:
+        likelihood: what the logits parametrise; by default read from the targets (:meth:`Outputs.of`). Say
+            ``"gaussian"`` for a regression whose targets may all be 0 or 1.
+
+    Example:
+        >>> Task().label({"x": torch.zeros(2), "label": "sport"}), Task().label((torch.zeros(2), 3))
+        ('sport', '3')
     """
+
+    def __init__(self, likelihood: Likelihood | None = None) -> None:
+        self.likelihood = likelihood
 
     # --- an example, as the dataset gives it to the collate function
 
     def label(self, example: Any) -> str | None:
-        """The class of an example, by which memories balance and splits are stratified; None where it has none."""
-        raise NotImplementedError
+        """The class of an example, by which memories balance and splits are stratified; None where it has none.
+
+        By default its ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels are
+        one class together.
+        """
+        return name_of(targets_of(example)) if has_targets(example) else None
 
     # --- a batch on the module's device
 
     def outputs(self, module: pl.LightningModule, batch: Any) -> Outputs:
         """Logits and targets of a batch, of any leading shape.
 
+        The outputs of transformers' causal language models are shifted, so that each position is scored on the token
+        after it. Other logits belong to the target at their own position.
+
         Raises:
             TypeError: when no logits can be found.
+            ValueError: when logits and targets do not fit.
         """
-        raise NotImplementedError
+        output = output_of(module, batch)
+        logits = logits_in(output, module)
+        targets = targets_of(batch) if has_targets(batch) else None
+        name = type(output).__name__
+        if isinstance(targets, Tensor) and "CausalLM" in name and "Output" in name:
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        return Outputs.of(logits, targets, self.likelihood)
 
     def score(self, module: pl.LightningModule, batch: Any) -> Tensor:
-        """How well the module does on each example: a float tensor ``[batch]``, in [0, 1] where there are logits.
+        """How well the module does on each example, higher is better: a float tensor ``[batch]``.
+
+        The share of an example's positions that are right (:func:`accuracies`); its negative squared error for a
+        regression; and where there are no logits or no targets to compare them with, its negative training loss
+        (:func:`~evertune.tasks.losses.negative_losses`). NaN for an example in which no position counts.
 
         Raises:
             TypeError: when neither logits with targets nor a loss can be found.
+            ValueError: when logits and targets do not fit.
         """
-        raise NotImplementedError
+        try:
+            outputs = self.outputs(module, batch) if has_targets(batch) else None
+        except NoLogitsError as error:
+            return negative_losses(module, batch, error)
+        return accuracies(outputs) if outputs is not None else negative_losses(module, batch)
 
     # --- texts
 
@@ -79,12 +159,12 @@ class Task:
         id_column: str | None,
         max_length: int,
     ) -> Dataset[dict[str, Any]]:
-        """The examples of a split, tokenised once."""
-        raise NotImplementedError
+        """The examples of a split, tokenised once; labels stay what they are."""
+        return TokenizedDataset(data, tokenizer, text=text, label=label, id_column=id_column, max_length=max_length)
 
     def collator(self, tokenizer: Any) -> Callable[[list[Any]], Any]:
         """What joins tokenised examples to a batch."""
-        raise NotImplementedError
+        return pad_collator(tokenizer)
 
     # --- records
 
@@ -118,3 +198,39 @@ def task_of(module: Any) -> Task:
     """The task that a module carries, or the default one."""
     task = getattr(module, "task", None)
     return task if isinstance(task, Task) else Task()
+
+
+def accuracies(outputs: Outputs) -> Tensor:
+    """The share of right positions of each example, those that count for nothing left out: float32 ``[batch]``.
+
+    A class is right where its logit is the largest. Yes-or-no labels of one position (the last dimension) count only
+    when all of them are right (a logit above 0 is a yes). For numbers, the negative mean squared error. NaN for an
+    example in which nothing counts.
+
+    Raises:
+        ValueError: without targets.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])
+        >>> accuracies(Outputs(logits, torch.tensor([[0, 0, -100]]), "categorical"))
+        tensor([0.5000])
+    """
+    logits, targets, counts = outputs.logits, outputs.targets, outputs.counts
+    if targets is None:
+        raise ValueError(f"logits of shape {list(logits.shape)} cannot be scored without targets")
+    if outputs.likelihood == "categorical":
+        scores = logits.argmax(-1) == targets
+    elif outputs.likelihood == "bernoulli":
+        scores = (((logits > 0) == (targets > 0.5)) | ~counts).all(-1)
+        counts = counts.any(-1)
+    else:
+        scores = -(logits.float() - targets).square()
+    flat = torch.where(counts, scores.float(), 0).reshape(len(logits), -1).sum(1)
+    return flat / counts.reshape(len(logits), -1).sum(1)
+
+
+def _are_yes_or_no(targets: Tensor) -> bool:
+    values = targets[targets != IGNORED]
+    if targets.shape[-1] == 1:
+        return bool(((values == 0) | (values == 1)).all())
+    return bool(((values >= 0) & (values <= 1)).all())

@@ -15,7 +15,7 @@ from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.saving import whole_state
 from evertune.streams import Experience, ExperienceDataModule
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 
 CLASSES = ["a", "b", "c"]
 GLOBAL_BATCH = 12

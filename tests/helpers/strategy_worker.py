@@ -15,7 +15,7 @@ from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules.saving import whole_state
 from evertune.shards.shards import ParameterShards
 from evertune.streams import ExperienceDataModule
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.shard_worker import CLASSES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience, fit
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evertune._lightning import pl
 from evertune.streams import BucketSampler, Experience, ExperienceDataModule, ResumableLoader, StreamDataModule
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 from tests.helpers.distributed import run_ranks
 
 WORDS = [f"w{i}" for i in range(50)]

@@ -16,7 +16,7 @@ from evertune.callbacks import EWC, ContinualCallback, Replay
 from evertune.callbacks.base import end_experience
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import ExperienceDataModule
-from evertune.streams.datamodule import PadCollator
+from evertune.tasks.texts import PadCollator
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import tiny_bert

@@ -1,0 +1,116 @@
+"""Texts as tokens: tokenised once, padded to the longest of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from evertune.utils.examples import Examples, column_of
+
+_PADDING = {"token_type_ids": 0}
+"""What fills up each kind of tokens besides ``input_ids``."""
+
+
+class TokenizedDataset(Dataset[dict[str, Any]]):
+    """The texts of a dataset as tokens, in flat arrays.
+
+    An example is a dict: ``input_ids`` (and ``token_type_ids`` where the tokenizer makes them), int64 ``[length]``;
+    ``labels``, the label's name or list of names, and ``id``, where the dataset has those columns.
+
+    Args:
+        data: the examples, dicts.
+        tokenizer: of transformers.
+        text: the column with the text, or the pair of columns.
+        label: the column with the label, or None.
+        id_column: the column that identifies an example, or None.
+        max_length: longer texts are cut to this many tokens.
+    """
+
+    def __init__(
+        self,
+        data: Examples,
+        tokenizer: Any,
+        *,
+        text: str | tuple[str, str],
+        label: str | None,
+        id_column: str | None,
+        max_length: int,
+    ) -> None:
+        columns = (text,) if isinstance(text, str) else tuple(text)
+        texts = [column_of(data, column) for column in columns]
+        self.names = {
+            key: column_of(data, column) for key, column in (("labels", label), ("id", id_column)) if column is not None
+        }
+        flat: dict[str, list[np.ndarray]] = {}
+        lengths: list[int] = []
+        for start in range(0, len(data), 1000):
+            parts = [column[start : start + 1000] for column in texts]
+            encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
+            lengths += [len(tokens) for tokens in encoded["input_ids"]]
+            for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
+                flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
+        self.tokens = {key: np.concatenate(chunks) for key, chunks in flat.items()}
+        self.lengths = np.asarray(lengths)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        run = slice(self.starts[index], self.starts[index + 1])
+        tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
+        return {**tokens, **{key: values[index] for key, values in self.names.items()}}
+
+
+class PadCollator:
+    """Joins tokenised examples to a batch: each kind of tokens padded to the longest example, and their names.
+
+    Args:
+        pad_token_id: fills up ``input_ids``.
+        side: where it goes, "right" or "left".
+    """
+
+    def __init__(self, pad_token_id: int, side: Literal["right", "left"] = "right") -> None:
+        self.pad_token_id = pad_token_id
+        self.side = side
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join examples to a batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``; ``labels``: a list
+            of label names (or of lists of them), if the examples have labels.
+        """
+        mask = [torch.ones_like(example["input_ids"]) for example in examples]
+        batch: dict[str, Any] = {
+            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
+            "attention_mask": self._pad(mask, 0),
+        }
+        for key, value in _PADDING.items():
+            if key in examples[0]:
+                batch[key] = self._pad([example[key] for example in examples], value)
+        if "labels" in examples[0]:
+            batch["labels"] = [example["labels"] for example in examples]
+        return batch
+
+    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def pad_collator(tokenizer: Any) -> PadCollator:
+    """A collator that pads as a tokenizer does, with the end token where there is no padding token.
+
+    Raises:
+        ValueError: when it has neither.
+    """
+    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise ValueError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
+    return PadCollator(token, tokenizer.padding_side)

@@ -1,0 +1,35 @@
+"""Look at what a module does without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from evertune._lightning import isolate_rng
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each submodule's mode and all random states are what they were.
+
+    The random states are those of Python, NumPy, torch and the GPUs.
+
+    Example:
+        >>> module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluation_mode(module):
+        ...     [part.training for part in module]
+        [False, False]
+        >>> [part.training for part in module]
+        [True, False]
+    """
+    modes = [(part, part.training) for part in nn.Module.modules(module)]
+    module.eval()
+    try:
+        with isolate_rng(), torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
