@@ -100,7 +100,7 @@ def _compare(options: argparse.Namespace) -> Comparison:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from evertune.drift.comparison.compare import compare
+    from evertune.drift.comparison.comparing import compare
 
     featuriser: Any = None
     if options.features != "ngrams":

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -380,7 +381,6 @@ class Updater:
 
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
         """Make the staged folder a version of the registry, whole, with all that is known of it."""
-        from evertune import __version__
         from evertune.gate.predictions import Predictions
         from evertune.live.training import VERSION, trained
 
@@ -425,7 +425,7 @@ class Updater:
             "seconds": {**seconds, **training["seconds"]},
             "config": self.config,
             "config_digest": plan.config,
-            "code": f"evertune {__version__}",
+            "code": f"evertune {metadata.version('evertune')}",
         }
         return self.registry.publish(folder, manifest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from evertune.reports.summary import duration, percent
@@ -14,8 +15,6 @@ def fill(template: str, **values: Any) -> str:
     except ImportError as error:
         raise ImportError("the HTML report needs jinja2: pip install 'evertune[reports]'") from error
 
-    from evertune import __version__
-
     environment = Environment(
         loader=PackageLoader("evertune", "reports"),
         autoescape=True,
@@ -24,4 +23,4 @@ def fill(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "duration": duration}
-    return environment.get_template(template).render(version=__version__, **values)
+    return environment.get_template(template).render(version=version("evertune"), **values)

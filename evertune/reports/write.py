@@ -9,7 +9,9 @@ def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
     """Print the table of a history or a registry and write its HTML page (and plots)."""
     from rich.console import Console
 
-    from evertune.reports import save_plots, summary_table, write_report
+    from evertune.reports.plots import save_plots
+    from evertune.reports.stream import write_report
+    from evertune.reports.summary import summary_table
 
     console = Console()
     if history.is_dir():

@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 from evertune._lightning import pl
-from evertune.launch.supervisor.beat import own_beat
+from evertune.utils.beat import own_beat
 
 
 class Heartbeat(pl.Callback):

@@ -21,7 +21,7 @@ import torch
 from evertune.cli.drift import drift
 from evertune.cli.main import main
 from evertune.drift import MMD
-from evertune.drift.comparison.compare import compare
+from evertune.drift.comparison.comparing import compare
 from evertune.drift.comparison.watching import DETECTORS, make_detector
 from evertune.drift.comparison.wording import decision, false_alarms
 from evertune.reports.drift import write_page

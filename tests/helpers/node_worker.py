@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from evertune.launch.supervisor.beat import own_beat
 from evertune.launch.supervisor.worker import run
+from evertune.utils.beat import own_beat
 
 
 def main(arguments: list[str]) -> None:

@@ -390,10 +390,7 @@ def ranks(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (
-                b"evertune.launch.supervisor.worker" in (process / "cmdline").read_bytes()
-                and (process / "cwd").readlink() == folder
-            ):
+            if b"evertune.cli.worker" in (process / "cmdline").read_bytes() and (process / "cwd").readlink() == folder:
                 found.append(int(process.name))
     return found
 

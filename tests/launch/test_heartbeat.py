@@ -18,9 +18,9 @@ import torch
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from evertune._lightning import pl
-from evertune.launch.supervisor.beat import Beat, own_beat
 from evertune.launch.supervisor.heartbeat import Place, Rank, Watch, furthest_behind, innermost
 from evertune.training.heartbeat import Heartbeat
+from evertune.utils.beat import Beat, own_beat
 from evertune.utils.processes import process_state
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from evertune.launch.supervisor.beat import Beat
+from evertune.utils.beat import Beat
 from evertune.utils.files import write_atomically
 from evertune.utils.processes import process_state
 

@@ -77,7 +77,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--silence_timeout", type=float, required=True)
     parser.add_argument("--preflight", action="store_true")
     parser.add_argument("--shared", action="append", default=[], metavar="FOLDER")
-    parser.add_argument("--module", default="evertune.launch.supervisor.worker", help=SUPPRESS)
+    parser.add_argument("--module", default="evertune.cli.worker", help=SUPPRESS)
     parser.add_argument("command", nargs="+", help="what every rank runs")
     return parser
 

@@ -1,7 +1,7 @@
-"""What each rank runs: ``python -m evertune.launch.supervisor.worker fit --config stream.yaml``, started by torchrun.
+"""A command of evertune as one rank of a run: signals, output and exit codes, as the supervisor of the node expects.
 
-It and the supervisor of its node (:mod:`evertune.launch.supervisor.node`) exchange what they know through files in
-the folder ``EVERTUNE_NODE_DIR``, by local rank: ``rank-0.json`` (it lives, and can be signalled), ``beat-0`` (its
+The rank and the supervisor of its node (:mod:`evertune.launch.supervisor.node`) exchange what they know through files
+in the folder ``EVERTUNE_NODE_DIR``, by local rank: ``rank-0.json`` (it lives, and can be signalled), ``beat-0`` (its
 progress), ``stack-0`` (its stacks, on SIGUSR1), ``asked-0`` (it got SIGUSR2: it shall save and end), ``code-0`` (the
 exit code that its command has come to).
 """
@@ -19,20 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evertune.launch.supervisor.beat import own_beat
+from evertune.utils.beat import own_beat
 from evertune.utils.processes import die_with_parent
 
 _TERMINATION = 5.0
 """Seconds that a rank may go on after SIGTERM: one that waits for a rank that is gone would not notice."""
 
 _TRAINS = ("fit", "update")
-
-
-def main() -> None:
-    """Run a command of the command line as one rank."""
-    from evertune.cli import main as cli
-
-    run(cli.main, _with_layout(sys.argv[1:]))
 
 
 def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
@@ -49,9 +42,7 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
         SystemExit: always.
     """
     if "EVERTUNE_NODE_DIR" not in os.environ:
-        sys.exit(
-            "evertune.launch.supervisor.worker is started by evertune.launch.supervisor.node; use `evertune launch`"
-        )
+        sys.exit("a rank is started by evertune.launch.supervisor.node; use `evertune launch`")
     folder, local_rank = Path(os.environ["EVERTUNE_NODE_DIR"]), os.environ["LOCAL_RANK"]
     _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
     from evertune.launch.settings import DECIDED, PREEMPTED
@@ -70,7 +61,7 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
     sys.exit(code)
 
 
-def _with_layout(arguments: list[str]) -> list[str]:
+def with_layout(arguments: list[str]) -> list[str]:
     """A command with the number of nodes and processes that there are now: one YAML serves everywhere."""
     if arguments[:1] not in [[name] for name in _TRAINS]:
         return arguments
@@ -138,7 +129,3 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(json.dumps(facts))
     draft.replace(path)
-
-
-if __name__ == "__main__":
-    main()
