@@ -1,23 +1,25 @@
 """evertune keeps a fine-tuned transformer up to date: continual learning for PyTorch Lightning.
 
-Importing the package registers its DeepSpeed strategies with Lightning by name and loads nothing heavy.
+Importing the package loads nothing heavy. Its DeepSpeed strategies are registered by name when Lightning is imported,
+be that before or after.
 """
 
 from importlib import import_module
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
 
+from evertune._lightning import when_imported
 from evertune.strategies import register_strategies
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from evertune.metrics.history import History
     from evertune.registry.serving import load
     from evertune.training.trainer import ContinualTrainer
 
 __all__ = ["ContinualTrainer", "History", "load"]
-__version__ = version("evertune")
 
-register_strategies()
+when_imported(register_strategies)
 
 _HOMES = {
     "ContinualTrainer": "evertune.training.trainer",
@@ -26,7 +28,11 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("evertune")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evertune' has no attribute {name!r}")

@@ -1,7 +1,13 @@
-"""Which Lightning is in use, and every name of it that evertune needs; nothing else imports it.
+"""Which Lightning is in use, and everything of it that evertune needs; nothing else imports it.
 
-Projects import Lightning as ``lightning`` or as ``pytorch_lightning``: the same code in two packages, whose classes
-are not each other's. The package that the process has imported decides; of two, ``EVERTUNE_LIGHTNING``.
+Projects import Lightning as ``lightning`` or as ``pytorch_lightning``: the same code in two packages, whose classes are
+not each other's. evertune uses one of them, chosen when it first needs it (:func:`package`). With both imported:
+
+- callbacks are callbacks of both: they derive from :class:`Callback` and :class:`Checkpoint` here;
+- whether a value belongs to a class of either is asked by ``isinstance(value, either("DDPStrategy"))``;
+- what inherits from one of them (trainer, modules, datamodules, command line) is refused unless the user has chosen.
+
+What is private to Lightning is at the end of this file, in functions with plain names.
 """
 
 from __future__ import annotations
@@ -9,14 +15,22 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` takes longer to import than all of this
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
     import pytorch_lightning as pl  # noqa: F401
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment as SLURMEnvironment
     from lightning_fabric.utilities import move_data_to_device as move_data_to_device
     from lightning_fabric.utilities.seed import reset_seed as reset_seed
+    from pytorch_lightning import LightningDataModule as LightningDataModule
+    from pytorch_lightning import LightningModule as LightningModule
+    from pytorch_lightning import Trainer as Trainer
+    from pytorch_lightning.callbacks import Callback as Callback
     from pytorch_lightning.callbacks import Checkpoint as Checkpoint
     from pytorch_lightning.callbacks import EarlyStopping as EarlyStopping
     from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpoint
@@ -24,22 +38,19 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import ActionConfigFile as ActionConfigFile  # type: ignore[attr-defined]
     from pytorch_lightning.cli import LightningArgumentParser as LightningArgumentParser
     from pytorch_lightning.cli import LightningCLI as LightningCLI
-    from pytorch_lightning.core import LightningModule as LightningModule
     from pytorch_lightning.loops.progress import _ProcessedTracker as _ProcessedTracker
     from pytorch_lightning.strategies import DDPStrategy as DDPStrategy
     from pytorch_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
     from pytorch_lightning.strategies import SingleDeviceStrategy as SingleDeviceStrategy
     from pytorch_lightning.strategies import Strategy as Strategy
-    from pytorch_lightning.strategies import StrategyRegistry as StrategyRegistry
     from pytorch_lightning.strategies.deepspeed import remove_module_hooks as remove_module_hooks
     from pytorch_lightning.trainer.states import RunningStage as RunningStage
     from pytorch_lightning.utilities import rank_zero_info as rank_zero_info
     from pytorch_lightning.utilities import rank_zero_warn as rank_zero_warn
-    from pytorch_lightning.utilities.model_helpers import is_overridden as is_overridden
     from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-"""The two packages that Lightning's Trainer comes in."""
+"""The packages that Lightning's Trainer comes in. ``lightning`` comes first: installing it brings the other along."""
 
 _FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 _FABRIC_NAMES = {
@@ -49,12 +60,14 @@ _FABRIC_NAMES = {
 }
 _NAMES = {
     "ActionConfigFile": "cli",
+    "Callback": "callbacks",
     "Checkpoint": "callbacks",
     "DDPStrategy": "strategies",
     "DeepSpeedStrategy": "strategies",
     "EarlyStopping": "callbacks",
     "LightningArgumentParser": "cli",
     "LightningCLI": "cli",
+    "LightningDataModule": "core",
     "LightningModule": "core",
     "ModelCheckpoint": "callbacks",
     "RunningStage": "trainer.states",
@@ -62,34 +75,243 @@ _NAMES = {
     "Strategy": "strategies",
     "StrategyRegistry": "strategies",
     "Timer": "callbacks",
+    "Trainer": "trainer",
     "_ProcessedTracker": "loops.progress",
-    "is_overridden": "utilities.model_helpers",
     "isolate_rng": "utilities.seed",
     "rank_zero_info": "utilities",
     "rank_zero_warn": "utilities",
     "remove_module_hooks": "strategies.deepspeed",
 }
+_OF_ONE = ("LightningCLI", "LightningArgumentParser", "LightningDataModule", "LightningModule", "Trainer")
+"""What evertune inherits from, of one package only."""
+
+_OF_BOTH = ("Callback", "Checkpoint")
+"""What evertune inherits from, of every package that is imported."""
+
+# --- which package
+
+
+class LightningError(ImportError):
+    """Lightning is missing, or evertune cannot tell which of the two packages to use."""
+
+
+_chosen: str | None = None
+_by_user = False  # whether the user has chosen, by an import, an installation or the environment
 
 
 def package() -> str:
-    """The package in use: ``lightning.pytorch`` or ``pytorch_lightning``."""
-    asked = os.environ.get("EVERTUNE_LIGHTNING")
-    if asked:
-        return {"lightning": "lightning.pytorch"}.get(asked, asked)
-    imported = [name for name in PACKAGES if name in sys.modules]
-    if imported:
-        return imported[-1]
-    return "pytorch_lightning" if find_spec("pytorch_lightning") else "lightning.pytorch"
+    """The package in use: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
+
+    Chosen at the first call, for the rest of the process: the one that ``EVERTUNE_LIGHTNING`` names, else the only one
+    imported, else the only one installed, else ``lightning`` (installing it brings ``pytorch_lightning`` along, so who
+    has both has asked for ``lightning``).
+
+    Raises:
+        LightningError: when neither is installed, or ``EVERTUNE_LIGHTNING`` names another or one that is missing.
+    """
+    global _chosen, _by_user
+    if _chosen is None:
+        asked = os.environ.get("EVERTUNE_LIGHTNING")
+        found = [_package_named(asked)] if asked else imported() or [one for one in PACKAGES if _is_installed(one)]
+        if not found:
+            raise LightningError(
+                "evertune needs Lightning, which is not installed: pip install 'evertune[lightning]', or "
+                "'evertune[pytorch-lightning]' for projects that import pytorch_lightning"
+            )
+        _chosen, _by_user = found[0], len(found) == 1
+    return _chosen
+
+
+def package_to_inherit() -> str:
+    """The package in use, for what is a class of that package only.
+
+    Raises:
+        LightningError: also when both are imported and the user has not chosen.
+    """
+    one = package()
+    if not _by_user and len(imported()) > 1:
+        raise LightningError(
+            f"{' and '.join(PACKAGES)} are both imported, and evertune cannot tell which of them its trainer, modules, "
+            f"datamodules and command line shall be made with; {_HOW_TO_CHOOSE}"
+        )
+    return one
+
+
+def imported() -> list[str]:
+    """The packages that this process has imported."""
+    return [one for one in PACKAGES if sys.modules.get(one) is not None]
+
+
+def either(name: str) -> tuple[type[Any], ...]:
+    """A class of Lightning in each package that is imported, for ``isinstance``.
+
+    Example:
+        >>> from evertune._lightning import either, pl
+        >>> isinstance(pl.strategies.SingleDeviceStrategy("cpu"), either("SingleDeviceStrategy"))
+        True
+    """
+    return tuple(_find(one, name) for one in imported())
+
+
+def package_of(value: object) -> str | None:
+    """The package whose classes a value's class inherits from; None if it is neither or both."""
+    roots = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    found = [one for one in PACKAGES if roots & {one.partition(".")[0], _FABRIC[one].partition(".")[0]}]
+    return found[0] if len(found) == 1 else None
+
+
+def refuse_other_package(owner: object, values: Sequence[object]) -> None:
+    """Refuse what was made with the other Lightning than its owner, which would not know it for what it is.
+
+    Raises:
+        TypeError: naming both packages, and how to choose.
+    """
+    own = package_of(owner)
+    for value in values:
+        other = package_of(value)
+        if own is not None and other not in (None, own):
+            raise TypeError(
+                f"{type(owner).__name__} is made with {own}, but it was given a {type(value).__name__} made with "
+                f"{other}; {_HOW_TO_CHOOSE}"
+            )
+
+
+def is_overridden(method: str, value: object) -> bool:
+    """Whether a module or datamodule, of either package, has a method of its own that Lightning only declares."""
+    from lightning_utilities.core.overrides import is_overridden as is_overridden_over
+
+    parents = [one for one in either("LightningModule") + either("LightningDataModule") if isinstance(value, one)]
+    return all(is_overridden_over(method, value, parent) for parent in parents) and hasattr(value, method)
+
+
+_HOW_TO_CHOOSE = (
+    "use one of the two throughout: import it, and not the other, before evertune, or set the environment variable "
+    "EVERTUNE_LIGHTNING=lightning or EVERTUNE_LIGHTNING=pytorch_lightning"
+)
+
+
+def _package_named(name: str) -> str:
+    named = {one.partition(".")[0]: one for one in PACKAGES}
+    if name not in named:
+        raise LightningError(f"EVERTUNE_LIGHTNING must be 'lightning' or 'pytorch_lightning', got {name!r}")
+    if not _is_installed(named[name]):
+        extra = name.replace("_", "-")
+        raise LightningError(f"EVERTUNE_LIGHTNING={name}, but {name} is not installed: pip install 'evertune[{extra}]'")
+    return named[name]
+
+
+def _is_installed(one: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(one.partition(".")[0]) is not None
+
+
+# --- its names
 
 
 def __getattr__(name: str) -> Any:
     if name == "pl":
-        value = import_module(package())
-    elif name in _FABRIC_NAMES:
-        value = getattr(import_module(f"{_FABRIC[package()]}.{_FABRIC_NAMES[name]}"), name)
-    elif name in _NAMES:
-        value = getattr(import_module(f"{package()}.{_NAMES[name]}"), name)
-    else:
+        return import_module(package())
+    if name not in _NAMES and name not in _FABRIC_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    one = package()
+    if name in _OF_BOTH:
+        return _of_both(name)
+    return _find(package_to_inherit() if name in _OF_ONE else one, name)
+
+
+def _find(one: str, name: str) -> Any:
+    """A name of one of the packages."""
+    home = f"{_FABRIC[one]}.{_FABRIC_NAMES[name]}" if name in _FABRIC_NAMES else f"{one}.{_NAMES[name]}"
+    return getattr(import_module(home), name)
+
+
+_made: dict[str, type[Any]] = {}
+
+
+def _of_both(name: str) -> type[Any]:
+    """A class that is Lightning's of that name in every package that is imported, or will be."""
+    if name not in _made:
+        import_module(package())
+        words = f"Lightning's {name}, of every package that is imported."
+        _made[name] = type(name, either(name), {"__module__": __name__, "__doc__": words})
+    return _made[name]
+
+
+# --- when it is imported
+
+
+def when_imported(act: Callable[[str], None]) -> None:
+    """Call ``act(package)`` for each of the packages: now if it is imported already, else right after its import."""
+    _actions.append(act)
+    for one in imported():
+        act(one)
+    if _awaited and _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+
+
+def _has_been_imported(one: str) -> None:
+    _awaited.remove(one)
+    if not _awaited:
+        sys.meta_path.remove(_Finder)
+    for name, made in _made.items():
+        made.__bases__ = (*made.__bases__, _find(one, name))
+    for act in _actions:
+        act(one)
+
+
+_actions: list[Callable[[str], None]] = []
+_awaited = [one for one in PACKAGES if sys.modules.get(one) is None]
+
+
+class _Finder:
+    """Finds Lightning as the other finders do, to learn when it has been imported."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _awaited:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not _Finder)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            loader, execute = spec.loader, spec.loader.exec_module
+
+            def execute_and_tell(module: ModuleType) -> None:
+                vars(loader).pop("exec_module", None)  # the loader is as it was from here on
+                execute(module)
+                _has_been_imported(name)
+
+            loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+# --- what is private to Lightning
+
+
+def deepspeed_base(one: str) -> type[Any]:
+    """Lightning's ``DeepSpeedStrategy`` on every device, with its engines made by methods that have plain names.
+
+    A subclass defines ``training_engine(model, optimizer, lr_scheduler)``, which returns an engine and an optimizer,
+    and ``inference_engine(model)``.
+    """
+    ddp = _find(one, "DDPStrategy")
+
+    class DeepSpeedBase(_find(one, "DeepSpeedStrategy")):  # type: ignore[misc]
+        def setup_environment(self) -> None:
+            ddp.setup_environment(self)  # Lightning's own refuses every device but CUDA
+
+        def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+            return self.training_engine(model, optimizer, lr_scheduler)  # type: ignore[no-any-return]
+
+        def _initialize_deepspeed_inference(self, model: Any) -> None:
+            self.model = self.inference_engine(model)
+
+        def _auto_select_batch_size(self) -> int:
+            return 1  # DeepSpeed uses it for its throughput log only, and not every loader has one
+
+    return DeepSpeedBase
+
+
+def join_deepspeed(strategy: Any) -> None:
+    """Let a DeepSpeed strategy join the process group."""
+    strategy._init_deepspeed_distributed()

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
+
+# With both Lightnings installed the tests, and the processes that they start, use one; `make test-lightning` the other.
+if find_spec("pytorch_lightning"):
+    os.environ.setdefault("EVERTUNE_LIGHTNING", "pytorch_lightning")
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be the processes of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from evertune._lightning import pl
+from evertune._lightning import Callback, pl
 
 
-class ContinualCallback(pl.Callback):
+class ContinualCallback(Callback):
     """A Lightning callback that learns across experiences.
 
     An experience starts with ``fit`` and ends when ``fit`` completes, so a plain ``Trainer`` needs no other call. A

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from evertune._lightning import DeepSpeedStrategy, pl, rank_zero_warn
+from evertune._lightning import LightningModule, either, rank_zero_warn
 from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone
 from evertune.lightning_modules.saving import (
     BACKBONE,
@@ -28,7 +28,7 @@ from evertune.utils.locate import locate
 from evertune.utils.ranks import barrier, is_writer
 
 
-class TransformerModule(pl.LightningModule):
+class TransformerModule(LightningModule):
     """A pretrained transformer that learns one update after another.
 
     The weights are loaded in ``configure_model``, which Lightning calls in every ``fit`` and which loads once, so that
@@ -140,7 +140,7 @@ class TransformerModule(pl.LightningModule):
     def _zero_3(self) -> Any:
         """What tells transformers, while it loads, that DeepSpeed partitions each weight as it is made."""
         strategy = self._trainer.strategy if self._trainer is not None else None
-        if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+        if not (isinstance(strategy, either("DeepSpeedStrategy")) and strategy.zero_stage_3):
             return nullcontext()
         from transformers.integrations import HfDeepSpeedConfig
 

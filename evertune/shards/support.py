@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from evertune._lightning import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, pl
+from evertune._lightning import either, pl
+
+if TYPE_CHECKING:
+    from evertune._lightning import DeepSpeedStrategy, Strategy
 
 _LAUNCHERS_THAT_COPY = ("spawn", "fork", "forkserver")
 
 
 def is_deepspeed(trainer: pl.Trainer) -> bool:
     """Whether the trainer runs under DeepSpeed."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+    return isinstance(trainer.strategy, either("DeepSpeedStrategy"))
 
 
 def is_step_boundary(trainer: pl.Trainer) -> bool:
@@ -33,7 +36,8 @@ def check_strategy(trainer: pl.Trainer, who: str) -> None:
     """
     strategy = trainer.strategy
     name = _name_of(strategy)
-    if not (isinstance(strategy, SingleDeviceStrategy) or _is_ddp_or_deepspeed(strategy)):
+    # a DeepSpeedStrategy is a DDPStrategy
+    if not isinstance(strategy, either("SingleDeviceStrategy") + either("DDPStrategy")):
         raise ValueError(
             f"{who} does not support strategy {name!r}; use one device, 'ddp' or "
             "'evertune_deepspeed_stage_1', '_2' or '_3'"
@@ -44,7 +48,7 @@ def check_strategy(trainer: pl.Trainer, who: str) -> None:
             f"{who} does not support the {start_method!r} launcher of strategy {name!r}: what it learns would be lost "
             "with the copied process; use strategy='ddp', torchrun, or one device"
         )
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, either("DeepSpeedStrategy")):
         _check_deepspeed(strategy, who)
 
 
@@ -59,10 +63,6 @@ def _check_deepspeed(strategy: DeepSpeedStrategy, who: str) -> None:
             f"{who} does not support round_robin_gradients=True: it reorders the gradients of a rank; "
             "remove it from zero_optimization in the DeepSpeed config"
         )
-
-
-def _is_ddp_or_deepspeed(strategy: Strategy) -> TypeGuard[DDPStrategy]:
-    return isinstance(strategy, DDPStrategy)  # DeepSpeedStrategy is one
 
 
 def _name_of(strategy: Strategy) -> str:

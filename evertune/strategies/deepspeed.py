@@ -8,8 +8,9 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from evertune._lightning import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    StrategyRegistry,
+    deepspeed_base,
+    join_deepspeed,
+    package_to_inherit,
     pl,
     rank_zero_warn,
     remove_module_hooks,
@@ -32,8 +33,15 @@ from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.extensions import load_extension
 from evertune.utils.ranks import leave
 
+if TYPE_CHECKING:
+    from evertune._lightning import DeepSpeedStrategy
 
-class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
+    EvertuneDeepSpeedStrategy: type[EvertuneDeepSpeed]
+else:
+    DeepSpeedStrategy = object  # Lightning's, of one package or the other, joins in strategy_class()
+
+
+class EvertuneDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed ZeRO-1, 2 and 3 for one update after another, on GPUs over NCCL and on CPUs over gloo.
 
     Over Lightning's ``DeepSpeedStrategy`` it
@@ -46,7 +54,8 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
     - leaves the configuration it is given untouched.
 
     It is registered as ``evertune_deepspeed_stage_1``, ``_2``, ``_3`` and, for offloading, ``_2_offload`` and
-    ``_3_offload``.
+    ``_3_offload``, with ``lightning`` and with ``pytorch_lightning``. The class to use is
+    ``EvertuneDeepSpeedStrategy``: this one, over the ``DeepSpeedStrategy`` of the Lightning in use.
 
     Args:
         stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.
@@ -76,10 +85,6 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             assert self.config is not None
             self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW has a fused step on CPU of its own
 
-    def setup_environment(self) -> None:
-        """Join the process group; Lightning's own refuses every device but CUDA."""
-        DDPStrategy.setup_environment(self)
-
     def setup_distributed(self) -> None:
         """Join the process group without the check of CUDA device indices when on CPU."""
         if self.root_device.type == "cuda":
@@ -88,7 +93,7 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             reset_seed()
             self.set_world_ranks()
             load_extension()
-            self._init_deepspeed_distributed()
+            join_deepspeed(self)
         atexit.unregister(leave)  # once, however many fits there are
         atexit.register(leave)
 
@@ -167,9 +172,8 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             self.lr_scheduler_configs = []
         super().teardown()
 
-    def _setup_model_and_optimizer(
-        self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
-    ) -> tuple[Any, Any]:
+    def training_engine(self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        """DeepSpeed's engine and its optimizer, on the device of this rank, which on CPU has no index."""
         import deepspeed
 
         engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
@@ -183,7 +187,8 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
         )
         return engine, deepspeed_optimizer
 
-    def _initialize_deepspeed_inference(self, model: Module) -> None:
+    def inference_engine(self, model: Module) -> Any:
+        """DeepSpeed's engine for evaluation outside of a fit."""
         import deepspeed
 
         assert isinstance(self.config, dict)
@@ -192,20 +197,35 @@ class EvertuneDeepSpeedStrategy(DeepSpeedStrategy):
             kept += ["zero_allow_untested_optimizer", "zero_optimization"]
         config = {"train_micro_batch_size_per_gpu": 1} | {key: self.config[key] for key in kept if key in self.config}
         remove_module_hooks(model)
-        self.model, _, _, _ = deepspeed.initialize(
+        engine, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self._device_rank),
             config=config,
             model=model,
             model_parameters=[],
             dist_init_required=False,
         )
-
-    def _auto_select_batch_size(self) -> int:
-        return 1  # DeepSpeed uses it for its throughput log only, and not every loader has one
+        return engine
 
     @property
     def _device_rank(self) -> int:
         return self.root_device.index if self.root_device.index is not None else self.local_rank
+
+
+@cache
+def strategy_class(package: str) -> type[EvertuneDeepSpeed]:
+    """``EvertuneDeepSpeedStrategy`` over the ``DeepSpeedStrategy`` of one of the Lightnings.
+
+    Args:
+        package: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
+    """
+    content = {"__module__": __name__, "__doc__": EvertuneDeepSpeed.__doc__}
+    return type("EvertuneDeepSpeedStrategy", (EvertuneDeepSpeed, deepspeed_base(package)), content)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EvertuneDeepSpeedStrategy":
+        return strategy_class(package_to_inherit())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Masters:
@@ -274,28 +294,9 @@ def _prepare_environment() -> None:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ninja.BIN_DIR])
 
 
-def register_strategies() -> None:
-    """Register the strategies with Lightning, so that ``Trainer(strategy="evertune_deepspeed_stage_3")`` works."""
-    variants: dict[str, dict[str, Any]] = {
-        "stage_1": {"stage": 1},
-        "stage_2": {"stage": 2},
-        "stage_3": {"stage": 3},
-        "stage_2_offload": {"stage": 2, "offload_optimizer": True},
-        "stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
-    }
-    for name, settings in variants.items():
-        StrategyRegistry.register(
-            f"evertune_deepspeed_{name}",
-            EvertuneDeepSpeedStrategy,
-            description=f"DeepSpeed ZeRO {name.replace('_', ' ')} for one update after another, on CPU and GPU",
-            override=True,
-            **settings,
-        )
-
-
 def warn_about_stock_deepspeed(trainer: pl.Trainer, who: str) -> None:
     """Say what Lightning's own DeepSpeed strategy gets wrong, when that is the one in use."""
-    if is_deepspeed(trainer) and not isinstance(trainer.strategy, EvertuneDeepSpeedStrategy):
+    if is_deepspeed(trainer) and not isinstance(trainer.strategy, EvertuneDeepSpeed):
         accumulation = trainer.accumulate_grad_batches
         divided = (
             f" With accumulate_grad_batches={accumulation} it divides the loss twice: every update is {accumulation} "

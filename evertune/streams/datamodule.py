@@ -8,14 +8,14 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from evertune._lightning import pl
+from evertune._lightning import LightningDataModule
 from evertune.streams import splits as scenarios
 from evertune.streams.experience import Experience, ExperienceStream
 from evertune.streams.sampler import BucketSampler, ResumableLoader
 from evertune.tasks.base import Task
 
 
-class ExperienceDataModule(pl.LightningDataModule):
+class ExperienceDataModule(LightningDataModule):
     """The batches of one experience.
 
     Training batches are shuffled by ``(seed, epoch)``, put together from texts of similar length, and dealt to the
@@ -163,7 +163,7 @@ class ExperienceDataModule(pl.LightningDataModule):
         )
 
 
-class StreamDataModule(pl.LightningDataModule):
+class StreamDataModule(LightningDataModule):
     """A stream and its batches, described by plain values: what a command line or a YAML file can say.
 
     Args:

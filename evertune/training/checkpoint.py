@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from evertune._lightning import Checkpoint, DeepSpeedStrategy, pl
+from evertune._lightning import Checkpoint, either, pl
 from evertune.memory.codec import decode, encode
 from evertune.shards.portable import REPLICATED
 from evertune.shards.support import check_strategy
-from evertune.strategies.deepspeed import EvertuneDeepSpeedStrategy
+from evertune.strategies.deepspeed import EvertuneDeepSpeed
 from evertune.streams.sampler import BucketSampler
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
@@ -195,7 +195,7 @@ class UpdateCheckpoint(Checkpoint):
     @staticmethod
     def _write_state(trainer: pl.Trainer, path: Path) -> None:
         strategy = trainer.strategy
-        if not isinstance(strategy, EvertuneDeepSpeedStrategy):
+        if not isinstance(strategy, EvertuneDeepSpeed):
             trainer.save_checkpoint(path)
             return
         strategy.portable = strategy.can_be_portable
@@ -230,10 +230,10 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
     """How the weights and the examples of a step are shared out among the processes."""
     strategy = trainer.strategy
     stage, weights = 0, "replicated"
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, either("DeepSpeedStrategy")):
         assert isinstance(strategy.config, dict)
         stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
-        if isinstance(strategy, EvertuneDeepSpeedStrategy) and strategy.can_be_portable:
+        if isinstance(strategy, EvertuneDeepSpeed) and strategy.can_be_portable:
             weights = "portable"
     return {
         "processes": trainer.world_size,
@@ -328,7 +328,7 @@ def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, A
 
 def _buffers(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
     """The module's buffers as this rank has them; without ZeRO they are among the weights of the checkpoint."""
-    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+    if not isinstance(trainer.strategy, either("DeepSpeedStrategy")):
         return {}
     persistent = trainer.lightning_module.state_dict().keys()
     return {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in persistent}

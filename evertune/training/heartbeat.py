@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from evertune._lightning import pl
+from evertune._lightning import Callback, pl
 from evertune.utils.beat import own_beat
 
 
-class Heartbeat(pl.Callback):
+class Heartbeat(Callback):
     """Marks the progress of this rank, so that one that hangs is found, named and started over.
 
     ``evertune launch`` looks at every rank: one that makes no progress inside a training step while it should, or that

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evertune._lightning import pl
+from evertune._lightning import Callback, pl
 from evertune.callbacks.base import named_callbacks
 from evertune.lightning_modules.saving import load_weights, save_weights
 from evertune.memory.codec import decode, encode
@@ -170,7 +170,7 @@ class StreamRun:
             write_atomically(path, json.dumps({"experiences": here}, indent=1).encode())
 
 
-class _Generators(pl.Callback):
+class _Generators(Callback):
     """Starts each fit with the random generators as the last one left them, whatever loaded the model since."""
 
     state: dict[str, Any] | None = None

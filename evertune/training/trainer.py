@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from evertune._lightning import EarlyStopping, ModelCheckpoint, Strategy, Timer, is_overridden, pl, rank_zero_info
+from evertune._lightning import Trainer, either, is_overridden, pl, rank_zero_info, refuse_other_package
 from evertune.callbacks.drift_trigger import DriftTrigger
 from evertune.callbacks.replay.callback import Replay
 from evertune.metrics.history import History
@@ -22,11 +22,11 @@ from evertune.training.evaluation import ContinualEvaluation
 if TYPE_CHECKING:
     from evertune.training.stream_run import StreamRun
 
-_OF_ONE_FIT = (EarlyStopping, ModelCheckpoint, Timer)
+_OF_ONE_FIT = ("EarlyStopping", "ModelCheckpoint", "Timer")
 """Callbacks that judge a single fit: they start anew with each update."""
 
 
-class ContinualTrainer(pl.Trainer):
+class ContinualTrainer(Trainer):
     """A ``Trainer`` that learns a stream: one ``fit`` for each experience, each scored on all experiences so far.
 
     Takes every argument of ``pl.Trainer``; they hold for each update (``max_epochs=3`` are three epochs per
@@ -53,6 +53,7 @@ class ContinualTrainer(pl.Trainer):
     callbacks: list[pl.Callback]
 
     def __init__(self, **settings: Any) -> None:
+        refuse_other_package(self, [one for value in settings.values() for one in _as_list(value)])
         self._settings = _kept(settings)
         super().__init__(**settings)
         self.experience: Experience | None = None
@@ -90,6 +91,7 @@ class ContinualTrainer(pl.Trainer):
         Raises:
             ValueError: when the stream is empty, or an experience has neither test nor validation data.
         """
+        refuse_other_package(self, [module, stream])
         experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
         if len(experiences) == 0:
             raise ValueError("the stream is empty: there is nothing to learn")
@@ -154,6 +156,7 @@ class ContinualTrainer(pl.Trainer):
         Raises:
             ValueError: when the step does not divide among the processes.
         """
+        refuse_other_package(self, [module, datamodule])
         if self.state.fn is not None:
             super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
         if hasattr(datamodule, "batch_size"):
@@ -201,16 +204,21 @@ class ContinualTrainer(pl.Trainer):
         return evaluation
 
 
+def _as_list(value: Any) -> list[Any]:
+    """The values of an argument that takes one or several."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for one more trainer: what a fit uses up is copied, what learns through the stream is shared."""
-    callbacks = settings.get("callbacks") or []
-    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+    callbacks = _as_list(settings.get("callbacks"))
+    of_one_fit = tuple(one for name in _OF_ONE_FIT for one in either(name))
     copied: dict[str, Any] = {
         "callbacks": [
-            copy.deepcopy(callback) if isinstance(callback, _OF_ONE_FIT) else callback for callback in callbacks
+            copy.deepcopy(callback) if isinstance(callback, of_one_fit) else callback for callback in callbacks
         ]
     }
-    if isinstance(settings.get("strategy"), Strategy):
+    if isinstance(settings.get("strategy"), either("Strategy")):
         copied["strategy"] = copy.deepcopy(settings["strategy"])
     return {**settings, **copied}
 
@@ -240,7 +248,7 @@ def _evaluation_loader(experience: Experience, data: pl.LightningDataModule) -> 
     data.prepare_data()
     data.setup("test")
     for name in ("test_dataloader", "val_dataloader"):
-        loader = getattr(data, name)() if is_overridden(name, data, pl.LightningDataModule) else []
+        loader = getattr(data, name)() if is_overridden(name, data) else []
         if isinstance(loader, DataLoader):
             return loader
     raise ValueError(f"experience {experience.name!r} has neither test nor validation data to score it on")
