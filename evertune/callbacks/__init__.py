@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
     from evertune.callbacks.ewc import EWC as EWC
     from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.callbacks.weight_method import WeightMethod as WeightMethod
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
     from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
     from evertune.training.heartbeat import Heartbeat as Heartbeat
@@ -22,6 +23,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.drift_trigger": "DriftTrigger",
         "evertune.callbacks.ewc": "EWC",
         "evertune.callbacks.replay.callback": "Replay",
+        "evertune.callbacks.weight_method": "WeightMethod",
         "evertune.training.checkpoint": "UpdateCheckpoint",
         "evertune.training.evaluation": "ContinualEvaluation",
         "evertune.training.heartbeat": "Heartbeat",

@@ -1,12 +1,17 @@
-"""The two moments every continual-learning method lives by: an experience starts, an experience ends."""
+"""The moments that every continual-learning method lives by: an experience starts, an experience ends, a loss."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from evertune._lightning import Callback, pl
+
+_KEEPING = ("save", "load", "state_dict", "load_state_dict")
 
 
 class ContinualCallback(Callback):
@@ -16,11 +21,24 @@ class ContinualCallback(Callback):
     ``DriftTrigger`` ends one and starts the next in the middle of a ``fit``. A ``fit`` that raises, or that is
     interrupted, ends nothing: what was remembered stays as it was.
 
+    A method that overrides :meth:`on_experience_end` learns something there, and must keep it: it overrides ``save``,
+    ``load``, ``state_dict`` and ``load_state_dict`` as well, or inherits them from
+    :class:`~evertune.callbacks.WeightMethod`. One that does neither is refused when it is set up. A callback that only
+    looks says so by ``keeps_nothing = True``.
+
     Attributes:
-        experience_index: how many experiences this callback has completed.
+        experience_index: How many experiences this callback has completed.
+        keeps_nothing: Whether nothing is lost when this callback is neither saved nor loaded.
     """
 
     experience_index: int = 0
+    keeps_nothing: bool = False
+    _batch: Any = None  # the batch under way, where loss_term needs it
+
+    @classmethod
+    def bytes_per_weight(cls) -> int:
+        """Bytes that the method keeps for each trainable weight that a rank updates; ``evertune plan`` counts them."""
+        return 0
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Called before the first step on a new experience: restore and allocate here."""
@@ -28,14 +46,81 @@ class ContinualCallback(Callback):
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Called after the last step on an experience, with the strategy still set up: consolidate here."""
 
+    def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
+        """A term to add to the training loss, or None for none at this step.
+
+        Called once per micro-batch on every rank, after ``training_step`` and before the backward pass, in the
+        precision of the training step (under autocast where that is). The weights are reached by calling the module,
+        which works under ZeRO-3 too; a penalty on the weights themselves belongs in
+        :class:`~evertune.callbacks.WeightMethod`. What the module logs as its loss does not have the term in it.
+
+        Args:
+            trainer: In training, with automatic optimization.
+            module: The user's module, in training mode.
+            batch: What ``training_step`` got, on the device. With ``Replay`` the new examples come first, then the
+                replayed ones.
+
+        Returns:
+            A scalar in the unit of the training loss: a mean over the examples of the batch. It is divided by
+            ``accumulate_grad_batches``, multiplied by the loss scale of mixed precision and averaged over the ranks as
+            the loss is, so return it undivided and unscaled.
+
+        Example::
+
+            class LogitDecay(ContinualCallback):
+                def loss_term(self, trainer, module, batch):
+                    return 0.01 * module(batch[0]).square().mean()
+        """
+        return None
+
     def save(self, directory: str | Path) -> None:
         """Write the learning state to a folder (safetensors, Arrow and JSON). Call on every rank."""
 
     def load(self, directory: str | Path) -> None:
         """Read the learning state that :meth:`save` wrote, at any world size. Call on every rank."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a method that would lose what it learns, or whose loss term would never be added."""
+        _check_method(self, pl_module)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _check_method(self, pl_module)  # again, for subclasses whose setup does not call this one's
         self.on_experience_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch for :meth:`loss_term`."""
+        if _overrides(self, "loss_term"):
+            self._batch = batch
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add :meth:`loss_term` to the loss, in place."""
+        if not _overrides(self, "loss_term"):
+            return
+        if self._batch is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no batch for its loss_term: call super().on_train_batch_start(...) in its "
+                "on_train_batch_start"
+            )
+        with trainer.precision_plugin.train_step_context():
+            term = self.loss_term(trainer, pl_module, self._batch)
+        if term is None:
+            return
+        if term.numel() != 1:
+            raise ValueError(
+                f"{type(self).__name__}.loss_term returned a tensor of shape {list(term.shape)}; return a scalar, the "
+                "mean over the examples of the batch"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # Lightning has already scaled the loss by it
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        loss.add_(term.reshape(()), alpha=scale / trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the batch."""
+        self._batch = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.interrupted:
@@ -49,10 +134,30 @@ def end_experience(callback: ContinualCallback, trainer: pl.Trainer, module: pl.
 
 
 def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
-    """The methods of a trainer by the names of the folders that keep what they have learnt."""
+    """The methods of a trainer by the names of the folders that keep what they have learned."""
     seen: Counter[str] = Counter()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ContinualCallback):
             name = type(callback).__name__
             seen[name] += 1
             yield name if seen[name] == 1 else f"{name}-{seen[name]}", callback
+
+
+def _check_method(method: ContinualCallback, module: pl.LightningModule) -> None:
+    name = type(method).__name__
+    missing = [hook for hook in _KEEPING if not _overrides(method, hook)]
+    if _overrides(method, "on_experience_end") and missing and not method.keeps_nothing:
+        raise ValueError(
+            f"{name} overrides on_experience_end but not {', '.join(missing)}: what it learns would be lost between "
+            "processes and with a checkpoint. Derive it from evertune.callbacks.WeightMethod, override them, or set "
+            "keeps_nothing = True on the class if there is nothing to keep"
+        )
+    if _overrides(method, "loss_term") and not module.automatic_optimization:
+        raise ValueError(
+            f"{name} adds a term to the loss, which needs automatic optimization; add it in the module's own "
+            "training_step instead"
+        )
+
+
+def _overrides(method: ContinualCallback, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(ContinualCallback, hook)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from evertune._lightning import pl, rank_zero_warn
-from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.examples import ExampleSampler
+from evertune.callbacks.weight_method import WeightMethod
 from evertune.importance.fisher import Estimator, estimate_fisher
-from evertune.shards.fragments import FragmentState
 from evertune.shards.penalty import QuadraticPenalty
 from evertune.shards.shards import ParameterShards
-from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
-from evertune.shards.support import check_strategy, is_deepspeed, is_step_boundary
-from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 from evertune.utils.batches import logits_of, targets_of
 
 _EXAMPLES = "evertune.ewc.examples"
 """Where in a checkpoint the batches are that all ranks hold for the next estimation."""
 
 
-class EWC(ContinualCallback):
+class EWC(WeightMethod):
     """Elastic weight consolidation, on one device, DDP and ZeRO-1, 2 and 3.
 
     Adds to the loss of every later experience the penalty::
@@ -71,6 +65,8 @@ class EWC(ContinualCallback):
         trainer.fit(module, second_data)  # learns without letting go of it
     """
 
+    tensor_names = ("importance", "anchor")
+
     def __init__(
         self,
         ewc_lambda: float = 100.0,
@@ -106,59 +102,36 @@ class EWC(ContinualCallback):
         self.logits = logits
         self.targets = targets
         self.seed = seed
-        self._state: FragmentState | None = None
-        self._saved_in: Path | None = None
-        self._shards: ParameterShards | None = None
         self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_strategy(trainer, "EWC")
-            warn_about_stock_deepspeed(trainer, "EWC")
-            if is_deepspeed(trainer):
-                write_sidecar_with_checkpoints(trainer, self)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the importance and the anchor to where this fit's fragments lie."""
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"EWC works with one optimizer, got {len(trainer.optimizers)}")
-        self._shards = ParameterShards.of(trainer)
-        if self._saved_in is not None:
-            self._state = FragmentState.load(self._saved_in, self._shards)
-            self._saved_in = None
-        elif self._state is not None:
-            self._state = self._state.rearranged(self._shards)
-        self._set_penalty()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._examples.see(trainer, batch, batch_idx)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Add the gradient of the penalty, once per optimizer step, in place."""
-        if self._penalty is not None and is_step_boundary(trainer):
-            self._penalty.add_gradient(self.ewc_lambda)
+    def consolidate(
+        self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards
+    ) -> dict[str, list[Tensor]]:
+        """Estimate the importance of the weights for the experience just learned, and anchor them."""
+        importance, anchor = (
+            self._estimate(trainer, module, shards),
+            [value.to(torch.float32, copy=True) for value in shards.values()],
+        )
+        if self.has_state and self.mode == "online":
+            for new, old in zip(importance, self.tensors["importance"], strict=True):
+                new.add_(old, alpha=self.gamma)
+        elif self.has_state:
+            pairs = zip(self.tensors["importance"], self.tensors["anchor"], strict=True)
+            for new, here, (old, there) in zip(importance, anchor, pairs, strict=True):
+                new.add_(old)
+                share = torch.where(new > 0, old / new, torch.zeros_like(new))
+                here.lerp_(there, share)
+        return {"importance": importance, "anchor": anchor}
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the strategy's buffers."""
-        self._shards = self._penalty = None
-
-    def penalty(self) -> Tensor:
-        """The penalty at the present weights, summed over all ranks, shape ``[]``. Call on every rank, within a fit."""
-        return torch.zeros(()) if self._penalty is None else self._penalty.value(self.ewc_lambda)
-
-    def _set_penalty(self) -> None:
-        if self._state is not None and self._shards is not None:
-            importance, anchor = self._state.tensors["importance"], self._state.tensors["anchor"]
-            self._penalty = QuadraticPenalty(self._shards, importance, anchor)
-
-    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Estimate the importance of the weights for the experience just learnt, and anchor them."""
-        shards = self._shards or ParameterShards.of(trainer)
+    def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
+        """The diagonal Fisher on a sample of the experience's examples, one tensor per fragment."""
         fisher = estimate_fisher(
             module,
             self._examples.batches(trainer),
@@ -171,34 +144,25 @@ class EWC(ContinualCallback):
         )
         shards.release()
         self._examples.forget()
-        self._state = FragmentState.of(shards, self._consolidate(fisher, shards.values()))
-        self._set_penalty()
+        return fisher
 
-    def _consolidate(self, fisher: list[Tensor], values: list[Tensor]) -> dict[str, list[Tensor]]:
-        anchor = [value.clone() for value in values]
-        if self._state is None:
-            return {"importance": fisher, "anchor": anchor}
-        old_importance, old_anchor = self._state.tensors["importance"], self._state.tensors["anchor"]
-        if self.mode == "online":
-            for new, old in zip(fisher, old_importance, strict=True):
-                new.add_(old, alpha=self.gamma)
-        else:
-            for new, old, here, there in zip(fisher, old_importance, anchor, old_anchor, strict=True):
-                new.add_(old)
-                share = torch.where(new > 0, old / new, torch.zeros_like(new))
-                here.lerp_(there, share)
-        return {"importance": fisher, "anchor": anchor}
+    def prepare(self, shards: ParameterShards) -> None:
+        """Find the weights that matter, once for all steps."""
+        self._penalty = QuadraticPenalty(shards, self.tensors["importance"], self.tensors["anchor"])
 
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"experience_index": self.experience_index}
-        if self._state is not None and not self._state.sharded:
-            state |= self._state.state_dict()
-        return state
+    def add_to_gradient(self, shards: ParameterShards) -> None:
+        """Add the gradient of the penalty, in place."""
+        assert self._penalty is not None
+        self._penalty.add_gradient(self.ewc_lambda)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.experience_index = state_dict["experience_index"]
-        if "tensors" in state_dict:
-            self._state, self._saved_in = FragmentState.from_state_dict(state_dict), None
+    def penalty(self) -> Tensor:
+        """The penalty at the present weights, summed over all ranks, shape ``[]``. Call on every rank, within a fit."""
+        return torch.zeros(()) if self._penalty is None else self._penalty.value(self.ewc_lambda)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the strategy's buffers."""
+        super().teardown(trainer, pl_module, stage)
+        self._penalty = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -209,32 +173,6 @@ class EWC(ContinualCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if _EXAMPLES in checkpoint:
             self._examples.load_state_dict(checkpoint[_EXAMPLES], trainer)
-        if is_deepspeed(trainer):
-            read_sidecar(trainer, self)
-
-    def save(self, directory: str | Path) -> None:
-        """Write the importance and the anchor to a folder. Call on every rank.
-
-        Raises:
-            ValueError: when nothing has been learnt yet.
-        """
-        if self._state is None:
-            raise ValueError("EWC has nothing to save: no experience has been learnt, or a loaded one not yet used")
-        self._state.save(directory, {"experience_index": self.experience_index})
-
-    def load(self, directory: str | Path) -> None:
-        """Check a folder that :meth:`save` wrote and use it from the next fit on, at any world size.
-
-        The fragments are read when that fit starts, so the folder must stay until then.
-
-        Raises:
-            FileNotFoundError: when a file is missing.
-            ValueError: when a file is corrupt or of another format.
-        """
-        extra = FragmentState.check(directory)
-        if "experience_index" not in extra:
-            raise ValueError(f"{directory} holds fragments that EWC has not saved: they have no experience_index")
-        self.experience_index = int(extra["experience_index"])
-        self._saved_in = Path(directory)

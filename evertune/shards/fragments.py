@@ -1,4 +1,4 @@
-"""State in weight space, kept and saved as each rank holds it: importance, anchors and their kin."""
+"""State in weight space, kept and saved as each rank holds it: importance, anchors and similar."""
 
 from __future__ import annotations
 
@@ -148,7 +148,11 @@ class FragmentState:
 
     @classmethod
     def load(
-        cls, directory: str | Path, shards: ParameterShards, kinds: Collection[str] | None = None
+        cls,
+        directory: str | Path,
+        shards: ParameterShards,
+        kinds: Collection[str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> FragmentState:
         """Read the fragments that ``shards`` lie in from a folder, whatever the world size that wrote it.
 
@@ -158,6 +162,7 @@ class FragmentState:
             directory: that :meth:`save` wrote.
             shards: where the weights lie now.
             kinds: which of the named tensors to read; by default all.
+            dtype: type of the tensors that are returned; by default that of the weights.
 
         Raises:
             FileNotFoundError: when a file is missing.
@@ -168,7 +173,7 @@ class FragmentState:
         directory = Path(directory)
         index = _read_index(directory)
         here = {fragment.name: (i, fragment) for i, fragment in enumerate(shards.fragments)}
-        tensors = {kind: shards.zeros() for kind in index["kinds"] if kinds is None or kind in kinds}
+        tensors = {kind: shards.zeros(dtype) for kind in index["kinds"] if kinds is None or kind in kinds}
         for file_name in index["files"]:
             try:
                 with safe_open(directory / file_name, framework="pt") as file:
@@ -192,6 +197,16 @@ def saved_shapes(directory: str | Path) -> dict[str, torch.Size]:
         ValueError: when the index is damaged.
     """
     return {name: torch.Size(shape) for name, shape in _read_index(Path(directory))["shapes"].items()}
+
+
+def saved_kinds(directory: str | Path) -> list[str]:
+    """The names of the tensors in a folder that :meth:`FragmentState.save` wrote.
+
+    Raises:
+        FileNotFoundError: when the folder or its index is missing.
+        ValueError: when the index is damaged.
+    """
+    return list(_read_index(Path(directory))["kinds"])
 
 
 def _copy_overlap(saved: Any, start: int, fragment: Fragment, into: Tensor) -> None:

@@ -40,15 +40,12 @@ class ParameterShards(ABC):
     """The trainable parameters of a module as this rank holds them, under any strategy.
 
     ``values()`` and ``gradients()`` give one flat tensor per entry of ``fragments``. A method in weight space reads
-    them, adds to the gradients in place and calls ``write_back()``; it never gathers a weight, and keeps state only as
-    large as a fragment.
+    them and adds to the gradients; it never gathers a weight, and keeps state only as large as a fragment.
 
     Example::
 
         shards = ParameterShards.of(trainer)
-        for value, gradient in zip(shards.values(), shards.gradients()):
-            gradient.add_(value, alpha=weight_decay)
-        shards.write_back()
+        shards.add_to_gradient(weight_decay * value for value in shards.values())
 
     Attributes:
         fragments: what this rank holds, in the order of ``named_parameters()``; a parameter of which it holds nothing
@@ -91,7 +88,17 @@ class ParameterShards(ABC):
         """
 
     def write_back(self) -> None:  # noqa: B027  (most strategies hand out the live storage)
-        """Make edits of the tensors that ``gradients()`` gave out count, where they are not the live storage."""
+        """Write edited gradients back where ``gradients()`` returned copies."""
+
+    def add_to_gradient(self, terms: Iterable[Tensor]) -> None:
+        """Add one term per fragment to the gradients, multiplied by ``gradient_scale`` as the gradients are.
+
+        Args:
+            terms: One flat tensor per fragment. A generator needs room for one of them at a time.
+        """
+        for gradient, term in zip(self.gradients(), terms, strict=True):
+            gradient.add_(term, alpha=self.gradient_scale)
+        self.write_back()
 
     def release(self) -> None:  # noqa: B027  (only ZeRO-3 gathers)
         """Let go of weights that were gathered for passes through the module outside of training steps."""
@@ -101,9 +108,9 @@ class ParameterShards(ABC):
         """What the gradients are multiplied by at the moment: the loss scale of DeepSpeed's fp16 training, else 1."""
         return 1.0
 
-    def zeros(self) -> list[Tensor]:
-        """One zero tensor per fragment."""
-        return [torch.zeros_like(value) for value in self.values()]
+    def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """One zero tensor per fragment, of the weights' own type by default."""
+        return [torch.zeros_like(value, dtype=dtype) for value in self.values()]
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The inner product of two lists of fragments over all ranks, in float64, shape ``[]``."""

@@ -13,7 +13,7 @@ from evertune._lightning import pl
 
 
 class SavesFolder(Protocol):
-    """A callback with state of its own on every rank."""
+    """A callback with its own state on every rank."""
 
     def save(self, directory: str | Path) -> None:
         """Write the folder; called on every rank."""
@@ -22,8 +22,8 @@ class SavesFolder(Protocol):
         """Read the folder; called on every rank."""
 
     @property
-    def experience_index(self) -> int:
-        """How many experiences it has learnt; a sidecar is written when there is one."""
+    def has_state(self) -> bool:
+        """Whether there is something to save; the same on every rank."""
 
 
 def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -> None:
@@ -34,7 +34,7 @@ def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -
     @wraps(save_checkpoint)
     def save_with_sidecar(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, filepath, storage_options)
-        if callback.experience_index > 0:
+        if callback.has_state:
             callback.save(_folder(strategy.broadcast(filepath), callback))
 
     strategy.save_checkpoint = save_with_sidecar  # type: ignore[method-assign]

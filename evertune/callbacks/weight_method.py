@@ -1,0 +1,221 @@
+"""The base class of methods that keep tensors about the weights: an anchor, an importance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from evertune._lightning import pl
+from evertune.callbacks.base import ContinualCallback
+from evertune.shards.fragments import FragmentState, saved_kinds
+from evertune.shards.shards import ParameterShards
+from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
+from evertune.shards.support import check_strategy, is_deepspeed, is_step_boundary
+from evertune.strategies.deepspeed import warn_about_stock_deepspeed
+
+Tensors = Mapping[str, list[Tensor]]
+"""By name, one flat fp32 tensor per fragment of the weights that this rank holds."""
+
+
+class WeightMethod(ContinualCallback):
+    """Base class of methods that keep tensors about the weights, on one device, DDP and ZeRO-1, 2 and 3.
+
+    A method names its tensors and writes two formulas: what an experience leaves in them (:meth:`consolidate`) and what
+    they add to the gradient of later experiences (:meth:`add_to_gradient`). Both see the weights as this rank holds
+    them, so a method is written once for all strategies and nothing is gathered.
+
+    The rest is inherited. The tensors are in Lightning checkpoints (under DeepSpeed in a folder inside them, to which
+    each rank writes its part), they are written by :meth:`save` and read by :meth:`load` at any world size, and they
+    are brought to where the weights lie when a fit starts: a head may have grown, the strategy may be another one.
+    Elements that are new are zero.
+
+    Attributes:
+        tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
+        tensors: The tensors, by name, one flat tensor per fragment; empty until an experience has been learned.
+
+    Example::
+
+        class L2SP(WeightMethod):
+            tensor_names = ("anchor",)
+
+            def consolidate(self, trainer, module, shards):
+                return {"anchor": shards.values()}
+
+            def add_to_gradient(self, shards):
+                steps = zip(shards.values(), self.tensors["anchor"])
+                shards.add_to_gradient(0.1 * (value - anchor) for value, anchor in steps)
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+
+    _state: FragmentState | None = None
+    _saved_in: Path | None = None  # the folder given to load(), until a fit reads it
+    _shards: ParameterShards | None = None  # within a fit
+
+    @classmethod
+    def bytes_per_weight(cls) -> int:
+        """Bytes that the tensors take for each trainable weight that a rank updates."""
+        return 4 * len(cls.tensor_names)
+
+    # --- the formulas
+
+    @abstractmethod
+    def consolidate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> Tensors:
+        """What the experience that ends now leaves: a value for each of ``tensor_names``. Called on every rank.
+
+        ``self.tensors`` still has what the experiences before have left. Weights among what is returned are copied.
+        """
+
+    @abstractmethod
+    def add_to_gradient(self, shards: ParameterShards) -> None:
+        """Add to the gradient, by ``shards.add_to_gradient``. Called on every rank.
+
+        Called once per optimizer step, when an experience has been learned. The gradients are complete: accumulated and
+        averaged over the ranks.
+        """
+
+    def prepare(self, shards: ParameterShards) -> None:
+        """Build what :meth:`add_to_gradient` needs; called when a fit starts and whenever the tensors have changed."""
+
+    # --- their life
+
+    @property
+    def tensors(self) -> Tensors:
+        return {} if self._state is None else self._state.tensors
+
+    @property
+    def has_state(self) -> bool:
+        """Whether an experience has been learned."""
+        return self._state is not None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        if not self.tensor_names:
+            raise ValueError(f'{name} names no tensors; set tensor_names on the class, such as ("anchor",)')
+        check_strategy(trainer, name)
+        warn_about_stock_deepspeed(trainer, name)
+        if is_deepspeed(trainer):
+            write_sidecar_with_checkpoints(trainer, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the tensors to where this fit's fragments lie."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"{type(self).__name__} works with one optimizer, got {len(trainer.optimizers)}")
+        self._shards = ParameterShards.of(trainer)
+        if self._saved_in is not None:
+            self._set(FragmentState.load(self._saved_in, self._shards, dtype=torch.float32))
+            self._saved_in = None
+        elif self._state is not None:
+            self._set(self._state.rearranged(self._shards))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add to the gradient, once per optimizer step."""
+        if self._state is not None and self._shards is not None and is_step_boundary(trainer):
+            self.add_to_gradient(self._shards)
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Keep what the experience leaves.
+
+        Raises:
+            ValueError: when :meth:`consolidate` returns other tensors than ``tensor_names``.
+        """
+        shards = self._shards or ParameterShards.of(trainer)
+        tensors = self.consolidate(trainer, module, shards)
+        if set(tensors) != set(self.tensor_names):
+            raise ValueError(
+                f"{type(self).__name__}.consolidate returned {sorted(tensors)}, but tensor_names is {self.tensor_names}"
+            )
+        live = shards.values()
+        own = {name: [_own(t, weight) for t, weight in zip(ts, live, strict=True)] for name, ts in tensors.items()}
+        self._set(FragmentState.of(shards, own))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the strategy's buffers."""
+        self._shards = None
+
+    def _set(self, state: FragmentState) -> None:
+        self._state = state
+        if self._shards is not None:
+            self.prepare(self._shards)
+
+    # --- what is saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only; under ZeRO the tensors are in the checkpoint's own folder."""
+        state: dict[str, Any] = {"experience_index": self.experience_index}
+        if self._state is not None and not self._state.sharded:
+            state |= self._state.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from :meth:`state_dict`."""
+        self.experience_index = state_dict["experience_index"]
+        if "tensors" in state_dict:
+            self._state, self._saved_in = FragmentState.from_state_dict(state_dict), None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Under DeepSpeed, read the folder inside the checkpoint."""
+        if is_deepspeed(trainer):
+            read_sidecar(trainer, self)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tensors to a folder (safetensors and JSON). Call on every rank.
+
+        Raises:
+            ValueError: when nothing has been learned yet.
+        """
+        if self._state is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} has nothing to save: no experience has been learned, or a loaded one not yet used"
+            )
+        self._state.save(directory, {"experience_index": self.experience_index})
+
+    def load(self, directory: str | Path) -> None:
+        """Check a folder that :meth:`save` wrote and use it from the next fit on, at any world size.
+
+        The fragments are read when that fit starts, so the folder must stay until then.
+
+        Raises:
+            FileNotFoundError: when a file is missing.
+            ValueError: when a file is corrupt, of another format, or of a method with other tensors.
+        """
+        extra, name = FragmentState.check(directory), type(self).__name__
+        if "experience_index" not in extra:
+            raise ValueError(f"{directory} holds fragments that {name} has not saved: they have no experience_index")
+        if (found := saved_kinds(directory)) != sorted(self.tensor_names):
+            raise ValueError(f"{directory} holds the tensors {found}, but {name} keeps {sorted(self.tensor_names)}")
+        self.experience_index = int(extra["experience_index"])
+        self._saved_in = Path(directory)
+
+    def __repr__(self) -> str:
+        name, learned = type(self).__name__, f"{self.experience_index} learned"
+        if self._saved_in is not None:
+            return f"<{name}: experiences: {learned}, to be read from {self._saved_in} by the next fit>"
+        if self._state is None:
+            return f"<{name}: nothing learned yet>"
+        weights = sum(shape.numel() for shape in self._state.shapes.values())
+        size = sum(value.nbytes for values in self.tensors.values() for value in values)
+        what = " and ".join(self.tensor_names)
+        return f"<{name}: experiences: {learned}, {what} of {weights:,} weights, {size:,} bytes on this rank>"
+
+
+def _own(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The tensor in fp32, and a copy where it is the live weight."""
+    own = tensor.detach().float()
+    live = own.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return own.clone() if live else own
