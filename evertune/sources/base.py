@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 Offset = dict[str, Any]
-"""How far a source has been read: JSON values only, kept with the version that learnt what came before it."""
+"""How far a source has been read: JSON values only, stored with the version that was trained on what came before."""
 
 
 class SourceError(RuntimeError):
-    """A source cannot be read on from its offset: it is gone, unreachable, or has dropped or changed what was read."""
+    """A source cannot be read from its offset on: it is gone or unreachable, or has dropped or changed records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Incoming:
     """One record as it arrived.
 
     Args:
-        origin: where it is in its source, for people and for the quarantine: ``"tickets.jsonl:17"``.
-        value: its fields, or None when they cannot be read.
-        error: why they cannot be read.
-        raw: what was read, as text, where ``value`` is None.
+        origin: Where the record is in its source, for messages and the quarantine: ``"tickets.jsonl:17"``.
+        value: The fields of the record, or None if they cannot be read.
+        error: Why the fields cannot be read.
+        raw: The text that was read, if ``value`` is None.
     """
 
     origin: str
@@ -37,8 +37,8 @@ class Chunk:
     """Consecutive records of a source.
 
     Args:
-        records: in the order in which they arrived; none when nothing has arrived.
-        offset: where the next chunk starts. It may move on though there are no records.
+        records: The records, in the order of their arrival; empty if nothing has arrived.
+        offset: Where the next chunk starts. It may advance even if there are no records.
     """
 
     records: Sequence[Incoming]
@@ -48,24 +48,24 @@ class Chunk:
 class Source(ABC):
     """Records that keep arriving.
 
-    Reading is free of side effects: the same offset gives the same records again, for as long as the source keeps
-    them. So an interrupted reader starts again where its last durable offset stands, and nothing is lost or doubled.
+    Reading has no side effects: the same offset gives the same records again, for as long as the source keeps them.
+    An interrupted reader therefore resumes from its last durable offset, and no record is lost or read twice.
     """
 
     @abstractmethod
     def read(self, offset: Offset | None, limit: int) -> Chunk:
-        """The next records, at most ``limit``, of what has arrived; it waits for nothing that has not.
+        """The next records that have arrived, at most ``limit``. It never waits for new ones.
 
         Args:
-            offset: of the chunk before; None for the beginning of the source.
-            limit: how many records at most.
+            offset: Offset of the previous chunk; None for the beginning of the source.
+            limit: Maximum number of records.
 
         Raises:
-            SourceError: when the source cannot be read on from there: what to do is in the message.
+            SourceError: If the source cannot be read from this offset on. The message says what to do.
         """
 
     def commit(self, offset: Offset) -> None:  # noqa: B027
-        """Tell the source that all before ``offset`` is published. Only its own monitoring depends on it."""
+        """Report to the source that a version trained on all before ``offset`` is published, for monitoring only."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of connections."""
+        """Close the connections."""

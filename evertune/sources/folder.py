@@ -26,54 +26,54 @@ _T = TypeVar("_T")
 _Info = dict[str, Any]
 
 _UNFINISHED = (".tmp", ".part", "~")
-_BUCKETS = {"s3", "gs", "gcs", "abfs", "az", "oss"}  # where a folder is there only while something is in it
-_TAGS = ("ETag", "etag", "md5Hash")  # what a store calls a version of a file by; else the times and the inode tell
+_BUCKETS = {"s3", "gs", "gcs", "abfs", "az", "oss"}  # where a folder exists only while it contains an object
+_TAGS = ("ETag", "etag", "md5Hash")  # names of a file's version in object stores; elsewhere see _TIMES
 _TIMES = ("mtime", "created", "ino", "LastModified", "last_modified", "updated", "modified")
-_CHUNK_BYTES = 1 << 26  # of text in a chunk, give or take a line: long documents may not fill the memory
-_ATTEMPTS = 3  # readings of a file that changes meanwhile
-_BAD = -1  # the position in a file that cannot be read at all
+_CHUNK_BYTES = 1 << 26  # bytes of text in a chunk, give or take a line: bounds the memory that long documents take
+_ATTEMPTS = 3  # attempts to read a file that changes meanwhile
+_BAD = -1  # the position that marks a file which cannot be read at all
 
 
 class FolderSource(Source):
     """Reads JSONL, CSV and Parquet files of a folder or bucket: new files, and lines appended to those it has read.
 
-    Files are read in the order of their names, whatever their times: name them by date and their records come in the
-    order of time. The text formats may be compressed (``.jsonl.gz``, ``.csv.gz``). Left alone are hidden and unfinished
-    names (``.x``, ``_x``, ``x.tmp``, ``x.part``, ``x~``, also of folders), links to folders, and, with a warning,
-    files of other kinds.
+    Files are read in the order of their names, not of their times: name them by date, and their records come in
+    chronological order. The text formats may be compressed (``.jsonl.gz``, ``.csv.gz``). Ignored are hidden and
+    unfinished names (``.x``, ``_x``, ``x.tmp``, ``x.part``, ``x~``, also of folders), links to folders, and, with a
+    warning, files of other kinds.
 
-    Plain text files may grow. Parquet and gz files are checked whole before their first record is taken, and are read
-    once. What has been read must stay as it was: a file that is truncated, rewritten, or deleted before it was read to
-    its end is an error. It is told by the fingerprint that the offset keeps, with which a file is compared when it has
-    changed: the 4 KiB at either end of what was read (of a Parquet or gz file: at either end of it, and its size). A
-    renamed file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
+    Plain text files may grow. Parquet and gz files are checked as a whole before their first record is taken, and are
+    read once. What has been read must not change: a file that is truncated, rewritten, or deleted before it was read to
+    its end is an error. It is detected by a fingerprint in the offset, with which a modified file is compared: a hash
+    of the 4 KiB at either end of what was read (for a Parquet or gz file: of the whole file, and its size). A renamed
+    file is a new file. A file may be deleted once it has been read; the offset remembers it, in about 60 bytes.
 
     These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and
-    numbers and nesting beyond bounds (they are no JSON, whatever Python reads); CSV rows with too few or too many
-    fields, or with quotes in wrong places; Parquet rows that cannot be JSON; lines over ``max_line_bytes``, of which
-    only the head is kept; a Parquet or gz file that is corrupt, as one bad record: it is read anew once another version
-    replaces it.
-    Where a CSV row cannot be told apart, its first line is bad and reading goes on at the next.
+    numbers and nesting that are too large (not JSON, even if Python accepts them); CSV rows with too few or too many
+    fields, or with misplaced quotes; Parquet rows that have no JSON equivalent; lines over ``max_line_bytes``, of which
+    only the head is kept; a Parquet or gz file that is corrupt, as one bad record: it is read again once another
+    version replaces it. If the end of a CSV row cannot be found, its first line is bad and reading resumes at the next.
 
     A last line without a newline may still be being written. In JSONL it is taken as soon as it is a whole JSON object.
     In CSV, where half a row can look whole, and for corrupt files, which may be half copied, it waits until the file
-    has rested for ``settle`` seconds. A time of modification further than that in the future says nothing about it.
+    has not changed for ``settle`` seconds. A modification time further than that in the future is ignored.
 
-    The values of CSV are strings, or None where the field is empty; those of Parquet are what JSON has: dates and
-    times are ISO strings, decimals strings, durations seconds, and bytes must be UTF-8.
+    The values of CSV are strings, or None if the field is empty. The values of Parquet are converted to JSON: dates and
+    times to ISO strings, decimals to strings, durations to seconds; bytes must be UTF-8.
 
     Args:
-        path: the folder: a local path, or a URL that fsspec knows, such as ``s3://bucket/tickets``.
-        pattern: which files, by their names relative to ``path``: ``*.jsonl``, ``2026-*/**/*.csv``.
-        exclude: patterns of files to leave alone, also where they have been read in part.
-        storage_options: what fsspec needs for the URL: credentials, endpoints.
-        delimiter: between the fields of CSV files.
-        settle: seconds without a change after which an unfinished end counts as final. 5 by default: programs that
-            write line by line pause for less.
-        max_line_bytes: longer lines (rows, in CSV) are bad; 4 MiB by default. It bounds the memory a line can take.
+        path: The folder: a local path, or a URL that fsspec supports, such as ``s3://bucket/tickets``.
+        pattern: Glob pattern of the files to read, relative to ``path``: ``*.jsonl``, ``2026-*/**/*.csv``.
+        exclude: Patterns of files to ignore, even if they have been read in part.
+        storage_options: Options of fsspec for the URL: credentials, endpoints.
+        delimiter: Character between the fields of CSV files.
+        settle: Seconds without a change after which an unfinished end counts as final. 5 by default: programs that
+            write line by line rarely pause for longer.
+        max_line_bytes: Lines (in CSV: rows) longer than this are bad records; 4 MiB by default. It bounds the memory
+            that a line can take.
 
     Raises:
-        ValueError: for a setting that cannot be, or a URL of a kind that fsspec does not know.
+        ValueError: If a setting is out of range, or fsspec does not support the kind of URL.
 
     Example:
         >>> from pathlib import Path
@@ -124,8 +124,8 @@ class FolderSource(Source):
         """The next records, at most ``limit`` of them, file by file.
 
         Raises:
-            ValueError: for a limit under 1, or the offset of another kind of source.
-            SourceError: when the folder is gone or cannot be reached, or a file was truncated, rewritten or deleted
+            ValueError: If ``limit`` is below 1, or the offset belongs to another kind of source.
+            SourceError: If the folder is gone or cannot be reached, or a file was truncated, rewritten or deleted
                 before it was read, or keeps changing.
         """
         if limit < 1:
@@ -168,7 +168,7 @@ class FolderSource(Source):
         )
 
     def _list(self) -> dict[str, _Info]:
-        """The files there are, in the order of their names, with what the filesystem says of them."""
+        """The files to read, in the order of their names, with their information from the filesystem."""
         self._call(self._fs.invalidate_cache)
         listing: dict[str, _Info] = {}
         other: list[str] = []
@@ -180,7 +180,7 @@ class FolderSource(Source):
             except FileNotFoundError:
                 if folder == self._root and not self._is_empty_bucket():
                     raise SourceError(
-                        f"there is no folder {self.path}: mount or create it, or correct the path"
+                        f"the folder {self.path} does not exist: mount or create it, or correct the path"
                     ) from None
                 continue
             for info in infos:
@@ -199,23 +199,23 @@ class FolderSource(Source):
         if other and not self._warned:
             self._warned = True
             warn(
-                f"{self.path}: ignored {len(other)} files that are none of {', '.join(KINDS)}, such as {min(other)!r}; "
-                "give a pattern that leaves them out",
+                f"{self.path}: ignored {len(other)} files of other kinds than {', '.join(KINDS)}, such as "
+                f"{min(other)!r}; pass a pattern that excludes them",
                 stacklevel=3,
             )
         return dict(sorted(listing.items()))
 
     def _is_empty_bucket(self) -> bool:
-        """Whether this is a place where a folder is there only while something is in it."""
+        """Whether this is an existing bucket, in which a folder exists only while it contains an object."""
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         return bool(protocols & _BUCKETS) and bool(self._call(self._fs.exists, self._root.split("/")[0]))
 
     def _refuse_file(self, info: _Info) -> None:
         if info["size"]:  # buckets may hold an empty object in the name of a folder
-            raise SourceError(f"{self.path} is a file: give the folder it is in as path, and its name as pattern")
+            raise SourceError(f"{self.path} is a file: pass its folder as path and its name as pattern")
 
     def _regular(self, info: _Info) -> _Info | None:
-        """What is known of a file, or of the file that a link leads to; None when there is none."""
+        """The information about a file, or the target of a link; None if it is not a regular file."""
         if info.get("islink"):
             try:
                 info = self._call(self._fs.info, info["name"])
@@ -224,18 +224,19 @@ class FolderSource(Source):
         return info if info["type"] == "file" else None
 
     def _call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Ask the filesystem; whatever its library raises when it cannot answer becomes a SourceError."""
+        """Call the filesystem; any error of its library other than FileNotFoundError becomes a SourceError."""
         try:
             return function(*args, **kwargs)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise SourceError(
-                f"cannot read {args[0] if args else self.path}: {error}; nothing is lost: read on when that is mended"
+                f"cannot read {args[0] if args else self.path}: {error}; nothing is lost: reading resumes once the "
+                "cause is fixed"
             ) from error
 
     def _read_file(self, name: str, info: _Info, mark: _Mark | None, limit: int, room: int) -> _Reading | None:
-        """Read on in a file: from one version of it, or from one to which lines are being appended."""
+        """Resume reading a file whose content may be appended to, but must not change, meanwhile."""
         try:
             for _ in range(_ATTEMPTS):
                 try:
@@ -245,7 +246,7 @@ class FolderSource(Source):
                         return reading
                     again = self._read_once(name, {**now, "size": info["size"]}, mark, limit, room)
                     if (again and again.unmarked) == (reading and reading.unmarked):
-                        return reading  # with the old version: what was appended is there for the next reading
+                        return reading  # with the old version, so that the next call reads what was appended
                 except ChangedError:
                     pass
                 info = self._stat(info)
@@ -255,7 +256,7 @@ class FolderSource(Source):
             return None
         raise SourceError(
             f"{self.path}/{name} keeps changing while it is read: only append to it, or write it elsewhere and move "
-            "it here when it is whole"
+            "it here when it is complete"
         )
 
     def _stat(self, info: _Info) -> _Info:
@@ -264,7 +265,7 @@ class FolderSource(Source):
         return now
 
     def _read_once(self, name: str, info: _Info, mark: _Mark | None, limit: int, room: int) -> _Reading | None:
-        """Read on in a file as if it did not change meanwhile; None while it waits for the rest of itself."""
+        """Resume reading a file that is assumed not to change meanwhile; None while it seems incomplete."""
         version = _version(info)
         blob = Blob(lambda start, end: self._call(self._fs.cat_file, info["name"], start=start, end=end), info["size"])
         if mark and mark.position == _BAD:
@@ -298,7 +299,7 @@ class FolderSource(Source):
 
     def _bad_file(self, name: str, info: _Info, blob: Blob, reason: str, waits: bool, begun: bool) -> _Reading | None:
         if begun:
-            raise SourceError(f"{self.path}/{name} can no longer be read: {reason}; put it back as it was")
+            raise SourceError(f"{self.path}/{name} can no longer be read: {reason}; restore it")
         if waits and not self._settled(info):
             return None
         fingerprint = blob.fingerprint(blob.size)
@@ -308,36 +309,36 @@ class FolderSource(Source):
     def _check(self, name: str, blob: Blob, mark: _Mark, sealed: bool) -> None:
         """Refuse a file that is no longer the one that was read up to the mark."""
         if not sealed and blob.size < mark.position:
-            what = f"was truncated: {mark.position} bytes of it have been read, and it has {blob.size}"
+            what = f"was truncated: {mark.position} bytes of it have been read, but it has only {blob.size} left"
         elif blob.fingerprint(blob.size if sealed else mark.position) != mark.fingerprint:
-            what = "was rewritten: what has been read of it has changed"
+            what = "was rewritten: the part that has been read has changed"
         else:
             return
         raise SourceError(
-            f"{self.path}/{name} {what}. {'Never change it' if sealed else 'Only append to it'}: put it back as it was "
-            f"and give new contents a new name, or add {name!r} to exclude to go on without it"
+            f"{self.path}/{name} {what}. {'Never change it' if sealed else 'Only append to it'}: restore it and "
+            f"write new contents under a new name, or add {name!r} to exclude to continue without it"
         )
 
     def _deleted(self, name: str) -> SourceError:
         return SourceError(
-            f"{self.path}/{name} was deleted before it was read to its end: put it back, or add {name!r} to exclude "
-            "to go on without the rest of it"
+            f"{self.path}/{name} was deleted before it was read to its end: restore it, or add {name!r} to exclude "
+            "to continue without the rest of it"
         )
 
     def _opened(self, name: str, version: str, blob: Blob) -> Gunzip | ParquetReader:
-        """A sealed file: as the last chunk left it, or opened and checked whole."""
-        left, self._open = self._open, None  # whoever stumbles does not leave it half-way
+        """A sealed file: as the last chunk left it, or opened and checked as a whole."""
+        left, self._open = self._open, None  # after an error, the file is opened again from its start
         if left and left[0] == (name, version):
             return left[1]
         return ParquetReader(blob) if kind(name) == ".parquet" else Gunzip(blob)
 
     def _settled(self, info: _Info) -> bool:
-        """Whether a file has rested. A clock that went backwards since makes it look as if it came from the future."""
+        """Whether a file has not changed for ``settle`` seconds; ``abs``, as the clock may have been set back since."""
         modified = info.get("mtime")
         try:
             if not isinstance(modified, (int, float)):
                 modified = self._call(self._fs.modified, info["name"]).timestamp()
-        except SourceError:  # a filesystem that keeps no times
+        except SourceError:  # the filesystem does not store times
             return True
         return abs(time.time() - modified) >= self._settle
 
@@ -345,8 +346,8 @@ class FolderSource(Source):
 class _Mark(NamedTuple):
     """How far a file has been read: its value in the offset.
 
-    ``position`` is in bytes of text or in rows of Parquet, ``line`` the lines before it, ``version`` what the
-    filesystem says of the file as long as there is nothing more to read in it, and empty where there is.
+    ``position`` is in bytes of text or rows of Parquet, and ``line`` the number of lines before it. ``version`` is the
+    version of the file (see :func:`_version`) once it has been read to its end, and empty before.
     """
 
     position: int
@@ -362,7 +363,7 @@ class _Reading(NamedTuple):
 
     @property
     def unmarked(self) -> tuple[Any, ...]:
-        """All but the version of the file."""
+        """All but the version of the file, to compare two readings."""
         return self.records, self.mark[:3], self.size
 
 

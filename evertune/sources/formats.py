@@ -1,4 +1,4 @@
-"""How the bytes of a file become records: JSONL, CSV and Parquet, and what is wrong with those that cannot."""
+"""Parses the bytes of JSONL, CSV and Parquet files into records, and reports why a record cannot be parsed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from evertune.sources.json import json_object, plain
 
 KINDS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".csv", ".csv.gz", ".parquet")
 
-_Line = tuple[int, bytes, bool]  # the bytes it takes, its text, and whether a newline ends it
+_Line = tuple[int, bytes, bool]  # its length in the file, its text, and whether a newline ends it
 
 _BLOCK = 1 << 20  # bytes read at once
-_WINDOW = 4096  # bytes at either end of what a fingerprint is of
+_WINDOW = 4096  # bytes at either end that a fingerprint covers
 _BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # of a Parquet file, decoded at once
 _MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
 
 def kind(name: str) -> str:
-    """Which of ``KINDS`` a file is by its name; empty when it is none."""
+    """Which of ``KINDS`` a file is, by its name; empty if it is of none."""
     return next((suffix for suffix in KINDS if name.lower().endswith(suffix)), "")
 
 
@@ -37,7 +37,7 @@ def digest(data: bytes, size: int) -> str:
 
 
 class BadFileError(Exception):
-    """Nothing of a file can be used, and why."""
+    """A file cannot be used at all; the message says why."""
 
 
 class ChangedError(Exception):
@@ -51,7 +51,7 @@ class _Header(NamedTuple):
 
 
 class _Text(Protocol):
-    """The bytes of a text file by position, and what is known of its header."""
+    """The bytes of a text file by position, and its header once it has been read."""
 
     header: _Header | None
 
@@ -82,7 +82,7 @@ class Blob(io.RawIOBase):
         return data[position - start : end - start]
 
     def fingerprint(self, position: int) -> str:
-        """Of what is before a position: of all of it, or of both its ends."""
+        """Hash of what comes before a position: of its size and both of its ends."""
         head = self.read_at(0, min(position, _WINDOW))
         tail = self.read_at(max(position - _WINDOW, 0), min(position, _WINDOW))
         return digest(b"%d %b%b" % (position, head, tail), 8)
@@ -108,7 +108,7 @@ class Blob(io.RawIOBase):
 
 
 class Gunzip:
-    """What is in a gz file, by position: quick from where the last read began, from the start of the file before."""
+    """Random access to a gz file: fast from the position of the last read on; before it, from the start of the file."""
 
     def __init__(self, blob: Blob) -> None:
         self.header: _Header | None = None
@@ -143,7 +143,7 @@ class Gunzip:
 
 
 class ParquetReader:
-    """The rows of a Parquet file, by number: quick from where the last read ended, else from a row group's start."""
+    """The rows of a Parquet file, by number: fast where the last read ended, else from the start of a row group."""
 
     def __init__(self, blob: Blob) -> None:
         import pyarrow.parquet as pq
@@ -163,7 +163,7 @@ class ParquetReader:
         self._next = -1
 
     def read(self, name: str, start: int, limit: int, room: int) -> tuple[list[Incoming], int, bool]:
-        """Records from row ``start`` on, up to ``limit`` and about ``room`` bytes; their size; if more are left."""
+        """Up to ``limit`` records and about ``room`` bytes from row ``start`` on; their size; whether more are left."""
         if start != self._next:
             self._begin(start)
         records: list[Incoming] = []
@@ -197,9 +197,9 @@ class ParquetReader:
 
 
 class TextReader:
-    """Reads records of a text file from a position on: ``records``, and the ``position`` and ``line`` behind them.
+    """Reads records of a text file from a position on: ``records``, and the ``position`` and ``line`` after them.
 
-    Reading returns whether there may be more to read in the file as it is now.
+    The methods return whether the file, as it is now, may hold more records.
     """
 
     def __init__(self, name: str, text: _Text, position: int, line: int, most: int) -> None:
@@ -211,7 +211,7 @@ class TextReader:
         self._most = most
 
     def read_jsonl(self, limit: int, room: int, final: bool) -> bool:
-        """Up to ``limit`` records and ``room`` bytes; ``final``: no newline will come to the last line."""
+        """Read up to ``limit`` records and ``room`` bytes; ``final``: nothing will be appended to the last line."""
         stop = self.position + room
         lines = self._lines(final)
         if len(self.records) == limit:
@@ -229,7 +229,7 @@ class TextReader:
         return False
 
     def read_csv(self, limit: int, room: int, delimiter: str, final: bool) -> bool:
-        """As :meth:`read_jsonl`; ``final``: nor will a quote come that closes an open one."""
+        """Like :meth:`read_jsonl`; ``final`` also means that an open quote will not be closed."""
         stop = self.position + room
         field_limit = csv.field_size_limit(max(csv.field_size_limit(), self._most))
         try:
@@ -268,13 +268,15 @@ class TextReader:
         return None
 
     def _lines(self, final: bool) -> Iterator[_Line]:
-        """The lines from the position on. What comes after a line that was taken before it ended is seen to first."""
+        """The lines from the position on. The rest of a line that was taken early comes first."""
         lines = _lines(self._text, self.position, self._most)
         if self.position and isinstance(self._text, Blob) and self._text.read_at(self.position - 1, 1) != b"\n":
             length, raw, ended = next(lines, (0, b"", False))
             if ended or final:
                 if raw.strip():
-                    self.records.append(self._bad("continues a line that was whole when it was read", raw, self.line))
+                    self.records.append(
+                        self._bad("continues a line that was complete when it was read", raw, self.line)
+                    )
                 self.position += length
         return lines
 
@@ -338,7 +340,7 @@ class _CsvRow(NamedTuple):
 
 
 class _CsvRows:
-    """Rows of CSV lines. Where a row cannot be told apart, its first line is bad, and the next begins another row."""
+    """Rows of CSV lines. If the end of a row cannot be found, its first line is bad, and a row begins at the next."""
 
     def __init__(self, lines: Iterator[_Line], delimiter: str, most: int) -> None:
         self._lines = lines
@@ -364,7 +366,7 @@ class _CsvRows:
 
     def _first_line(self, error: str) -> _CsvRow:
         if self._length > self._most:
-            error = f"a row of more than max_line_bytes={self._most}: is a quote opened and never closed?"
+            error = f"a row is longer than max_line_bytes={self._most}: perhaps a quote is never closed"
         elif self._dry:
             error = "a quote is opened and never closed"
         elif "new-line" in error:
@@ -378,7 +380,7 @@ class _CsvRows:
         self._reader = csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
 
     def _feed(self) -> Iterator[str]:
-        """What the reader asks for: the lines of one row, which are remembered."""
+        """Give the CSV reader the lines of one row, and remember them."""
         while self._length <= self._most and (line := self._back.popleft() if self._back else next(self._lines, None)):
             self._taken.append(line)
             self._length += line[0]
@@ -408,7 +410,7 @@ def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
     """The rows of a batch, of which ``first`` come before it."""
     try:
         rows = batch.to_pylist()
-    except Exception:  # a value that Python cannot hold: find out in which rows
+    except Exception:  # a value that Python cannot represent: find out below in which rows
         rows = [None] * len(batch)
     records = []
     for position, row in enumerate(rows):
@@ -416,7 +418,7 @@ def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
         try:
             value = plain(row or batch.slice(position, 1).to_pylist()[0], decode=True)
         except Exception as error:
-            records.append(Incoming(origin, None, f"cannot be JSON ({error})", str(row or "")))
+            records.append(Incoming(origin, None, f"has no JSON equivalent ({error})", str(row or "")))
         else:
             records.append(Incoming(origin, value))
     return records

@@ -1,4 +1,4 @@
-"""Values as JSON has them: from the text of a message, and from what a database or a table gives."""
+"""JSON values: parsed strictly from the text of a message, or converted from the values of a database or table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MAX_DEPTH = 100
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that ``data`` holds.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: with the reason why it holds none, or one that cannot be written again.
+        ValueError: With the reason, if ``data`` is not a JSON object, or one that cannot be written back as JSON.
 
     Example:
         >>> json_object(b'{"text": "hello"}')
@@ -40,15 +40,15 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def plain(value: Any, depth: int = _MAX_DEPTH, decode: bool = False) -> Any:  # noqa: PLR0911
-    """A value as JSON has it: times in ISO 8601, decimals (exactly) and UUIDs as strings, durations in seconds.
+    """Convert a value to JSON: times to ISO 8601, decimals (exactly) and UUIDs to strings, durations to seconds.
 
     Args:
-        value: anything.
-        depth: how deep it may be nested.
-        decode: take bytes for text in UTF-8; by default they are refused.
+        value: Any value.
+        depth: Maximum nesting depth.
+        decode: Decode bytes as UTF-8; by default they are refused.
 
     Raises:
-        ValueError: with the reason why JSON cannot have it.
+        ValueError: With the reason, if the value has no JSON equivalent.
 
     Example:
         >>> plain({"at": date(2026, 1, 31), "price": Decimal("1.10")})
@@ -60,7 +60,7 @@ def plain(value: Any, depth: int = _MAX_DEPTH, decode: bool = False) -> Any:  # 
         return _whole(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is no JSON number")
+            raise ValueError(f"{value} is not a JSON number")
         return value
     if depth == 0:
         raise ValueError(f"nested deeper than {_MAX_DEPTH}")
@@ -76,26 +76,26 @@ def plain(value: Any, depth: int = _MAX_DEPTH, decode: bool = False) -> Any:  # 
         return str(value)
     if decode and isinstance(value, bytes):
         return value.decode()
-    raise ValueError(f"a value of the type {type(value).__name__}, which JSON has not")
+    raise ValueError(f"a value of type {type(value).__name__} has no JSON equivalent")
 
 
 def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair, which is no character") from None
+        raise ValueError("contains half a surrogate pair, which is not a valid character") from None
     return text
 
 
 def _finite(number: str) -> float:
     value = float(number)
     if math.isinf(value):
-        raise ValueError(f"the number {number[:20]} is beyond bounds")
+        raise ValueError(f"the number {number[:20]} is too large")
     return value
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)

@@ -23,41 +23,39 @@ _OURS = (
     "auto.offset.reset",
 )
 _PAUSE = 0.1
-_CLOSE_WAIT_MS = 2_000  # we never join the group; the library also waits so long for a commit when it is closed
-_FETCH_WAIT_MS = 10  # a broker answers a connection's requests in turn: do not let one wait for new messages
+_CLOSE_WAIT_MS = 2_000  # session timeout: unused, as we never join the group, but bounds the commit when closing
+_FETCH_WAIT_MS = 10  # a broker answers a connection's requests in turn: a long fetch would delay those after it
 
 
 class KafkaSource(Source):
     """Reads a Kafka topic whose messages are JSON objects.
 
-    Where to read on is told by the offset alone, which is kept with the version that learnt what came before it, and
-    never by the consumer group: so a rollback of the registry is a rollback of the reader, and nothing that other
-    consumers or administrators do to the group loses a record. The group only shows how far the published versions
-    have come, for the tools that watch its lag.
+    The position is kept in the offset alone, which is stored with the version that was trained on what came before,
+    never in the consumer group: a rollback of the registry is therefore a rollback of the reader, and nothing that
+    other consumers or administrators do to the group loses a record. The group only shows how far the published
+    versions have read, for tools that monitor its lag.
 
-    :meth:`read` gives what the partitions held when it was called: all of the partition with the smallest number,
+    :meth:`read` returns what the partitions held when it was called: all of the partition with the smallest number,
     then all of the next, each in the order of its offsets. The same offset and limit therefore give the same chunk
-    while nothing arrives; what arrives for an early partition comes before what was left of a later one.
+    while nothing arrives; new messages of an early partition come before the rest of a later one.
 
-    A message that is no JSON object becomes a record with its ``error``; so does one without a value (a tombstone),
-    because only its producer knows what it meant. Offsets without a message (compacted ones, the markers of
-    transactions) are passed over; transactions that were aborted are not read, and open ones wait
-    (``isolation.level``).
+    A message that is not a JSON object becomes a record with an ``error``; so does one without a value (a tombstone),
+    because only its producer knows what it meant. Offsets without a message (compacted ones, transaction markers) are
+    skipped; aborted transactions are not read, and open ones are waited for (``isolation.level``).
 
     Args:
-        topic: its name.
-        bootstrap_servers: ``"host:port"``, or several with commas.
-        group: the consumer group whose offsets :meth:`commit` moves.
-        settings: more settings of librdkafka, such as ``security.protocol`` or ``sasl.password``. ``${NAME}`` in a
-            string stands for an environment variable.
-        start: where a reader without an offset begins: ``"earliest"``, the oldest record that is kept, or
-            ``"latest"``, only what arrives from now on (the first chunk is then empty; its offset says where "now"
-            was).
-        timeout: how many seconds to wait for the brokers, which may restart meanwhile, before giving up.
+        topic: Name of the topic.
+        bootstrap_servers: ``"host:port"``, or several separated by commas.
+        group: Consumer group whose offsets :meth:`commit` moves.
+        settings: Further settings of librdkafka, such as ``security.protocol`` or ``sasl.password``. ``${NAME}`` in a
+            string is replaced by the environment variable.
+        start: Where a reader without an offset begins: at the oldest record that is kept (``"earliest"``), or with
+            what arrives from now on (``"latest"``: the first chunk is then empty, and its offset marks "now").
+        timeout: Seconds to wait for the brokers, which may be restarting, before giving up.
 
     Raises:
-        ValueError: when an argument or one of ``settings`` is bad.
-        ModuleNotFoundError: when ``confluent-kafka`` is not installed.
+        ValueError: If an argument or one of ``settings`` is invalid.
+        ModuleNotFoundError: If ``confluent-kafka`` is not installed.
 
     Example:
         >>> source = KafkaSource("tickets", "localhost:9092", settings={"client.id": "evertune"})
@@ -82,12 +80,12 @@ class KafkaSource(Source):
             raise ValueError(f"timeout must be positive, got {timeout}")
         settings = dict(settings or {})
         if ours := [name for name in _OURS if name in settings]:
-            raise ValueError(f"settings must not hold {', '.join(ours)}: the source sets it")
+            raise ValueError(f"settings must not contain {', '.join(ours)}, which the source sets itself")
         self.topic, self.bootstrap_servers, self.start, self.timeout = topic, bootstrap_servers, start, timeout
         self._kafka = library("confluent_kafka", "kafka")
-        self._trouble = ""  # what the library last said went wrong
-        self._committed: str | None = None  # the answer to a commit: the reason why it failed, or nothing
-        self._position: tuple[int, int] | None = None  # the partition and offset that the consumer gives next
+        self._trouble = ""  # the last error that the library reported
+        self._committed: str | None = None  # result of a commit: None while pending, "" on success, else the error
+        self._position: tuple[int, int] | None = None  # the partition and offset that the consumer returns next
         filled = {name: fill_in(value) if isinstance(value, str) else value for name, value in settings.items()}
         ours_now = {
             "bootstrap.servers": bootstrap_servers,
@@ -105,7 +103,7 @@ class KafkaSource(Source):
                 {"fetch.wait.max.ms": _FETCH_WAIT_MS, **filled, **ours_now}, logger=logging.getLogger(__name__)
             )
         except self._kafka.KafkaException as error:
-            raise ValueError(f"a setting of the Kafka source is bad: {error.args[0].str()}") from None
+            raise ValueError(f"a setting of the Kafka source is invalid: {error.args[0].str()}") from None
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         self._trouble = ""
@@ -116,7 +114,7 @@ class KafkaSource(Source):
             for partition, (_, end) in sorted(bounds.items()):
                 following[partition] = self._take(partition, following[partition], end, limit, records)
         finally:
-            if len(records) < limit:  # nothing is left to fetch ahead
+            if len(records) < limit:  # nothing is left to prefetch
                 self._unassign()
         return Chunk(records, self._offset(following))
 
@@ -124,13 +122,13 @@ class KafkaSource(Source):
         """Move the consumer group to ``offset``.
 
         Raises:
-            SourceError: when the brokers refuse it. Nothing but the group's lag depends on it.
+            SourceError: If the brokers refuse it. Only the monitoring of the group's lag depends on it.
         """
         positions = [
             self._kafka.TopicPartition(self.topic, partition, following)
             for partition, following in self._parse(offset).items()
         ]
-        self._unassign()  # so that polling for the answer takes no message
+        self._unassign()  # so that polling for the answer does not consume a message
         self._committed = None
         self._consumer.commit(offsets=positions, asynchronous=True)
         deadline = time.monotonic() + self.timeout
@@ -139,7 +137,7 @@ class KafkaSource(Source):
                 raise self._silence()
             self._consumer.poll(min(left, _PAUSE))
         if self._committed:
-            raise SourceError(f"{self} does not take the offset {json.dumps(offset)}: {self._committed}")
+            raise SourceError(f"{self} rejected the commit of the offset {json.dumps(offset)}: {self._committed}")
 
     def close(self) -> None:
         self._consumer.close()
@@ -151,7 +149,7 @@ class KafkaSource(Source):
         """The offset of the oldest message that each partition keeps, and the one after its newest."""
         topic = self._ask(self._consumer.list_topics, self.topic).topics[self.topic]
         if topic.error is not None:
-            raise SourceError(f"{self} cannot be read: {topic.error.str()}. Create it, or correct its name or rights")
+            raise SourceError(f"{self} cannot be read: {topic.error.str()}. Create it, or check its name and ACLs")
         bounds = {}
         for partition in topic.partitions:
             place = self._kafka.TopicPartition(self.topic, partition)
@@ -162,7 +160,7 @@ class KafkaSource(Source):
         """The offset to read next in each partition.
 
         Raises:
-            SourceError: when messages from there on are gone.
+            SourceError: If messages from there on are gone.
         """
         if offset is None:
             return {partition: low if self.start == "earliest" else end for partition, (low, end) in bounds.items()}
@@ -180,15 +178,14 @@ class KafkaSource(Source):
                 mended[partition] = low
         if trouble:
             raise SourceError(
-                f"{self} cannot be read on: {'; '.join(trouble)}. Its retention dropped records before they were read, "
-                "or it was made anew. Bring them back, or read on without them from the offset "
-                f"{json.dumps(self._offset(mended))}; then let the topic keep its records longer than the time "
-                "between two reads"
+                f"{self} cannot be read further: {'; '.join(trouble)}. Its retention dropped records before they were "
+                "read, or it was recreated. Restore them, or continue without them from the offset "
+                f"{json.dumps(self._offset(mended))}; then set a retention longer than the time between two reads"
             )
         return following
 
     def _take(self, partition: int, following: int, end: int, limit: int, records: list[Incoming]) -> int:
-        """Append what a partition holds before ``end``, up to ``limit`` records in all; where it goes on."""
+        """Append a partition's records before ``end``, up to ``limit`` in all; returns the offset to read next."""
         if following >= end or len(records) >= limit:
             return following
         if self._position != (partition, following):
@@ -229,17 +226,17 @@ class KafkaSource(Source):
         raise self._silence()
 
     def _ask(self, question: Callable[..., Any], about: Any) -> Any:
-        """What the brokers answer, asked again until ``timeout`` when they are away or change their leader."""
+        """The answer of the brokers. Retried until ``timeout`` while they are away or elect a new leader."""
         deadline = time.monotonic() + self.timeout
         while (left := deadline - time.monotonic()) > 0:
             try:
                 answer = question(about, timeout=left)
             except self._kafka.KafkaException as error:
                 self._note(error.args[0])
-                if error.args[0].code() > 0 and not error.args[0].retriable():  # what a broker says, and means
+                if error.args[0].code() > 0 and not error.args[0].retriable():  # a permanent error of a broker
                     raise SourceError(f"{self} cannot be read: {error.args[0].str()}") from error
                 self._position = None
-                self._consumer.poll(_PAUSE)  # a pause in which the library tells :meth:`_note` why
+                self._consumer.poll(_PAUSE)  # waits, and lets the library report the cause to :meth:`_note`
             else:
                 if answer is not None:
                     return answer
@@ -253,7 +250,7 @@ class KafkaSource(Source):
         reason = f": {self._trouble}" if self._trouble else ""
         return SourceError(
             f"{self} does not answer within {self.timeout:g} seconds{reason}. "
-            "When it is back, reading goes on from the same offset"
+            "Once it does, reading resumes from the same offset"
         )
 
     def _note(self, error: Any) -> None:
@@ -272,5 +269,5 @@ class KafkaSource(Source):
         except (KeyError, TypeError, ValueError, AttributeError):
             raise SourceError(f"{json.dumps(offset)} is not an offset of a Kafka topic") from None
         if topic != self.topic:
-            raise SourceError(f"the offset is one of the topic {topic}, but the source reads {self.topic}")
+            raise SourceError(f"the offset belongs to the topic {topic}, but the source reads {self.topic}")
         return following

@@ -1,4 +1,4 @@
-"""Labels that arrive later than their texts, or earlier: each waits for the other, within a window."""
+"""Joins texts with labels that arrive separately: each half waits for the other, within a window."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Half:
     """A text that lacks its label, or a label that lacks its text.
 
     Args:
-        id: what the two have in common.
-        origin: where it came from.
-        value: its fields, JSON values.
-        has_text: whether it is the text.
-        since: where the stream stood when it began to wait; None when no record had told a time yet.
+        id: The id that text and label share.
+        origin: Where the record is in its source.
+        value: The fields of the record, JSON values.
+        has_text: Whether this half is the text.
+        since: Position of the stream when it began to wait; None if no record had carried a time yet.
     """
 
     id: str
@@ -36,12 +36,12 @@ class Half:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A half that waits no longer though the other has not come.
+    """A half that was given up because the other one has not arrived.
 
     Args:
-        half: what is given up.
-        reason: why, in words.
-        superseded: whether something newer with the same id took its place.
+        half: The half that was given up.
+        reason: The reason, as a message.
+        superseded: Whether a newer record with the same id replaced it.
     """
 
     half: Half
@@ -50,26 +50,26 @@ class GivenUp:
 
 
 class LabelJoin:
-    """Joins records that arrive without a label with labels that arrive apart, by their id.
+    """Joins records that arrive without a label with labels that arrive separately, by their id.
 
-    A text waits for its label, and a label for its text. Of two texts, or two labels, that wait under one id, the newer
-    counts. A record that arrives whole waits for nothing, and takes the place of what waits under its id. A label for a
-    record that has already been completed waits too: it finds a text only if that is sent again.
+    A text waits for its label, and a label for its text. Of two texts, or two labels, that wait under the same id, the
+    newer one counts. A complete record does not wait, and replaces a half that waits under its id. A label for a record
+    that has already been completed waits too: it is joined only if the text is sent again.
 
-    How long is measured on the stream, never by a clock: in records, or on the newest time that a record has told.
-    Reading the same again, sooner or later, gives the same pairs.
+    The wait is measured on the stream, never by a clock: in records, or by the latest time of any record so far.
+    Reading the same records again therefore gives the same pairs.
 
     Args:
-        id: the field that text and label have in common.
-        label: the field with the label.
-        window: how long one half waits for the other: a number of records, or a duration on the ``time`` field, as
-            ``"12h"`` or ``"7d"`` (units s, m, h, d, w). The default is for people who label within the week.
-        time: the field that says when a record is from; a duration needs it.
-        max_waiting: how many halves may wait; when there are more, the oldest is given up. They are kept in memory, and
+        id: Name of the field that text and label share.
+        label: Name of the field with the label.
+        window: How long one half waits for the other: a number of records, or a duration measured on the ``time``
+            field, as ``"12h"`` or ``"7d"`` (units s, m, h, d, w). The default suits people who label within a week.
+        time: Name of the field with the time of a record; required for a duration.
+        max_waiting: Maximum number of waiting halves; beyond it, the oldest is given up. They are kept in memory, and
             written with every segment of the journal.
 
     Raises:
-        ValueError: for a window that is neither, a duration without ``time``, or a number below 1.
+        ValueError: If the window is not valid, is a duration without ``time``, or a number is below 1.
 
     Example:
         >>> join = LabelJoin(window=100)
@@ -92,10 +92,12 @@ class LabelJoin:
         if isinstance(window, str):
             duration = _DURATION.fullmatch(window)
             if duration is None:
-                raise ValueError(f'window is a number of records or a duration such as "12h" or "7d", got {window!r}')
+                raise ValueError(
+                    f'window must be a number of records or a duration such as "12h" or "7d", got {window!r}'
+                )
             if time is None:
                 raise ValueError(
-                    f"a window of {window} needs time=, the field with the record's time; or count records"
+                    f"a window of {window} needs time=, the field with a record's time; or pass a number of records"
                 )
             self._span = float(duration[1]) * _UNITS[duration[2]]
         else:
@@ -108,13 +110,13 @@ class LabelJoin:
         self._position: float | None = None
 
     def add(self, half: Half) -> tuple[Half, Half] | None:
-        """Take one half.
+        """Add one half.
 
         Returns:
-            The text and the label when this makes them complete.
+            The text and the label, if this half completes them.
 
         Raises:
-            ValueError: when its time cannot be read.
+            ValueError: If its time cannot be read.
         """
         self._advance(half.value)
         other = self._waiting.pop(half.id, None)
@@ -129,10 +131,10 @@ class LabelJoin:
         return None
 
     def passed(self, id: str, origin: str, value: Mapping[str, Any]) -> None:
-        """Note a record that arrived whole.
+        """Note a record that arrived complete.
 
         Raises:
-            ValueError: when its time cannot be read.
+            ValueError: If its time cannot be read.
         """
         self._advance(value)
         other = self._waiting.pop(id, None)
@@ -140,7 +142,7 @@ class LabelJoin:
             self._given_up.append(GivenUp(other, f"superseded by {origin}", superseded=True))
 
     def given_up(self) -> list[GivenUp]:
-        """What has been given up since this was last asked."""
+        """The halves that were given up since the last call."""
         given_up, self._given_up = self._given_up, []
         return given_up
 
@@ -154,11 +156,11 @@ class LabelJoin:
 
     @property
     def clock(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON values."""
+        """Position of the stream, as JSON values."""
         return {"in_records": self._in_records, "position": self._position}
 
     def restore(self, waiting: Sequence[Mapping[str, Any]], clock: Mapping[str, Any] | None) -> None:
-        """Go on from :attr:`waiting` and :attr:`clock`. Under another kind of window the wait starts anew."""
+        """Resume from :attr:`waiting` and :attr:`clock`. Under another kind of window, the wait starts over."""
         self._given_up = []
         same = clock is not None and clock["in_records"] == self._in_records
         self._position = clock["position"] if clock is not None and same else None
@@ -166,16 +168,16 @@ class LabelJoin:
         self._waiting = OrderedDict((half.id, half if same else replace(half, since=None)) for half in halves)
 
     def _advance(self, value: Mapping[str, Any]) -> None:
-        """Move the stream's clock on by one record, and give up those whose time is over."""
+        """Advance the stream's clock by one record, and give up the halves that have waited for too long."""
         before = self._position
         if self._in_records:
             self._position = (before or 0) + 1
         elif self.time is not None and value.get(self.time) is not None:
             try:
-                told = datetime.fromisoformat(time_value(value[self.time])).timestamp()
+                own = datetime.fromisoformat(time_value(value[self.time])).timestamp()
             except ValueError as error:
                 raise ValueError(f"field {self.time!r}: {error}") from None
-            self._position = told if before is None else max(before, told)
+            self._position = own if before is None else max(before, own)
         if self._position is None:
             return
         if before is None:
@@ -190,4 +192,4 @@ class LabelJoin:
 
     def _give_up(self, half: Half, when: str) -> None:
         other = "label" if half.has_text else "text"
-        self._given_up.append(GivenUp(half, f"no {other} came {when}"))
+        self._given_up.append(GivenUp(half, f"no {other} arrived {when}"))

@@ -1,4 +1,4 @@
-"""Personal data are masked when a record arrives, before anything of it reaches memory or disk."""
+"""Masks personal data when a record arrives, before any of it reaches memory or disk."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _LONG_NUMBER = 10**12  # cards have 13 digits or more
 
 
 class Masker(ABC):
-    """Replaces personal data in texts by what kind of data it was: ``<EMAIL>``, ``<PHONE>``, ..."""
+    """Replaces personal data in texts by their kind: ``<EMAIL>``, ``<PHONE>``, ..."""
 
     @abstractmethod
     def mask(self, text: str) -> str:
-        """The text without the personal data that were recognised."""
+        """The text with recognised personal data replaced."""
 
     def mask_value(self, value: Any) -> Any:
-        """A value of a record without personal data, through and through.
+        """A value of a record with personal data masked, at any depth.
 
-        Masked are texts, keys, numbers long enough to be a card's, and whatever shows personal data when it is written
-        as text. Bytes become text.
+        Texts, keys, numbers long enough to be a card number, and values whose text form contains personal data are
+        masked. Bytes become text.
         """
         if isinstance(value, str):
             return self.mask(value)
@@ -43,9 +43,10 @@ class Masker(ABC):
         return value if masked == text else masked
 
     def mask_id(self, text: str) -> str:
-        """What identifies a record, without personal data: where there are any, a hash of it.
+        """The id of a record; if it contains personal data, a hash of it.
 
-        The same id gives the same hash, so that a label still finds its text. Who knows an id can tell its hash.
+        The same id gives the same hash, so that a label still finds its text. The hash is not secret: anyone who knows
+        an id can compute it.
         """
         if self.mask(text) == text:
             return text
@@ -54,13 +55,13 @@ class Masker(ABC):
 
 @dataclass(frozen=True)
 class _Pattern:
-    """How one kind of data is found, in time that grows with the text and no more.
+    """How one kind of data is found, in time linear in the length of the text.
 
     Args:
-        hint: a quick search; without a hit there is nothing to find.
-        pattern: finds candidates. Its repetitions are possessive or short.
-        replacement: what stands there afterwards.
-        length: how much of a candidate is what is looked for, from its start; 0: none.
+        hint: Quick search; without a match, the pattern is not tried.
+        pattern: Finds candidates. Its repetitions are possessive or short, so that it cannot backtrack for long.
+        replacement: Text that replaces a match.
+        length: Length of the match, from the start of a candidate; 0 if the candidate is not a match.
     """
 
     hint: re.Pattern[str]
@@ -222,14 +223,14 @@ _PATTERNS: dict[str, list[_Pattern]] = {
 
 
 class PatternMasker(Masker):
-    """Masks what has a recognisable form, with patterns and checksums; names of people and places have none.
+    """Masks data of a recognisable form, with patterns and checksums. It does not find names of people and places.
 
     Where a pattern alone would also hit ordinary numbers, a checksum decides (credit cards, IBAN) or the form is
     strict: a phone number is written with a country code (``+49 30 901820``, ``0049...``), with the 0 of the area code
     (``020 7946 0958``), or in the American groups (``(555) 234-5678``); other local numbers are not recognised.
 
     Args:
-        kinds: what to mask, by default all:
+        kinds: Kinds of data to mask, by default all:
 
             - ``"email"`` becomes ``<EMAIL>``;
             - ``"phone"`` becomes ``<PHONE>``;
@@ -242,7 +243,7 @@ class PatternMasker(Masker):
               JSON web tokens, PEM private keys) becomes ``<SECRET>``.
 
     Raises:
-        ValueError: for an unknown kind, or none at all.
+        ValueError: If a kind is unknown, or the list is empty.
 
     Example:
         >>> PatternMasker().mask("Write to ann@example.com or call +44 20 7946 0958 by 17.05.2024")
@@ -268,20 +269,21 @@ class PatternMasker(Masker):
 class PresidioMasker(Masker):
     """Masks with Microsoft's Presidio, which with a language model also finds the names of people and places.
 
-    Needs ``pip install "evertune[presidio]"``. It is some hundred times slower than :class:`PatternMasker`. To tell
-    the domains of e-mail addresses, Presidio fetches the public suffix list once; without a network it uses an old one.
+    Needs ``pip install "evertune[presidio]"``. It is some hundred times slower than :class:`PatternMasker`. To validate
+    the domains of e-mail addresses, Presidio fetches the public suffix list once; offline, it uses a bundled one.
 
     Args:
-        model: an installed spaCy model (``"en_core_web_lg"``), or the folder of one. None: without a model; what has a
-            recognisable form is found (e-mail addresses, cards, phone numbers, ...), but no names.
-        language: of the texts.
-        entities: what to mask, as Presidio names it (``["PERSON", "EMAIL_ADDRESS"]``). By default all that it finds but
-            dates, times and web addresses, which are seldom personal and which a classifier may need.
-        threshold: how sure Presidio must be, from 0 to 1. By default what it scores a phone number without context.
+        model: Name of an installed spaCy model (``"en_core_web_lg"``), or its folder. None: no model; data of a
+            recognisable form are found (e-mail addresses, cards, phone numbers, ...), but names are not.
+        language: Language of the texts.
+        entities: Presidio's names of the entities to mask (``["PERSON", "EMAIL_ADDRESS"]``). By default all but dates,
+            times and web addresses, which are seldom personal and which a classifier may need.
+        threshold: Minimum confidence of Presidio, from 0 to 1. The default is its score of a phone number without
+            context.
 
     Raises:
-        ValueError: when the model is not installed, an entity cannot be found, or the threshold is not from 0 to 1.
-        ModuleNotFoundError: when Presidio is not installed.
+        ValueError: If the model is not installed, an entity is unknown, or the threshold is not between 0 and 1.
+        ModuleNotFoundError: If Presidio is not installed.
     """
 
     _LEFT = frozenset({"DATE_TIME", "URL"})

@@ -17,24 +17,25 @@ _FIRST = "0-0"
 class RedisSource(Source):
     """Reads the entries of a Redis stream, in the order of their ids.
 
-    Where to read on is told by the offset alone: the id of the last entry that was read, and how many entries the
-    stream had been given by then. From that number and the stream's own counter, :meth:`read` sees whether entries
-    that it has not read were trimmed or deleted, or whether a server came back without some of its data. Entries that
-    have been read may go at any time. (An entry deleted between others is noticed when the reader comes to the end
+    The position is kept in the offset alone: the id of the last entry that was read, and the number of entries that
+    had been added to the stream by then. From this number and the stream's counter, :meth:`read` detects whether
+    unread entries were trimmed or deleted, or whether a server restarted without some of its data. Entries that have
+    been read may be removed at any time. (An entry deleted between others is noticed when the reader reaches the end
     of the stream.)
 
     Args:
-        stream: the stream's key.
-        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. ``${NAME}`` in it stands for an environment variable.
-        field: the field of an entry that holds a record as a JSON object; None when the fields of an entry are the
-            record, as strings.
-        group: a consumer group of the stream whose position :meth:`commit` moves (and which it creates), for the
-            tools that watch its lag; None for none.
-        timeout: how many seconds to wait for an answer.
+        stream: Key of the stream.
+        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. ``${NAME}`` in it is replaced by the environment
+            variable.
+        field: Field of an entry that holds a record as a JSON object; None if the fields of an entry are the record,
+            as strings.
+        group: Consumer group whose position :meth:`commit` moves (and which it creates), for tools that monitor its
+            lag; None for no group.
+        timeout: Seconds to wait for an answer.
 
     Raises:
-        ValueError: when an argument is bad.
-        ModuleNotFoundError: when ``redis`` is not installed.
+        ValueError: If an argument is invalid.
+        ModuleNotFoundError: If ``redis`` is not installed.
 
     Example:
         >>> source = RedisSource("tickets", "redis://:secret@localhost:6379/0", field="json")
@@ -67,14 +68,14 @@ class RedisSource(Source):
             )
         except (ValueError, TypeError):
             raise ValueError(
-                f"not the URL of a Redis server: {self._place}; it starts with redis://, rediss:// or unix://, and "
-                "special characters of its password are percent-encoded"
+                f"not the URL of a Redis server: {self._place}; it must start with redis://, rediss:// or unix://, and "
+                "special characters of its password must be percent-encoded"
             ) from None
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         last, added = (_FIRST, None) if offset is None else self._parse(offset)
         try:
-            with self._client.pipeline(transaction=True) as both:  # one moment
+            with self._client.pipeline(transaction=True) as both:  # atomically: both answers describe the same state
                 both.xinfo_stream(self.stream)
                 both.xrange(self.stream, min=f"({last}", max="+", count=limit)
                 facts, entries = both.execute(raise_on_error=False)
@@ -84,7 +85,7 @@ class RedisSource(Source):
         except self._redis.RedisError as error:
             raise self._error(error) from error
         if "entries-added" not in facts:
-            raise SourceError(f"{self} is on a server older than Redis 7, which cannot tell whether entries were lost")
+            raise SourceError(f"{self} needs Redis 7 or newer: older servers cannot detect lost entries")
         if added is None:
             added = facts["entries-added"] - facts["length"]
         self._check(facts, last, added, len(entries), limit)
@@ -95,7 +96,7 @@ class RedisSource(Source):
         """Move the group to ``offset``, if there is a group.
 
         Raises:
-            SourceError: when the server refuses it. Nothing but the group's lag depends on it.
+            SourceError: If the server refuses it. Only the monitoring of the group's lag depends on it.
         """
         if self.group is None:
             return
@@ -117,10 +118,10 @@ class RedisSource(Source):
         return f"the Redis stream {self.stream} at {self._place}"
 
     def _check(self, facts: dict[str, Any], last: str, added: int, read: int, limit: int) -> None:
-        """See that of all entries added since the offset none is missing.
+        """Check that none of the entries added since the offset is missing.
 
         Raises:
-            SourceError: when one is.
+            SourceError: If one is.
         """
         expected = facts["entries-added"] - added
         first = facts["first-entry"]
@@ -134,15 +135,15 @@ class RedisSource(Source):
         again = json.dumps(self._offset(last, facts["entries-added"] - present))
         if gone_back:
             raise SourceError(
-                f"{self} is not as it was: {added} entries had been added up to {last}, and now it counts "
-                f"{facts['entries-added']} up to {facts['last-generated-id'].decode()}. It was made anew, or its "
-                "server came back without its latest data. Bring them back, or read all that it holds now by starting "
-                f"without an offset, or what is after {last} from the offset {again}"
+                f"{self} has gone back: {added} entries had been added up to {last}, and now it counts "
+                f"{facts['entries-added']} up to {facts['last-generated-id'].decode()}. It was recreated, or its "
+                "server restarted without its latest data. Restore them, or read all that it holds now by starting "
+                f"without an offset, or what comes after {last} from the offset {again}"
             )
         if expected > present:
             raise SourceError(
-                f"{self} cannot be read on: {expected - present} entries after {last} were trimmed or deleted before "
-                f"they were read. Bring them back, or read on without them from the offset {again}; then let the "
+                f"{self} cannot be read further: {expected - present} entries after {last} were trimmed or deleted "
+                f"before they were read. Restore them, or continue without them from the offset {again}; then let the "
                 "stream keep its entries longer than the time between two reads"
             )
 
@@ -163,9 +164,7 @@ class RedisSource(Source):
 
     def _error(self, error: Exception) -> SourceError:
         if isinstance(error, self._redis.ConnectionError | self._redis.TimeoutError):
-            return SourceError(
-                f"{self} does not answer: {error}. When it is back, reading goes on from the same offset"
-            )
+            return SourceError(f"{self} does not answer: {error}. Once it does, reading resumes from the same offset")
         if "no such key" in str(error):
             return SourceError(
                 f"{self} does not exist. Correct its name, or create it empty: "
@@ -183,7 +182,7 @@ class RedisSource(Source):
         except (KeyError, TypeError, ValueError):
             raise SourceError(f"{json.dumps(offset)} is not an offset of a Redis stream") from None
         if stream != self.stream:
-            raise SourceError(f"the offset is one of the stream {stream}, but the source reads {self.stream}")
+            raise SourceError(f"the offset belongs to the stream {stream}, but the source reads {self.stream}")
         return last, added
 
 

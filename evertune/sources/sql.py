@@ -28,43 +28,42 @@ _READ: dict[str, Callable[[str], Any]] = {
     "decimal": Decimal,
     "uuid": UUID,
 }
-"""How a place in the order that JSON has no type for is read back from its text."""
+"""How cursor and key values without a JSON type are parsed from their text in the offset."""
 
 
 class SQLSource(Source):
     """Reads the rows of a table, or of a query, in the order of a column that only grows: its cursor.
 
-    A row is read once, when its cursor comes; later changes of it are not seen, unless the cursor is a column that
-    they move forward (``updated_at``): then it is read again. Rows with the same cursor are told apart by ``key``.
-    A row without a cursor or a key has no place in this order: the end of the table is an error until it has one, or
-    until a ``query`` leaves it out on purpose.
+    Each row is read once. Later changes to it are not seen, unless they increase its cursor (as with ``updated_at``):
+    it is then read again. Rows with the same cursor are ordered by ``key``. A row without a cursor or a key has no
+    place in this order: reading to the end of the table is an error until it has one, or a ``query`` excludes it.
 
-    **Transactions that commit late.** A number or a time is given to a row when it is inserted, and the row is seen
-    when its transaction commits: a row may appear behind the cursor, and would never be read. Set ``delay`` to more
-    seconds than the longest writing transaction takes: rows younger than that, and all rows after them, wait. Without
-    it, nothing is lost only where one transaction writes at a time.
+    **Transactions that commit late.** A row gets its number or time when it is inserted, but becomes visible when its
+    transaction commits: it may appear behind the cursor and would never be read. Set ``delay`` to more seconds than the
+    longest writing transaction takes: rows younger than that, and all rows after them, are left for later. Without a
+    delay, no row is lost only if a single transaction writes at a time.
 
-    Nothing is written: the transaction is read-only where the database can do that (PostgreSQL, SQLite), and always
-    rolled back. A database that was restored from an old backup gives its new rows cursors that were read already:
-    start it without an offset.
+    The source never writes: the transaction is read-only where the database supports it (PostgreSQL, SQLite), and is
+    always rolled back. A database restored from an old backup assigns new rows cursors that have been read already:
+    start without an offset then.
 
     Args:
-        url: SQLAlchemy's, such as ``"postgresql+psycopg://user:${PASSWORD}@host/name"``; ``${NAME}`` stands for an
-            environment variable.
-        table: the table (or view) to read, ``"name"`` or ``"schema.name"``.
-        query: a SELECT to read instead.
-        cursor: the column that tells the order: integers, times, or text that sorts (such as a ULID).
-        key: a column that, together with the cursor, no two rows share; the cursor itself when it is unique. Default:
-            the primary key of the table.
-        columns: which columns make a record; None for all. A time becomes ISO 8601, a decimal (exactly) and a UUID
-            a string; a row with a value that JSON has not becomes a record with its ``error``.
-        delay: how many seconds old a row must be, by the clock of the database.
-        time: the column with the time at which a row was inserted, for ``delay``; the cursor when it is a time. In
+        url: URL of SQLAlchemy, such as ``"postgresql+psycopg://user:${PASSWORD}@host/name"``; ``${NAME}`` is replaced
+            by the environment variable.
+        table: Table or view to read, ``"name"`` or ``"schema.name"``.
+        query: SELECT statement to read instead of a table.
+        cursor: Column that defines the order: integers, times, or text that sorts (such as a ULID).
+        key: Column that, together with the cursor, identifies a row; the cursor itself if it is unique. Default: the
+            primary key of the table.
+        columns: Columns of a record; None for all. Times become ISO 8601, decimals (exactly) and UUIDs strings; a row
+            with a value that has no JSON equivalent becomes a record with an ``error``.
+        delay: Minimum age of a row in seconds, by the clock of the database.
+        time: Column with the insertion time of a row, for ``delay``; by default the cursor, if it is a time. In
             SQLite it must be text in UTC (``CURRENT_TIMESTAMP``), elsewhere a timestamp as the database writes it.
 
     Raises:
-        ValueError: when an argument is bad.
-        ModuleNotFoundError: when ``sqlalchemy`` or the database's driver is not installed.
+        ValueError: If an argument is invalid.
+        ModuleNotFoundError: If ``sqlalchemy`` or the database's driver is not installed.
 
     Example:
         >>> source = SQLSource("sqlite:///tickets.db", table="tickets", cursor="created_at", delay=60)
@@ -85,17 +84,17 @@ class SQLSource(Source):
         time: str | None = None,
     ) -> None:
         if bool(table) == bool(query):
-            raise ValueError("give a table or a query, one of the two")
+            raise ValueError("pass either a table or a query")
         if not cursor:
             raise ValueError("cursor must not be empty")
         if query and not key:
-            raise ValueError("a query needs a key: a column that tells rows with the same cursor apart")
+            raise ValueError("a query needs a key: a column that distinguishes rows with the same cursor")
         if columns is not None and not columns:
             raise ValueError("columns must name at least one column; None takes all of them")
         if delay < 0:
             raise ValueError(f"delay must not be negative, got {delay}")
         if time and not delay:
-            raise ValueError("time is only for delay, which is 0")
+            raise ValueError("time is used only with delay, which is 0")
         self.table, self.cursor, self.key, self.columns = table, cursor, key or "", columns  # no key: look it up
         self.delay, self.time = delay, time or cursor
         self._query = (query or "").strip().rstrip(";")
@@ -112,7 +111,7 @@ class SQLSource(Source):
             raise ModuleNotFoundError(f"{error}: install the driver of {self._place}", name=error.name) from None
         except (self._sa.exc.ArgumentError, ValueError):
             raise ValueError(
-                f"not the URL of a database: {self._place}; special characters of its password are percent-encoded"
+                f"not the URL of a database: {self._place}; special characters of its password must be percent-encoded"
             ) from None
         if "@" in (self._engine.url.host or ""):
             raise ValueError("not the URL of a database: percent-encode the @ in its password as %40")
@@ -131,14 +130,14 @@ class SQLSource(Source):
         except self._sa.exc.SQLAlchemyError as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
             raise SourceError(
-                f"{self} cannot be read: {reason}. When that is mended, reading goes on from the same offset"
+                f"{self} cannot be read: {reason}. Once that is fixed, reading resumes from the same offset"
             ) from error
         places = [self._place_of(row) for row in rows]
         for place, following in itertools.pairwise(places):
             if place == following:
                 raise SourceError(
-                    f"{self} has rows that {self.cursor} and {self.key} do not tell apart "
-                    f"({' and '.join(map(str, place))}): give a key that does"
+                    f"{self} has several rows with the same {self.cursor} and {self.key} "
+                    f"({' and '.join(map(str, place))}): pass a key that distinguishes them"
                 )
         records = [self._incoming(row, place) for row, place in zip(rows[:limit], places, strict=False)]
         return Chunk(records, self._offset(places[len(records) - 1] if records else after))
@@ -153,7 +152,7 @@ class SQLSource(Source):
         sqlite = self._engine.dialect.name == "sqlite"
         database = self._engine.url.database
         if sqlite and database and not database.startswith("file:") and not Path(database).exists():
-            raise SourceError(f"{self} cannot be read: there is no such file")  # connecting would make an empty one
+            raise SourceError(f"{self} cannot be read: the file does not exist")  # connecting would create it
         connection: Connection = self._engine.connect()
         if sqlite:
             connection.exec_driver_sql("PRAGMA query_only = ON")
@@ -161,11 +160,11 @@ class SQLSource(Source):
         return connection
 
     def _look(self, connection: Connection) -> Any:
-        """What to select from, with its columns, as the database has it."""
+        """The table or subquery to select from, with the columns that the database reports."""
         if self.table:
             rows = self._look_at_table(connection, self.table)
         else:
-            query = self._sa.text(self._query.replace(":", "\\:"))  # a colon is no parameter
+            query = self._sa.text(self._query.replace(":", "\\:"))  # a colon must not begin a bind parameter
             everything = self._sa.select(self._sa.text("*")).select_from(query.columns().subquery("records"))
             names = list(connection.execute(everything.limit(0)).keys())
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -184,12 +183,12 @@ class SQLSource(Source):
             columns = inspector.get_columns(name, *schema)
             primary = inspector.get_pk_constraint(name, *schema)["constrained_columns"]
         except self._sa.exc.NoSuchTableError:
-            raise SourceError(f"{self} cannot be read: there is no such table") from None
+            raise SourceError(f"{self} cannot be read: the table does not exist") from None
         if not self.key:
             if len(primary) != 1:
                 raise SourceError(
-                    f"{self} has no primary key of one column: give a key, a column that tells rows with the same "
-                    f"{self.cursor} apart"
+                    f"{self} has no single-column primary key: pass as key a column that distinguishes rows with the "
+                    f"same {self.cursor}"
                 )
             self.key = primary[0]
         self._may_be_null = {column["name"] for column in columns if column["nullable"]}
@@ -197,7 +196,7 @@ class SQLSource(Source):
         return self._sa.table(name, *names, schema=schema[0] if schema else None)
 
     def _page(self, connection: Connection, after: _Place | None, limit: int) -> Any:
-        """The rows after a place, and one more, to see that it can be told from the last."""
+        """Query for the next ``limit`` rows, and one more to check that it differs in cursor or key from the last."""
         select, either, column = self._sa.select, self._sa.or_, self._rows.c
         cursor, key = column[self.cursor], column[self.key]
         names = dict.fromkeys([*(self.columns or column.keys()), self.cursor, self.key])
@@ -205,7 +204,7 @@ class SQLSource(Source):
         if after is not None:
             last, last_key = map(self._bound, after)
             page = page.where(cursor >= last, either(cursor > last, key > last_key))
-        if self.delay:  # in one statement, so that no row gets in between
+        if self.delay:  # in the same statement, so that no row is committed in between
             first_young = select(self._sa.func.min(cursor)).where(self._young(connection)).scalar_subquery()
             page = page.where(either(first_young.is_(None), cursor < first_young))
         return page.order_by(cursor, key).limit(limit + 1)
@@ -219,10 +218,10 @@ class SQLSource(Source):
         return time > self._bound(now - timedelta(seconds=self.delay))
 
     def _check_placed(self, connection: Connection) -> None:
-        """See that no row is without a place in the order.
+        """Check that every row has a place in the order.
 
         Raises:
-            SourceError: when one is.
+            SourceError: If one has none.
         """
         column, needed = self._rows.c, {self.cursor, self.key}
         missing = [column[name].is_(None) for name in needed & self._may_be_null]
@@ -236,7 +235,7 @@ class SQLSource(Source):
         if rows := connection.execute(count).scalar_one():
             raise SourceError(
                 f"{self} has {rows} rows without a usable {' or '.join(sorted(needed))}, which have no place in its "
-                "order: fill it in, or leave them out with a query (WHERE ... IS NOT NULL)"
+                "order: fill it in, or exclude them with a query (WHERE ... IS NOT NULL)"
             )
 
     def _place_of(self, row: dict[str, Any]) -> _Place:
@@ -244,11 +243,11 @@ class SQLSource(Source):
         for name, value in ((self.cursor, cursor), (self.key, key)):
             if type(value) not in _KINDS:
                 raise SourceError(
-                    f"{self} cannot be read in the order of {name}, which holds a value of the type "
+                    f"{self} cannot be read in the order of {name}, which holds a value of type "
                     f"{type(value).__name__}: it must hold integers, times or text"
                 )
         if self.delay and self.time == self.cursor and isinstance(cursor, int):
-            raise SourceError(f"{self}: delay needs a time, but {self.cursor} holds numbers: name the column as time")
+            raise SourceError(f"{self}: delay needs a time, but {self.cursor} holds numbers: pass a column as time")
         return cursor, key
 
     def _incoming(self, row: dict[str, Any], place: _Place) -> Incoming:
@@ -263,7 +262,7 @@ class SQLSource(Source):
         return Incoming(origin, value)
 
     def _bound(self, value: Any) -> Any:
-        """A value to compare a column with, of exactly its type."""
+        """A bound value of the exact type of the column that it is compared with."""
         zoned = isinstance(value, datetime) and value.tzinfo is not None
         return self._sa.literal(value, self._sa.DateTime(timezone=True) if zoned else None)
 
@@ -280,14 +279,14 @@ class SQLSource(Source):
         mine = self.table or "query", [self.cursor, self.key]
         if (table, by) != mine:
             raise SourceError(
-                f"the offset is one of {table} by {' and '.join(map(str, by))}, but the source reads {mine[0]} by "
+                f"the offset belongs to {table} by {' and '.join(map(str, by))}, but the source reads {mine[0]} by "
                 f"{' and '.join(map(str, mine[1]))}"
             )
         return place
 
 
 def _encoded(value: Any) -> Any:
-    """A place as JSON has it: a number or text as it is, anything else with the name of its type."""
+    """JSON of a cursor or key value: numbers and text unchanged, anything else with the name of its type."""
     kind = _KINDS[type(value)]
     return value if kind is None else {kind: plain(value)}
 
@@ -300,7 +299,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _text(data: bytes) -> str | bytes:
-    """Text of SQLite, which does not promise that it is UTF-8."""
+    """Text of SQLite, which is not guaranteed to be UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:

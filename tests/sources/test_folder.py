@@ -287,7 +287,7 @@ def test_csv_waits_for_an_unfinished_row_until_the_file_has_rested(tmp_path: Pat
     with path.open("a") as file:
         file.write("es\nc,z\n")  # the row was not finished after all: nothing is silently cut
     records, offset = read_on(tmp_path, offset=offset)
-    assert texts(records) == ["! continues a line that was whole when it was read", "c"]
+    assert texts(records) == ["! continues a line that was complete when it was read", "c"]
     assert records[0].origin == "a.csv:3"
     with path.open("a") as file:
         file.write('"never closed,z\nd,z\n')
@@ -322,9 +322,9 @@ def test_a_csv_header_that_cannot_be_used_is_one_bad_record(tmp_path: Path) -> N
 
 def test_what_json_cannot_hold_is_bad(tmp_path: Path) -> None:
     bad = {
-        '{"text": NaN}': "NaN is no JSON number",
-        '{"text": -Infinity}': "-Infinity is no JSON number",
-        '{"text": 1e999}': "beyond bounds",
+        '{"text": NaN}': "NaN is not a JSON number",
+        '{"text": -Infinity}': "-Infinity is not a JSON number",
+        '{"text": 1e999}': "is too large",
         f'{{"text": {"9" * 5000}}}': "limit",
         '{"text": "\\ud800"}': "half a surrogate pair",
         f'{{"text": {"[" * 150}{"]" * 150}}}': "nested deeper than 100",
@@ -465,8 +465,8 @@ def test_parquet_rows_that_cannot_be_json_are_bad(tmp_path: Path) -> None:
     assert [record.origin for record in records] == [f"a.parquet:{i}" for i in (1, 2, 3, 4)]
     assert records[0].value == {"text": "row 0", "when": "1970-01-01T00:00:00", "share": 1.0, "raw": "a"}
     assert [record.value for record in records[1:]] == [None] * 3
-    assert all("cannot be JSON" in str(record.error) for record in records[1:])
-    assert "nan is no JSON number" in str(records[2].error)
+    assert all("has no JSON equivalent" in str(record.error) for record in records[1:])
+    assert "nan is not a JSON number" in str(records[2].error)
 
 
 @pytest.mark.parametrize("name", ["b.parquet", "b.jsonl.gz"])
@@ -550,12 +550,12 @@ def test_a_truncated_or_deleted_file_is_refused_unless_it_was_read(tmp_path: Pat
     for size in (20, 0):
         os.truncate(path, size)
         with pytest.raises(
-            SourceError, match=rf"a\.jsonl was truncated: 42 bytes of it have been read, and it has {size}"
+            SourceError, match=rf"a\.jsonl was truncated: 42 bytes of it have been read, but it has only {size} left"
         ):
             read_on(tmp_path, offset=offset)
     path.unlink()
     assert read_all(tmp_path, offset=offset) == []
-    with pytest.raises(SourceError, match=r"a\.jsonl was deleted before it was read to its end: put it back"):
+    with pytest.raises(SourceError, match=r"a\.jsonl was deleted before it was read to its end: restore it"):
         read_on(tmp_path, offset=half)
     assert texts(read_all(tmp_path, offset=half, exclude=["a.*"])) == ["d"]
     path.write_text(lines({"text": "a"}, {"text": "b"}, {"text": "c"}))  # put back
@@ -780,12 +780,12 @@ def test_a_store_that_cannot_be_reached_is_an_error_never_a_bad_record(tmp_path:
 def test_a_folder_that_is_gone_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     source = FolderSource(str(folder))
-    with pytest.raises(SourceError, match=f"there is no folder {folder}: mount or create it"):
+    with pytest.raises(SourceError, match=f"the folder {folder} does not exist: mount or create it"):
         source.read(None, 10)
     folder.mkdir()
     assert source.read(None, 10).records == []
     (folder / "a.jsonl").write_text(lines({"text": "a"}))
-    with pytest.raises(SourceError, match="is a file: give the folder it is in"):
+    with pytest.raises(SourceError, match="is a file: pass its folder as path"):
         FolderSource(str(folder / "a.jsonl")).read(None, 10)
 
 
@@ -852,7 +852,7 @@ def test_an_s3_bucket() -> None:
         store = fsspec.filesystem("s3", **options)
         store.mkdir("bucket")
         assert FolderSource("s3://bucket/in", storage_options=options).read(None, 10).records == []
-        with pytest.raises(SourceError, match="no folder s3://nobucket/in"):
+        with pytest.raises(SourceError, match="the folder s3://nobucket/in does not exist"):
             FolderSource("s3://nobucket/in", storage_options=options).read(None, 10)
         check_store(store, "bucket/in", "s3://bucket/in", storage_options=options)
     finally:

@@ -83,7 +83,7 @@ def test_a_window_in_records():
     assert join.add(label("2")) is None
     assert ids(join) == ["2"]
     assert [(one.half.has_text, one.reason, one.superseded) for one in join.given_up()] == [
-        (True, "no label came within 3 records", False)
+        (True, "no label arrived within 3 records", False)
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_window_on_the_time_that_records_tell():
     assert join.waiting == []
     gone = join.given_up()
     assert [one.half.id for one in gone] == ["2", "3"]
-    assert gone[0].reason == "no label came within 2d"
+    assert gone[0].reason == "no label arrived within 2d"
 
 
 def test_a_clock_that_goes_backwards_changes_nothing():
@@ -144,7 +144,7 @@ def test_only_so_many_wait():
     assert ids(join) == ["2", "3", "4"]
     gone = join.given_up()
     assert [one.half.id for one in gone] == ["0", "1"]
-    assert gone[0].reason == "no label came while max_waiting=3 newer ones wait"
+    assert gone[0].reason == "no label arrived while max_waiting=3 newer ones wait"
 
 
 @pytest.mark.parametrize("settings", [{"window": 20}, {"window": "3h", "time": "at"}, {"window": 20, "max_waiting": 5}])

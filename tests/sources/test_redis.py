@@ -155,7 +155,7 @@ def test_a_stream_made_anew_is_an_error(shared_server, stream, source):
     assert json.dumps(mended) in str(error.value)
     assert texts(read_all(source, mended)[0]) == expected(20, 23)
     add(shared_server, stream, 23, 40)
-    with pytest.raises(SourceError, match="It was made anew"):
+    with pytest.raises(SourceError, match="It was recreated"):
         source.read(offset, 100)
     assert texts(read_all(source)[0]) == expected(20, 40)
 
@@ -176,7 +176,7 @@ def test_wrong_keys_and_foreign_offsets_are_errors(shared_server, stream, source
     shared_server.client.set("number", 1)
     with pytest.raises(SourceError, match="WRONGTYPE"):
         RedisSource("number", shared_server.url).read(None, 5)
-    with pytest.raises(SourceError, match="is one of the stream other, but the source reads"):
+    with pytest.raises(SourceError, match="belongs to the stream other, but the source reads"):
         source.read({"stream": "other", "id": "1-0", "added": 1}, 5)
     for bad in ({"next": {}}, {"stream": stream, "id": "x", "added": 1}):
         with pytest.raises(SourceError, match="is not an offset of a Redis stream"):
@@ -202,7 +202,7 @@ def test_server_killed_and_restarted_in_mid_read(server):
     os.kill(server.process.pid, signal.SIGSTOP)  # the next read hangs in the middle of its question
     killer = threading.Timer(0.3, server.kill)
     killer.start()
-    with pytest.raises(SourceError, match=r"does not answer.* reading goes on from the same offset"):
+    with pytest.raises(SourceError, match=r"does not answer.* reading resumes from the same offset"):
         source.read(offset, 20)
     killer.join()
     server.start()
@@ -232,7 +232,7 @@ def test_a_server_that_came_back_without_its_data(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         source.read(offset, 5)
     add(server, "s", 10, 12)
-    with pytest.raises(SourceError, match="its server came back without its latest data"):
+    with pytest.raises(SourceError, match="server restarted without its latest data"):
         source.read(offset, 5)
     server.kill()
 
