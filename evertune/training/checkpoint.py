@@ -1,4 +1,4 @@
-"""Checkpoints inside an update: killed at any moment, it goes on from the last one and ends in the same bits."""
+"""Checkpoints inside an update: killed at any time, it resumes from the last one, with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STATE = "update.ckpt"
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest whole checkpoint that :class:`UpdateCheckpoint` left in a folder, for ``fit(ckpt_path=...)``.
+    """The newest complete checkpoint that :class:`UpdateCheckpoint` left in a folder, for ``fit(ckpt_path=...)``.
 
     Example:
         >>> latest("there/is/none")
@@ -41,47 +41,47 @@ def latest(directory: str | Path) -> Path | None:
 
 
 class UpdateCheckpoint(Checkpoint):
-    """Lets a killed ``fit`` go on where it was, to the same weights and learning state, bit for bit.
+    """Lets a killed ``fit`` resume where it was, with bit-identical weights and learning state.
 
-    Every ``every_n_steps`` optimizer steps all ranks write all that the rest of the fit depends on: weights, optimizer,
-    schedule, the place in the data, what the callbacks know, and the state of the random generators of every rank. It
-    is scratch, for the same code; what is published is saved in other ways. A checkpoint appears under its name once
-    it is whole and on the disk; only then the one before it is removed. Nothing is drawn from a random generator: a fit
-    with checkpoints ends in the same bits as one without.
+    Every ``every_n_steps`` optimizer steps, all ranks write everything that the rest of the fit depends on: weights,
+    optimizer, learning-rate schedule, position in the data, state of the callbacks, and the state of the random
+    generators of every rank. A checkpoint is scratch, for the same version of the code; published versions are saved
+    differently. Writes are atomic: a checkpoint gets its final name once it is completely on disk, and only then is the
+    previous one removed. No random numbers are drawn: a fit with checkpoints is bit-identical to one without.
 
-    **On another number of processes** (a node was lost, or came back) a fit goes on in the same optimizer steps: each
-    sees the examples that it would have seen, when its size stays the same (processes x ``batch_size`` x
-    ``accumulate_grad_batches``; :func:`evertune.training.elastic.layout` tells the batches) and the loader is that of
-    ``ExperienceDataModule``. Then the weights are equal but for rounding. The random generators of all ranks but the
-    first are seeded anew, in the same way each time: dropout differs. With a ``replay_ratio`` that makes no whole
-    number of examples per batch, up to one example per rank is replayed twice or not at all. Under
+    **On a different number of processes** (a node was lost, or came back), a fit resumes in the same optimizer steps:
+    each sees the examples that it would have seen, if the step size (processes x ``batch_size`` x
+    ``accumulate_grad_batches``; see :func:`evertune.training.elastic.layout`) stays the same and the loader is that of
+    ``ExperienceDataModule``. The weights are then equal up to rounding. The random generators of all ranks but the
+    first are reseeded deterministically, so dropout differs. If ``replay_ratio`` does not give a whole number of
+    examples per batch, up to one example per rank is replayed twice or not at all. Under
     ``evertune_deepspeed_stage_...`` the stage may change, too.
 
-    A step that ends an epoch, or that validation follows, is passed over: the checkpoint comes a step later. Metrics
-    that are averaged over an epoch start anew when a fit goes on in the middle of it.
+    No checkpoint is written at the end of an epoch or right before validation: it is written a step later. Metrics that
+    are averaged over an epoch start over when a fit resumes in the middle of it.
 
-    The same bits need a loader that goes on with the next batch, as that of ``ExperienceDataModule`` does, and
-    examples that are not changed at random in worker processes.
+    A bit-identical result requires a loader that resumes with the next batch, as that of ``ExperienceDataModule`` does,
+    and examples that are not changed at random in worker processes.
 
-    Checkpoints hold safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. Only
-    under Lightning's own DeepSpeed strategy, and with an optimizer offloaded to NVMe or in part, they are DeepSpeed's:
-    for the same number of processes and the same stage, and read with pickle, so do not resume from a folder that
-    others can write to.
+    Checkpoints hold safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. The
+    exception are Lightning's own DeepSpeed strategy, and optimizers offloaded to NVMe or in part: these use DeepSpeed's
+    checkpoints, which need the same number of processes and the same stage, and are read with pickle, so do not resume
+    from a folder that others can write to.
 
     Args:
-        directory: belongs to one update, and all nodes must see it. A fit that does not go on from its checkpoint
+        directory: Folder of a single update, shared by all nodes. A fit that does not resume from its checkpoint
             empties it when training starts.
-        every_n_steps: what a kill costs at most. The default, 100, keeps the time for checkpoints to a few percent for
-            models of MiniLM's size.
+        every_n_steps: Optimizer steps between two checkpoints: the most that a kill can cost. The default of 100 keeps
+            the overhead at a few percent for models of MiniLM's size.
 
     Raises:
-        ValueError: when ``every_n_steps`` is not positive. When ``fit`` goes on from a checkpoint with a damaged file,
-            of another kind of strategy, or of steps of another size.
+        ValueError: If ``every_n_steps`` is not positive. When ``fit`` resumes, if a file of the checkpoint is damaged,
+            or the checkpoint is of another kind of strategy or another step size.
 
     Example::
 
         trainer = pl.Trainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), UpdateCheckpoint("checkpoints")])
-        trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # None at first: it starts at the beginning
+        trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # None at first: starts from the beginning
     """
 
     def __init__(self, directory: str | Path, every_n_steps: int = 100) -> None:
@@ -89,13 +89,13 @@ class UpdateCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps must be positive, got {every_n_steps}")
         self.directory = Path(directory)
         self.every_n_steps = every_n_steps
-        self._resumed: Path | None = None  # the step's folder that this fit goes on from
-        self._saved: dict[str, Any] = {}  # and its manifest
+        self._resumed: Path | None = None  # the folder of the checkpoint that this fit resumes from
+        self._saved: dict[str, Any] = {}  # the manifest of that checkpoint
         self._last_step = 0
         self._saved_step: int | None = None  # the step of the newest checkpoint
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """From now on, look at a checkpoint before the strategy loads it."""
+        """Have checkpoints verified before the strategy loads them."""
         if stage != "fit":
             return
         check_strategy(trainer, "UpdateCheckpoint")
@@ -117,15 +117,15 @@ class UpdateCheckpoint(Checkpoint):
         trainer.strategy.load_checkpoint = check_and_load  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring back the random generators: the loader's iterator has been made, and no batch has been read yet."""
+        """Restore the random generators. The loader's iterator exists by now, but no batch has been read yet."""
         resume_loaders(trainer)
         if self._resumed is not None:
             _check_steps(self._resumed, self._saved, trainer)
             content = self._rank_file(trainer).read_bytes()
-            if self._saved["processes"] == trainer.world_size or is_writer():  # what rank 0 draws, all share
+            if self._saved["processes"] == trainer.world_size or is_writer():  # all ranks share the draws of rank 0
                 set_random_state(decode(content)["random"], trainer.strategy.root_device)
             else:
-                _seed_anew(content, trainer)
+                _reseed(content, trainer)
         self._last_step = trainer.global_step
         self._saved_step = None if self._resumed is None else trainer.global_step
         if is_writer():
@@ -142,8 +142,8 @@ class UpdateCheckpoint(Checkpoint):
         """Write a checkpoint at this step, due or not. Call it on every rank, in ``on_train_batch_end``.
 
         Returns:
-            Whether there is a checkpoint of this step, from this call or before. Not so inside an accumulation, at the
-            end of an epoch or of the fit, and where validation follows: try again after the next batch.
+            Whether a checkpoint of this step exists, from this call or an earlier one. None is written inside an
+            accumulation, at the end of an epoch or of the fit, and right before validation: retry after the next batch.
         """
         if trainer.global_step == self._saved_step:
             return True
@@ -156,11 +156,11 @@ class UpdateCheckpoint(Checkpoint):
         return True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the strategy as it was."""
+        """Restore the strategy."""
         vars(trainer.strategy).pop("load_checkpoint", None)
 
     def _rank_file(self, trainer: pl.Trainer) -> Path:
-        """What this rank had alone: at another number of processes, what rank 0 had."""
+        """The file with this rank's own state; on a different number of processes, that of rank 0."""
         assert self._resumed is not None
         same = self._saved["processes"] == trainer.world_size
         return self._resumed / _rank_name(trainer.global_rank if same else 0)
@@ -172,7 +172,7 @@ class UpdateCheckpoint(Checkpoint):
         return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        """Write everything under a name that nobody looks for, and give it its own name at last."""
+        """Write to a hidden temporary folder, then rename it."""
         whole = self.directory / f"{_NAME}{trainer.global_step}"
         draft = _hidden(whole)
         draft.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class UpdateCheckpoint(Checkpoint):
         own = draft / _rank_name(trainer.global_rank)
         own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
         digests = [digest.decode() for digest in gather_bytes(sha256(own).encode(), trainer)]
-        trainer.strategy.barrier("the parts of a checkpoint")
+        trainer.strategy.barrier("the parts of a checkpoint")  # the manifest must come after all parts
         if is_writer():
             alike = [draft / _STATE] if (draft / _STATE).is_file() else _written_by_rank_0(draft / _STATE)
             files = {str(path.relative_to(draft)): sha256(path) for path in alike}
@@ -205,7 +205,7 @@ class UpdateCheckpoint(Checkpoint):
             strategy.portable = False
 
     def _remove_all_but(self, kept: Path | None) -> None:
-        """Remove older checkpoints and what a killed process has left; one that is half removed has no name."""
+        """Remove older checkpoints and leftovers of killed processes. A rename first hides one while it is removed."""
         for path in self.directory.glob(f".{_NAME}*"):
             shutil.rmtree(path)
         for path in self.directory.glob(f"{_NAME}*"):
@@ -222,12 +222,12 @@ def _rank_name(rank: int) -> str:
 
 
 def _written_by_rank_0(state: Path) -> list[Path]:
-    """What rank 0 has written of a folder with the parts of all ranks: the indices tell the digests of the others."""
+    """The files that rank 0 wrote to a folder with the parts of all ranks. Its indices hold the others' digests."""
     return [path for path in (state / REPLICATED, *state.rglob("index.json")) if path.is_file()]
 
 
 def _layout(trainer: pl.Trainer) -> dict[str, Any]:
-    """How the weights and the examples of a step are shared out among the processes."""
+    """How the weights and the examples of a step are distributed over the processes."""
     strategy = trainer.strategy
     stage, weights = 0, "replicated"
     if isinstance(strategy, either("DeepSpeedStrategy")):
@@ -252,8 +252,8 @@ def _check_strategy(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) ->
         raise ValueError(
             f"the checkpoint {folder} was written by {_in_words(saved)}, this fit has {_in_words(here)}. Inside an "
             "update the kind of strategy must stay the same, and where checkpoints are DeepSpeed's own the number of "
-            "processes and the stage too: go on as it was written (ZeRO works on one process), or delete the "
-            "checkpoint and learn the update anew from the version before it. Between two updates they may change"
+            "processes and the stage too: resume with the same settings (ZeRO works on one process), or delete the "
+            "checkpoint and restart the update from the previous version. Between two updates they may change"
         )
 
 
@@ -264,20 +264,20 @@ def _in_words(layout: dict[str, Any]) -> str:
 
 
 def _check_files(folder: Path, files: dict[str, str], trainer: pl.Trainer) -> None:
-    """Compare the files that every rank reads, and this rank's own, with their digests."""
+    """Verify the digests of the files that every rank reads, and of this rank's own file."""
     for name, expected in files.items():
         path = folder / name
         if name.startswith("rank-") and name not in (_rank_name(0), _rank_name(trainer.global_rank)):
             continue
         if not path.is_file() or sha256(path) != expected:
             raise ValueError(
-                f"{path} is damaged or missing: it is not what {MANIFEST} says was written. Delete the checkpoint and "
-                "learn the update anew"
+                f"{path} is damaged or missing: it does not match its digest in {MANIFEST}. Delete the checkpoint and "
+                "restart the update from scratch"
             )
 
 
 def _check_steps(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Refuse to go on in optimizer steps of other examples."""
+    """Refuse to resume if the optimizer steps would see other examples."""
     here = _layout(trainer)
     if all(saved[key] == here[key] for key in ("processes", "batch_size", "accumulation")):
         return
@@ -285,14 +285,13 @@ def _check_steps(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> No
         raise ValueError(
             f"the checkpoint {folder} was written in optimizer steps of {_step_in_words(saved)} examples, this fit has "
             f"{_step_in_words(here)}: keep the product, as evertune.training.elastic.layout does, or delete the "
-            "checkpoint and "
-            "learn the update anew"
+            "checkpoint and restart the update from scratch"
         )
     if not isinstance(getattr(trainer.train_dataloader, "sampler", None), BucketSampler):
         raise ValueError(
             f"the checkpoint {folder} was written by {_step_in_words(saved)} examples a step, this fit has "
             f"{_step_in_words(here)}: only loaders of ExperienceDataModule deal the same examples to another number of "
-            "processes. Use one, or go on as it was written"
+            "processes. Use one, or resume with the same settings"
         )
 
 
@@ -301,12 +300,12 @@ def _step_in_words(layout: dict[str, Any]) -> str:
 
 
 def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, Any]:
-    """Lightning's count of batches at another accumulation: as many optimizer steps as before.
+    """Convert Lightning's counts of batches to another accumulation, for the same number of optimizer steps.
 
     Args:
-        checkpoint: Lightning's; changed in place.
-        saved: batches in a step when it was written.
-        here: batches in a step now.
+        checkpoint: Lightning's checkpoint, changed in place.
+        saved: Batches in an optimizer step when it was written.
+        here: Batches in an optimizer step now.
     """
     if saved == here:
         return checkpoint
@@ -318,7 +317,7 @@ def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, A
         )
     for counts in (progress["total"], progress["current"]):
         batches = counts["ready"] // saved * here
-        running = counts["ready"] - counts["completed"]  # the batch at whose end it was written
+        running = counts["ready"] - counts["completed"]  # the batch during which the checkpoint was written
         counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - running}
     for loader in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
         if loader.keys() == {"epoch", "batch"}:  # those of a ResumableLoader
@@ -327,7 +326,7 @@ def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, A
 
 
 def _buffers(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-    """The module's buffers as this rank has them; without ZeRO they are among the weights of the checkpoint."""
+    """The persistent buffers of this rank; without ZeRO they are among the weights of the checkpoint."""
     if not isinstance(trainer.strategy, either("DeepSpeedStrategy")):
         return {}
     persistent = trainer.lightning_module.state_dict().keys()
@@ -340,8 +339,8 @@ def _set_buffers(buffers: dict[str, torch.Tensor], module: pl.LightningModule) -
             buffer.copy_(buffers[name])
 
 
-def _seed_anew(content: bytes, trainer: pl.Trainer) -> None:
-    """Seed this rank's generators from what a checkpoint holds: the same checkpoint gives the same numbers."""
+def _reseed(content: bytes, trainer: pl.Trainer) -> None:
+    """Seed this rank's generators from the content of a checkpoint, so that each resumption draws the same numbers."""
     seed = int.from_bytes(hashlib.sha256(content).digest()[:3]) + trainer.global_rank
     random.seed(seed)
     np.random.seed(seed)
@@ -352,26 +351,26 @@ MANIFEST = "checkpoint.json"
 
 
 def step_size_of(manifest: dict[str, Any]) -> int | None:
-    """Examples in an optimizer step of the fit that wrote a checkpoint; None where its loader does not tell."""
+    """Examples in an optimizer step of the fit that wrote a checkpoint; None if its loader has no batch size."""
     batch_size = manifest["batch_size"]
     return None if batch_size is None else int(manifest["processes"] * batch_size * manifest["accumulation"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about the fit that wrote it.
+    """The manifest of a checkpoint: the layout of the fit that wrote it, and the digests of its files.
 
     Args:
-        folder: of the checkpoint's step.
+        folder: Folder of the checkpoint's step.
 
     Raises:
-        ValueError: when it is damaged.
+        ValueError: If the manifest is damaged or of another version.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         missing = {"processes", "weights", "zero_stage", "batch_size", "accumulation", "files"} - manifest.keys()
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete the checkpoint and learn the update anew") from None
+        raise ValueError(f"{path} is damaged ({error}); delete the checkpoint and restart the update") from None
     if missing:
-        raise ValueError(f"{path} is damaged or of another version: it has no {sorted(missing)}")
+        raise ValueError(f"{path} is damaged or of another version: {sorted(missing)} are missing")
     return manifest  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The same optimizer steps on another number of processes: how a step's examples are shared out.
+"""Elastic training: the same optimizer steps on a different number of processes.
 
 What an update learns depends on which examples each optimizer step sees. ``ExperienceDataModule`` deals them so that
-this is the same on any number of processes, as long as the *step size* is: processes x ``batch_size`` x
-``accumulate_grad_batches``. When a node is lost, or comes back, keep the step size and change the rest.
+this does not depend on the number of processes, as long as the *step size* (processes x ``batch_size`` x
+``accumulate_grad_batches``) stays the same. When a node is lost or comes back, keep the step size and change the rest.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from evertune.training.checkpoint import read_manifest, step_size_of
 
 
 def share_out(step_size: int, processes: int, at_most: int) -> tuple[int, int]:
-    """Share the examples of an optimizer step out among processes.
+    """Distribute the examples of an optimizer step over processes.
 
     Args:
-        step_size: examples in a step, over all processes.
-        processes: how many there are.
-        at_most: examples that a process can hold in one batch.
+        step_size: Examples in an optimizer step, over all processes.
+        processes: Number of processes.
+        at_most: Maximum number of examples in one batch of a process.
 
     Returns:
         ``(batch_size, accumulate_grad_batches)``: the largest batches that divide a process's share evenly.
 
     Raises:
-        ValueError: when a number is not positive, or the step does not divide among the processes.
+        ValueError: If a number is not positive, or the step size is not divisible by the number of processes.
 
     Example:
         >>> share_out(32, processes=4, at_most=16), share_out(32, processes=1, at_most=16)
@@ -37,7 +37,7 @@ def share_out(step_size: int, processes: int, at_most: int) -> tuple[int, int]:
     if rest:
         numbers = [str(number) for number in range(1, step_size + 1) if step_size % number == 0]
         raise ValueError(
-            f"an optimizer step of {step_size} examples does not divide among {processes} processes; it does among "
+            f"an optimizer step of {step_size} examples cannot be divided among {processes} processes; it can be among "
             f"{', '.join(numbers[:-1])} or {numbers[-1]}"
         )
     batch_size = max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
@@ -52,25 +52,26 @@ def layout(
     *,
     step_size: int | None = None,
 ) -> tuple[int, int]:
-    """The batches with which a fit goes on from a checkpoint, in the same optimizer steps, on the processes at hand.
+    """Batch size and accumulation that resume a checkpoint in the same optimizer steps on the current processes.
 
-    Call it before the loaders of a fit are made, on every rank, and set ``batch_size`` of the datamodule and
+    Call it on every rank before the loaders of a fit are created, and set ``batch_size`` of the datamodule and
     ``accumulate_grad_batches`` of the trainer.
 
     Args:
-        checkpoint: what :func:`evertune.training.checkpoint.latest` gave; None when the fit starts anew.
-        processes: how many there are now (``trainer.world_size``).
-        batch_size: as configured: what a process can hold.
-        accumulation: as configured.
-        step_size: of the run, for a fit that starts anew in it; a checkpoint knows its own.
+        checkpoint: Result of :func:`evertune.training.checkpoint.latest`; None if the fit starts from the beginning.
+        processes: Current number of processes (``trainer.world_size``).
+        batch_size: Configured batch size: the maximum for a process.
+        accumulation: Configured number of batches per optimizer step.
+        step_size: Examples in an optimizer step of the run, for a fit without a checkpoint; a checkpoint stores its
+            own.
 
     Returns:
-        ``(batch_size, accumulate_grad_batches)``. Those configured, where there is nothing to go on from, or where
-        they make steps of the same size.
+        ``(batch_size, accumulate_grad_batches)``. The configured values if there is nothing to resume, or if they
+        already give steps of the same size.
 
     Raises:
-        ValueError: when the steps do not divide among the processes (learn the update anew, or use another number),
-            or the checkpoint's manifest is damaged.
+        ValueError: If the step size is not divisible by the number of processes (restart the update from scratch, or
+            use another number of processes), or the checkpoint's manifest is damaged.
 
     Example:
         >>> layout(None, processes=1, batch_size=16), layout(None, processes=1, batch_size=16, step_size=64)

@@ -1,4 +1,4 @@
-"""Tells the supervisor of the node that this rank makes progress."""
+"""Reports the progress of this rank to the supervisor of its node."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from evertune.utils.beat import own_beat
 
 
 class Heartbeat(Callback):
-    """Marks the progress of this rank, so that one that hangs is found, named and started over.
+    """Reports the progress of this rank, so that a hung rank is found, named and restarted.
 
-    ``evertune launch`` looks at every rank: one that makes no progress inside a training step while it should, or that
-    is stopped, is found in less than a minute. In a process that ``evertune launch`` has not started this callback
-    does nothing. It is added by itself where it is of use; a mark costs a few microseconds.
+    ``evertune launch`` monitors every rank: one that stops making progress inside a training step, or whose process is
+    stopped, is found in less than a minute. In a process that was not started by ``evertune launch``, this callback
+    does nothing. ``evertune fit`` and ``update`` add it automatically; a heartbeat costs a few microseconds.
 
     Example::
 
@@ -38,7 +38,8 @@ class Heartbeat(Callback):
 
     def _starts(self, trainer: Any, *_: Any, **__: Any) -> None:
         self._elsewhere(trainer)
-        if own_beat() is not None:  # Lightning puts back the signals as Python knows them: without faulthandler's
+        # Lightning would restore SIGUSR1 as Python knows it, which removes the handler of faulthandler.
+        if own_beat() is not None:
             trainer._signal_connector._original_handlers.pop(signal.SIGUSR1, None)
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _starts

@@ -1,4 +1,4 @@
-"""A request to stop: all ranks save a checkpoint at the same step and end, so that another start goes on from there."""
+"""Preemption: on a request to stop, all ranks save a checkpoint at the same step and end; a restart resumes from it."""
 
 from __future__ import annotations
 
@@ -25,63 +25,61 @@ class Preempted(SystemExit):
 
 
 class Preemption(Checkpoint):
-    """Ends ``fit`` with a checkpoint when the machine is wanted back: a signal to any rank stops all of them.
+    """Ends ``fit`` with a checkpoint when the job is preempted: a signal to any rank stops all of them.
 
-    Schedulers send a signal some time before they take a machine away (a spot instance, a job of higher priority, the
-    end of a job's time). The ranks agree on a step, save through :class:`UpdateCheckpoint`, and each raises
-    :class:`Preempted`. Started again with ``ckpt_path=latest(...)``, the fit ends in the same bits as an undisturbed
-    one.
+    Schedulers send a signal some time before they reclaim a machine (a spot instance, a job of higher priority, the
+    end of the time limit). The ranks agree on a step, save through :class:`UpdateCheckpoint`, and each raises
+    :class:`Preempted`. Restarted with ``ckpt_path=latest(...)``, the fit is bit-identical to an uninterrupted one.
 
-    The signal only sets a flag. The flags of all ranks are reduced on the CPU while the next batch is computed, so the
-    checkpoint comes after the batch that follows the one in which the signal came, or at the next place where
-    :meth:`UpdateCheckpoint.save_now` can save. A signal for which no such place is left lets the fit end as usual, and
-    stays with the callback: its next fit is stopped.
+    The signal only sets a flag. The flags of all ranks are all-reduced on the CPU while the next batch is computed, so
+    the checkpoint is written after the batch that follows the signal, or at the next point at which
+    :meth:`UpdateCheckpoint.save_now` can save. If no such point is left, the fit ends as usual, and the callback
+    remembers the signal: its next fit is stopped.
 
-    From ``setup`` to the end of the fit the signals belong to this callback. Afterwards, what was there before handles
-    them again; after :class:`Preempted` they are ignored if nothing was: a second one does not change how a process
-    ends.
+    This callback handles the signals from ``setup`` to the end of the fit. The previous handlers are then restored;
+    after :class:`Preempted`, signals that had none are ignored, so that a second one does not change the exit code.
 
     Args:
-        signals: numbers or names, as ``"SIGTERM"``. Under ``evertune launch`` keep the default. Where another launcher
-            runs the processes, add those that it sends, as in ``("SIGUSR2", "SIGTERM")``: it must send them to the
+        signals: Numbers or names of signals, as ``"SIGTERM"``. Keep the default under ``evertune launch``. For other
+            launchers, add the signals that they send, as in ``("SIGUSR2", "SIGTERM")``: they must send them to the
             processes themselves, and wait for the checkpoint.
 
     Raises:
-        ValueError: for a signal that there is not, or that cannot be handled; without an :class:`UpdateCheckpoint`
-            among the callbacks; where Lightning's own requeueing under SLURM is on; when ``fit`` does not run in the
-            main thread.
+        ValueError: If a signal is unknown or cannot be handled, there is no :class:`UpdateCheckpoint` among the
+            callbacks, Lightning's own requeueing under SLURM is enabled, or ``fit`` does not run in the main thread.
 
     Example::
 
         callbacks = [UpdateCheckpoint("checkpoints"), Preemption(signals=("SIGUSR2", "SIGTERM"))]
         trainer = pl.Trainer(max_epochs=3, callbacks=callbacks)
-        trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # exit code 75: start it again
+        trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # exit code 75: restart it
     """
 
     def __init__(self, signals: Sequence[int | str] = (signal.SIGUSR2,)) -> None:
         self.signals = _numbers(signals)
         self._asked = False  # on this rank
         self._agreed = False  # on all ranks
-        self._before: dict[signal.Signals, Any] = {}  # the handlers to bring back
+        self._before: dict[signal.Signals, Any] = {}  # the handlers to restore
         self._group: dist.ProcessGroup | None = None
         self._reduction: dist.Work | None = None
         self._flag = torch.zeros(1, dtype=torch.uint8, device="cpu")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work; from now on a signal asks this fit to stop."""
+        """Check the requirements, and install the signal handlers."""
         if stage != "fit":
             return
         _check(trainer)
         self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in self.signals}
         for number in self.signals:
             signal.signal(number, self._ask)
-        if signal.SIGTERM in self.signals:  # Lightning's handler starts a collective, and ends the fit without saving
+        # Lightning's own SIGTERM handler would start a collective and end the fit without saving.
+        if signal.SIGTERM in self.signals:
             trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if folder := os.environ.get("EVERTUNE_NODE_DIR"):  # who started this process was asked before it could be
             self._asked |= (Path(folder) / f"asked-{os.environ.get('LOCAL_RANK', '0')}").exists()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open a way between the ranks that no other collective goes."""
+        """Create a process group of its own, so that the flags never interleave with other collectives."""
         self._agreed = False
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -90,21 +88,21 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and end if any rank has been asked. Lightning calls checkpoint callbacks after all others."""
+        """Save and end if any rank was asked to stop. Lightning calls checkpoint callbacks after all others."""
         if not self._agreed:
             self._agree()
         if self._agreed and _update_checkpoint(trainer).save_now(trainer):
             if self._group is not None:
-                dist.barrier(self._group)  # launchers end all ranks when one has ended: the checkpoint must be whole
-            rank_zero_info(f"Preemption: asked to stop, saved step {trainer.global_step}: start it again to go on")
+                dist.barrier(self._group)  # launchers end all ranks once one has ended, so all must have saved by then
+            rank_zero_info(f"Preemption: asked to stop, saved step {trainer.global_step}: restart it to resume")
             raise Preempted
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave no collective under way."""
+        """Wait for the pending collective."""
         self._wait()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Bring back the handlers; the other ranks may be gone, so wait for none of them."""
+        """Restore the handlers. The other ranks may be gone, so do not wait for them."""
         self._group = self._reduction = None
         if isinstance(exception, Preempted):
             self._before = {
@@ -114,18 +112,18 @@ class Preemption(Checkpoint):
         self._restore(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bring back the handlers and close the group."""
+        """Restore the handlers and destroy the group."""
         self._restore(trainer)
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        """The handler: nothing that could wait for another rank belongs here."""
+        """The signal handler. It must never wait for another rank."""
         self._asked = True
 
     def _agree(self) -> None:
-        """Take the answer to the question of the batch before, or ask again."""
+        """Read the all-reduce started at the previous batch; unless a rank was asked, start the next one."""
         if self._group is None:
             self._agreed = self._asked
         elif self._wait():
@@ -135,7 +133,7 @@ class Preemption(Checkpoint):
             self._reduction = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def _wait(self) -> bool:
-        """Whether any rank had been asked at the end of the batch before."""
+        """Whether any rank had been asked to stop by the end of the previous batch."""
         if self._reduction is None:
             return False
         self._reduction.wait()
@@ -147,22 +145,22 @@ class Preemption(Checkpoint):
         vars(connector).pop("register_signal_handlers", None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-            connector._original_handlers[number] = handler  # Lightning restores those that it found
+            connector._original_handlers[number] = handler  # else Lightning would restore the handlers of this callback
         self._before = {}
 
 
 def _numbers(signals: Sequence[int | str]) -> tuple[signal.Signals, ...]:
     """Signals by number or name."""
     if isinstance(signals, str) or not signals:
-        raise ValueError(f"signals must be a list of numbers or names with at least one in it, got {signals!r}")
+        raise ValueError(f"signals must be a non-empty list of numbers or names, got {signals!r}")
     numbers = []
     for one in signals:
         try:
             number = signal.Signals[one] if isinstance(one, str) else signal.Signals(one)
         except (KeyError, ValueError):
-            raise ValueError(f"there is no signal {one!r}; give a name as 'SIGTERM', or a number") from None
+            raise ValueError(f"unknown signal {one!r}; pass a name such as 'SIGTERM', or a number") from None
         if number in (signal.SIGKILL, signal.SIGSTOP):
-            raise ValueError(f"{number.name} ends or stops a process at once: nothing can be saved; use another signal")
+            raise ValueError(f"{number.name} cannot be handled, so nothing can be saved; use another signal")
         numbers.append(number)
     return tuple(numbers)
 
@@ -173,7 +171,7 @@ def _check(trainer: pl.Trainer) -> None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         raise ValueError(
             "Preemption does not work with SLURMEnvironment(auto_requeue=True), Lightning's default under SLURM: it "
-            "saves inside of the signal's handler, where ranks can wait for each other for ever. Use "
+            "saves inside the signal handler, where the ranks can deadlock. Use "
             "Trainer(plugins=[SLURMEnvironment(auto_requeue=False)]) and requeue the job on exit code 75"
         )
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""A stream's run that may be interrupted: what it has learnt so far, in a folder."""
+"""Resumable runs over a stream: the state after each experience, in a folder."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _CALLBACKS = "callbacks"
 
 
 class StreamRun:
-    """The folder of a run over a stream: it starts where the last one in this folder stopped.
+    """The folder of a run over a stream. A run resumes where the previous one in the same folder stopped.
 
-    After each experience it holds the weights and all that the continual callbacks have learnt; inside of one, the
-    checkpoints of :class:`~evertune.callbacks.UpdateCheckpoint`. On the same number of processes a run that was
-    interrupted ends in the bits of one that was not. What comes in is whole or is not there: every state appears under
-    its name when it is on the disk.
+    After each experience, the folder holds the weights and the state of the continual callbacks; within an experience,
+    the checkpoints of :class:`~evertune.callbacks.UpdateCheckpoint`. On the same number of processes, an interrupted
+    run is bit-identical to an uninterrupted one. Writes are atomic: a state is renamed to its final name only when it
+    is completely on disk.
 
     Args:
-        directory: belongs to one run; all nodes must see it.
-        experiences: the stream.
-        every_n_steps: optimizer steps between two checkpoints inside an experience.
+        directory: Folder of a single run, shared by all nodes.
+        experiences: Experiences of the stream.
+        every_n_steps: Optimizer steps between two checkpoints inside an experience.
 
     Raises:
-        ValueError: when the folder holds a run over other experiences.
+        ValueError: If the folder holds a run over other experiences.
     """
 
     def __init__(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> None:
@@ -58,41 +58,41 @@ class StreamRun:
         self._describe(experiences)
 
     def callbacks(self) -> list[pl.Callback]:
-        """What every fit of the run needs: checkpoints, a way to be stopped, and a sign of life for a launcher."""
-        launched = "EVERTUNE_NODE_DIR" in os.environ  # its supervisor's SIGTERM means: start over
+        """The callbacks of every fit of the run: checkpoints, preemption, and a heartbeat for the launcher."""
+        launched = "EVERTUNE_NODE_DIR" in os.environ  # SIGTERM from its supervisor means a restart, not preemption
         signals = (signal.SIGUSR2,) if launched else (signal.SIGUSR2, signal.SIGTERM)
         return [self._generators, self.checkpoint, Preemption(signals), Heartbeat()]
 
     def resume(self, trainer: pl.Trainer, module: pl.LightningModule, experiences: Sequence[Experience]) -> int:
-        """Bring back what was learnt. Call on every rank, before the first fit.
+        """Restore the saved state. Call on every rank, before the first fit.
 
         Returns:
-            How many experiences have been learnt.
+            The number of experiences that have been learned.
         """
-        learnt = max((int(path.name.removeprefix(_STATE)) for path in self.directory.glob(f"{_STATE}*")), default=0)
-        self._checkpoints_of(learnt)
-        if not learnt:
+        learned = max((int(path.name.removeprefix(_STATE)) for path in self.directory.glob(f"{_STATE}*")), default=0)
+        self._checkpoints_of(learned)
+        if not learned:
             return 0
         prepare = getattr(module, "prepare_experience", None)
         if callable(prepare):
-            for experience in experiences[:learnt]:
+            for experience in experiences[:learned]:
                 prepare(experience)
-        state = self.directory / f"{_STATE}{learnt}"
+        state = self.directory / f"{_STATE}{learned}"
         _load_module(module, state)
         for name, callback in named_callbacks(trainer):
             if (state / _CALLBACKS / name).is_dir():
                 callback.load(state / _CALLBACKS / name)
-        if learnt == len(experiences):
+        if learned == len(experiences):
             module.configure_model()
         random = state / _random_file(trainer.global_rank)
-        if random.is_file():  # there are more processes than before otherwise
+        if random.is_file():  # missing if there are more processes than before
             self._generators.state = decode(random.read_bytes())
-        return learnt
+        return learned
 
     def step_size(self, trainer: pl.Trainer, datamodule: Any) -> int | None:
-        """Examples in an optimizer step, over all processes: the first start of the run decides.
+        """Examples in an optimizer step over all processes, fixed at the first start of the run.
 
-        None where the datamodule does not tell.
+        None if the datamodule has no ``batch_size``.
         """
         path = self.directory / _STEP
         if path.is_file():
@@ -107,25 +107,25 @@ class StreamRun:
 
     @property
     def ckpt_path(self) -> Path | None:
-        """The checkpoint to go on from inside the next experience."""
+        """The checkpoint inside the next experience to resume from, or None."""
         return latest(self.checkpoint.directory)
 
     @property
     def seconds(self) -> float:
-        """What the experiences that are learnt have taken."""
+        """Seconds spent on the experiences that have been learned."""
         states = list(self.directory.glob(f"{_STATE}*/{_RUN}"))
         return max((float(json.loads(path.read_bytes())["seconds"]) for path in states), default=0.0)
 
-    def commit(self, trainer: pl.Trainer, module: pl.LightningModule, learnt: int, seconds: float) -> None:
-        """Keep what has been learnt, and nothing from before. Call on every rank.
+    def commit(self, trainer: pl.Trainer, module: pl.LightningModule, learned: int, seconds: float) -> None:
+        """Save the state and remove the previous one. Call on every rank.
 
         Args:
-            trainer: with its callbacks.
-            module: trained.
-            learnt: the number of experiences learnt.
-            seconds: that they have taken.
+            trainer: Trainer with the callbacks to save.
+            module: Trained module.
+            learned: Number of experiences that have been learned.
+            seconds: Seconds that they have taken.
         """
-        whole = self.directory / f"{_STATE}{learnt}"
+        whole = self.directory / f"{_STATE}{learned}"
         draft = whole.with_name(f".{whole.name}")
         if is_writer():
             shutil.rmtree(draft, ignore_errors=True)
@@ -147,14 +147,14 @@ class StreamRun:
                 if path != whole:
                     shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
         barrier()
-        self._checkpoints_of(learnt)
+        self._checkpoints_of(learned)
 
-    def _checkpoints_of(self, learnt: int) -> None:
-        """Checkpoints are those of one experience: another one's are never resumed."""
-        self.checkpoint.directory = self.directory / f"checkpoints-{learnt}"
+    def _checkpoints_of(self, learned: int) -> None:
+        """Give each experience its own checkpoints, so that those of another one are never resumed."""
+        self.checkpoint.directory = self.directory / f"checkpoints-{learned}"
 
     def _describe(self, experiences: Sequence[Experience]) -> None:
-        """Write down what the run is over, or compare."""
+        """Record the experiences of the run, or check that they are the same as before."""
         path = self.directory / _RUN
         here = [{"name": e.name, "examples": len(e.train), "classes": list(e.classes)} for e in experiences]
         if path.is_file():
@@ -163,7 +163,7 @@ class StreamRun:
                 differs = next((f"{a} now, {b} then" for a, b in zip(here, there, strict=False) if a != b), None)
                 raise ValueError(
                     f"{self.directory} holds a run over other experiences: "
-                    f"{differs or f'{len(here)} now, {len(there)} then'}; give this one another folder, or delete that"
+                    f"{differs or f'{len(here)} now, {len(there)} then'}; use another folder, or delete this one"
                 )
         elif is_leader():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class StreamRun:
 
 
 class _Generators(Callback):
-    """Starts each fit with the random generators as the last one left them, whatever loaded the model since."""
+    """Starts each fit with the random state of the previous one, whatever random numbers were drawn in between."""
 
     state: dict[str, Any] | None = None
 

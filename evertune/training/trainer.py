@@ -23,20 +23,21 @@ if TYPE_CHECKING:
     from evertune.training.stream_run import StreamRun
 
 _OF_ONE_FIT = ("EarlyStopping", "ModelCheckpoint", "Timer")
-"""Callbacks that judge a single fit: they start anew with each update."""
+"""Callbacks whose state belongs to a single fit: each update gets a fresh copy."""
 
 
 class ContinualTrainer(Trainer):
     """A ``Trainer`` that learns a stream: one ``fit`` for each experience, each scored on all experiences so far.
 
-    Takes every argument of ``pl.Trainer``; they hold for each update (``max_epochs=3`` are three epochs per
-    experience). Callbacks live through the whole stream, so ``Replay`` and ``EWC`` remember. Optimizer and schedule
-    start anew with each update: a carried-over Adam and a decayed learning rate learn nothing new.
+    Takes every argument of ``pl.Trainer``; they apply to each update (``max_epochs=3`` means three epochs per
+    experience). Callbacks keep their state over the whole stream, so that ``Replay`` and ``EWC`` remember. Optimizer
+    and learning-rate schedule are reset for each update: with a decayed learning rate, later experiences would hardly
+    be learned.
 
-    ``fit``, ``validate``, ``test`` and ``predict`` are Lightning's own.
+    ``fit``, ``validate``, ``test`` and ``predict`` are unchanged.
 
     Args:
-        **settings: as in ``pl.Trainer``.
+        **settings: Arguments of ``pl.Trainer``.
 
     Example::
 
@@ -47,7 +48,7 @@ class ContinualTrainer(Trainer):
         print(history.average_accuracy, history.forgetting)
 
     Attributes:
-        experience: the experience being learnt, or None outside of ``fit_stream``.
+        experience: The experience being learned, or None outside of ``fit_stream``.
     """
 
     callbacks: list[pl.Callback]
@@ -70,26 +71,26 @@ class ContinualTrainer(Trainer):
         """Learn the experiences of a stream one after the other.
 
         Args:
-            module: any LightningModule. One with ``prepare_experience(experience)``, as
-                ``SequenceClassificationModule`` has, is told of each experience before its fit (its head grows then).
-            stream: the experiences, or a ``StreamDataModule`` that describes them and their batches.
-            datamodule: makes the datamodule of an experience. By default a ``StreamDataModule`` makes its own, and
-                other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
-            evaluate_on: the experiences to score after every update, seen or not. By default those seen so far.
-            run_dir: a folder that all nodes see, in which the run keeps what it has learnt: called again with the same
-                folder, in a new process, it goes on where it was killed or stopped, and on the same number of
-                processes ends in the same bits. By default nothing is kept.
-            checkpoint_every_n_steps: optimizer steps between two checkpoints inside an experience, with ``run_dir``.
+            module: Any LightningModule. If it has a method ``prepare_experience(experience)``, as
+                ``SequenceClassificationModule`` does to grow its head, the method is called before each fit.
+            stream: The experiences, or a ``StreamDataModule`` that describes them and their batches.
+            datamodule: Function that returns the datamodule of an experience. By default, a ``StreamDataModule`` makes
+                its own, and other streams get an ``ExperienceDataModule`` with the module's tokenizer, if it has one.
+            evaluate_on: Experiences to score after every update, seen or not. By default those seen so far.
+            run_dir: Folder shared by all nodes in which the run stores its state. Called again with the same folder,
+                in a new process, it resumes where it was killed or stopped; on the same number of processes, the
+                result is bit-identical. By default nothing is stored.
+            checkpoint_every_n_steps: Optimizer steps between two checkpoints inside an experience, with ``run_dir``.
 
-        A second call goes on where the first ended: the accuracy matrix gets more rows. A call that fails leaves what
-        was learnt of the experiences before; call it again with those that are left.
+        A second call continues where the first ended: the accuracy matrix gets more rows. A call that fails keeps what
+        was learned of the experiences before; call it again with the remaining ones.
 
         Returns:
-            The accuracy matrix, the metrics that follow from it, the seconds, and what drift triggers and the replay
-            memory have to tell.
+            The accuracy matrix, the metrics that follow from it, the duration in seconds, and summaries of the drift
+            triggers and the replay memory.
 
         Raises:
-            ValueError: when the stream is empty, or an experience has neither test nor validation data.
+            ValueError: If the stream is empty, or an experience has neither test nor validation data.
         """
         refuse_other_package(self, [module, stream])
         experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
@@ -101,17 +102,17 @@ class ContinualTrainer(Trainer):
         evaluation.evaluate_unseen |= evaluate_on is not None
         for scored in evaluate_on or ():
             evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
-        learnt = 0 if run is None else run.resume(self, module, experiences)
+        learned = 0 if run is None else run.resume(self, module, experiences)
         start = time.perf_counter() - (0.0 if run is None else run.seconds)
         datamodules = [make(experience) for experience in experiences]
-        loaders = [  # made before anything is trained: an experience that cannot be scored is found at once
+        loaders = [  # before any training, so that an experience that cannot be scored fails at once
             None if evaluate_on is not None else _evaluation_loader(experience, data)
             for experience, data in zip(experiences, datamodules, strict=True)
         ]
         for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
             if loader is not None:
                 evaluation.add_experience(experience.name, loader, experience.classes)
-            if number < learnt:
+            if number < learned:
                 continue
             rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
             if run is None:
@@ -142,23 +143,23 @@ class ContinualTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         step_size: int | None = None,
     ) -> None:
-        """Learn one experience: one update, with nothing evaluated but what callbacks evaluate.
+        """Learn one experience: one update, without the evaluation of :meth:`fit_stream`.
 
         Args:
-            module: any LightningModule; ``prepare_experience(experience)`` is called where it has one.
-            experience: what is learnt.
-            datamodule: its batches.
-            ckpt_path: a checkpoint of the same update, to go on from; on another number of processes the same steps
-                are shared out anew, see :func:`evertune.training.elastic.layout`.
-            step_size: examples in an optimizer step, over all processes, where that shall not depend on how many there
-                are. By default batch size, accumulation and processes make it.
+            module: Any LightningModule; its method ``prepare_experience(experience)`` is called if it has one.
+            experience: Experience to learn.
+            datamodule: Datamodule with the batches of the experience.
+            ckpt_path: Checkpoint of the same update to resume from. On a different number of processes, the examples
+                of a step are redistributed, see :func:`evertune.training.elastic.layout`.
+            step_size: Examples in an optimizer step over all processes, if it must not depend on their number. By
+                default the product of batch size, accumulation and processes.
 
         Raises:
-            ValueError: when the step does not divide among the processes.
+            ValueError: If the step size is not divisible by the number of processes.
         """
         refuse_other_package(self, [module, datamodule])
         if self.state.fn is not None:
-            super().__init__(**_kept(self._settings))  # Lightning's trainer is good for one fit
+            super().__init__(**_kept(self._settings))  # a second fit of a Lightning trainer would train 0 steps
         if hasattr(datamodule, "batch_size"):
             accumulation = self._settings.get("accumulate_grad_batches", 1)
             datamodule.batch_size, self.accumulate_grad_batches = layout(
@@ -174,7 +175,7 @@ class ContinualTrainer(Trainer):
             self.experience = None
 
     def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
-        """A trainer with the settings of this one, whose callbacks remember nothing that this one has not yet learnt.
+        """A trainer with the settings of this one, whose callbacks remember nothing that this one has not yet learned.
 
         Args:
             callbacks: more callbacks, after copies of this one's.
@@ -185,7 +186,7 @@ class ContinualTrainer(Trainer):
         return ContinualTrainer(**{**kept, **settings, "callbacks": [*copies, *callbacks]})
 
     def _start_run(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> StreamRun:
-        """The folder of a run; its callbacks join this trainer's."""
+        """Open the folder of a run, and add its callbacks to this trainer's."""
         from evertune.training.stream_run import StreamRun
 
         run = StreamRun(directory, experiences, every_n_steps)
@@ -194,7 +195,7 @@ class ContinualTrainer(Trainer):
         return run
 
     def _evaluation(self) -> ContinualEvaluation:
-        """The evaluation among the callbacks, or a new one that stays for all updates."""
+        """The evaluation among the callbacks, or a new one that is kept for all updates."""
         for callback in self.callbacks:
             if isinstance(callback, ContinualEvaluation):
                 return callback
@@ -210,7 +211,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for one more trainer: what a fit uses up is copied, what learns through the stream is shared."""
+    """Settings for another trainer: objects of one fit are copied, those that live through the stream are shared."""
     callbacks = _as_list(settings.get("callbacks"))
     of_one_fit = tuple(one for name in _OF_ONE_FIT for one in either(name))
     copied: dict[str, Any] = {
@@ -226,7 +227,7 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _default_datamodule(
     module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule
 ) -> Callable[[Experience], pl.LightningDataModule]:
-    """The batches of an experience when nobody says how to make them."""
+    """The default for the argument ``datamodule`` of :meth:`ContinualTrainer.fit_stream`."""
     tokenizer = getattr(module, "tokenizer", None)
     if isinstance(stream, StreamDataModule):
         return lambda experience: stream.datamodule(experience, tokenizer)
@@ -236,7 +237,7 @@ def _default_datamodule(
     made: dict[int, ExperienceDataModule] = {}
 
     def make(experience: Experience) -> ExperienceDataModule:
-        if id(experience) not in made:  # tokenised once, though each is scored after many updates
+        if id(experience) not in made:  # tokenize only once, although each is scored after many updates
             made[id(experience)] = ExperienceDataModule(experience, tokenizer, **columns)
         return made[id(experience)]
 
@@ -244,7 +245,7 @@ def _default_datamodule(
 
 
 def _evaluation_loader(experience: Experience, data: pl.LightningDataModule) -> DataLoader[Any]:
-    """The test batches of an experience, or its validation batches where it has no test data."""
+    """The test batches of an experience, or its validation batches if it has no test data."""
     data.prepare_data()
     data.setup("test")
     for name in ("test_dataloader", "val_dataloader"):

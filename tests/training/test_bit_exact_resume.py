@@ -259,7 +259,7 @@ def test_another_kind_of_strategy_inside_an_update_is_refused(version: Path, tmp
         strategy="evertune_deepspeed_stage_2",
     )
     assert "was written by 2 processes without ZeRO, this fit has 2 processes with ZeRO-2" in told[0]
-    assert "delete the checkpoint and learn the update anew" in told[0]
+    assert "delete the checkpoint and restart the update" in told[0]
 
 
 @pytest.mark.slow

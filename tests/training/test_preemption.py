@@ -198,11 +198,11 @@ def test_signals_by_name_and_number() -> None:
 @pytest.mark.parametrize(
     ("signals", "message"),
     [
-        ([], r"at least one in it, got \[\]"),
-        ("SIGTERM", "must be a list of numbers or names with at least one in it, got 'SIGTERM'"),
-        (["TERM"], "there is no signal 'TERM'; give a name as 'SIGTERM', or a number"),
-        ([12345], "there is no signal 12345"),
-        (["SIGKILL"], "SIGKILL ends or stops a process at once: nothing can be saved; use another signal"),
+        ([], r"must be a non-empty list of numbers or names, got \[\]"),
+        ("SIGTERM", "must be a non-empty list of numbers or names, got 'SIGTERM'"),
+        (["TERM"], "unknown signal 'TERM'; pass a name such as 'SIGTERM', or a number"),
+        ([12345], "unknown signal 12345"),
+        (["SIGKILL"], "SIGKILL cannot be handled, so nothing can be saved; use another signal"),
     ],
 )
 def test_signals_that_cannot_be(signals: Any, message: str) -> None:
