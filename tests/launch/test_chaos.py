@@ -410,7 +410,7 @@ def test_the_network_of_a_node_is_cut(
     assert_as_undisturbed(run, undisturbed(strategy), events=1)
 
 
-LOST = "exitcode: 1|torchrun has ended and is started again"
+LOST = "exitcode: 1|torchrun has ended and is restarted"
 """What the other node says: its rank has lost the other one, or torchrun its meeting point."""
 
 

@@ -118,7 +118,7 @@ def test_another_content_of_a_file(nodes: Nodes, tmp_path: Path) -> None:
     codes, outputs = nodes.end()
     assert codes == [1, 1]
     for output in outputs:
-        assert f"preflight: node 1 (host {HOST}): stream.yaml has another content than on node 0 (sha256 " in output
+        assert f"preflight: node 1 (host {HOST}): stream.yaml differs from that on node 0 (sha256 " in output
 
 
 @pytest.mark.slow
@@ -137,7 +137,10 @@ def test_a_folder_that_one_node_does_not_see(nodes: Nodes, tmp_path: Path) -> No
 def test_nobody_else_comes(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--nodes", "3", "--node_rank", "0", "--timeout", "0.2", "--master", f"127.0.0.1:{port}"]) == 1
     said = capsys.readouterr().out
-    assert f"preflight: node 1, 2: not come to 127.0.0.1:{port} within 0 s. Look there: is it running; " in said
+    assert (
+        f"preflight: node 1, 2: has not connected to 127.0.0.1:{port} within 0 s. Check there whether it is running, "
+        in said
+    )
     assert f"`nc -vz 127.0.0.1 {port}`" in said
     assert "GLOO_SOCKET_IFNAME" in said
 
@@ -148,7 +151,7 @@ def test_one_of_three_does_not_come(nodes: Nodes, port: int, min_nodes: int) -> 
     for rank in (1, 0):
         nodes.start(rank, "--min_nodes", str(min_nodes), nodes=3, timeout=60)
     codes, outputs = nodes.end()
-    missing = f"node 2: not come to 127.0.0.1:{port} within 60 s"
+    missing = f"node 2: has not connected to 127.0.0.1:{port} within 60 s"
     if min_nodes == 2:
         assert codes == [0, 0]
         assert f"preflight: warning: {missing}" in outputs[0]
@@ -166,7 +169,7 @@ def test_node_0_dies_under_way(nodes: Nodes, port: int, tmp_path: Path) -> None:
     store.wait(["facts/1"], timedelta(seconds=200))
     nodes.processes[0].kill()
     assert nodes.processes[1].wait(100) == 1
-    assert "preflight: node 0 has gone, see its output" in (tmp_path / "1/out").read_text()
+    assert "preflight: the connection to node 0 was lost, see its output" in (tmp_path / "1/out").read_text()
 
 
 def test_the_master_cannot_be_reached(port: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +226,7 @@ def test_options(arguments: list[str], message: str, capsys: pytest.CaptureFixtu
         ),
         (
             replace(GOOD, configs={"stream.yaml": "abcdefghijkl"}),
-            ["stream.yaml has another content than on node 0 (sha256 abcdefgh, 12345678)"],
+            ["stream.yaml differs from that on node 0 (sha256 abcdefgh, 12345678)"],
             [],
         ),
         (replace(GOOD, configs={"stream.yaml": None}), ["cannot read stream.yaml"], []),
@@ -242,7 +245,7 @@ def test_options(arguments: list[str], message: str, capsys: pytest.CaptureFixtu
             [
                 "driver 535.0, node 0 has 550.1",
                 "open files (ulimit -n) 1024, node 0 has 65536",
-                "/dev/shm has 64 MiB: loaders with workers need more, and so does NCCL",
+                "/dev/shm has 64 MiB: DataLoader workers and NCCL need more",
             ],
         ),
     ],

@@ -1,4 +1,4 @@
-"""What a node says about itself before training, and what keeps nodes from training together."""
+"""Facts that a node reports before training, and their comparison between nodes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SHARED_MEMORY = 2**30  # containers get 64 MB where nobody asks for more
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a node says about itself.
+    """Facts about a node.
 
     Args:
-        host: its name.
-        run_id: of the run that it was started for.
-        software: versions by name; None for what is not installed.
-        configs: sha256 by file; None for a file that is not there.
-        gpus: the name of each.
-        driver: of the GPUs.
-        clock: seconds since 1970 when it told them; once node 0 has them, seconds ahead of node 0.
-        free_memory: bytes.
-        shared_memory: size of ``/dev/shm`` in bytes.
-        open_files: at most so many in a process.
+        host: Host name.
+        run_id: Identifier of the run that the node was started for.
+        software: Versions by package name; None if not installed.
+        configs: SHA-256 of each configuration file; None if it does not exist.
+        gpus: Name of each GPU.
+        driver: Version of the GPU driver.
+        clock: Seconds since 1970 when the node reported; converted by node 0 to seconds ahead of its own clock.
+        free_memory: Available memory in bytes.
+        shared_memory: Size of ``/dev/shm`` in bytes.
+        open_files: Maximum number of open files of a process.
     """
 
     host: str
@@ -47,11 +47,11 @@ class Facts:
 
     @property
     def gpu_names(self) -> str:
-        """As in ``"8 x NVIDIA H100"``."""
+        """The GPUs for people, as in ``"8 x NVIDIA H100"``."""
         return ", ".join(f"{self.gpus.count(name)} x {name}" for name in dict.fromkeys(self.gpus)) or "none"
 
     def called(self, rank: int) -> str:
-        """What this node is called in messages."""
+        """Name of this node in messages."""
         return f"node {rank} (host {self.host})"
 
 
@@ -78,11 +78,11 @@ def read_facts(run_id: str, configs: Sequence[str]) -> Facts:
 
 
 def compare(facts: Mapping[int, Facts], processes: int) -> tuple[list[str], list[str]]:
-    """What keeps the nodes from training together, and what only deserves a look.
+    """Differences that prevent the nodes from training together, and differences that only deserve a warning.
 
     Args:
-        facts: of each node by its rank, node 0 among them; their clocks in seconds ahead of node 0.
-        processes: on each node.
+        facts: Facts of each node by its rank, including node 0; clocks in seconds ahead of node 0.
+        processes: Processes on each node.
 
     Returns:
         Problems and warnings, a sentence each.
@@ -110,7 +110,7 @@ def compare(facts: Mapping[int, Facts], processes: int) -> tuple[list[str], list
             if here is None:
                 problems.append(f"{who}: cannot read {name}")
             elif there is not None and here != there:
-                problems.append(f"{who}: {name} has another content than on node 0 (sha256 {here[:8]}, {there[:8]})")
+                problems.append(f"{who}: {name} differs from that on node 0 (sha256 {here[:8]}, {there[:8]})")
         if any_gpus and len(one.gpus) < processes:
             problems.append(f"{who}: has {len(one.gpus)} GPUs for {processes} processes")
         if abs(one.clock) > _CLOCKS:
@@ -125,7 +125,7 @@ def compare(facts: Mapping[int, Facts], processes: int) -> tuple[list[str], list
                 warnings.append(f"{who}: {name} {mine}, node 0 has {other}")
         if one.shared_memory < _SHARED_MEMORY:
             size = f"{one.shared_memory / 2**20:.0f} MiB"
-            warnings.append(f"{who}: /dev/shm has {size}: loaders with workers need more, and so does NCCL")
+            warnings.append(f"{who}: /dev/shm has {size}: DataLoader workers and NCCL need more")
     return problems, warnings
 
 
@@ -144,7 +144,7 @@ def _sha256(file: Path) -> str | None:
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without swapping (Linux)."""
+    """Bytes that are available without swapping (Linux)."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

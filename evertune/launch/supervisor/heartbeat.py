@@ -1,4 +1,4 @@
-"""The ranks of one node as its supervisor sees them: which of them hang, and where."""
+"""The ranks of one node as its supervisor sees them: finds hung ranks, and reports where they hang."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from evertune.utils.files import write_atomically
 from evertune.utils.processes import process_state
 
 _STOPPED = 10.0
-"""Seconds for which a rank may be stopped."""
+"""Seconds for which the process of a rank may be stopped (SIGSTOP)."""
 
 _AWAY = 10.0
-"""Seconds without a look after which all ranks get their time anew."""
+"""Seconds without a check (the supervisor itself was stopped) after which the timeouts of all ranks start over."""
 
 _TIMES_LONGEST_STEP = 10
 _INCIDENT = timedelta(seconds=60)  # hangs that are found within it are the same
@@ -34,17 +34,17 @@ class Rank:
     """One rank of this node: what it has announced, its progress, and what the system says of its process.
 
     Attributes:
-        local: its number on this node.
-        rank: its number among all.
-        pid: of its process.
-        restarts: how often torchrun had started its ranks over.
-        awaited: whether it trains, so that it owes signs of life.
-        announced: when it did, by the monotonic clock.
-        log: where its output goes.
-        offset: where in it this process's output begins.
-        state: of the process, as in ``/proc``; empty when it is gone.
-        beat: its last sign of life, if there was one.
-        code: the exit code that its command has come to.
+        local: Rank on this node.
+        rank: Global rank.
+        pid: Process id.
+        restarts: Number of times that torchrun had restarted its ranks.
+        awaited: Whether it trains, so that heartbeats are expected.
+        announced: When it announced itself, by the monotonic clock.
+        log: File of its output.
+        offset: Position in the file at which this process's output begins.
+        state: State of the process, as in ``/proc``; empty if it is gone.
+        beat: Its last heartbeat, if there was one.
+        code: The exit code of its command, once it has ended.
     """
 
     local: int
@@ -61,7 +61,7 @@ class Rank:
 
     @property
     def alive(self) -> bool:
-        """Whether its process is there and has not ended."""
+        """Whether its process exists and has not ended."""
         return self.state not in ("", "Z", "X")
 
     @property
@@ -74,8 +74,8 @@ def read_ranks(folder: Path, torchrun: int | None = None) -> list[Rank]:
     """The ranks that have announced themselves on a node.
 
     Args:
-        folder: of the node.
-        torchrun: the process that has started them; without it, none counts as alive.
+        folder: Folder of the node.
+        torchrun: Process id of torchrun, which started them; if None, no rank counts as alive.
     """
     ranks = []
     for path in sorted(folder.glob("rank-*.json")):
@@ -119,8 +119,8 @@ class Watch:
     """Finds ranks that hang.
 
     Args:
-        hang_timeout: seconds without progress inside a training step.
-        silence_timeout: the same elsewhere, and in the first step, in which much is compiled and allocated.
+        hang_timeout: Seconds without progress inside a training step.
+        silence_timeout: Seconds without progress elsewhere, and in the first step, which compiles and allocates much.
     """
 
     def __init__(self, hang_timeout: float, silence_timeout: float) -> None:
@@ -129,7 +129,7 @@ class Watch:
         self._looked, self._back = time.monotonic(), 0.0
 
     def late(self, ranks: Iterable[Rank]) -> list[Rank]:
-        """Those of some ranks that hang. To be called every second or so."""
+        """The ranks that hang. Call it about every second."""
         now = time.monotonic()
         if now - self._looked > _AWAY:  # this process was stopped itself, perhaps with all of this machine
             self._back, self._stopped = now, {}
@@ -158,19 +158,19 @@ class Watch:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank was when a hang was looked into; what nodes tell each other.
+    """Where a rank was when a hang was examined; exchanged between the nodes.
 
     Attributes:
-        node: its node's number.
-        host: its node's name.
-        rank: its number among all.
-        pid: of its process.
-        state: of its process.
-        marks: how often it has made progress.
-        step: optimizer steps so far.
-        in_step: whether it is inside a training step.
-        silent: seconds without progress.
-        stack: its innermost frames.
+        node: Rank of its node.
+        host: Host name of its node.
+        rank: Global rank.
+        pid: Process id.
+        state: State of the process, as in ``/proc``.
+        marks: Number of heartbeats so far.
+        step: Optimizer steps so far.
+        in_step: Whether it is inside a training step.
+        silent: Seconds without progress.
+        stack: Its innermost stack frames.
     """
 
     node: int
@@ -188,15 +188,15 @@ class Place:
         where = f"in step {self.step + 1}" if self.in_step else f"after step {self.step}, outside of a step"
         return (
             f"rank {self.rank} (process {self.pid} on node {self.node}, {self.host}) has made no progress for "
-            f"{self.silent:.0f} s: {where}, state {self.state}; stack: {self.stack or 'it gave none'}"
+            f"{self.silent:.0f} s: {where}, state {self.state}; stack: {self.stack or 'not available'}"
         )
 
 
 def incident(logs: Path) -> Path:
-    """The folder for a hang that has been found now: that of a minute ago or less, or a new one.
+    """The folder for a hang that was just found: one that is at most a minute old, or a new one.
 
     Args:
-        logs: the run's folder, which all nodes see.
+        logs: Folder of the run, shared by all nodes.
     """
     now = datetime.now(UTC)
     recent = _recent(logs, now)
@@ -207,18 +207,18 @@ def incident(logs: Path) -> Path:
 
 
 def look_into(ranks: Sequence[Rank], node: int, folder: Path, incident: Path) -> Path:
-    """Write down where the ranks of this node are, for people and for the other nodes.
+    """Record where the ranks of this node are, for people and for the other nodes.
 
-    Each rank's stacks go into ``rank-<n>.txt``. A stopped rank goes on for as long as that takes.
+    The stack trace of each rank is written to ``rank-<n>.txt``. A stopped rank is continued for as long as that takes.
 
     Args:
-        ranks: that are alive.
-        node: the number of this one.
-        folder: of this node.
-        incident: where to write.
+        ranks: Ranks that are alive.
+        node: Rank of this node.
+        folder: Folder of this node.
+        incident: Folder to write to.
 
     Returns:
-        Where that is.
+        ``incident``.
     """
     now, host = time.monotonic(), socket.gethostname()
     places = []
@@ -243,20 +243,20 @@ def look_into(ranks: Sequence[Rank], node: int, folder: Path, incident: Path) ->
 
 
 def look_into_with_others(ranks: Sequence[Rank], node: int, folder: Path, logs: Path) -> None:
-    """Write down where the ranks of this node are if another node has found a hang just now."""
+    """Record where the ranks of this node are if another node has just found a hang."""
     recent = _recent(logs, datetime.now(UTC))
     if recent is not None and not (recent / f"node-{node}.json").exists():
         look_into(ranks, node, folder, recent)
 
 
 def places_in(incident: Path) -> list[Place]:
-    """What the nodes have told so far of where their ranks are."""
-    told = [json.loads(path.read_text()) for path in incident.glob("node-*.json")]
-    return sorted((Place(**facts) for places in told for facts in places), key=lambda place: place.rank)
+    """The places of the ranks of all nodes that have reported so far."""
+    reports = [json.loads(path.read_text()) for path in incident.glob("node-*.json")]
+    return sorted((Place(**facts) for places in reports for facts in places), key=lambda place: place.rank)
 
 
 def furthest_behind(places: Sequence[Place]) -> list[Place]:
-    """Those of some ranks that are stopped; if none is, those that have come least far."""
+    """The stopped ranks; if there are none, those that have made the least progress."""
     fewest = min((place.marks for place in places), default=0)
     return [place for place in places if place.state == "T"] or [place for place in places if place.marks == fewest]
 
@@ -274,7 +274,7 @@ def innermost(stacks: str, depth: int = 4) -> str:
 
 
 def _stacks(rank: Rank, file: Path) -> str:
-    """What a process writes when it is asked for its stacks; it needs no Python for it, only to be running."""
+    """The stack traces that a process writes on SIGUSR1: by faulthandler, which does not need the interpreter lock."""
     before = file.stat().st_size
     try:
         os.kill(rank.pid, signal.SIGUSR1)
@@ -291,7 +291,7 @@ def _stacks(rank: Rank, file: Path) -> str:
 
 
 def _wait_until_written(file: Path, before: int) -> None:
-    """Wait until a file has grown and grows no more, for two seconds at most."""
+    """Wait until a file has grown and stopped growing, for two seconds at most."""
     size, deadline = before, time.monotonic() + 2
     while time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,8 +1,8 @@
 """The supervisor of one node: ``python -m evertune.launch.supervisor.node``, started once on each node.
 
-It starts torchrun, which starts the ranks, and sees to it that the run ends in the exit code of its command: ranks that
-hang are named and started over, torchrun is started again when it has lost the other nodes, and a request to stop is
-passed on to the ranks, which save and end.
+It starts torchrun, which starts the ranks, and makes sure that the run ends with the exit code of its command: hung
+ranks are reported and restarted, torchrun is restarted when it has lost the other nodes, and a request to stop is
+forwarded to the ranks, which save and end.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from evertune.launch.supervisor.heartbeat import (
 from evertune.utils.processes import die_with_parent, kill_group, process_state
 
 WAIT = 600
-"""Seconds for which a node waits for the others: at the start, and after they or the network are lost."""
+"""Seconds for which a node waits for the others: at the start, and after they or the network were lost."""
 
-_LAST_CALL = 30  # seconds in which more nodes may come when `min_nodes` are there
-_CONNECT = 60  # seconds for one try to reach the first node
+_LAST_CALL = 30  # seconds in which more nodes may join once `min_nodes` have
+_CONNECT = 60  # seconds for one attempt to reach the first node
 _POLL = 0.5
-_OTHERS = 2.0  # seconds that the other nodes have to tell where their ranks are
-_STUCK = 90.0  # seconds for which torchrun may be stopped, or not see that a rank has ended; it needs up to 60 itself
-_LINGER = 360.0  # seconds from the end of all ranks here to that of torchrun, which waits 300 for other nodes
+_OTHERS = 2.0  # seconds that the other nodes have to report where their ranks are
+_STUCK = 90.0  # seconds for which torchrun may be stopped, or not notice that a rank has ended; up to 60 are normal
+_LINGER = 360.0  # seconds from the end of all ranks here to that of torchrun, which waits 300 for the other nodes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise one node until the run has ended there.
 
     Args:
-        arguments: as :meth:`evertune.launch.settings.LaunchSettings.node_command` writes them.
+        arguments: Arguments as :meth:`evertune.launch.settings.LaunchSettings.node_command` writes them.
 
     Returns:
         The command's exit code, on the node of rank 0; 0 on others. 75 when the run was asked to stop and goes on when
@@ -93,8 +93,8 @@ class Supervisor:
     """One node of a run.
 
     Args:
-        options: of the command line.
-        folder: empty, on this node, for this run.
+        options: Options of the command line.
+        folder: An empty folder on this node, for this run only.
     """
 
     def __init__(self, options: Namespace, folder: Path) -> None:
@@ -116,7 +116,7 @@ class Supervisor:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._ended.unlink(missing_ok=True)
         except OSError as error:
-            self._say(f"the log folder cannot be written: {error}")
+            self._say(f"cannot write to the log folder: {error}")
             return 1
         (self.folder / "logs").symlink_to(self.logs)
         for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -140,7 +140,7 @@ class Supervisor:
     # --- the preflight
 
     def _preflight(self) -> None:
-        """Look at all nodes before the first start; a node that comes back later does not find the others at it."""
+        """Check all nodes before the first start. A node that rejoins later skips it, as the others are training."""
         options = self.options
         passed = self.logs / f"node-{options.node_rank}.preflight"
         if passed.exists():
@@ -170,7 +170,7 @@ class Supervisor:
         """Start torchrun and watch it to its end.
 
         Raises:
-            _End: unless torchrun shall be started again.
+            _End: Unless torchrun is to be restarted.
         """
         if self._interrupted or self._asked is not None:
             raise _End(130 if self._interrupted else PREEMPTED)
@@ -178,7 +178,7 @@ class Supervisor:
         try:
             command = self._command()
         except OSError as error:
-            self._say(f"the first node is not known yet: {self.options.master}: {error}")
+            self._say(f"the first node, {self.options.master}, cannot be resolved or reached yet, retrying: {error}")
             time.sleep(2)
             return
         for path in self.folder.glob("rank-*.json"):
@@ -223,17 +223,17 @@ class Supervisor:
 
     def _start(self, command: list[str], **variables: str) -> subprocess.Popen[bytes]:
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
-        environment.pop("EVERTUNE_SUPERVISOR", None)  # a pipe that this process does not hand on
+        environment.pop("EVERTUNE_SUPERVISOR", None)  # a pipe that children do not inherit
         return subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C comes here, and nowhere else
+            start_new_session=True,  # so that Ctrl-C reaches this process only
             preexec_fn=_as_child,  # noqa: PLW1509  two system calls
         )
 
     def _judge(self, process: subprocess.Popen[bytes], error_file: Path) -> None:
-        """Torchrun has ended: end as well, or return and start it again.
+        """Torchrun has ended: end too, or return to restart it.
 
         Raises:
             _End: with the exit code.
@@ -248,7 +248,7 @@ class Supervisor:
             raise _End(PREEMPTED)
         if code < 0:
             reason = f"it was killed by signal {-code}"
-        elif error_file.exists():  # it has failed itself: not with all its restarts, by the ranks
+        elif error_file.exists():  # torchrun itself failed, rather than the ranks with all their restarts
             reason = json.loads(error_file.read_text())["message"]["message"]
         else:
             self._say("the ranks have failed too often")
@@ -256,13 +256,13 @@ class Supervisor:
         if ranks:
             self._tries -= 1 + max(rank.restarts for rank in ranks)
         if self._tries < 0:
-            self._say(f"torchrun has ended, and no restart is left: {reason}")
+            self._say(f"torchrun has ended, and no restarts are left: {reason}")
             raise _End(1)
-        self._say(f"torchrun has ended and is started again: {reason}")
+        self._say(f"torchrun has ended and is restarted: {reason}")
         time.sleep(1)
 
     def _decided(self, ranks: Sequence[Rank]) -> int | None:
-        """The exit code when all ranks here have come to one."""
+        """The exit code, once the commands of all ranks here have ended."""
         codes = {rank.rank: rank.code for rank in ranks}
         if len(codes) < self.options.processes or None in codes.values():
             return None
@@ -271,10 +271,10 @@ class Supervisor:
     # --- looking after it
 
     def _look_after(self, torchrun: int, ranks: Sequence[Rank]) -> None:
-        """One look at torchrun and its ranks.
+        """Check torchrun and its ranks once.
 
         Raises:
-            _End: when they shall be ended.
+            _End: When they are to be ended.
         """
         if self._interrupted:
             raise _End(130)
@@ -290,7 +290,7 @@ class Supervisor:
         self._look_for_hangs(ranks)
         stuck = process_state(torchrun)[0] == "T" or any(rank.state == "Z" for rank in ranks)
         if self._for("stuck", stuck) > _STUCK:
-            self._say(f"torchrun (process {torchrun}) does nothing any more and is killed")
+            self._say(f"torchrun (process {torchrun}) is stuck and is killed")
             kill_group(torchrun)
 
     def _pass_on(self, ranks: Sequence[Rank]) -> None:
@@ -306,11 +306,11 @@ class Supervisor:
         if not alive:
             raise _End(PREEMPTED)
         if time.monotonic() - self._asked > self.options.grace:
-            self._say(f"the ranks have not ended {self.options.grace:g} s after they were asked to, and are killed")
+            self._say(f"the ranks have not ended {self.options.grace:g} s after they were asked to stop; killing them")
             raise _End(PREEMPTED)
 
     def _look_for_hangs(self, ranks: Sequence[Rank]) -> None:
-        """Name ranks that hang and kill them: torchrun then starts all ranks over, on all nodes."""
+        """Report hung ranks and kill them: torchrun then restarts all ranks, on all nodes."""
         late = [rank for rank in self._watch.late(ranks) if rank.pid not in self._killed]
         alive = [rank for rank in ranks if rank.alive]
         try:
@@ -319,7 +319,7 @@ class Supervisor:
             elif self.options.nodes > 1 and alive:
                 look_into_with_others(alive, self.options.node_rank, self.folder, self.logs)
         except OSError as error:
-            self._say(f"where the ranks hang cannot be written down: {error}")
+            self._say(f"cannot record where the ranks hang: {error}")
         for rank in late:
             self._killed.add(rank.pid)
             kill_group(rank.pid)
@@ -332,19 +332,19 @@ class Supervisor:
             time.sleep(_OTHERS)
         for place in furthest_behind(places_in(found)):
             self._say(f"furthest behind: {place}")
-        self._say(f"the stacks of all ranks are in {found}; ranks that hang are killed, and all start over")
+        self._say(f"the stack traces of all ranks are in {found}; hung ranks are killed, and all ranks restart")
 
     def _end_if_alone(self) -> None:
-        """End when no rank has run here for long, or the others need not be waited for.
+        """End if no rank has run here for too long, or if the other nodes have ended.
 
         Raises:
-            _End: then.
+            _End: If so.
         """
         if time.monotonic() - self._alive_at > WAIT:
-            self._say(f"the other nodes have not come within {WAIT} s")
+            self._say(f"the other nodes have not joined within {WAIT} s")
             raise _End(1)
         if self.options.min_nodes is not None:
-            return  # those that are left go on
+            return  # the remaining nodes continue
         for path in self.logs.glob("node-*.ended"):
             if path.stat().st_mtime > self._started:
                 code = int(path.read_text() or 1)
@@ -352,7 +352,7 @@ class Supervisor:
                 raise _End(PREEMPTED if code == PREEMPTED else 1)
 
     def _for(self, what: str, true: bool) -> float:
-        """Seconds since something has been true."""
+        """Seconds for which something has been true without interruption."""
         if not true:
             self._since.pop(what, None)
             return 0.0
@@ -367,7 +367,7 @@ class Supervisor:
 
     @property
     def _ended(self) -> Path:
-        """Tells the other nodes how the run has ended here."""
+        """The file that reports to the other nodes how the run has ended here."""
         return self.logs / f"node-{self.options.node_rank}.ended"
 
     def _interrupt(self, number: int, frame: object) -> None:
@@ -382,7 +382,7 @@ class Supervisor:
 
 
 class _Output(threading.Thread):
-    """Passes what the ranks here print on to the console, each line with its rank."""
+    """Copies the output of the ranks here to the console, prefixing each line with its rank."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(name="evertune-output", daemon=True)
@@ -398,7 +398,7 @@ class _Output(threading.Thread):
             self._pass_on(whole_lines=False)
 
     def finish(self) -> None:
-        """Pass the rest on. A console that takes nothing any more is left alone."""
+        """Copy the rest. Does not wait for a console that blocks."""
         self._finished.set()
         self.join(10)
 
@@ -433,10 +433,10 @@ def _kill(process: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> None:
 
 
 def _own_address(master: str, first: bool) -> str:
-    """The address by which other nodes reach this one: the first node's is given, others have a way to it.
+    """The address at which other nodes reach this one: that of the interface with a route to the first node.
 
     Raises:
-        OSError: when the first node's name is not known, or there is no way to it.
+        OSError: If the first node's name cannot be resolved, or it cannot be reached.
     """
     host, _, port = master.rpartition(":")
     host = host.strip("[]")

@@ -1,6 +1,6 @@
-"""Looks at every node before training: do all come, are they alike, see the same folders, and how fast is the network.
+"""Checks every node before training: that all join, are alike and share folders, and how fast the network is.
 
-Runs on each node at the same time, one process a node::
+Runs on all nodes at the same time, one process per node::
 
     python -m evertune.launch.supervisor.preflight --nodes 2 --node_rank 0 --processes 8 --master a:29500 --run_id 1 \\
         --config stream.yaml --shared runs
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 _SIZES = (1_000_000, 64_000_000)  # bytes reduced
 _REPEATS = 3
-_SEEN_WITHIN = 15.0  # seconds until a file shows on another node
+_SEEN_WITHIN = 15.0  # seconds until a file must be visible on another node
 _ANSWER = 120.0  # seconds for a node to answer
 _LOOK = (
-    "Look there: is it running; `getent hosts {host}` (the name); `nc -vz {host} {port}` (the port, a firewall); with "
-    "several networks, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch.interface) to the device between the nodes"
+    "Check there whether it is running, `getent hosts {host}` (name resolution) and `nc -vz {host} {port}` (port, "
+    "firewall); with several networks, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch.interface) to the network "
+    "interface between the nodes"
 )
 
 
@@ -47,11 +48,11 @@ class _FailedError(Exception):
 
 
 class _Meeting:
-    """Where nodes tell each other something, as JSON in a store that node 0 keeps at the master's address."""
+    """Exchanges JSON messages between the nodes, in a store that node 0 hosts at the master's address."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self.store, self.rank = store, rank
-        self.facts: dict[int, Facts] = {}  # of those that are here; known to node 0
+        self.facts: dict[int, Facts] = {}  # of the nodes that have joined; known to node 0 only
         self.nodes = [rank]
         self.gpus = False  # on every node
 
@@ -62,13 +63,13 @@ class _Meeting:
         return bool(self.store.check([f"{what}/{rank}"]))
 
     def read(self, what: str, rank: int, seconds: float = _ANSWER) -> Any:
-        """What a node has posted, or will within some seconds; raises TimeoutError."""
+        """What a node has posted, or posts within some seconds; raises TimeoutError."""
         if not _within(seconds, lambda: self.has(what, rank)):
             raise TimeoutError
         return json.loads(self.store.get(f"{what}/{rank}"))
 
     def collect(self, what: str) -> tuple[dict[int, Any], list[str]]:
-        """On node 0: what all have posted, and who has not."""
+        """On node 0: what all nodes have posted, and a problem for each that has not."""
         answers: dict[int, Any] = {}
         problems = []
         end = time.monotonic() + _ANSWER
@@ -79,10 +80,10 @@ class _Meeting:
                 problems.append(f"{self.who(rank)}: no answer within {_ANSWER:.0f} s ({what})")
         return answers, problems
 
-    def agree(self, what: str, problems: Sequence[str], seconds: float = 2 * _ANSWER, **told: Any) -> dict[str, Any]:
-        """Node 0 says whether to go on, and what else it has to tell; raises on all nodes where there are problems."""
+    def agree(self, what: str, problems: Sequence[str], seconds: float = 2 * _ANSWER, **more: Any) -> dict[str, Any]:
+        """Share the decision of node 0, and more values; raises on all nodes if there are problems."""
         if self.rank == 0:
-            self.post(f"{what}, decided", {"problems": problems, **told})
+            self.post(f"{what}, decided", {"problems": problems, **more})
         try:
             answer: dict[str, Any] = self.read(f"{what}, decided", 0, seconds)
         except TimeoutError:
@@ -92,7 +93,7 @@ class _Meeting:
         return answer
 
     def leave(self) -> None:
-        """Node 0 goes last."""
+        """Leave; node 0 leaves last, as it hosts the store."""
         self.post("left", True)
         if self.rank == 0:
             _within(10, lambda: all(self.has("left", rank) for rank in self.nodes))
@@ -102,7 +103,7 @@ class _Meeting:
 
 
 def _open(options: argparse.Namespace) -> _Meeting:
-    """Open the store on node 0; reach it from the others."""
+    """Open the store on node 0; connect to it from the others."""
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     host, port = options.master
@@ -129,12 +130,12 @@ def _open(options: argparse.Namespace) -> _Meeting:
         wait = timedelta(seconds=_ANSWER)
         store = TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=wait)
     except DistError as error:
-        what = f"open port {port}: {error}. Does another run use it? Choose another port"
+        what = f"open port {port}: {error}. If another run uses it, choose another port"
         if rank > 0:
-            what = f"talk to what is at {host}:{port}: {error}. Does something else use this port?"
+            what = f"talk to node 0 at {host}:{port}: {error}. Check whether another program uses this port"
         raise _FailedError([f"{who} cannot {what}"]) from None
     if store.add(f"rank/{rank}", 1) > 1:
-        raise _FailedError([f"{who}: there is another node {rank}: each needs a --node_rank of its own"])
+        raise _FailedError([f"{who}: another node also has rank {rank}: give each node its own --node_rank"])
     return _Meeting(store, rank)
 
 
@@ -156,7 +157,7 @@ def _gather(meeting: _Meeting, facts: Facts, options: argparse.Namespace) -> lis
         if not _within(options.timeout, all_here):
             missing = ", ".join(str(rank) for rank in range(options.nodes) if rank not in meeting.facts)
             text = (
-                f"node {missing}: not come to {host}:{port} within {options.timeout:.0f} s. "
+                f"node {missing}: has not connected to {host}:{port} within {options.timeout:.0f} s. "
                 f"{_LOOK.format(host=host, port=port)}"
             )
             enough = options.min_nodes is not None and len(meeting.facts) >= options.min_nodes
@@ -164,17 +165,17 @@ def _gather(meeting: _Meeting, facts: Facts, options: argparse.Namespace) -> lis
         differences, more = compare(meeting.facts, options.processes)
         problems, warnings = problems + differences, warnings + more
         meeting.nodes = sorted(meeting.facts)
-    told = {"nodes": meeting.nodes, "gpus": all(one.gpus for one in meeting.facts.values())}
+    decided = {"nodes": meeting.nodes, "gpus": all(one.gpus for one in meeting.facts.values())}
     seconds = options.timeout + _ANSWER
-    answer = meeting.agree("comparison", problems, seconds, **told)
+    answer = meeting.agree("comparison", problems, seconds, **decided)
     meeting.nodes, meeting.gpus = answer["nodes"], answer["gpus"]
     if meeting.rank not in meeting.nodes:
-        raise _FailedError([f"{meeting.who(meeting.rank)} has come too late: the others have started without it"])
+        raise _FailedError([f"{meeting.who(meeting.rank)} joined too late: the others have started without it"])
     return warnings
 
 
 def _check_folders(meeting: _Meeting, folders: Sequence[str]) -> None:
-    """A file of node 0 in each folder must show on every node, and a file of every node on node 0."""
+    """Check that a file of node 0 in each folder is visible on every node, and a file of every node on node 0."""
     rank = meeting.rank
     token = str(meeting.agree("token", [], token=uuid.uuid4().hex)["token"])
     ours = {folder: _file(folder, token, rank) for folder in folders}
@@ -186,8 +187,8 @@ def _check_folders(meeting: _Meeting, folders: Sequence[str]) -> None:
                     problems.append(f"{meeting.who(0)}: cannot write to the shared folder {folder}: {error}")
         meeting.agree("files", problems)
         if rank > 0:
-            told = {folder: _see(_file(folder, token, 0), token) or _write(ours[folder], token) for folder in folders}
-            meeting.post("folders", told)
+            seen = {folder: _see(_file(folder, token, 0), token) or _write(ours[folder], token) for folder in folders}
+            meeting.post("folders", seen)
         else:
             meeting.post("folders", dict.fromkeys(folders))
             answers, problems = meeting.collect("folders")
@@ -209,7 +210,7 @@ def _file(folder: str, token: str, rank: int) -> Path:
 
 
 def _write(file: Path, token: str) -> str | None:
-    """What went wrong."""
+    """Write a file; returns what went wrong."""
     try:
         file.write_text(token)
     except OSError as error:
@@ -218,13 +219,13 @@ def _write(file: Path, token: str) -> str | None:
 
 
 def _see(file: Path, token: str) -> str | None:
-    """What went wrong, after some seconds."""
+    """Wait for a file to appear; returns what went wrong."""
     error = ""
 
     def seen() -> bool:
         nonlocal error
         try:
-            error = "" if file.read_text() == token else "a file has another content"
+            error = "" if file.read_text() == token else "the file has other content"
         except OSError as problem:
             error = problem.strerror or str(problem)
         return not error
@@ -233,12 +234,12 @@ def _see(file: Path, token: str) -> str | None:
 
 
 def _check_network(meeting: _Meeting) -> dict[int, list[float]]:
-    """Reduce some tensors over all nodes; the seconds of each size, by node, on node 0."""
+    """All-reduce tensors over all nodes; returns the seconds for each size, by node, on node 0."""
     if len(meeting.nodes) == 1:
         return {}
     try:
         meeting.post("network", {"seconds": _time_reductions(meeting)})
-    except Exception as error:  # whatever a network library raises, the nodes want to be told
+    except Exception as error:  # report any error of a network library to the other nodes
         meeting.post("network", {"error": f"{type(error).__name__}: {error}"})
     answers: dict[int, Any] = {}
     problems: list[str] = []
@@ -246,7 +247,7 @@ def _check_network(meeting: _Meeting) -> dict[int, list[float]]:
         answers, problems = meeting.collect("network")
         problems += [
             f"{meeting.who(rank)}: the all-reduce failed: {answer['error']}. With several networks, set "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch.interface) to the device between the nodes"
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch.interface) to the interface between the nodes"
             for rank, answer in answers.items()
             if "error" in answer
         ]
@@ -271,7 +272,7 @@ def _time_reductions(meeting: _Meeting) -> list[float]:
         for size in _SIZES:
             tensor = torch.zeros(size // 4, device="cuda:0" if meeting.gpus else "cpu")
             dist.all_reduce(tensor)
-            float(tensor[0])  # waits for the GPU
+            float(tensor[0])  # synchronizes with the GPU
             start = time.perf_counter()
             for _ in range(_REPEATS):
                 dist.all_reduce(tensor)
@@ -283,7 +284,7 @@ def _time_reductions(meeting: _Meeting) -> list[float]:
 
 
 def _show(meeting: _Meeting, seconds: Mapping[int, Sequence[float]]) -> None:
-    """A line for each node."""
+    """Print a table with a line for each node."""
     from rich.console import Console
     from rich.table import Table
 
@@ -304,7 +305,7 @@ def _show(meeting: _Meeting, seconds: Mapping[int, Sequence[float]]) -> None:
             f"{one.clock:+.1f} s",
         ]
         for size, took in zip(_SIZES, seconds.get(rank, ()), strict=False):
-            bandwidth = 2 * (n - 1) / n * size / took / 1e9  # what each node's link carries
+            bandwidth = 2 * (n - 1) / n * size / took / 1e9  # of each node's link, for a ring all-reduce
             row.append(f"{took * 1e3:.1f} ms, {bandwidth:.2f} GB/s")
         table.add_row(*row)
     console = Console()
@@ -316,7 +317,7 @@ def _gib(size: int) -> str:
 
 
 def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
-    """Whether something is so within some seconds."""
+    """Poll until a condition holds; False if it does not within some seconds."""
     end = time.monotonic() + seconds
     while not is_so():
         if time.monotonic() > end:
@@ -334,7 +335,7 @@ def _address(text: str) -> tuple[str, int]:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m evertune.launch.supervisor.preflight", description="Look at every node before training."
+        prog="python -m evertune.launch.supervisor.preflight", description="Check every node before training."
     )
     parser.add_argument("--nodes", type=int, required=True, help="how many there are")
     parser.add_argument("--node_rank", type=int, required=True, help="which one this is, from 0")
@@ -343,7 +344,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run_id", default="", help="the same on all nodes")
     parser.add_argument("--config", action="extend", nargs="+", default=[], help="files to be alike on all nodes")
     parser.add_argument("--shared", action="extend", nargs="+", default=[], help="folders that all nodes must see")
-    parser.add_argument("--min_nodes", type=int, help="go on with so many when others have not come in time")
+    parser.add_argument("--min_nodes", type=int, help="continue with this many nodes if others do not join in time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for the nodes")
     options = parser.parse_args(arguments)
     if not 0 <= options.node_rank < options.nodes:
@@ -352,16 +353,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look at every node; runs on all of them at the same time.
+    """Check every node; runs on all of them at the same time.
 
     Args:
-        arguments: of the command line.
+        arguments: Arguments of the command line.
 
     Returns:
-        The exit code, the same on all nodes that have met: 0 when training can start.
+        The exit code, the same on all nodes that have joined: 0 if training can start.
     """
     options = _options(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its warnings while nodes wait are said here in words
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its warnings while nodes wait duplicate our own messages
     from torch.distributed import DistError
 
     facts = read_facts(options.run_id, options.config)
@@ -381,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"preflight: {reason}", flush=True)
         return 1
     except DistError as error:
-        print(f"preflight: node 0 has gone, see its output: {error}", flush=True)
+        print(f"preflight: the connection to node 0 was lost, see its output: {error}", flush=True)
         return 1
     return 0
 

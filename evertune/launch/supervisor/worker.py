@@ -1,9 +1,9 @@
 """A command of evertune as one rank of a run: signals, output and exit codes, as the supervisor of the node expects.
 
-The rank and the supervisor of its node (:mod:`evertune.launch.supervisor.node`) exchange what they know through files
-in the folder ``EVERTUNE_NODE_DIR``, by local rank: ``rank-0.json`` (it lives, and can be signalled), ``beat-0`` (its
-progress), ``stack-0`` (its stacks, on SIGUSR1), ``asked-0`` (it got SIGUSR2: it shall save and end), ``code-0`` (the
-exit code that its command has come to).
+The rank and the supervisor of its node (:mod:`evertune.launch.supervisor.node`) communicate through files in the
+folder ``EVERTUNE_NODE_DIR``, by local rank: ``rank-0.json`` (it is alive and handles signals), ``beat-0`` (its
+progress), ``stack-0`` (its stack traces, on SIGUSR1), ``asked-0`` (it got SIGUSR2: it must save and end), ``code-0``
+(the exit code of its command).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evertune.utils.beat import own_beat
 from evertune.utils.processes import die_with_parent
 
 _TERMINATION = 5.0
-"""Seconds that a rank may go on after SIGTERM: one that waits for a rank that is gone would not notice."""
+"""Seconds from SIGTERM to SIGKILL: a rank that waits in a collective for a lost rank would never react to SIGTERM."""
 
 _TRAINS = ("fit", "update")
 
@@ -31,8 +31,8 @@ _TRAINS = ("fit", "update")
 def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
     """Run a command as one rank and end this process.
 
-    Exit codes that are a decision, and no crash, are left for the supervisor; torchrun then sees a success. All others
-    make torchrun start all ranks over.
+    Exit codes that are results, not crashes, are passed to the supervisor in a file, and torchrun sees a success. All
+    others make torchrun restart all ranks.
 
     Args:
         command: ends by returning, or by ``SystemExit``.
@@ -52,7 +52,7 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
         code = _code_of(command, arguments)
     finally:
         if (folder / f"beat-{local_rank}").exists() and (beat := own_beat()) is not None:
-            beat.end_step(beat.step)  # this process may need long to end
+            beat.end_step(beat.step)  # this process may take long to exit
     leave()
     sys.stdout.flush()
     if code in (*DECIDED, PREEMPTED):
@@ -70,7 +70,7 @@ def with_layout(arguments: list[str]) -> list[str]:
 
 
 def _announce(folder: Path, local_rank: str, awaited: bool) -> None:
-    """From now on this process can be signalled, and its output is kept."""
+    """Install the signal handlers, redirect the output to the log, and announce this process to the supervisor."""
     die_with_parent()
     for name in ("code", "asked", "beat"):  # of the process before it
         (folder / f"{name}-{local_rank}").unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def _announce(folder: Path, local_rank: str, awaited: bool) -> None:
 
 
 def _end_soon_after_sigterm() -> None:
-    """Lightning ends at the next batch after SIGTERM, which never comes when another rank is gone."""
+    """Kill this process soon after SIGTERM. Lightning waits for the next batch, which never comes if a rank is lost."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
