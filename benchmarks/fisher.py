@@ -122,7 +122,7 @@ def compare(module: Classifier, batches: list[dict[str, Tensor]], estimator: Est
 
 
 def peak_memory(work: str, tokens: int) -> float:
-    """Megabytes that the work takes on top of the imports, measured in a process of its own."""
+    """Megabytes that the work takes on top of the imports, measured in a separate process."""
     command = [sys.executable, __file__, "--measure", work, "--tokens", str(tokens)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

@@ -263,7 +263,7 @@ def device_memory() -> Iterator[None]:
 
 
 def measure(size: Size, batch: int, steps: int, rounds: int, until: float, may_compile: bool) -> Outcome:
-    """Let the contenders take turns, for so many rounds, or until the time is over."""
+    """Let the contenders take turns, for a number of rounds, or until the time is over."""
     contest = Contest(size, batch, steps)
     parameters = sum(p.numel() for p in contest.module.parameters())
     print(f"{size.name}: {parameters / 1e6:.0f}M parameters, batches of {batch} x {size.tokens} tokens", flush=True)
@@ -300,7 +300,7 @@ def measure_what_fits(size: Size, *settings: Any) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no new round after so many (7)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no new round after this many minutes (7)")
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
     options = parser.parse_args()
     steps, rounds = (6, 3) if options.quick else (16, 9)

@@ -3,8 +3,8 @@
 A BERT with random weights learns two experiences with Replay and EWC (the second has a past) on 1, 2 and 4 ranks over
 gloo, under DDP and ZeRO-1, 2 and 3, in fp32 and bf16, two micro-batches to a step. In the second experience each rank
 counts the storages of its weights, optimizer, gradients, importance and anchors, and the first rank the bytes over the
-loopback device: all runs in a network namespace of its own, where nothing else is sent. Activations are counted by
-autograd's hooks on saved tensors. Then the formulas tell what 8, 64 and 1,024 GPUs would need and send: predictions,
+loopback device: all runs in a separate network namespace, where nothing else is sent. Activations are counted by
+autograd's hooks on saved tensors. Then the formulas predict what 8, 64 and 1,024 GPUs would need and send: predictions,
 which nobody has measured. Needs Linux, ``pip install evertune[deepspeed]`` and about 4 GB of memory.
 
     python benchmarks/scaling.py            # about 10 minutes on 2 cores
@@ -214,7 +214,7 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def run_ranks(world_size: int, folder: str, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """For each case what each rank tells."""
+    """For each case, the report of each rank."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as out:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -339,7 +339,7 @@ def compare_activations(table: Table) -> float:
 
 
 def predict(table: Table) -> dict[str, float]:
-    """What the formulas tell of clusters."""
+    """Predictions of the formulas for clusters."""
     from transformers import LlamaConfig
 
     figures = {}

@@ -59,7 +59,7 @@ class EverySecondStep(EWC):
 def fit(
     module: pl.LightningModule, loader: DataLoader[Any], steps: int, precision: str, methods: list[pl.Callback]
 ) -> list[float]:
-    """Train for some steps and tell the seconds of each."""
+    """Train for some steps and return the seconds of each."""
     timer = StepTimer()
     trainer = pl.Trainer(
         max_steps=WARM_UP + 1 + steps,

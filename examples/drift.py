@@ -1,4 +1,4 @@
-"""One long fit that is told nothing: a drift trigger finds out by itself when the news change topic.
+"""One long fit without task boundaries: a drift trigger finds out by itself when the news change topic.
 
 A small bag-of-words classifier reads BBC News in passages of 40 words, one topic after another. Nothing in the data
 says where a topic ends. ``DriftTrigger`` watches hashed n-grams of the passages; at each alarm an experience ends, and

@@ -1,7 +1,7 @@
 """Real news that keep arriving: BBC topics appear one after another, as JSON lines in a folder.
 
 Five simulated months. Business and sports are there from the start; each month brings a new topic. One record in ten
-comes without its label, which follows some records later; one in a hundred is broken. Started again, it goes on where
+comes without its label, which follows some records later; one in a hundred is broken. Started again, it resumes where
 it stopped. Needs ``pip install 'evertune[demo]'``.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("inbox"), help="the folder (default: inbox)")
     parser.add_argument("--per_tick", type=int, default=20, help="lines at a time (default: 20)")
     parser.add_argument("--tick", type=float, default=2.0, help="seconds between them (default: 2)")
-    parser.add_argument("--limit", type=int, help="stop after so many lines in all (default: all, about 2,500)")
+    parser.add_argument("--limit", type=int, help="stop after this many lines in all (default: all, about 2,500)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     there = sum(len(path.read_bytes().splitlines()) for path in arguments.out.glob("*.jsonl"))
