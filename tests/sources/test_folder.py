@@ -837,7 +837,7 @@ def test_a_remote_store(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     root = f"/{tmp_path.name}"
     url = f"memory:/{root}/in"
-    with pytest.raises(SourceError, match="no folder"):
+    with pytest.raises(SourceError, match="does not exist"):
         FolderSource(url).read(None, 10)
     check_store(store, f"{root}/in", url)
 
