@@ -155,7 +155,7 @@ class Timer(pl.Callback):
 
 
 class Contest:
-    """A model that is trained in turns with and without methods, which have learnt one batch before."""
+    """A model that is trained in turns with and without methods, which have learned one batch before."""
 
     def __init__(self, size: Size, batch: int, steps: int) -> None:
         self.batch, self.steps = batch, steps

@@ -4,7 +4,7 @@
   all of them on top; the processor's time on one core, tickets of about 100 characters, nothing masked. Beside it, as
   the floor, ``json.loads`` of the same lines alone.
 * Update: MiniLM learns 2,000 records of 64 tokens (BBC News, cut into pieces) with Replay and EWC in three epochs, from
-  a first version that learnt 600. The overhead is what the update takes beyond its ``fit``: intake, plan, loading,
+  a first version that learned 600. The overhead is what the update takes beyond its ``fit``: intake, plan, loading,
   evaluation of both versions on the held-out records, gate, hashing, publishing.
 * Registry: the time of ``Registry.versions()`` on 1,000 versions of 20 files each.
 

@@ -189,8 +189,8 @@ class DriftTrigger(ContinualCallback):
             name = words if words in self.schema_errors or len(self.schema_errors) < _MAX_MESSAGES else "other"
             if name not in self.schema_errors:
                 rank_zero_warn(
-                    f"DriftTrigger cannot look at {n} examples of the batch before step {step} and leaves them out: "
-                    f"{words}. It is told once; schema_errors counts all of them."
+                    f"DriftTrigger skipped {n} unusable examples of the batch before step {step}: "
+                    f"{words}. Further occurrences are only counted in schema_errors."
                 )
             self.schema_errors[name] = self.schema_errors.get(name, 0) + n
         entry: dict[str, Any] = {"step": step, "last_step": step, "kind": "schema"}

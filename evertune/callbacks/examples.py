@@ -87,7 +87,7 @@ class ExampleSampler:
             own = encode({"seen": self._seen, "held": [(one.batch, list(one.indices)) for one in self._held]})
         except TypeError as error:
             rank_zero_warn(
-                f"a checkpoint cannot hold the batches seen so far ({error}): if a fit goes on from it, the importance "
+                f"a checkpoint cannot hold the batches seen so far ({error}): if a fit resumes from it, the importance "
                 "is estimated on the batches that come after it"
             )
             return {}
@@ -96,7 +96,7 @@ class ExampleSampler:
         return {"ranks": ranks, "accumulation": trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state: Mapping[str, Any], trainer: pl.Trainer) -> None:
-        """Go on from a :meth:`state_dict`; at another world size the batches are shared out anew, equally many each."""
+        """Resume from a :meth:`state_dict`; at another world size the batches are redistributed evenly."""
         ranks = [decode(part.numpy().tobytes()) for part in state["ranks"]]
         if len(ranks) == trainer.world_size:
             held = ranks[trainer.global_rank]["held"]

@@ -1,4 +1,4 @@
-"""Features of a batch that may be bad, put into one order over all ranks, so that none waits for another in vain."""
+"""Features of a batch that may be bad, put into one order over all ranks, so that no collective deadlocks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Dealt:
 
 
 def features_of(featuriser: Featuriser, batch: Any, trainer: pl.Trainer, batch_idx: int) -> Features:
-    """Look at the new examples of a batch. Bad input is told in the result, and raises nothing."""
+    """Look at the new examples of a batch. Bad input is reported in the result, and raises nothing."""
     try:
         with torch.no_grad():
             values = featuriser(batch)

@@ -1,4 +1,4 @@
-"""``evertune fit``: a stream, learnt as a YAML file describes it; killed and run again, it goes on."""
+"""``evertune fit``: a stream, learned as a YAML file describes it; killed and run again, it goes on."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def fit(arguments: Sequence[str]) -> int:
     Sections: ``trainer`` (every argument of ``Trainer``; the callbacks are the methods), ``model`` (any LightningModule
     by ``class_path``), ``data`` (of :class:`~evertune.streams.StreamDataModule`) and ``out``, the folder for
     ``history.json``, ``report.html``, the ``model`` and the whole ``config.yaml``. Until they are there, the folder
-    holds ``run``: what an interrupted run goes on from.
+    holds ``run``: what an interrupted run resumes from.
 
     Returns:
-        The exit code: 0, also when the run is complete already; 2 when the data or the folder are not fit for it.
+        The exit code: 0, also when the run is complete already; 2 when the data or the folder cannot be used.
     """
     from evertune.metrics.history import save_history
     from evertune.training.trainer import ContinualTrainer
@@ -45,7 +45,7 @@ def fit(arguments: Sequence[str]) -> int:
         print(f"this run is complete: see {out / 'report.html'}; to learn it again, delete {out} or pass another --out")
         return 0
     try:
-        _ = cli.datamodule.stream  # read now: a bad file is told in one line, before any process is started
+        _ = cli.datamodule.stream  # read now: a bad file is reported in one line, before any process is started
         _begin(run_dir, settings)
     except (OSError, ValueError) as error:
         print(f"evertune fit: {error}", file=sys.stderr)
@@ -54,7 +54,7 @@ def fit(arguments: Sequence[str]) -> int:
         cli.model, cli.datamodule, run_dir=run_dir, checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"]
     )
     if not is_leader() and not dist.is_initialized():
-        return 0  # everything had been learnt before; one process is enough for the rest
+        return 0  # everything had been learned before; one process is enough for the rest
     if hasattr(cli.model, "save_pretrained"):
         cli.model.save_pretrained(out / "model")
     if is_writer():
@@ -120,8 +120,8 @@ def _begin(run_dir: Path, settings: dict[str, Any]) -> None:
     path = run_dir / "settings.json"
     if path.is_file() and json.loads(path.read_bytes()) != settings:
         raise ValueError(
-            f"{run_dir} holds an interrupted run with other settings ({path.name}): go on with those, pass another "
-            "--out, or delete it to begin anew"
+            f"{run_dir} holds an interrupted run with other settings ({path.name}): resume with those, pass another "
+            "--out, or delete it to start over"
         )
     if is_leader():
         run_dir.mkdir(parents=True, exist_ok=True)

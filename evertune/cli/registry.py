@@ -51,7 +51,7 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
     rollback = add("rollback", "put the previous version back into production")
     rollback.add_argument("--reason", default="", help="why, for the list of events")
     rollback.add_argument(
-        "--discard", action="store_true", help="do not learn again what the version rolled back from had learnt"
+        "--discard", action="store_true", help="do not learn again what the version rolled back from had learned"
     )
     diff = add("diff", "compare two versions")
     diff.add_argument("a", nargs="?", default="previous", help=f"{one_of} (default: previous)")

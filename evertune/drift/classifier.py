@@ -20,10 +20,10 @@ class ClassifierTest(WindowDetector):
     """Trains a small classifier to tell each window from the reference: if it can, the world has changed.
 
     The classifier two-sample test (Lopez-Paz & Oquab 2017; Kim, Ramdas, Singh & Wasserman 2021) with a linear
-    discriminant: learnt from all folds of the window but one, with the reference's covariance, it ranks the records of
+    discriminant: learned from all folds of the window but one, with the reference's covariance, it ranks the records of
     the one left out; each fold in turn. The score is the area under the ROC curve: how often a new record is ranked
     above an old one, 0.5 for chance and 1 when every record gives the change away (both as if normal, with the spread
-    of the new ones along the direction that was learnt: Green & Swets 1966). It sees changes of the mean of the
+    of the new ones along the direction that was learned: Green & Swets 1966). It sees changes of the mean of the
     features; :attr:`weights` say which.
 
     False alarms come once in ``arl`` records, on average over references and streams: the whole procedure is repeated
@@ -44,9 +44,9 @@ class ClassifierTest(WindowDetector):
         arl: average run length: how many records, on average, from one false alarm to the next.
         reference_size: records in the reference.
         window_size: records in a test.
-        block_size: records resampled together: many times the stretch over which they are correlated, or what is learnt
-            from a record that is near helps with the next more than it does in resampled windows. Must divide both
-            sizes.
+        block_size: records resampled together: many times the stretch over which they are correlated, or what is
+            learned from a record that is near helps with the next more than it does in resampled windows. Must divide
+            both sizes.
         n_folds: parts of a window, consecutive records each. Must divide ``window_size``.
         seed: of the random directions and the resampling.
 
@@ -124,12 +124,12 @@ class ClassifierTest(WindowDetector):
     def _areas(self, windows: Tensor, references: Tensor) -> Tensor:
         """Areas under the ROC curve: ``[windows, window_size, n_map]``, ``[references, n_map]`` to both's number."""
         folds = windows.unflatten(1, (self.n_folds, -1))
-        learnt = self._learnt(folds)
+        learned = self._learnt(folds)
         # (x - r) . (a - r) / |a - r|, for a record x left out, the mean a of the others, and the reference's mean r
-        squares, learnt_by = references.square().sum(1), learnt @ references.T
-        lengths = learnt.square().sum(2, keepdim=True) + squares - 2 * learnt_by
+        squares, learnt_by = references.square().sum(1), learned @ references.T
+        lengths = learned.square().sum(2, keepdim=True) + squares - 2 * learnt_by
         scale = lengths.clamp(min=1e-12).rsqrt()[:, :, None]
-        along = (folds @ learnt[..., None] - folds @ references.T).add_((squares - learnt_by)[:, :, None]).mul_(scale)
+        along = (folds @ learned[..., None] - folds @ references.T).add_((squares - learnt_by)[:, :, None]).mul_(scale)
         mean = along.mean((1, 2))
         spread = (along.square_().mean((1, 2)) - mean.square()).clamp(min=1e-12).sqrt()
         areas: Tensor = torch.special.ndtr(mean / spread / math.sqrt(2))

@@ -97,7 +97,7 @@ class FrozenEncoder:
         model_name_or_path: a hub name or a folder that ``transformers.AutoModel`` loads.
         key: where a mapping batch holds its strings, which the encoder's own tokenizer reads. A batch without it must
             hold ``input_ids`` (and ``attention_mask``) made by the same tokenizer.
-        max_length: longer texts are cut to so many tokens.
+        max_length: Longer texts are truncated to this many tokens.
         pooling: ``mean`` of the tokens' embeddings, padding left out (what most sentence encoders are trained for), or
             ``cls``: the first token's, for encoders that were trained to put the sentence there.
         normalize: scale each vector to length 1. Lengths then say nothing; the directions of most encoders carry the
@@ -162,7 +162,7 @@ class SentenceEncoder(FrozenEncoder):
     Args:
         model_name_or_path: a hub name or a folder that ``transformers.AutoModel`` loads.
         key: where a mapping batch holds its strings; see :class:`FrozenEncoder`.
-        max_length: longer texts are cut to so many tokens.
+        max_length: Longer texts are truncated to this many tokens.
     """
 
     def __init__(self, model_name_or_path: str, key: str = "text", max_length: int = 128) -> None:

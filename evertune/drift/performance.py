@@ -23,9 +23,9 @@ class PerformanceEstimator:
 
     A confidence that is calibrated is the probability of being right, so that the mean of calibrated confidences is the
     expected accuracy: confidence-based performance estimation (NannyML's CBPE; related: Guillory et al. 2021, who use
-    differences of mean confidence, and Garg et al. 2022, who count confidences above a learnt threshold). The map from
-    confidence to accuracy is learnt from the records whose labels have come: it never decreases (isotonic regression by
-    pooling adjacent violators, on 100 bins; Ayer et al. 1955), and old labels are forgotten, so that it is corrected
+    differences of mean confidence, and Garg et al. 2022, who count confidences above a learned threshold). The map from
+    confidence to accuracy is learned from the records whose labels have come: it never decreases (isotonic regression
+    by pooling adjacent violators, on 100 bins; Ayer et al. 1955), and old labels are forgotten, so that it is corrected
     when a confidence comes to mean less than before.
 
     **What it sees, and what it does not.** A change of the inputs that moves records between confidences is seen at
@@ -44,8 +44,8 @@ class PerformanceEstimator:
         (0.66, 0.66)
 
     Args:
-        half_life: the weight of a record in the estimate halves with so many more records.
-        label_half_life: the weight of a label in the map halves with so many more labels.
+        half_life: the weight of a record in the estimate halves after this many more records.
+        label_half_life: the weight of a label in the map halves after this many more labels.
         min_labels: labels before there is an estimate.
         max_pending: records kept until their labels come. The oldest beyond it are set aside, and counted.
         level: the probability that the interval is made for.

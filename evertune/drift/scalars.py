@@ -31,7 +31,7 @@ class _RiverDetector(ReferenceDetector):
     """What the detectors below have in common.
 
     The reference is standardised and fed to River's detector, so that it knows the past; the records that follow are
-    standardised in the same way. River's detector never starts anew by itself: its flag is cleared after an alarm.
+    standardised in the same way. River's detector never resets itself: its flag is cleared after an alarm.
     """
 
     _kept: tuple[str, ...] = ("_centre", "_scale", "_numbers")
@@ -271,7 +271,7 @@ class ADWIN(_RiverDetector):
     """Detects that the mean of one number has moved, and adapts to it, at a stated rate of false alarms.
 
     Adaptive windowing (Bifet & Gavalda 2007), as River does it: a window of past records, compressed, is cut where its
-    older part has another mean than the newer one. Slower to detect than :class:`PageHinkley`; but the window goes on
+    older part has another mean than the newer one. Slower to detect than :class:`PageHinkley`; but the window continues
     from the cut, without a new reference, and tests again when it has grown beyond ``reference_size`` records.
 
     ``delta`` of River is found from the reference, as the threshold of :class:`PageHinkley` is, with the same

@@ -13,7 +13,7 @@ _CHUNK = 2_048  # records mapped at once
 
 
 class SumDetector(ReferenceDetector):
-    """Sums a feature map over stretches of so many records, and tests by the sums.
+    """Sums a feature map over stretches of this many records, and tests by the sums.
 
     A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_take`.
 

@@ -454,7 +454,7 @@ class Gate:
 
         If the challenger could learn most of what the champion contradicts, as far as held-out records show, the world
         has changed: then labels are wrong only where the challenger contradicts even what it was trained on. If not,
-        the champion's word is enough, and what the challenger has learnt by heart hides nothing.
+        the champion's word is enough, and what the challenger has learned by heart hides nothing.
         """
         limit = self.max_label_noise
         if limit is None:
@@ -482,7 +482,7 @@ class Gate:
             )
             excused = now is held_out and held_out.drifted
             if excused:
-                words += f"; {now.resolved} labels that production contradicts could be learnt: the world has changed"
+                words += f"; {now.resolved} labels that production contradicts could be learned: the world has changed"
             passed = excused or not (now.share - then.share > limit and p_value < self.alpha)
             checks.append(_check("label noise", name, then.share, now.share, limit, passed, words, p_value))
         return checks

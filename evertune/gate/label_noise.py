@@ -40,8 +40,8 @@ class Noise:
 
     @property
     def drifted(self) -> bool:
-        """Whether the world has changed: most labels that the champion contradicts could be learnt, so they mean
-        something, and the rest may as well be what is not learnt yet."""
+        """Whether the world has changed: most labels that the champion contradicts could be learned, so they mean
+        something, and the rest may as well be what is not learned yet."""
         return self.resolved >= max(self.contradicted, 1)
 
     def __add__(self, other: Noise) -> Noise:
@@ -57,7 +57,7 @@ def label_noise(old: Predictions, new: Predictions, known: Collection[str], seco
     its confidence is not in the lowest part of its confidence where it agrees with the label, on the same records: a
     version that is less confident in general, as one trained on noise is, does not hide anything.
 
-    The champion is the first witness: it learnt nothing from these records. The challenger is the second: where it has
+    The champion is the first witness: it learned nothing from these records. The challenger is the second: where it has
     come to disagree with the champion, the world may have changed rather than the label been wrong. About a class that
     the champion does not know, the challenger is the only witness.
 

@@ -14,7 +14,7 @@ _BINS = 15
 
 
 def binomial_tail(successes: int, trials: int, probability: float) -> float:
-    """The probability of at least so many successes in independent trials, exactly.
+    """The probability of at least this many successes in independent trials, exactly.
 
     Example:
         >>> round(binomial_tail(2, 3, 0.5), 6), binomial_tail(0, 3, 0.5), binomial_tail(1, 0, 0.5)

@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much each weight matters to what the model has learnt."""
+"""The diagonal of the Fisher information: how much each weight matters to what the model has learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification heads that grow: new classes are new rows at the end, and old rows keep their bits."""
+"""Classification heads that grow: new classes are new rows at the end, and old rows stay bit-identical."""
 
 from __future__ import annotations
 

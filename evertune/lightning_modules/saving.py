@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is no folder written by save_pretrained")
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it was not written by save_pretrained")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -42,7 +42,7 @@ class SequenceClassificationModule(TransformerModule):
 
     Its interface is label names, not numbers. A batch is what a tokenizer gives, with the names under ``labels``: a
     list of names, or with ``multi_label`` a list of lists of names. (Tensors pass through: class numbers, or rows of 0
-    and 1.) The head has one row a class. New classes append rows, the old ones keep their bits, and the loss is over
+    and 1.) The head has one row a class. New classes append rows, the old ones stay bit-identical, and the loss is over
     the classes named so far. ``ContinualTrainer``, or a datamodule with an ``experience``, names them before each fit.
 
     Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy`` (multi-label: a text counts

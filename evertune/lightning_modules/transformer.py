@@ -150,7 +150,7 @@ class TransformerModule(LightningModule):
     # --- the optimizer
 
     def configure_optimizers(self) -> Any:
-        """AdamW without decay on biases and norms, and a schedule that starts anew with each ``fit``.
+        """AdamW without decay on biases and norms, and a schedule that restarts with each ``fit``.
 
         Raises:
             ValueError: when the schedule needs to know how long ``fit`` lasts and nobody can tell.

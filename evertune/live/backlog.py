@@ -1,4 +1,4 @@
-"""What has arrived and is not learnt yet, and what has been tried on it."""
+"""What has arrived and is not learned yet, and what has been tried on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STOPPED = "stopped.json"
 
 
 class Backlog:
-    """The part of the journal that production has not learnt, told from the registry alone.
+    """The part of the journal that production has not learned, told from the registry alone.
 
     Args:
         registry: whose production is meant.
@@ -32,14 +32,14 @@ class Backlog:
         self._config = config
 
     def pending(self, production: Version | None, at_most: int | None = None) -> list[Segment]:
-        """The segments that production has not learnt and nobody has given up.
+        """The segments that production has not learned and nobody has given up.
 
         Args:
             production: the version in production.
             at_most: records in them; but at least one segment.
         """
-        learnt = [version.manifest["consumed"] for version in (production, *self._given_up()) if version]
-        segments, total = self._journal.segments(after=max(learnt, default=0)), 0
+        learned = [version.manifest["consumed"] for version in (production, *self._given_up()) if version]
+        segments, total = self._journal.segments(after=max(learned, default=0)), 0
         for number, segment in enumerate(segments):
             total += segment.records
             if at_most is not None and total > at_most and number > 0:
@@ -79,14 +79,14 @@ class Backlog:
 
     def quarantine_given_up(self, production: Version | None) -> None:
         """Put the records that a rollback has given up into quarantine. Good to repeat."""
-        learnt = production.manifest["consumed"] if production else 0
+        learned = production.manifest["consumed"] if production else 0
         for version in self._given_up():
-            segments = [s for s in self._journal.segments(after=learnt) if s.number <= version.manifest["consumed"]]
-            reason = f"learnt by version {version.number}, which was rolled back"
+            segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest["consumed"]]
+            reason = f"learned by version {version.number}, which was rolled back"
             self._journal.quarantine(reason, self._journal.records(segments), f"discarded-{version.number}")
 
     def _given_up(self) -> Sequence[Version]:
-        """The versions rolled back from since the last promotion whose records are not to be learnt again."""
+        """The versions rolled back from since the last promotion whose records are not to be learned again."""
         numbers = []
         for event in reversed(self._registry.events):
             if event["action"] == "promote":

@@ -102,7 +102,7 @@ class Intake:
         """Read until nothing new is there.
 
         Args:
-            limit: stop after so many records.
+            limit: Stop after this many records.
             start: the offset to start from where the journal has none; by default the beginning of the source.
 
         Raises:

@@ -35,7 +35,7 @@ class Segment:
         read: how many records were read.
         records: how many of them, and of those that had waited, are in the segment.
         quarantined: how many went to quarantine with it, whatever the reason.
-        bad: how many of these were unreadable or refused; the rest were superseded, or waited in vain.
+        bad: how many of these were unreadable or refused; the rest were superseded, or their other half never arrived.
         waiting: how many halves wait for the other after it.
         clock: where the label join stands after it.
         sha256: of the file with the records.

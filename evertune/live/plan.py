@@ -20,7 +20,7 @@ class Plan:
         version: the number of the version that it makes.
         parent: the version in production, which it starts from; None for the first.
         kind: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from production.
-        after: the last segment of the journal that the parent has learnt from.
+        after: the last segment of the journal that the parent has learned from.
         consumed: the last segment that this update learns from.
         offset: where the source stands after it.
         reason: why there is an update, in words.
@@ -61,4 +61,4 @@ class Plan:
         try:
             return cls(**json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete {folder} to plan the update anew") from error
+            raise ValueError(f"{path} is damaged ({error}); delete {folder} to plan the update again") from error

@@ -25,7 +25,7 @@ class Telemetry:
     """The metrics of ``evertune watch`` in Prometheus' form, and whether it is healthy.
 
     It is unhealthy when its loop has stood still for ``stale_after`` seconds, or its last ``max_errors`` updates have
-    all failed. A source that is gone does not make it so: to start it anew would not help. That is told by
+    all failed. A source that is gone does not make it so: restarting it would not help. That is reported by
     ``evertune_source_up`` and, in words, by the health endpoint.
 
     Args:
@@ -57,7 +57,7 @@ class Telemetry:
         self._source_up = gauge("source_up", "0 while the source cannot be read")
         self._source_up.set(1)
         self._production = gauge("production_version", "Number of the version in production, 0 before the first")
-        self._pending = gauge("pending_records", "Records that production has not learnt")
+        self._pending = gauge("pending_records", "Records that production has not learned")
         self._new = gauge("new_records", "Pending records that no update was tried on")
         self._last_update = gauge("last_update_timestamp", "When the last update was tried, in Unix seconds")
         self._updating = gauge("updating", "1 while an update is under way")

@@ -54,7 +54,7 @@ def train(
     seed: int,
     checkpoint_every_n_steps: int,
 ) -> None:
-    """Train a new version into ``staging/version``; called again after a crash, it goes on from its last checkpoint.
+    """Train a new version into ``staging/version``; called again after a crash, it resumes from its last checkpoint.
 
     Call it on every rank.
 

@@ -116,10 +116,11 @@ class Updater:
 
     An update takes in what has arrived, and where a trigger fires it trains from the version in production, evaluates
     on what was held out of every update so far, and lets the gate compare. A version that passes is published and
-    becomes production in the same instant as the records that it learnt are marked as learnt: one file is replaced.
+    becomes production in the same instant as the records that it learned are marked as learned: one file is replaced.
     A version that is refused leaves production as it was, and its records pending.
 
-    It can be killed at any moment: production still loads and verifies, and :meth:`run` goes on to the same bits.
+    It can be killed at any moment: production still loads and verifies, and :meth:`run` resumes, with a bit-identical
+    result.
 
     Args:
         registry: the folder, or the URL of one, that holds the versions; made when it is not there.
@@ -259,7 +260,7 @@ class Updater:
         """Make one update, or finish the one that was interrupted. With several processes, call it on all of them.
 
         Args:
-            dry_run: train and judge, but neither publish nor commit; the next call goes on from there.
+            dry_run: train and judge, but neither publish nor commit; the next call resumes from there.
 
         Raises:
             LeaseHeld: when another updater is at work on this registry.
@@ -536,7 +537,7 @@ class Updater:
         )
 
     def _held_out(self, production: Version | None) -> list[Row]:
-        """The held-out records of every experience that production has learnt."""
+        """The held-out records of every experience that production has learned."""
         entries = production.manifest["slices"] if production else []
         return [row for entry in entries for row in load_slice(self.registry.store, entry)]
 

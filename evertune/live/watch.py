@@ -105,8 +105,8 @@ class Watch:
     training is done in a child, so that its memory is given back, and whatever kills it does not kill the service. An
     update that died goes on where it stood when it is run again.
 
-    The source may go, the disk fill up, an update fail: each is told once, tried again after growing pauses, and told
-    when it works again.
+    The source may go, the disk fill up, an update fail: each is reported once and retried with exponential backoff,
+    and its recovery is reported.
 
     SIGTERM or SIGINT ends it: at once when no update is under way; else the update gets a SIGTERM and ``grace``
     seconds, then it is killed. A second signal kills it at once. Should this process be killed itself, an update that
@@ -310,7 +310,7 @@ class Watch:
     # --- what goes wrong
 
     def _try(self, trouble: _Trouble, step: Callable[[], _T]) -> _T | None:
-        """Do one step of the loop, unless it has to wait; whatever goes wrong is told, and the loop goes on."""
+        """Do one step of the loop, unless it has to wait; whatever goes wrong is reported, and the loop continues."""
         if trouble.waits:
             return None
         try:

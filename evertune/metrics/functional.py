@@ -64,7 +64,8 @@ def average_accuracy(a: MatrixLike, seen: int | None = None) -> float:
             when experiences that are still to be learned are evaluated too.
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix, or ``seen`` is not between 1 and the number of experiences.
+        ValueError: when ``a`` is not a valid accuracy matrix, or ``seen`` is not between 1 and the number of
+            experiences.
 
     Example:
         >>> average_accuracy([[1.0], [0.5, 0.75]])
@@ -84,7 +85,7 @@ def forgetting(a: MatrixLike) -> float:
     old experiences got better.
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix.
+        ValueError: when ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> forgetting([[0.5], [1.0, 1.0], [0.75, 0.5, 1.0]])   # (1.0 - 0.75 + 1.0 - 0.5) / 2
@@ -104,7 +105,7 @@ def forgetting_first_minus_last(a: MatrixLike) -> float:
     is minus the backward transfer, and on a fully evaluated matrix never more than ``forgetting``.
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix.
+        ValueError: when ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> forgetting_first_minus_last([[0.5], [1.0, 1.0], [0.75, 0.5, 1.0]])   # (0.5 - 0.75 + 1.0 - 0.5) / 2
@@ -119,7 +120,7 @@ def backward_transfer(a: MatrixLike) -> float:
     The mean over all but the last experience of ``a[T-1, k] - a[k, k]``. Higher is better; negative when forgotten.
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix.
+        ValueError: when ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> backward_transfer([[1.0], [0.5, 1.0]])
@@ -140,8 +141,8 @@ def forward_transfer(a: MatrixLike, baseline: VectorLike) -> float:
         baseline: The score of the untrained model on each experience [experiences].
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix, ``baseline`` has another length, or no experience was evaluated
-            before it was learned.
+        ValueError: when ``a`` is not a valid accuracy matrix, ``baseline`` has another length, or no experience was
+            evaluated before it was learned.
 
     Example:
         >>> forward_transfer([[1.0, 0.75], [1.0, 1.0]], baseline=[0.5, 0.5])
@@ -169,7 +170,7 @@ def intransigence(a: MatrixLike, joint: VectorLike) -> float:
             once.
 
     Raises:
-        ValueError: when ``a`` is no accuracy matrix or ``joint`` has another length.
+        ValueError: when ``a`` is not a valid accuracy matrix or ``joint`` has another length.
 
     Example:
         >>> intransigence([[1.0], [0.5, 0.5]], joint=[1.0, 0.75])

@@ -33,7 +33,7 @@ class AccuracyMatrix(Metric):
     Args:
         n_experiences: Columns of the matrix.
         n_updates: Rows of the matrix. Default: one for each experience.
-        kwargs: Passed to ``torchmetrics.Metric`` (``dist_sync_on_step`` and its kin).
+        kwargs: Passed to ``torchmetrics.Metric`` (such as ``dist_sync_on_step``).
 
     Raises:
         ValueError: when a number is not positive; in ``update``, when an index is out of range or a score not in

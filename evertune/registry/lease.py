@@ -54,7 +54,7 @@ class Lease:
     Args:
         store: of the registry.
         owner: who this is, for the message that others get; by default the program's name.
-        ttl: seconds without a sign of life after which others may take over.
+        ttl: Seconds without a heartbeat after which others may take over.
 
     Raises:
         ValueError: when ``ttl`` is not positive.
@@ -127,8 +127,8 @@ class Lease:
         record = _parsed(content)
         if not self.held or number != self.number or record.get("token") != self.token or record.get("released"):
             raise LeaseLost(
-                f"{self.owner} has lost its lease on {self._store.root}: it gave no sign of life for too long, and "
-                f"{_holder(record)} came. Nothing was written; run it again"
+                f"{self.owner} has lost its lease on {self._store.root}: it missed its heartbeats, and "
+                f"{_holder(record)} took over. Nothing was written; run it again"
             )
 
     def _join(self, token: str) -> None:

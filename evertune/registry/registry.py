@@ -64,7 +64,7 @@ class Version:
 
     @property
     def experience(self) -> str:
-        """The name of what it learnt."""
+        """The name of what it learned."""
         return str(self.manifest.get("experience", ""))
 
     def folder(self) -> Path:
@@ -121,7 +121,7 @@ class Registry:
     """Versions of a model, with what is known of each, and the aliases ``production``, ``previous`` and ``candidate``.
 
     ``aliases.json`` holds the aliases and the last 200 events. Replacing this file is what puts a version into
-    production: it happens at once or not at all, whatever is killed or full. The records that a version has learnt
+    production: it happens at once or not at all, whatever is killed or full. The records that a version has learned
     are named in its manifest (``consumed``, ``offset``), so that they are committed by the same stroke, and pending
     again after a rollback.
 
@@ -190,7 +190,7 @@ class Registry:
         """What happened to the aliases, oldest first, 200 at most.
 
         Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"candidate"``), ``from``, ``to``, ``reason`` and
-        ``by``; a rollback that asked for it has ``discard``, the version whose records are not to be learnt again.
+        ``by``; a rollback that asked for it has ``discard``, the version whose records are not to be learned again.
         """
         return list(self._state().events)
 
@@ -216,7 +216,7 @@ class Registry:
 
         Args:
             owner: who this is, for the message that others get.
-            ttl: seconds without a sign of life after which others may take over.
+            ttl: Seconds without a heartbeat after which others may take over.
 
         Raises:
             LeaseHeld: on entering, when another process is writing.
@@ -331,7 +331,7 @@ class Registry:
 
         Args:
             reason: why, for the events.
-            discard: ask the next update not to learn again what the version rolled back from had learnt; those
+            discard: ask the next update not to learn again what the version rolled back from had learned; those
                 records would be pending otherwise. Only recorded in the event, for whoever updates.
             by: who, for the events; by default ``user@host``.
 
@@ -511,14 +511,14 @@ class Registry:
     # --- inside
 
     def _learnt_segments(self, manifests: Sequence[Mapping[str, Any]]) -> Iterator[Garbage]:
-        """The segments of records that every retained version has learnt; never the newest."""
-        learnt = min((int(manifest.get("consumed") or 0) for manifest in manifests), default=0)
+        """The segments of records that every retained version has learned; never the newest."""
+        learned = min((int(manifest.get("consumed") or 0) for manifest in manifests), default=0)
         segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
         whole = [name for name in segments if name.count(".") == 1 and name.endswith(".json")]  # written last
         newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
         for name in segments:
-            if int(name.partition(".")[0]) <= min(learnt, newest - 1):
-                yield self._garbage(f"{_PENDING}/{name}", "every version that is kept has learnt it")
+            if int(name.partition(".")[0]) <= min(learned, newest - 1):
+                yield self._garbage(f"{_PENDING}/{name}", "every version that is kept has learned it")
 
     def _garbage(self, name: str, why: str) -> Garbage:
         sizes = self.store.sizes(name)
@@ -574,7 +574,7 @@ class Registry:
             if not all(type(number) is int for number in aliases.values()):
                 raise ValueError("an alias is not a number")
             if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-                raise ValueError("its events are no list")
+                raise ValueError("its events are not a list")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RegistryError(f"{address} is damaged or cut short ({error}). {repair}") from None
         return _State(aliases, events)

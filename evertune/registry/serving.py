@@ -45,7 +45,7 @@ def load(
 ) -> Served:
     """Load the version behind an alias, verified, ready to ``predict``.
 
-    With ``follow``, a thread looks at the alias every so many seconds, loads a new version beside the old one (there
+    With ``follow``, a thread looks at the alias every few seconds, loads a new version beside the old one (there
     must be memory for two) and swaps them; requests under way finish on the old one. A rollback is followed in the same
     way. A version that is damaged or cannot be loaded never takes over: the old one stays, and a warning is logged.
 
@@ -161,7 +161,7 @@ class Served:
         return self._take(self._wanted())
 
     def follow(self, seconds: float) -> None:
-        """Let a thread :meth:`refresh` every so many seconds, until :meth:`close` or until nobody holds this object."""
+        """Let a thread :meth:`refresh` every ``seconds``, until :meth:`close` or until nobody holds this object."""
         self.close()
         stop = threading.Event()
         thread = threading.Thread(

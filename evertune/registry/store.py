@@ -350,7 +350,9 @@ class _Folder:
             self._make(folder.parent)
         elif not folder.parent.is_dir():
             raise FileNotFoundError(
-                errno.ENOENT, f"there is no folder {folder.parent}: mount its disk, or make it with mkdir -p", self.root
+                errno.ENOENT,
+                f"the folder {folder.parent} does not exist: mount its disk, or create it",
+                self.root,
             )
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)

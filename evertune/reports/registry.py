@@ -49,7 +49,7 @@ def write_versions_report(
     """Write what a registry holds as one self-contained HTML page: no network, no script, phone and desktop.
 
     It shows what is in production, the accuracy on each held-out slice over the versions, the records each version
-    learnt, and a timeline that says why versions were refused or rolled back. Only manifests are read. Needs the extra
+    learned, and a timeline that says why versions were refused or rolled back. Only manifests are read. Needs the extra
     ``evertune[reports]``.
 
     Args:
@@ -107,8 +107,8 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("version", "created", "learnt", "records", "accuracy"):
-        table.add_column(header, justify="left" if header in {"created", "learnt"} else "right", no_wrap=True)
+    for header in ("version", "created", "learned", "records", "accuracy"):
+        table.add_column(header, justify="left" if header in {"created", "learned"} else "right", no_wrap=True)
     table.add_column("")
     styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
     for view in _views(_as_registry(registry)):
@@ -319,12 +319,12 @@ def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[Vers
     parts = [f"{promoted} promoted", *(f"{count} {status}" for status, count in counts.items() if count)]
     total = {kind: sum(view.records[kind] for view in line) for kind in ("train", "held_out", "quarantined")}
     kept = f"{total['held_out']:,} held out, {total['quarantined']:,} in quarantine"
-    facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learnt", f"{total['train']:,}", kept)]
+    facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learned", f"{total['train']:,}", kept)]
     return [*facts, *_pending(registry, int(line[-1].version.manifest.get("consumed") or 0) if line else 0)]
 
 
 def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
-    """How many records the journal holds beyond those that production has learnt; nothing without a journal."""
+    """How many records the journal holds beyond those that production has learned; nothing without a journal."""
     from evertune.live.journal import Journal
 
     journal = Journal(registry.store)
@@ -344,7 +344,7 @@ def _details(view: VersionView) -> list[tuple[str, str]]:
     offset = manifest.get("offset")
     details = [
         ("Created", view.created),
-        ("Learnt", view.name),
+        ("Learned", view.name),
         ("Because", view.cause),
         ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
         ("Module", str(manifest.get("module") or UNKNOWN)),
@@ -455,7 +455,7 @@ def _columns(views: Sequence[VersionView]) -> list[Column]:
     columns = []
     for view in views:
         train, held_out, quarantined = view.records.values()
-        tip = f"version {view.number}, {view.status}: {train:,} learnt, {held_out:,} held out"
+        tip = f"version {view.number}, {view.status}: {train:,} learned, {held_out:,} held out"
         if quarantined:
             tip += f", {quarantined:,} in quarantine"
         heights = {kind: round(100 * count / tallest, 2) for kind, count in view.records.items() if count}

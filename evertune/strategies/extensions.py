@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled extension for CPUs: in a folder per environment, and never waited for in vain."""
+"""DeepSpeed's compiled extension for CPUs: in a folder per environment, without hanging on stale locks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = "deepspeed_shm_comm"
 def load_extension() -> None:
     """Load DeepSpeed's extension for all-reduces in shared memory, compiled when this environment has none yet.
 
-    torch compiles anew whenever the folder holds the extension of another environment, and waits for ever for the lock
+    torch compiles again whenever the folder holds the extension of another environment, and waits for ever for the lock
     file of a process that was killed while it compiled. Here each environment has its folder, and processes take turns
     by a lock of the system, which ends with its process: who holds it removes what a killed one has left. A folder
     that the user has set in ``TORCH_EXTENSIONS_DIR`` is used as it is.

@@ -18,7 +18,7 @@ class Experience:
         train: the examples to learn, a map-style dataset. For text an example is a dict with a text and a label
             (the label's name, or a list of names for multi-label data); for anything else whatever your module reads.
         val: examples to validate on while learning, or None.
-        test: examples that score what was learnt and, later, what was kept, or None.
+        test: examples that score what was learned and, later, what was kept, or None.
         classes: names of the classes found in ``train``. A module with a growing head adds those that are new to it.
         domain: where the data come from, if the stream is split by domain.
         time_range: first and last day of the data (ISO dates, both included), if the stream is split by time.
@@ -67,11 +67,11 @@ class ExperienceStream(Sequence[Experience]):
     """A finite sequence of experiences over the same kind of data.
 
     Args:
-        experiences: in the order in which they are learnt; their names must differ.
+        experiences: in the order in which they are learned; their names must differ.
         label: the column that holds the labels. With it, every label of ``val`` and ``test`` must have been in the
             ``train`` of the same or of an earlier experience. None: labels are not looked at.
         text: the column, or the pair of columns, that holds the text. None: the data are not text.
-        known_classes: classes learnt before the stream starts.
+        known_classes: classes learned before the stream starts.
         bad_rows: what was left out when the source was read (see ``on_bad_row``).
 
     Raises:
@@ -119,7 +119,7 @@ class ExperienceStream(Sequence[Experience]):
                 if unseen:
                     raise ValueError(
                         f"experience {experience.name!r}: label {unseen[0]!r} is in {split}, but was in no train by "
-                        "then, so nothing can have learnt it; add training examples of it, or leave its examples out "
+                        "then, so nothing can have learned it; add training examples of it, or leave its examples out "
                         '(on_unseen_label="drop")'
                     )
 

@@ -1,4 +1,4 @@
-"""The sign of life of a rank: a few numbers in a small file that is mapped into memory."""
+"""The heartbeat of a rank: a few numbers in a small file that is mapped into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Lightning leaves out when a fit goes on from a checkpoint."""
+"""What Lightning leaves out when a fit resumes from a checkpoint."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_no_drift_is_exit_code_0(folder: Path, capsys: pytest.CaptureFixture[str
     assert run(folder, "same.jsonl") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert out.startswith("No drift: 6 tests of 200 records, and no alarm")
-    assert "0.02 false alarms would be expected in so many records; the chance of any is 2 %" in out
+    assert "0.02 false alarms would be expected in that many records; the chance of any is 2 %" in out
     assert "no word and no field beyond chance" in out
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_exit_code_2(folder: Path, capsys: pytest.Capture
     write(folder / "notes.txt", ["hello"])
     (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
     for name, message in (
-        ("missing.jsonl", "there is no file or folder"),
+        ("missing.jsonl", "missing.jsonl does not exist"),
         ("empty.jsonl", "empty.jsonl has no usable record: it is empty"),
         ("broken.jsonl", "no usable record: 3 were set aside, first broken.jsonl:1: not valid JSON"),
         ("short.jsonl", "no test was made: "),

@@ -22,7 +22,7 @@ def classified(n, hard, seed, too_sure=0.0):
     return torch.sigmoid(1.5 * odds), right
 
 
-def learnt(**settings):
+def learned(**settings):
     estimator = PerformanceEstimator(**settings)
     confidences, right = classified(4_000, hard=0.3, seed=0)
     estimator.update(range(4_000), confidences)
@@ -33,7 +33,7 @@ def learnt(**settings):
 @pytest.mark.parametrize("hard", [0.0, 0.3, 0.6, 1.0])
 def test_it_tracks_the_accuracy_when_the_inputs_change(hard):
     """With no label of the new inputs. The mean of raw confidences is 6 to 9 points too high."""
-    estimator = learnt()
+    estimator = learned()
     confidences, right = classified(10_000, hard, seed=1)
     estimator.update(range(10_000, 20_000), confidences)
     accuracy = right.double().mean().item()
@@ -62,7 +62,7 @@ def test_the_interval_covers_the_accuracy_as_often_as_it_says():
 
 def test_it_follows_a_change_of_the_concept_with_the_labels():
     """Confidences stay, a quarter of the right answers turns wrong: nothing to see until labels come."""
-    estimator = learnt()
+    estimator = learned()
     before = estimator.estimate
     confidences, right = classified(4_000, hard=0.3, seed=2, too_sure=0.25)
     estimator.update(range(10_000, 14_000), confidences)
@@ -85,7 +85,7 @@ def test_the_map_never_decreases_and_pools_adjacent_violators():
     expected = torch.tensor([0.25, 0.25, 4 / 6, 4 / 6, 1.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(estimator.calibrated([0.1, 0.505, 0.605, 0.705, 0.905, 1.0]), expected)
     assert estimator.estimate == pytest.approx(sum(right) / 14, abs=1e-3)  # isotonic regression keeps the mean
-    grid = learnt().calibrated(torch.linspace(0, 1, 1_001))
+    grid = learned().calibrated(torch.linspace(0, 1, 1_001))
     assert (grid.diff() >= 0).all()
     assert grid[950] == pytest.approx(0.95 ** (1 / 1.5) / (0.95 ** (1 / 1.5) + 0.05 ** (1 / 1.5)), abs=0.03)
 

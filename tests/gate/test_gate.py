@@ -23,7 +23,7 @@ class World:
     """Two versions and an update.
 
     Natural mistakes of the two versions are mostly the same ones, and unsure; a wrong label is put in place of a right
-    one at random, and the challenger has learnt a part of those it was trained on by heart.
+    one at random, and the challenger has learned a part of those it was trained on by heart.
     """
 
     n_past: tuple[int, ...] = (200,)
@@ -72,8 +72,8 @@ class World:
         if is_new and self.garbage:
             labels = rng.integers(self.n_classes, size=n)
             said_before, said_after = np.zeros(n, int), rng.integers(2, size=n)
-        learnt = (rng.random(n) < self.by_heart) & (labels != truth)
-        said_after = np.where(learnt, labels, said_after)
+        learned = (rng.random(n) < self.by_heart) & (labels != truth)
+        said_after = np.where(learned, labels, said_after)
         sure = rng.beta(12, 1, size=n), rng.beta(3, 2, size=n)
         ids = [str(number) for number in range(n)]
         names = [f"class {label}" for label in labels]
@@ -107,7 +107,7 @@ CLEAN = {
 }
 POISONED = {
     "a tenth flipped": World(flipped=0.1),
-    "a tenth flipped, mostly learnt by heart": World(flipped=0.1, by_heart=0.9),
+    "a tenth flipped, mostly learned by heart": World(flipped=0.1, by_heart=0.9),
     "a tenth flipped, few past records": World(flipped=0.1, n_past=(60,)),
     "a tenth flipped, all held out": World(flipped=0.1, n_held_out=400, n_trained=1),
     "a tenth flipped, a harder task": World(flipped=0.1, n_held_out=100, n_trained=300, champion=0.9, challenger=0.9),

@@ -13,7 +13,7 @@ from evertune.callbacks import EWC, Replay
 
 
 class Told(pl.Callback):
-    """Writes down where each attempt starts, what each rank trains on, and what has been learnt; the last callback.
+    """Writes down where each attempt starts, what each rank trains on, and what has been learned; the last callback.
 
     Args:
         folder: with a file for each rank, in which a line is one attempt's start or one step.

@@ -92,7 +92,7 @@ def learn(
 
 
 def save(module: SequenceClassificationModule, callbacks: list[pl.Callback], folder: Path) -> None:
-    """Write what an update leaves: the model and what each method has learnt."""
+    """Write what an update leaves: the model and what each method has learned."""
     folder.mkdir(parents=True, exist_ok=True)
     module.save_pretrained(folder / "model")
     for callback in callbacks:

@@ -1,6 +1,6 @@
 """A small update, run as a child process by the watch of test_watch.py: `watch_worker.py FOLDER`.
 
-What it does stands in FOLDER/mode. It learns what has arrived by copying `arrived` to `learnt`. It is a plain script
+What it does stands in FOLDER/mode. It learns what has arrived by copying `arrived` to `learned`. It is a plain script
 that loads nothing, so that it starts in milliseconds.
 """
 
@@ -39,7 +39,7 @@ def main() -> int:
     if mode == "preempt":
         return 75
     if mode == "promote":
-        (folder / "learnt").write_bytes((folder / "arrived").read_bytes())
+        (folder / "learned").write_bytes((folder / "arrived").read_bytes())
     (folder / "attempted").write_bytes((folder / "arrived").read_bytes())
     (folder / "plan").unlink()
     return {"promote": 0, "nothing": 3, "refuse": 4, "stop": 5, "fail": 1}[mode]

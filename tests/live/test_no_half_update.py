@@ -135,7 +135,7 @@ def bits(folder: Path, number: int) -> dict[str, Any]:
 
 
 def where_records_are(folder: Path, pending: bool = False) -> dict[str, int]:
-    """In how many places each record is: in the journal, learnt or pending; in quarantine; or still to be read."""
+    """In how many places each record is: in the journal, learned or pending; in quarantine; or still to be read."""
     registry = Registry(folder / "registry")
     journal, production = Journal(registry.store), registry.production
     assert production is not None

@@ -173,7 +173,7 @@ def test_rollback_can_give_the_records_up(folder: Path) -> None:
     assert updater(folder).run().version == 3
     assert sum(manifest(folder, 3)["records"].values()) == 40
     quarantined = updater(folder).journal.quarantined()
-    assert {row["reason"] for row in quarantined} == {"learnt by version 2, which was rolled back"}
+    assert {row["reason"] for row in quarantined} == {"learned by version 2, which was rolled back"}
     assert len(quarantined) == 60
 
 

@@ -62,7 +62,7 @@ class SmallUpdater:
         return SimpleNamespace(read=self.read - before, bad=self.lines("bad") if self.read > before else 0)
 
     def situation(self) -> Situation:
-        pending = self.lines("arrived") - self.lines("learnt")
+        pending = self.lines("arrived") - self.lines("learned")
         return Situation(
             records=list,
             n_pending=pending,

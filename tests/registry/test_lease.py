@@ -187,7 +187,7 @@ def test_a_stopped_holder_loses_it_and_notices_when_it_wakes(store: Store, monke
         child.connection.send("check")
         child.send(signal.SIGCONT)
         said = child.connection.recv()
-        assert said.startswith(f"holder has lost its lease on {store.root}: it gave no sign of life for too long")
+        assert said.startswith(f"holder has lost its lease on {store.root}: it missed its heartbeats")
         assert f"second (process {os.getpid()} on" in said
         child.connection.send("leave")
         assert child.connection.recv() == "released"  # and what it did not hold any more is left alone

@@ -125,7 +125,9 @@ def test_a_disk_that_is_not_mounted(tmp_path: Path) -> None:
         lambda: store.locked().__enter__(),
     ]
     for action in actions:
-        with pytest.raises(FileNotFoundError, match=r"there is no folder .*mnt/disk: mount its disk, or make it with"):
+        with pytest.raises(
+            FileNotFoundError, match=r"the folder .*mnt/disk does not exist: mount its disk, or create it"
+        ):
             action()
     assert not (tmp_path / "mnt").exists()
 

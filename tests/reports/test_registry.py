@@ -80,7 +80,7 @@ def test_the_page_tells_what_happened(registry, tmp_path):
     best = "88.7 % right on average over 3 held-out slices, 1.5 points above their best so far."
     assert f"Version 5 is in production: {best}" in words
     assert "5 3 promoted, 1 refused, 1 rolled back" in words
-    assert "Records learnt 800 30 held out, 2 in quarantine" in words
+    assert "Records learned 800 30 held out, 2 in quarantine" in words
     assert "Rolled back from version 4 to 2 readers complain maria" in words
     assert "on 'sport' the new version is right on 60.0 % of 50 held-out records it is slow" in words
     assert "refused:" not in words
@@ -115,7 +115,7 @@ def test_lines_follow_production_and_marks_tell_the_rest(registry, tmp_path):
     assert "version 3, refused: 70.0 %" in tips
     assert "version 4, rolled back: 84.7 %" in tips
     columns = [attrs["data-tip"] for tag, attrs in page.tags if "column" in (attrs.get("class") or "").split()]
-    assert columns[2] == "version 3, refused: 300 learnt, 10 held out, 1 in quarantine"
+    assert columns[2] == "version 3, refused: 300 learned, 10 held out, 1 in quarantine"
     assert page.count("div", "faint") == 2
 
 

@@ -114,7 +114,7 @@ class Replay(ContinualCallback):
         self._before: tuple[int, int] | None = (
             None  # where the update before it in the same fit started, and its number
         )
-        self._resumed = False  # whether this fit goes on from a checkpoint with this callback's state
+        self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
         self._captured = b""  # from that checkpoint
 
     # --- the loader
@@ -147,7 +147,7 @@ class Replay(ContinualCallback):
         """The loader learns of the experience that starts now when it is set up, which may have been before this."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse several loaders; start anew with one that was set up before the checkpoint was read."""
+        """Refuse several loaders; start over with one that was set up before the checkpoint was read."""
         if not isinstance(trainer.train_dataloader, DataLoader):
             raise ValueError("Replay does not support several training loaders at once; pass one DataLoader")
         if self._resumed and self._set_up_early:

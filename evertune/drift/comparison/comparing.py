@@ -176,7 +176,7 @@ class _Seen(NamedTuple):
 
 
 class _Sample:
-    """At most so many of what is added, each with the same chance."""
+    """At most a fixed number of what is added, each with the same chance."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._generator = size, random.Random(seed)

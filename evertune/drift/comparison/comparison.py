@@ -67,7 +67,7 @@ class Scan:
 
     @property
     def expected_false_alarms(self) -> float:
-        """The mean number of false alarms in so many records, had nothing changed and had each been a new start."""
+        """The mean number of false alarms in that many records, had nothing changed and had each been a new start."""
         return self.n_records / self.arl
 
 
@@ -129,7 +129,7 @@ class Comparison:
 
     @property
     def expected_false_alarms(self) -> float:
-        """Of all detectors together, in so many records."""
+        """Of all detectors together, in that many records."""
         return sum(scan.expected_false_alarms for scan in self.scans)
 
     @property

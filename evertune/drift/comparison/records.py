@@ -40,7 +40,7 @@ def read_records(path: str | Path) -> Iterator[Incoming]:
     where = locate(str(path))
     remote = "://" in where
     if not remote and not Path(where).exists():
-        raise FileNotFoundError(f"there is no file or folder {where}")
+        raise FileNotFoundError(f"{where} does not exist")
     if (remote and kind(where)) or (not remote and not Path(where).is_dir()):
         folder, _, name = where.rpartition("/")
         if not kind(name):

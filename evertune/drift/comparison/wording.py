@@ -35,7 +35,7 @@ def false_alarms(found: Comparison) -> list[str]:
     if math.isnan(expected):
         return ["How many false alarms to expect is not known: the detector has no arl."]
     lines = [
-        f"Had nothing changed, {expected:.2g} false alarms would be expected in so many records; "
+        f"Had nothing changed, {expected:.2g} false alarms would be expected in that many records; "
         f"the chance of any is {100 * chance:.2g} %."
     ]
     if expected > 1:

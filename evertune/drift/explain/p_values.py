@@ -20,7 +20,7 @@ def normal(z: float) -> float:
 
 
 def chi_squared(statistic: float, degrees: int) -> float:
-    """Of a chi-squared variable with so many degrees of freedom.
+    """Of a chi-squared variable with this many degrees of freedom.
 
     Example:
         >>> round(chi_squared(5.991, 2), 3)

@@ -57,7 +57,7 @@ def changed_tokens(
     Args:
         before: texts before the change.
         after: texts after it.
-        n_tokens: so many at most.
+        n_tokens: Maximum number of tokens.
         min_records: tokens held by fewer records of both sides together are left out.
         level: the chance that any is named where nothing has changed: by an exact binomial test of the records that
             hold a token, corrected for the number of tokens (Bonferroni).

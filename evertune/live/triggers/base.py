@@ -22,16 +22,16 @@ class Situation:
 
     Args:
         records: reads the pending rows, ``{"id", "origin", "record"}``, in the order in which they arrived: those that
-            production has not learnt.
+            production has not learned.
         n_pending: how many they are.
         n_new: how many of them no update has been tried on yet.
         production: the version in production; None before the first.
-        memory_texts: reads texts of what production has learnt.
+        memory_texts: reads texts of what production has learned.
         last_update: when the last update was tried, whatever became of it; None before the first.
         now: the present moment. Both moments have a time zone.
         text: the field of a record that holds its text, or several.
         label: the field that holds its label.
-        memory_labels: reads labels of what production has learnt.
+        memory_labels: reads labels of what production has learned.
         waiting: reads the texts that wait for their labels, as rows, in the order in which they arrived.
         held_out: reads what production said, before it was published, about the records held out of each update.
         predict: what production says about rows; costs a pass over them, and the loading of the model.
@@ -65,7 +65,7 @@ class Situation:
 class Trigger(ABC):
     """Decides whether an update is due. A subclass writes :meth:`reason`.
 
-    What it decides depends on the situation alone: a process that starts anew decides as the one before it.
+    What it decides depends on the situation alone: a restarted process decides as the one before it.
 
     Attributes:
         explanation: what the last :meth:`reason` found, in words, also where it found no reason.

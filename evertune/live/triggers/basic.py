@@ -22,7 +22,7 @@ class Volume(Trigger):
         '312 new records (200 asked for)'
 
     Args:
-        min_records: how many. Records of a refused update wait for so many others before they are tried again.
+        min_records: how many. Records of a refused update wait for that many others before they are tried again.
 
     Raises:
         ValueError: when ``min_records`` is not positive.

@@ -1,4 +1,4 @@
-"""When an update is due because the records that arrive, or their labels, are no longer those that were learnt."""
+"""When an update is due because the records that arrive, or their labels, are no longer those that were learned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BATCH = 256
 
 
 class Drift(Trigger):
-    """Due when what arrives no longer looks like what production has learnt.
+    """Due when what arrives no longer looks like what production has learned.
 
-    The detector's reference is a sample of the texts that are known of what production has learnt; then it looks at the
-    pending records in order, up to the first alarm. Without a version in production, or with too few texts to hold the
-    detector's false-alarm rate, there is no reason, and :attr:`explanation` says so: combine it with another trigger
-    (``AnyOf``) that brings the first updates.
+    The detector's reference is a sample of the texts that are known of what production has learned; then it looks at
+    the pending records in order, up to the first alarm. Without a version in production, or with too few texts to hold
+    the detector's false-alarm rate, there is no reason, and :attr:`explanation` says so: combine it with another
+    trigger (``AnyOf``) that brings the first updates.
 
     Records that arrive in spells, all of a kind together, look like drift: they ask for a detector with a
     ``block_size`` (see :class:`~evertune.drift.MMD`).
@@ -37,10 +37,10 @@ class Drift(Trigger):
         featuriser: a frozen view of a list of texts, ``texts -> tensor [texts, n_features]``. Default:
             :class:`~evertune.drift.HashedNgrams`, of words; :class:`~evertune.drift.FrozenEncoder` sees meaning and
             costs milliseconds a text.
-        min_records: new records before it looks: records of a refused update wait for so many others.
+        min_records: new records before it looks: records of a refused update wait for that many others.
         threshold: decides in the detector's place, on the score of each test, given those of the tests before it since
-            this version is in production. The detector's false-alarm rate is not kept then. The scores are made anew
-            from the pending records after a restart. Default: the detector decides.
+            this version is in production. The detector's false-alarm rate is not kept then. The scores are computed
+            again from the pending records after a restart. Default: the detector decides.
 
     Raises:
         ValueError: when ``min_records`` is not positive.
@@ -60,7 +60,7 @@ class Drift(Trigger):
         self.featuriser = featuriser or HashedNgrams()
         self.min_records = positive("min_records", min_records)
         self.threshold = threshold
-        # What has been looked at, so that the next look goes on from there: decisions do not depend on it.
+        # What has been looked at, so that the next look continues from there: decisions do not depend on it.
         self._version: int | None = None
         self._ids: list[str] = []
         self._watching: Detector | str = ""  # or why it cannot
@@ -102,7 +102,7 @@ class Drift(Trigger):
         """Look at the pending records that are new; those of one version in production only grow in number."""
         rows = situation.records()
         ids = [row["id"] for row in rows]
-        version, self._version = self._version, None  # should this look fail, the next starts anew
+        version, self._version = self._version, None  # should this look fail, the next starts over
         if version != production or ids[: len(self._ids)] != self._ids:
             self._ids, self._scores, self._alarm, self._limit, self._rest = [], [], None, None, torch.empty(0)
             self._watching = self._armed(self._known(situation))
@@ -192,7 +192,7 @@ class Drift(Trigger):
 
 
 class LabelDrift(Drift):
-    """Due when the labels of what arrives come in other shares than those of what production has learnt.
+    """Due when the labels of what arrives come in other shares than those of what production has learned.
 
     As :class:`Drift`, on labels: more complaints and fewer orders, or a class that production does not know. (All such
     classes count together. With several labels a record, each combination counts as a class.)
@@ -201,7 +201,7 @@ class LabelDrift(Drift):
         detector: of class numbers; used as a template, it stays as it is. Default:
             :class:`~evertune.drift.labels.LabelShift` with one false alarm in 10,000 records and a reference of up to
             512 labels; it needs 128.
-        min_records: new records before it looks: records of a refused update wait for so many others.
+        min_records: new records before it looks: records of a refused update wait for that many others.
         threshold: decides in the detector's place, as in :class:`Drift`.
 
     Raises:

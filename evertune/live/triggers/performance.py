@@ -18,7 +18,7 @@ _NONE: _Answers = (np.empty(0), np.empty(0, bool))
 class PerformanceDrop(Trigger):
     """Due when production's accuracy on new records is below what it had on held-out ones when it was published.
 
-    The pending records, which have labels and which production has not learnt, are cut into windows in the order in
+    The pending records, which have labels and which production has not learned, are cut into windows in the order in
     which they arrived, and production predicts each once. The newest whole window decides, if records in it are new:
     its reading is the accuracy on the held-out records of all updates, as the gate saw it, less that in the window. The
     reading alarms above the ``threshold``, if an exact test of the counts (Fisher 1935, one-sided) rules out chance as
@@ -27,7 +27,7 @@ class PerformanceDrop(Trigger):
     Where labels are late (a label join) and no whole window is new, the accuracy on the newest ``window`` texts that
     wait for their labels is estimated from production's confidence
     (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. What a confidence
-    stands for is learnt from the held-out records and the newest whole windows with labels: doubt is seen at once, and
+    stands for is learned from the held-out records and the newest whole windows with labels: doubt is seen at once, and
     confident mistakes as far as labels have told of them.
 
     A look costs one pass over the windows that no look has seen yet. After a restart the newest one, and so many before
@@ -38,7 +38,7 @@ class PerformanceDrop(Trigger):
         window: records in a reading. Default: 250. Against 500 held-out records, nine such windows of ten tell an
             accuracy of 0.8 from one of 0.9 when published, and three of ten one of 0.85.
         alpha: the largest p-value that rules out chance.
-        min_records: new records before it looks: records of a refused update wait for so many others.
+        min_records: new records before it looks: records of a refused update wait for that many others.
         estimate: whether confidence stands in for labels that are late.
 
     Raises:
@@ -97,7 +97,7 @@ class PerformanceDrop(Trigger):
 
     def _take_up(self, situation: Situation, production: int) -> None:
         """Read what another version was published with."""
-        self._version = None  # should this fail, the next look starts anew
+        self._version = None  # should this fail, the next look starts over
         said = list(situation.held_out().values())
         self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said)])
         self._said, self._confidence, self._windows = {}, {}, (0, [])

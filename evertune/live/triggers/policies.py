@@ -1,4 +1,4 @@
-"""When an update must not be, though there is a reason: too soon after the last, too early, or too dear."""
+"""Vetoes on an update that is otherwise due: cool-down, warm-up, cost budget."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class WarmUp(Trigger):
 
     Args:
         trigger: the other one.
-        min_records: pending records: those that arrived since what production has learnt.
+        min_records: pending records: those that arrived since what production has learned.
         period: a number and a unit, as ``"6h"``. With both, both must have passed.
 
     Raises:

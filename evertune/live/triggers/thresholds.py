@@ -11,8 +11,8 @@ from statistics import fmean
 class Threshold(ABC):
     """A limit for the next reading, given those before it. A subclass writes :meth:`limit`.
 
-    It keeps nothing: who asks keeps the readings, or makes them anew from the records, so that a process that starts
-    anew decides as the one before it.
+    Stateless: the caller keeps the readings, or computes them again from the records, so that a restarted process
+    decides as the one before it.
 
     Args:
         window: how many readings it looks back on.
@@ -72,7 +72,7 @@ class Quantile(Threshold):
 
     Args:
         q: which, between 0 and 1; interpolated between readings.
-        window: so many readings must be there, the latest.
+        window: Number of latest readings that are required.
 
     Raises:
         ValueError: when a number is out of its range.
@@ -104,7 +104,7 @@ class RollingAverage(Threshold):
     Args:
         factor: for readings that are never negative, such as a detector's score: 2.0 is twice the mean.
         delta: for readings around zero, such as a loss of accuracy: 0.05 is five points above the mean.
-        window: so many readings must be there, the latest.
+        window: Number of latest readings that are required.
 
     Raises:
         ValueError: when the two leave the mean itself as the limit, which half of all readings are above, or less.
