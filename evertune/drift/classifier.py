@@ -74,16 +74,7 @@ class ClassifierTest(WindowDetector):
         if n_folds < 2 or window_size % n_folds:
             raise ValueError(f"n_folds must be at least 2 and divide window_size={window_size}, got {n_folds}")
         self.n_folds = n_folds
-        super().__init__(
-            {
-                "arl": float(arl),
-                "reference_size": reference_size,
-                "window_size": window_size,
-                "block_size": block_size,
-                "n_folds": n_folds,
-                "seed": seed,
-            }
-        )
+        super().__init__(arl, reference_size, window_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

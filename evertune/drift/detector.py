@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -116,6 +117,18 @@ class Detector(ABC):
             self.score, self.p_value = score, p_value
             if score > self.threshold:
                 self.drift_detected, self.detected_at = True, self.n_seen
+
+
+def settings_of(configured: object) -> dict[str, float | str]:
+    """The arguments of an object's constructor, read from its attributes of the same names.
+
+    What a state is saved with: numbers and strings only, so None becomes 0, and several numbers become text.
+    """
+
+    def plain(value: Any) -> float | str:
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else value or 0
+
+    return {name: plain(getattr(configured, name)) for name in inspect.signature(type(configured)).parameters}
 
 
 def check_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -105,23 +105,8 @@ class KernelCUSUM(SumDetector):
                 "windows inside a block are those of the reference over again, too few to tell a small rate from"
             )
         self.window_sizes = tuple(sorted(set(window_sizes)))
-        self.arl, self.kernel, self.n_frequencies = float(arl), kernel, n_frequencies
-        self.stride, self.block_size = stride, block_size
-        super().__init__(
-            {
-                "arl": self.arl,
-                "reference_size": reference_size,
-                "window_sizes": ", ".join(map(str, self.window_sizes)),
-                "stride": stride,
-                "block_size": block_size,
-                "kernel": kernel,
-                "n_frequencies": n_frequencies,
-                "seed": seed,
-            },
-            reference_size,
-            seed,
-            stride,
-        )
+        self.stride, self.kernel, self.n_frequencies = stride, kernel, n_frequencies
+        super().__init__(stride, arl, reference_size, block_size, seed)
         most = stride * _MAX_STRIDES * 10 // _ALARMS
         if not stride < arl <= most:
             raise ValueError(f"arl must be above stride={stride} and at most {most}, got {arl:g}")

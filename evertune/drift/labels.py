@@ -62,16 +62,7 @@ class LabelShift(WindowDetector):
         if n_classes is not None and n_classes < 1:
             raise ValueError(f"n_classes must be positive, got {n_classes}")
         self.n_classes = n_classes
-        super().__init__(
-            {
-                "arl": float(arl),
-                "n_classes": n_classes or 0,
-                "reference_size": reference_size,
-                "window_size": window_size,
-                "block_size": block_size,
-                "seed": seed,
-            }
-        )
+        super().__init__(arl, reference_size, window_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

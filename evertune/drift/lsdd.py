@@ -66,17 +66,7 @@ class LSDD(WindowDetector):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.n_centers, self.regularization = n_centers, regularization
-        super().__init__(
-            {
-                "arl": float(arl),
-                "reference_size": reference_size,
-                "window_size": window_size,
-                "block_size": block_size,
-                "n_centers": n_centers,
-                "regularization": float(regularization),
-                "seed": seed,
-            }
-        )
+        super().__init__(arl, reference_size, window_size, block_size, seed)
         needed = n_centers + reference_needed(self.level, window_size, block_size)
         if reference_size < needed:
             raise ValueError(

@@ -72,16 +72,7 @@ class MarginalKS(WindowDetector):
         if n_knots < 1:
             raise ValueError(f"n_knots must be positive, got {n_knots}")
         self.n_knots = n_knots
-        super().__init__(
-            {
-                "arl": float(arl),
-                "reference_size": reference_size,
-                "window_size": window_size,
-                "block_size": block_size,
-                "n_knots": n_knots,
-                "seed": seed,
-            }
-        )
+        super().__init__(arl, reference_size, window_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

@@ -67,16 +67,7 @@ class MMD(WindowDetector):
         if n_frequencies < 1:
             raise ValueError(f"n_frequencies must be positive, got {n_frequencies}")
         self.n_frequencies = n_frequencies
-        super().__init__(
-            {
-                "arl": float(arl),
-                "reference_size": reference_size,
-                "window_size": window_size,
-                "block_size": block_size,
-                "n_frequencies": n_frequencies,
-                "seed": seed,
-            }
-        )
+        super().__init__(arl, reference_size, window_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evertune.drift.detector import check_settings
+from evertune.drift.detector import check_settings, settings_of
 
 _BINS = 100  # of confidences, equally wide
 _COUNTERS = ("n_seen", "n_labelled", "n_unknown", "n_repeated", "n_expired")
@@ -70,19 +70,14 @@ class PerformanceEstimator:
         max_pending: int = 100_000,
         level: float = 0.95,
     ) -> None:
-        self._config: dict[str, float] = {
-            "half_life": float(half_life),
-            "label_half_life": float(label_half_life),
-            "min_labels": min_labels,
-            "max_pending": max_pending,
-            "level": float(level),
-        }
+        self.half_life, self.label_half_life, self.level = float(half_life), float(label_half_life), float(level)
+        self.min_labels, self.max_pending = min_labels, max_pending
+        self._config = settings_of(self)
         for name, value in self._config.items():
-            if not value > 0:
+            if not float(value) > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
-        self.min_labels, self.max_pending = min_labels, max_pending
         self._kept, self._label_kept = 0.5 ** (1 / half_life), 0.5 ** (1 / label_half_life)
         self._deviations = NormalDist().inv_cdf((1 + level) / 2)
         self.n_seen = self.n_labelled = self.n_unknown = self.n_repeated = self.n_expired = 0

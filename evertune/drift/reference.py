@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evertune.drift.detector import Detector, check_settings
+from evertune.drift.detector import Detector, check_settings, settings_of
 
 _COUNTERS = ("n_features", "n_seen", "n_tests", "detected_at", "drift_detected", "score", "threshold", "p_value")
 
@@ -18,32 +18,31 @@ class ReferenceDetector(Detector):
     """Gathers a reference, is armed with it, and then watches.
 
     A subclass writes :meth:`_arm` and :meth:`_watch`, lists what they keep in :attr:`_kept`, and creates it in
-    :meth:`_clear`.
+    :meth:`_clear`. It keeps each argument of its constructor in an attribute of the same name before it calls this
+    constructor: these are its settings, and a state that was saved with other settings is refused.
 
     Args:
-        config: the settings by name. A state is refused by a detector with others.
-        reference_size: records in the reference.
-        seed: of all that the detector draws.
+        arl: Average run length: the mean number of records from arming to a false alarm.
+        reference_size: Number of records in the reference.
+        block_size: Number of consecutive records that are resampled together.
+        seed: Seed of all that the detector draws.
 
     Raises:
-        ValueError: when ``arl`` or a size (a setting that ends in ``_size``) is not positive, or ``reference_size`` and
-            ``window_size`` are no multiples of ``block_size``.
+        ValueError: If ``arl`` or a size is not positive, or ``reference_size`` is not a multiple of ``block_size``.
     """
 
     _kept: tuple[str, ...] = ()
     """Names of attributes: tensors, numbers or strings."""
     _reference: Tensor
 
-    def __init__(self, config: dict[str, float | str], reference_size: int, seed: int) -> None:
-        for name, value in config.items():
-            if (name.endswith("_size") or name == "arl") and float(value) <= 0:
+    def __init__(self, arl: float, reference_size: int, block_size: int, seed: int) -> None:
+        for name, value in {"arl": arl, "reference_size": reference_size, "block_size": block_size}.items():
+            if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        block_size = int(config.get("block_size", 1))
-        for name in ("reference_size", "window_size"):
-            if int(config.get(name, block_size)) % block_size:
-                raise ValueError(f"block_size must divide {name}, got {block_size} for {config[name]}")
-        self._config = config
-        self.reference_size, self.seed = reference_size, seed
+        if reference_size % block_size:
+            raise ValueError(f"block_size must divide reference_size, got {block_size} for {reference_size}")
+        self.arl, self.reference_size, self.block_size, self.seed = float(arl), reference_size, block_size, seed
+        self._config = settings_of(self)
         super().__init__()
 
     @property

@@ -36,13 +36,9 @@ class _RiverDetector(ReferenceDetector):
 
     _kept: tuple[str, ...] = ("_centre", "_scale", "_numbers")
 
-    def __init__(
-        self, arl: float, reference_size: int, block_size: int, seed: int, settings: dict[str, float | str]
-    ) -> None:
-        self.arl, self.block_size = float(arl), block_size
-        config = {"arl": self.arl, "reference_size": reference_size, "block_size": block_size, "seed": seed, **settings}
+    def __init__(self, arl: float, reference_size: int, block_size: int, seed: int) -> None:
         library("river.drift", "drift")
-        super().__init__(config, reference_size, seed)
+        super().__init__(arl, reference_size, block_size, seed)
         if reference_size < _MIN_BLOCKS * block_size:
             raise ValueError(
                 f"a reference of {reference_size} records is too small with block_size={block_size}: reference_size "
@@ -172,7 +168,7 @@ class PageHinkley(_RiverDetector):
         if not delta >= 0:
             raise ValueError(f"delta must be 0 or more, in standard deviations of the reference, got {delta}")
         self.delta = float(delta)
-        super().__init__(arl, reference_size, block_size, seed, {"delta": self.delta})
+        super().__init__(arl, reference_size, block_size, seed)
 
     def _paths(self, streams: int) -> Paths:
         return PageHinkleyPaths(streams, self.delta)
@@ -229,7 +225,7 @@ class HDDM(_RiverDetector):
     """
 
     def __init__(self, arl: float = 10_000, *, reference_size: int = 500, block_size: int = 1, seed: int = 0) -> None:
-        super().__init__(arl, reference_size, block_size, seed, {})
+        super().__init__(arl, reference_size, block_size, seed)
 
     def _transformed(self, standardised: Array) -> Array:
         values: Array = 1 / (1 + np.exp(-standardised.clip(-500, 500)))
@@ -312,7 +308,7 @@ class ADWIN(_RiverDetector):
         if clock < 1:
             raise ValueError(f"clock must be positive, got {clock}")
         self.clock = clock
-        super().__init__(arl, reference_size, block_size, seed, {"clock": clock})
+        super().__init__(arl, reference_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

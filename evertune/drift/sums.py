@@ -13,22 +13,23 @@ _CHUNK = 2_048  # records mapped at once
 
 
 class SumDetector(ReferenceDetector):
-    """Sums a feature map over stretches of this many records, and tests by the sums.
+    """Sums a feature map over stretches of a fixed number of records, and tests by the sums.
 
     A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_take`.
 
     Args:
-        config: as for :class:`~evertune.drift.reference.ReferenceDetector`.
-        reference_size: records in the reference.
-        seed: of all that the detector draws.
-        stretch: records in a sum.
+        stretch: Number of records in a sum.
+        arl: Average run length: the mean number of records from arming to a false alarm.
+        reference_size: Number of records in the reference.
+        block_size: Number of consecutive records that are resampled together.
+        seed: Seed of all that the detector draws.
     """
 
     _kept: tuple[str, ...] = ("_mean", "_window", "_filled")
 
-    def __init__(self, config: dict[str, float | str], reference_size: int, seed: int, stretch: int) -> None:
+    def __init__(self, stretch: int, arl: float, reference_size: int, block_size: int, seed: int) -> None:
         self.stretch = stretch
-        super().__init__(config, reference_size, seed)
+        super().__init__(arl, reference_size, block_size, seed)
 
     def _clear(self) -> None:
         super()._clear()

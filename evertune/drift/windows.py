@@ -32,11 +32,15 @@ class WindowDetector(SumDetector):
     A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_distance`.
 
     Args:
-        config: all settings by name; with ``arl``, ``reference_size``, ``window_size``, ``block_size`` and ``seed``.
+        arl: Average run length: the mean number of records from arming to a false alarm.
+        reference_size: Number of records in the reference.
+        window_size: Number of records in a test.
+        block_size: Number of consecutive records that are resampled together. Must divide both sizes.
+        seed: Seed of all that the detector draws.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named).
+        ValueError: If a setting is out of its range, or the reference is too small for the false-alarm rate (the
+            message names the size needed).
     """
 
     _kept: tuple[str, ...] = (*SumDetector._kept, "_null")
@@ -47,10 +51,13 @@ class WindowDetector(SumDetector):
     """Whether resampled windows hold no record twice (see ``resample_windows``). Where features are looked at one by
     one, repetitions do no harm, and without them the tails would be a little too light."""
 
-    def __init__(self, config: dict[str, float | str]) -> None:
-        self.arl = float(config["arl"])
-        self.window_size, self.block_size = int(config["window_size"]), int(config["block_size"])
-        super().__init__(config, int(config["reference_size"]), int(config["seed"]), self.window_size)
+    def __init__(self, arl: float, reference_size: int, window_size: int, block_size: int, seed: int) -> None:
+        self.window_size = window_size
+        super().__init__(window_size, arl, reference_size, block_size, seed)
+        if window_size <= 0:
+            raise ValueError(f"window_size must be positive, got {window_size}")
+        if window_size % block_size:
+            raise ValueError(f"block_size must divide window_size, got {block_size} for {window_size}")
         self.level = self.window_size / self.arl
         """The probability of a false alarm in one test, on average over references."""
         if not 1 / _MAX_TESTS <= self.level < 1:
