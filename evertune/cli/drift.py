@@ -54,9 +54,9 @@ def drift(arguments: Sequence[str]) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
         if options.out is not None:
-            from evertune.reports.drift import write_page
+            from evertune.reports.drift import write_drift_report
 
-            console.print(f"\nreport: {write_page(found, options.out)}", markup=False, soft_wrap=True)
+            console.print(f"\nreport: {write_drift_report(found, options.out)}", markup=False, soft_wrap=True)
     except (OSError, ValueError, TypeError, ImportError, SourceError) as error:
         print(f"evertune drift: {error}", file=sys.stderr)
         return 2

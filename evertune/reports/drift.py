@@ -24,7 +24,7 @@ class Projection:
     size: int = _SIDE
 
 
-def write_page(found: Comparison, out: str | os.PathLike[str] = "drift.html") -> Path:
+def write_drift_report(found: Comparison, out: str | os.PathLike[str] = "drift.html") -> Path:
     """Write a comparison as one self-contained page: no network, no script. Needs the extra ``evertune[reports]``.
 
     It shows the score over the records with the threshold and the alarms, the features of both sides in two dimensions,

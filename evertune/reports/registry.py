@@ -217,6 +217,7 @@ def _page(registry: Registry, title: str) -> str:
         panels=[(number, name, _panel(name, shown, low)) for name, number in drawn.items()],
         max_panels=MAX_OPEN_PANELS,
         heat=Axis(low, 1),
+        missing=math.nan,
         low=low,
         columns=_columns(shown),
         timeline=_timeline(views, registry),

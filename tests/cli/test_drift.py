@@ -24,7 +24,7 @@ from evertune.drift import MMD
 from evertune.drift.comparison.comparing import compare
 from evertune.drift.comparison.watching import DETECTORS, make_detector
 from evertune.drift.comparison.wording import decision, false_alarms
-from evertune.reports.drift import write_page
+from evertune.reports.drift import write_drift_report
 from evertune.utils.locate import locate
 from tests.helpers.lightning_modules import tiny_bert
 from tests.reports.test_stream import Page
@@ -344,7 +344,7 @@ def test_the_page_without_drift_and_without_a_projection(tmp_path: Path) -> None
     pytest.importorskip("river")
     old = [{"loss": float(i % 10)} for i in range(300)]
     found = compare(old, old[:100], value="loss", detector="page-hinkley")
-    page = Page(write_page(found, tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_drift_report(found, tmp_path / "page.html").read_text(encoding="utf-8"))
     assert any(text.startswith("No drift: ") for text in page.text)
     assert "No word beyond chance." in page.text
     assert not page.count("circle")
@@ -378,7 +378,7 @@ def test_sport_arrives_in_the_news(tmp_path: Path) -> None:
     assert found.topic_examples[0][1].label == "sports"
     change = next(change for change in found.attribution.fields if change.name == "label")
     assert (change.before["sports"], change.after["sports"]) == (0.0, 1.0)
-    assert write_page(found, tmp_path / "news.html").stat().st_size < 300_000
+    assert write_drift_report(found, tmp_path / "news.html").stat().st_size < 300_000
 
 
 def test_the_same_news_raise_no_alarm() -> None:
