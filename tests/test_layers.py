@@ -225,9 +225,9 @@ def test_private_names_of_others_are_found() -> None:
 
 def handed_on(tree: ast.AST) -> set[str]:
     """The names that the ``__init__`` of a package imports for type checkers."""
-    return (
+    return {
         name.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names if name.asname
-    )
+    }
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if "face(" in MODULES[name].read_text()])

@@ -126,7 +126,8 @@ def settings_of(configured: object) -> dict[str, float | str]:
     """
 
     def plain(value: Any) -> float | str:
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else value or 0
+        setting: float | str = ", ".join(map(str, value)) if isinstance(value, tuple) else value or 0
+        return setting
 
     return {name: plain(getattr(configured, name)) for name in inspect.signature(type(configured)).parameters}
 

@@ -36,7 +36,7 @@ class ReferenceDetector(Detector):
     _reference: Tensor
 
     def __init__(self, arl: float, reference_size: int, block_size: int, seed: int) -> None:
-        for name, value in {"arl": arl, "reference_size": reference_size, "block_size": block_size}.items():
+        for name, value in {"arl": float(arl), "reference_size": reference_size, "block_size": block_size}.items():
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if reference_size % block_size:
