@@ -40,6 +40,7 @@ from evertune.live.journal import Journal
 from evertune.live.triggers import Volume
 from evertune.live.update import Updater, UpdateSettings
 from evertune.memory.memory import ReplayMemory
+from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry
 from evertune.registry.store import Store
 from evertune.sources.folder import FolderSource
@@ -163,30 +164,25 @@ def measure_registry(n: int) -> dict[str, float]:
     return {"seconds_to_list": median(times)}
 
 
-def manifest(number: int) -> dict[str, Any]:
+def manifest(number: int) -> Manifest:
     """A manifest of ordinary size: ten slices, the configuration of a run."""
-    slices = [
-        {"name": f"update-{i}", "file": f"slices/{i}.jsonl", "examples": 200, "sha256": "0" * 64} for i in range(10)
-    ]
-    return {
-        "format": 1,
-        "version": number,
-        "parent": number - 1 or None,
-        "created": "2026-01-01T00:00:00+00:00",
-        "kind": "update",
-        "experience": f"update-{number}",
-        "consumed": number,
-        "offset": {"files": {f"{i}.jsonl": 1_000 for i in range(10)}},
-        "module": "SequenceClassificationModule",
-        "classes": ["business", "politics", "sport"],
-        "records": {"train": 800, "held_out": 200, "quarantined": 3},
-        "slices": slices,
-        "verdict": {"passed": True, "summary": "promoted"},
-        "metrics": {"accuracy": {f"update-{i}": 0.9 for i in range(10)}, "average_accuracy": 0.9},
-        "seconds": {"train": 100.0},
-        "config": {"trainer": {f"argument_{i}": i for i in range(40)}},
-        "code": "evertune 0.1.0",
-    }
+    return Manifest(
+        version=number,
+        parent=number - 1 or None,
+        kind="update",
+        experience=f"update-{number}",
+        consumed=number,
+        offset={"files": {f"{i}.jsonl": 1_000 for i in range(10)}},
+        module="SequenceClassificationModule",
+        classes=["business", "politics", "sport"],
+        records={"train": 800, "held_out": 200, "quarantined": 3},
+        slices=[SliceEntry(f"update-{i}", f"slices/{i}.jsonl", 200, "0" * 64) for i in range(10)],
+        verdict=VerdictSummary(True, "promoted"),
+        metrics=Metrics({f"update-{i}": 0.9 for i in range(10)}, 0.9),
+        seconds={"train": 100.0},
+        config={"trainer": {f"argument_{i}": i for i in range(40)}},
+        code="evertune 0.1.0",
+    )
 
 
 def main() -> None:

@@ -145,48 +145,46 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
 def _line(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
     """A version in a list."""
     manifest = version.manifest
-    summary = (manifest.get("verdict") or {}).get("summary")
     return {
         "version": version.number,
         "aliases": [alias for alias, number in aliases.items() if number == version.number],
-        "created": manifest["created"],
+        "created": manifest.created.isoformat(),
         "parent": version.parent,
-        "kind": manifest.get("kind"),
+        "kind": manifest.kind,
         "experience": version.experience,
-        "records": manifest.get("records") or {},
-        "average_accuracy": (manifest.get("metrics") or {}).get("average_accuracy"),
+        "records": manifest.records,
+        "average_accuracy": manifest.metrics.average_accuracy,
         "passed": version.passed,
-        "reason": (manifest.get("reason") or summary) if version.passed else summary,
+        "reason": (manifest.reason if version.passed else "") or manifest.summary,
     }
 
 
 def _show(registry: Registry, arguments: argparse.Namespace) -> int:
     version = registry.version(arguments.version)
-    manifest, aliases = version.manifest, registry.aliases
+    manifest, aliases = version.manifest.to_dict(), registry.aliases
     events = [event for event in registry.events if version.number in (event.get("from"), event.get("to"))]
     sizes = registry.store.sizes(f"versions/{version.number}")
     found = {**manifest, "aliases": _line(version, aliases)["aliases"], "size": sum(sizes.values()), "events": events}
 
     def tables() -> Iterable[Any]:
-        verdict, metrics = manifest.get("verdict") or {}, dict(manifest.get("metrics") or {})
-        accuracy = metrics.pop("accuracy", None) or {}
+        metrics = version.manifest.metrics
         facts = {
             "version": version.number,
             "aliases": ", ".join(found["aliases"]),
-            **{name: manifest.get(name) for name in ("created", "parent", "kind", "experience", "reason")},
-            "verdict": f"{'passed' if version.passed else 'refused'}: {verdict.get('summary', '')}".rstrip(": "),
-            **_named(manifest.get("records"), "{} records"),
-            **{name.replace("_", " "): value for name, value in metrics.items()},
-            "classes": ", ".join(map(str, manifest.get("classes") or [])),
-            **{name: manifest.get(name) for name in ("module", "consumed", "offset")},
-            **_named(manifest.get("seconds"), "seconds to {}"),
-            **{name: manifest.get(name) for name in ("code", "config")},
+            **{name: manifest[name] for name in ("created", "parent", "kind", "experience", "reason")},
+            "verdict": f"{'passed' if version.passed else 'refused'}: {version.manifest.summary}".rstrip(": "),
+            **_named(version.manifest.records, "{} records"),
+            "average accuracy": metrics.average_accuracy,
+            "classes": ", ".join(version.manifest.classes),
+            **{name: manifest[name] for name in ("module", "consumed", "offset")},
+            **_named(version.manifest.seconds, "seconds to {}"),
+            **{name: manifest[name] for name in ("code", "config")},
             "size": f"{_size(found['size'])} in {len(sizes)} files",
         }
         yield _table(["", ""], [[name, value] for name, value in facts.items() if value not in (None, "", {})])
-        if accuracy:
-            examples = {entry["name"]: entry["examples"] for entry in manifest.get("slices") or []}
-            rows = [[name, examples.get(name), _percent(value)] for name, value in accuracy.items()]
+        if metrics.accuracy:
+            examples = {entry.name: entry.examples for entry in version.manifest.slices}
+            rows = [[name, examples.get(name), _percent(value)] for name, value in metrics.accuracy.items()]
             yield _table(["slice", "examples", "accuracy"], rows, right=("examples", "accuracy"))
         if events:
             columns = ["time", "action", "from", "to", "reason", "by"]
@@ -324,8 +322,8 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _named(values: Mapping[str, Any] | None, pattern: str) -> dict[str, Any]:
-    return {pattern.format(name.replace("_", " ")): value for name, value in (values or {}).items()}
+def _named(values: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    return {pattern.format(name.replace("_", " ")): value for name, value in values.items()}
 
 
 def _change(a: Any, b: Any) -> str:

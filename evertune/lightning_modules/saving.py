@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from evertune.utils.files import sha256
 from evertune.utils.ranks import is_writer
+from evertune.utils.typed_json import from_json
 
 MANIFEST = "evertune.json"
 BACKBONE = "backbone."
@@ -107,16 +109,33 @@ def _copy_into(own: dict[str, Tensor], path: Path) -> None:
                 tensor.copy_(saved[name])
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``evertune.json``: ``content`` and the sha256 of every other file. It comes last: without it no module."""
+@dataclass(frozen=True)
+class SavedModule:
+    """What ``evertune.json`` says about the folder of a module.
+
+    Args:
+        module: The name of its class.
+        hparams: The arguments of its constructor.
+        sha256: The SHA-256 of every other file by its name.
+        format: The format of the file.
+    """
+
+    module: str
+    hparams: dict[str, Any]
+    sha256: dict[str, str]
+    format: int = FORMAT
+
+
+def write_manifest(folder: Path, module: str, hparams: dict[str, Any]) -> None:
+    """Write ``evertune.json`` last, with the SHA-256 of every other file: a folder without it holds no module."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
     )
-    text = json.dumps({"format": FORMAT, **content, "sha256": {path.name: sha256(path) for path in files}}, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    manifest = SavedModule(module, hparams, {path.name: sha256(path) for path in files})
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> SavedModule:
     """Read ``evertune.json`` and check every file against it.
 
     Raises:
@@ -127,14 +146,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it was not written by save_pretrained")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}, the one that this version of evertune reads")
-    if absent := {"hparams", "sha256"} - manifest.keys():
-        raise ValueError(f"{path} is damaged: it has no {sorted(absent)}")
-    for name, expected in manifest["sha256"].items():
+    try:
+        manifest = from_json(SavedModule, content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, expected in manifest.sha256.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
         if sha256(folder / name) != expected:

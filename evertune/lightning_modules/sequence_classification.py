@@ -198,7 +198,7 @@ class SequenceClassificationModule(TransformerModule):
         Raises:
             ValueError: when they do not.
         """
-        saved = list(read_manifest(Path(directory))["hparams"]["classes"])
+        saved = list(read_manifest(Path(directory)).hparams["classes"])
         if self._classes[: len(saved)] != saved:
             raise ValueError(f"{directory} has the classes {saved}, this module {self._classes}")
         super().start_from(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
     WEIGHTS,
+    SavedModule,
     load_rest,
     read_manifest,
     whole_state,
@@ -213,7 +213,7 @@ class TransformerModule(LightningModule):
             self._save_tokenizer(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             settings.pop("model_name_or_path")  # from now on the folder itself
-            write_manifest(folder, {"module": type(self).__name__, "hparams": settings})
+            write_manifest(folder, type(self).__name__, settings)
         barrier()
 
     @classmethod
@@ -232,7 +232,7 @@ class TransformerModule(LightningModule):
         folder = Path(directory)
         manifest = read_manifest(folder)
         cls._check_kind(folder, manifest)
-        module = cls(**{**manifest["hparams"], **settings, "model_name_or_path": str(folder)})
+        module = cls(**{**manifest.hparams, **settings, "model_name_or_path": str(folder)})
         module._saved = folder
         if not lazy:
             module.configure_model()
@@ -258,9 +258,9 @@ class TransformerModule(LightningModule):
         self._saved = folder
 
     @classmethod
-    def _check_kind(cls, folder: Path, manifest: Mapping[str, Any]) -> None:
-        if manifest.get("module") != cls.__name__:
-            raise ValueError(f"{folder} holds a {manifest.get('module')}, not a {cls.__name__}")
+    def _check_kind(cls, folder: Path, manifest: SavedModule) -> None:
+        if manifest.module != cls.__name__:
+            raise ValueError(f"{folder} holds a {manifest.module}, not a {cls.__name__}")
 
     def _save_tokenizer(self, folder: Path) -> None:
         try:

@@ -38,7 +38,7 @@ class Backlog:
             production: the version in production.
             at_most: records in them; but at least one segment.
         """
-        learned = [version.manifest["consumed"] for version in (production, *self._given_up()) if version]
+        learned = [version.manifest.consumed for version in (production, *self._given_up()) if version]
         segments, total = self._journal.segments(after=max(learned, default=0)), 0
         for number, segment in enumerate(segments):
             total += segment.records
@@ -50,9 +50,9 @@ class Backlog:
         """The last segment that an update of this parent, under these settings, has been tried on; 0 for none."""
         parent = production.number if production else None
         tried = [
-            version.manifest["consumed"]
+            version.manifest.consumed
             for version in self._registry.versions()
-            if version.parent == parent and version.manifest.get("config_digest") == self._config
+            if version.parent == parent and version.manifest.config_digest == self._config
         ]
         if self._mark.is_file():
             mark = json.loads(self._mark.read_bytes())
@@ -79,9 +79,9 @@ class Backlog:
 
     def quarantine_given_up(self, production: Version | None) -> None:
         """Put the records that a rollback has given up into quarantine. Good to repeat."""
-        learned = production.manifest["consumed"] if production else 0
+        learned = production.manifest.consumed if production else 0
         for version in self._given_up():
-            segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest["consumed"]]
+            segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest.consumed]
             reason = f"learned by version {version.number}, which was rolled back"
             self._journal.quarantine(reason, self._journal.records(segments), f"discarded-{version.number}")
 

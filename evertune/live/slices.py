@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from evertune.registry.manifest import SliceEntry
 from evertune.registry.store import Store
 
 Row = dict[str, Any]
@@ -57,23 +58,23 @@ def thin(slices: dict[str, list[Row]], budget: int) -> dict[str, list[Row]]:
     return {name: sorted(rows, key=draw)[:longest] for name, rows in slices.items()}
 
 
-def save_slice(store: Store, name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def save_slice(store: Store, name: str, rows: Sequence[Row]) -> SliceEntry:
     """Write a slice under a name that tells its content; returns its entry for a manifest."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     digest = hashlib.sha256(content).hexdigest()
     file = f"{FOLDER}/{name}-{digest[:16]}.jsonl"
     if not store.exists(file):
         store.write(file, content)
-    return {"name": name, "file": file, "examples": len(rows), "sha256": digest}
+    return SliceEntry(name, file, len(rows), digest)
 
 
-def load_slice(store: Store, entry: dict[str, Any]) -> list[Row]:
+def load_slice(store: Store, entry: SliceEntry) -> list[Row]:
     """Read a slice by its entry in a manifest.
 
     Raises:
         ValueError: when the file is damaged or cut short.
     """
-    content = store.read(entry["file"])
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise ValueError(f"{entry['file']} is damaged or cut short: it does not match its sha256 in the manifest")
+    content = store.read(entry.file)
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise ValueError(f"{entry.file} is damaged or cut short: it does not match its sha256 in the manifest")
     return [json.loads(line) for line in content.splitlines()]

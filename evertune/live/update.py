@@ -22,6 +22,7 @@ from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
 from evertune.live.slices import Row, draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, Version
 from evertune.sources.base import Source, SourceError
 from evertune.sources.labels import LabelJoin
@@ -207,7 +208,7 @@ class Updater:
         production = self.registry.production
         self._backlog.quarantine_given_up(production)
         return self._intake.run(
-            limit=2 * self.settings.max_records, start=production.manifest["offset"] if production else None
+            limit=2 * self.settings.max_records, start=production.manifest.offset if production else None
         )
 
     def read_on_from(self, offset: Mapping[str, Any]) -> None:
@@ -241,7 +242,7 @@ class Updater:
             held_out=lambda: self._evaluation(production),
             predict=None if production is None else lambda rows: self._predictions(production, rows),
             updates=lambda: [
-                (version.created, sum(version.manifest.get("seconds", {}).get(part, 0.0) for part in _TO_BE_PAID))
+                (version.created, sum(version.manifest.seconds.get(part, 0.0) for part in _TO_BE_PAID))
                 for version in self.registry.versions()
             ],
         )
@@ -342,8 +343,8 @@ class Updater:
         rows, held_out, _ = self._split(plan)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         store, new = self.registry.store, plan.experience
-        entries = production.manifest["slices"] if production else []
-        slices = {entry["name"]: load_slice(store, entry) for entry in entries} | {new: held_out}
+        entries = production.manifest.slices if production else []
+        slices = {entry.name: load_slice(store, entry) for entry in entries} | {new: held_out}
         slices = thin(slices, self.settings.max_evaluation)
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
         settings = self._reading
@@ -388,7 +389,7 @@ class Updater:
         folder = self.staging / VERSION
         rows, held_out, superseded = self._split(plan)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
-        slices = list(production.manifest["slices"]) if production else []
+        slices = list(production.manifest.slices) if production else []
         if held_out:
             slices.append(save_slice(self.registry.store, plan.experience, held_out))
         if superseded and verdict.passed:
@@ -400,34 +401,30 @@ class Updater:
         training = trained(self.staging)
         assert training is not None
         segments = self._segments(plan)
-        manifest = {
-            "format": 1,
-            "version": plan.version,
-            "parent": plan.parent,
-            "created": plan.created,
-            "kind": plan.kind,
-            "experience": plan.experience,
-            "reason": plan.reason,
-            "consumed": plan.consumed,
-            "offset": plan.offset,
-            "module": type(self.model).__name__,
-            "classes": training["classes"],
-            "records": {
+        manifest = Manifest(
+            version=plan.version,
+            parent=plan.parent,
+            created=datetime.fromisoformat(plan.created),
+            kind=plan.kind,
+            experience=plan.experience,
+            reason=plan.reason,
+            consumed=plan.consumed,
+            offset=plan.offset,
+            module=type(self.model).__name__,
+            classes=training["classes"],
+            records={
                 "train": len(rows),
                 "held_out": len(held_out),
                 "quarantined": sum(segment.quarantined for segment in segments) + len(superseded),
             },
-            "slices": slices,
-            "verdict": {"passed": verdict.passed, "summary": _reasons(verdict)},
-            "metrics": {
-                "accuracy": accuracy,
-                "average_accuracy": sum(accuracy.values()) / len(accuracy) if accuracy else None,
-            },
-            "seconds": {**seconds, **training["seconds"]},
-            "config": self.config,
-            "config_digest": plan.config,
-            "code": f"evertune {metadata.version('evertune')}",
-        }
+            slices=slices,
+            verdict=VerdictSummary(verdict.passed, _reasons(verdict)),
+            metrics=Metrics(dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None),
+            seconds={**seconds, **training["seconds"]},
+            config=self.config,
+            config_digest=plan.config,
+            code=f"evertune {metadata.version('evertune')}",
+        )
         return self.registry.publish(folder, manifest)
 
     def _finish(self, plan: Plan, version: Version, seconds: Mapping[str, float]) -> Outcome:
@@ -451,7 +448,7 @@ class Updater:
         self._clear_staging()
         status: Status = "promoted" if verdict.passed else "refused"
         words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {_reasons(verdict)}"
-        return Outcome(status, words, version.number, verdict, {**version.manifest["seconds"], **seconds})
+        return Outcome(status, words, version.number, verdict, {**version.manifest.seconds, **seconds})
 
     # --- what the plan rests on
 
@@ -531,14 +528,14 @@ class Updater:
             rows,
             text=self.schema.text,
             label=self._label,
-            known_classes=production.manifest["classes"] if production else [],
+            known_classes=production.manifest.classes if production else [],
             n_bad=sum(segment.bad for segment in segments),
             n_read=sum(segment.read for segment in segments),
         )
 
     def _held_out(self, production: Version | None) -> list[Row]:
         """The held-out records of every experience that production has learned."""
-        entries = production.manifest["slices"] if production else []
+        entries = production.manifest.slices if production else []
         return [row for entry in entries for row in load_slice(self.registry.store, entry)]
 
     def _known_texts(self, production: Version | None) -> list[str]:

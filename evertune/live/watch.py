@@ -251,7 +251,7 @@ class Watch:
             with suppress(Exception):  # only to say more
                 version = self.updater.registry.versions()[-1]
                 facts |= {"version": version.number}
-                end = version.manifest["verdict"]["summary"]
+                end = version.manifest.summary
             if outcome == "refused":
                 self._say("refusal", f"the new version was refused: {end}", logging.WARNING, **facts)
             else:

@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.registry.manifest import Manifest as Manifest
+    from evertune.registry.manifest import Metrics as Metrics
+    from evertune.registry.manifest import SliceEntry as SliceEntry
+    from evertune.registry.manifest import VerdictSummary as VerdictSummary
     from evertune.registry.registry import LeaseHeld as LeaseHeld
     from evertune.registry.registry import Registry as Registry
     from evertune.registry.registry import RegistryError as RegistryError
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.registry.manifest": "Manifest Metrics SliceEntry VerdictSummary",
         "evertune.registry.registry": "LeaseHeld Registry RegistryError Version",
         "evertune.registry.serving": "Served load",
     },

@@ -142,11 +142,11 @@ class MLflowMirror:
 
 def digest(version: Version) -> str:
     """What a version's files are known by: the SHA-256 over the names and hashes in its manifest."""
-    return hashlib.sha256(json.dumps(version.manifest["files"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(version.manifest.files, sort_keys=True).encode()).hexdigest()
 
 
 def _words(version: Version) -> str:
-    return str((version.manifest.get("verdict") or {}).get("summary") or "")
+    return version.manifest.summary
 
 
 def _tags(version: Version) -> dict[str, str]:
@@ -158,8 +158,8 @@ def _tags(version: Version) -> dict[str, str]:
         "verdict": "passed" if version.passed else "refused",
         "registry": version.store.root,
         "experience": version.experience,
-        "created": manifest["created"],
-        **{name: manifest.get(name) for name in ("kind", "reason", "consumed", "offset", "module", "code")},
+        "created": manifest.created.isoformat(),
+        **{name: getattr(manifest, name) for name in ("kind", "reason", "consumed", "offset", "module", "code")},
     }
     shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in tags.items()}
     return {f"evertune.{name}": value[:MAX_TAG] for name, value in shown.items() if tags[name] not in (None, "")}
@@ -170,8 +170,8 @@ def _metrics(version: Version) -> dict[str, float]:
 
     Slices whose names only differ in characters that MLflow does not take share a metric.
     """
-    manifest = version.manifest
-    found = _flat({name: manifest.get(name) or {} for name in ("metrics", "records", "seconds")})
+    manifest = version.manifest.to_dict()
+    found = _flat({name: manifest[name] for name in ("metrics", "records", "seconds")})
     return {_NO_METRIC_NAME.sub("_", name.removeprefix("metrics/"))[:250]: value for name, value in found.items()}
 
 

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import getpass
 import json
-import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
+from evertune.registry.manifest import FormatError, Manifest
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.utils.files import sha256, write_atomically
 
-__all__ = ["ALIASES", "Finding", "Garbage", "LeaseHeld", "LeaseLost", "Registry", "RegistryError", "Version"]
+__all__ = [
+    "ALIASES",
+    "Finding",
+    "Garbage",
+    "LeaseHeld",
+    "LeaseLost",
+    "Manifest",
+    "Registry",
+    "RegistryError",
+    "Version",
+]
 
 ALIASES = ("production", "previous", "candidate")
-FORMAT = 1
 
 _ALIASES = "aliases.json"
 _VERSIONS = "versions"
@@ -39,33 +48,37 @@ class Version:
     """One attempt to update the model that got as far as the gate, whether it was promoted or refused.
 
     Args:
-        number: counts the versions of a registry, from 1.
-        manifest: what is known of it.
+        manifest: What is known of it.
+        store: The files of the registry that holds it.
     """
 
-    number: int
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     store: Store = field(repr=False, compare=False)
 
     @property
+    def number(self) -> int:
+        """Its number in the registry, counted from 1."""
+        return self.manifest.version
+
+    @property
     def parent(self) -> int | None:
-        """The version that it was trained from; None for the first."""
-        return self.manifest.get("parent")
+        """The version that it was trained from. None for the first."""
+        return self.manifest.parent
 
     @property
     def created(self) -> datetime:
-        """When it was made, in UTC."""
-        return datetime.fromisoformat(self.manifest["created"])
+        """When it was made."""
+        return self.manifest.created
 
     @property
     def passed(self) -> bool:
-        """Whether the gate let it pass. A version that was never judged has."""
-        return bool((self.manifest.get("verdict") or {}).get("passed", True))
+        """Whether the gate let it pass. True for a version that was never judged."""
+        return self.manifest.passed
 
     @property
     def experience(self) -> str:
         """The name of what it learned."""
-        return str(self.manifest.get("experience", ""))
+        return self.manifest.experience
 
     def folder(self) -> Path:
         """Its files on this machine: the folder itself, or a verified copy of a registry elsewhere.
@@ -132,11 +145,12 @@ class Registry:
 
     Example:
         >>> import tempfile
+        >>> from evertune.registry.manifest import Manifest, Metrics
         >>> registry = Registry("memory://doc/versions")
         >>> for accuracy in (0.8, 0.9):
         ...     folder = Path(tempfile.mkdtemp())
         ...     _ = (folder / "weights").write_bytes(b"123")
-        ...     manifest = {"version": registry.next_number(), "metrics": {"average_accuracy": accuracy}}
+        ...     manifest = Manifest(version=registry.next_number(), metrics=Metrics(average_accuracy=accuracy))
         ...     _ = registry.promote(registry.publish(folder, manifest).number, reason="volume")
         >>> registry.aliases
         {'production': 2, 'previous': 1}
@@ -226,30 +240,22 @@ class Registry:
             self._lease = lease
         return lease
 
-    def publish(self, folder: Path, manifest: Mapping[str, Any]) -> Version:
-        """Make a local folder the version ``manifest["version"]``, whole or not at all; the folder is moved.
+    def publish(self, folder: Path, manifest: Manifest) -> Version:
+        """Make a local folder the version ``manifest.version``, whole or not at all. The folder is moved.
 
-        The manifest is completed with ``format``, ``files`` (name to sha256), and ``created`` if it has none. No alias
-        changes.
+        The manifest is completed with ``files`` (name to SHA-256). No alias changes.
 
         Raises:
             RegistryError: when there is such a version, or the lease is lost.
             OSError: when it cannot be written; the folder stays where it is.
         """
-        number = int(manifest["version"])
-        if number < 1:
-            raise ValueError(f"versions are counted from 1, got {number}")
+        number = manifest.version
         self._check_lease()
         if self.store.exists(_manifest(number)):
             raise RegistryError(f"{self.store.root} has a version {number}, and versions never change")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-        complete = {
-            "format": FORMAT,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **manifest,
-            "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
-        }
-        content = json.dumps(_finite(complete), indent=1, allow_nan=False).encode()
+        hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+        content = replace(manifest, files=hashes).to_json()
         version = self._parsed(number, content)
         write_atomically(folder / MANIFEST, content)
         with self.store.locked():
@@ -415,12 +421,12 @@ class Registry:
             files, in bytes.
         """
         one, two = self.version(a), self.version(b)
-        first, second = one.manifest, two.manifest
+        first, second = one.manifest.to_dict(), two.manifest.to_dict()
         sizes = self.store.sizes(_folder(one.number)), self.store.sizes(_folder(two.number))
         plain = [
             name
-            for name in dict.fromkeys((*first, *second))
-            if name != "version" and not isinstance(first.get(name, second.get(name)), dict | list)
+            for name in first
+            if name != "version" and not any(isinstance(side[name], dict | list) for side in (first, second))
         ]
         files: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}, "unchanged": 0}
         for name in sorted({**first["files"], **second["files"]}):
@@ -430,15 +436,15 @@ class Registry:
                 continue
             kind = "added" if hashes[0] is None else "removed" if hashes[1] is None else "changed"
             files[kind][name] = [size.get(name) for size in sizes]
-        classes = [list(manifest.get("classes") or []) for manifest in (first, second)]
+        classes = first["classes"], second["classes"]
         return {
             "a": one.number,
             "b": two.number,
-            "manifest": _changes({name: first.get(name) for name in plain}, {name: second.get(name) for name in plain}),
-            "records": _changes(first.get("records"), second.get("records"), all_of_them=True),
-            "metrics": _changes(first.get("metrics"), second.get("metrics"), all_of_them=True),
-            "seconds": _changes(first.get("seconds"), second.get("seconds")),
-            "config": _changes(first.get("config"), second.get("config")),
+            "manifest": _changes({name: first[name] for name in plain}, {name: second[name] for name in plain}),
+            "records": _changes(first["records"], second["records"], all_of_them=True),
+            "metrics": _changes(first["metrics"], second["metrics"], all_of_them=True),
+            "seconds": _changes(first["seconds"], second["seconds"]),
+            "config": _changes(first["config"], second["config"]),
             "classes": {
                 "added": [name for name in classes[1] if name not in classes[0]],
                 "removed": [name for name in classes[0] if name not in classes[1]],
@@ -468,11 +474,11 @@ class Registry:
             if number not in retained:
                 why = "old" if number in published else "never published whole"
                 garbage.append(self._garbage(_folder(number), why))
-        needed = {str(entry["file"]) for manifest in manifests for entry in manifest.get("slices") or []}
+        needed = {entry.file for manifest in manifests for entry in manifest.slices}
         for name in self.store.list(_SLICES) if retained else []:
             if f"{_SLICES}/{name}" not in needed:
                 garbage.append(self._garbage(f"{_SLICES}/{name}", "no version needs it"))
-        garbage += self._learnt_segments(manifests)
+        garbage += self._learned_segments(manifests)
         old = [name for name in self.store.leftovers() if self.store.age(name) > stale_days * _DAY]
         garbage += [self._garbage(name, "left by a process that was killed") for name in old]
         if self.store.exists(_STAGING) and self.store.age(_STAGING) > stale_days * _DAY:
@@ -510,9 +516,9 @@ class Registry:
 
     # --- inside
 
-    def _learnt_segments(self, manifests: Sequence[Mapping[str, Any]]) -> Iterator[Garbage]:
+    def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
         """The segments of records that every retained version has learned; never the newest."""
-        learned = min((int(manifest.get("consumed") or 0) for manifest in manifests), default=0)
+        learned = min((manifest.consumed for manifest in manifests), default=0)
         segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
         whole = [name for name in segments if name.count(".") == 1 and name.endswith(".json")]  # written last
         newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
@@ -543,18 +549,14 @@ class Registry:
         """A version, if this is its manifest."""
         address = self.store.address(_manifest(number))
         try:
-            manifest = json.loads(content)
-            created = datetime.fromisoformat(manifest["created"])
-            if manifest["format"] != FORMAT:
-                raise RegistryError(
-                    f"{address} is of format {manifest['format']!r}, and this evertune reads format {FORMAT}: use the "
-                    "evertune that wrote it, or a newer one"
-                )
-            if manifest["version"] != number or not isinstance(manifest["files"], dict) or created.tzinfo is None:
-                raise ValueError(f"it is not of version {number}, or lacks files or a time zone")
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = Manifest.from_json(content)
+            if manifest.version != number:
+                raise ValueError(f"it is of version {manifest.version}, not {number}")
+        except FormatError as error:
+            raise RegistryError(f"{address} {error}: use the evertune that wrote it, or a newer one") from None
+        except ValueError as error:
             raise RegistryError(f"{address} is damaged or cut short ({error}): restore it from a backup") from None
-        return Version(number, manifest, self.store)
+        return Version(manifest, self.store)
 
     def _state(self) -> _State:
         """What ``aliases.json`` says."""
@@ -613,24 +615,22 @@ class Registry:
         except RegistryError as error:
             return [Finding(number, str(error), False)]
         there = self.store.sizes(folder)
-        for name, digest in manifest["files"].items():
+        for name, digest in manifest.files.items():
             if name not in there:
                 find(f"{folder}/{name} is missing")
             elif hashes and self.store.sha256(f"{folder}/{name}") != digest:
                 find(f"{folder}/{name} is damaged or cut short: its sha256 is not the manifest's")
-        for name in sorted(there.keys() - manifest["files"].keys() - {MANIFEST}):
+        for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST}):
             find(f"{folder}/{name} is not in the manifest: it was added later")
-        for entry in manifest.get("slices") or [] if hashes else []:
+        for entry in manifest.slices if hashes else []:
             try:
-                if self.store.sha256(entry["file"]) != entry["sha256"]:
-                    find(f"{entry['file']} is damaged or cut short: no update can start from this version", usable=True)
+                if self.store.sha256(entry.file) != entry.sha256:
+                    find(f"{entry.file} is damaged or cut short: no update can start from this version", usable=True)
             except FileNotFoundError:
-                find(f"{entry['file']} is missing: no update can start from this version", usable=True)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                find(
-                    f"{_manifest(number)} names {entry!r} as a slice: no update can start from this version",
-                    usable=True,
-                )
+                find(f"{entry.file} is missing: no update can start from this version", usable=True)
+            except ValueError:
+                words = f"{_manifest(number)} names the file {entry.file!r} as a slice"
+                find(f"{words}: no update can start from this version", usable=True)
         return findings
 
 
@@ -651,7 +651,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _summary(version: Version) -> str:
-    return str((version.manifest.get("verdict") or {}).get("summary") or "the gate gave no reason").rstrip(".")
+    return (version.manifest.summary or "the gate gave no reason").rstrip(".")
 
 
 def _event(action: str, old: int | None, new: int, reason: str, by: str | None) -> dict[str, Any]:
@@ -671,15 +671,6 @@ def _who() -> str:
     except (KeyError, OSError):  # a container without a list of users
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -268,7 +268,7 @@ def _absent(registry: Registry, alias: str) -> str:
 
 def _verify(version: Version, folder: Path, registry: Registry) -> None:
     """Compare the model's files with the manifest: nothing missing, nothing changed, nothing added."""
-    expected = {name: digest for name, digest in version.manifest["files"].items() if name.startswith(MODEL)}
+    expected = {name: digest for name, digest in version.manifest.files.items() if name.startswith(MODEL)}
     found = {path.relative_to(folder).as_posix() for path in (folder / MODEL).rglob("*") if path.is_file()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
     problems += [f"{name} is not in its manifest" for name in sorted(found - expected.keys())]
@@ -293,7 +293,7 @@ def _own_class(version: Version) -> Any:
     modules = {
         name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, own.TransformerModule)
     }
-    name = version.manifest.get("module")
+    name = version.manifest.module
     if name not in modules:
         raise RegistryError(
             f"version {version.number} holds a {name}, which is none of evertune's own modules {sorted(modules)}: "

@@ -88,7 +88,7 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     slices = _slices(line)
     if not slices:
         raise ValueError(f"no version that led to version {line[-1].number} was measured on a held-out slice")
-    seconds = sum(version.manifest.get("seconds", {}).get(stage, 0.0) for version in line for stage in STAGES)
+    seconds = sum(version.manifest.seconds.get(stage, 0.0) for version in line for stage in STAGES)
     return History(
         list(slices),
         [[_accuracy(version).get(name, math.nan) for name in slices] for version in line],
@@ -142,10 +142,9 @@ class VersionView:
     def __post_init__(self) -> None:
         manifest = self.version.manifest
         self.number, self.name = self.version.number, self.version.experience
-        self.created, self.kind = f"{self.version.created:{MOMENT}}", str(manifest.get("kind") or "update")
-        self.cause = str(manifest.get("reason") or "")
-        summary = str((manifest.get("verdict") or {}).get("summary") or "")
-        self.words = summary.removeprefix("refused: ").replace("; ", "\n") if self.status == REFUSED else ""
+        self.created, self.kind = f"{self.version.created:{MOMENT}}", manifest.kind or "update"
+        self.cause = manifest.reason
+        self.words = manifest.summary.removeprefix("refused: ").replace("; ", "\n") if self.status == REFUSED else ""
         self.accuracy, self.records = _accuracy(self.version), _records(self.version)
         self.average = _mean(list(self.accuracy.values()))
         self.color = COLORS[self.status]
@@ -280,13 +279,11 @@ def _slices(versions: Sequence[Version]) -> dict[str, int]:
 
 
 def _accuracy(version: Version) -> dict[str, float]:
-    accuracy = (version.manifest.get("metrics") or {}).get("accuracy") or {}
-    return {name: float(value) for name, value in accuracy.items() if value is not None}
+    return {name: value for name, value in version.manifest.metrics.accuracy.items() if value is not None}
 
 
 def _records(version: Version) -> dict[str, int]:
-    counts = version.manifest.get("records") or {}
-    return {kind: int(counts.get(kind) or 0) for kind in ("train", "held_out", "quarantined")}
+    return {kind: version.manifest.records.get(kind, 0) for kind in ("train", "held_out", "quarantined")}
 
 
 # --- what the page says
@@ -321,7 +318,7 @@ def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[Vers
     total = {kind: sum(view.records[kind] for view in line) for kind in ("train", "held_out", "quarantined")}
     kept = f"{total['held_out']:,} held out, {total['quarantined']:,} in quarantine"
     facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learned", f"{total['train']:,}", kept)]
-    return [*facts, *_pending(registry, int(line[-1].version.manifest.get("consumed") or 0) if line else 0)]
+    return [*facts, *_pending(registry, line[-1].version.manifest.consumed if line else 0)]
 
 
 def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
@@ -340,18 +337,17 @@ def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
 
 def _details(view: VersionView) -> list[tuple[str, str]]:
     manifest = view.version.manifest
-    classes = [str(name) for name in manifest.get("classes") or []]
-    digest = next((value for name, value in manifest.get("files", {}).items() if name.endswith(".safetensors")), "")
-    offset = manifest.get("offset")
+    digest = next((value for name, value in manifest.files.items() if name.endswith(".safetensors")), "")
+    offset = manifest.offset
     details = [
         ("Created", view.created),
         ("Learned", view.name),
         ("Because", view.cause),
         ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
-        ("Module", str(manifest.get("module") or UNKNOWN)),
-        ("Classes", _listed(classes)),
+        ("Module", manifest.module or UNKNOWN),
+        ("Classes", _listed(manifest.classes)),
         ("Source offset", shorten(json.dumps(offset), MAX_OFFSET, placeholder=" …") if offset else ""),
-        ("Written by", str(manifest.get("code") or UNKNOWN)),
+        ("Written by", manifest.code or UNKNOWN),
         ("Weights, sha256", digest[:16]),
     ]
     return [(name, value) for name, value in details if value]
@@ -372,9 +368,7 @@ def _held(line: Sequence[VersionView], slices: dict[str, int]) -> list[SliceView
     if not line:
         return []
     production = line[-1]
-    examples = {
-        entry["name"]: int(entry.get("examples") or 0) for entry in production.version.manifest.get("slices", [])
-    }
+    examples = {entry.name: entry.examples for entry in production.version.manifest.slices}
     held = [
         SliceView(name, number, examples.get(name, 0), production.accuracy[name], _change(name, line))
         for name, number in slices.items()

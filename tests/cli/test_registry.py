@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from evertune.cli.registry import add_registry_commands, run_registry
 from evertune.registry.lease import TOKEN
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry
 
 Said = tuple[int, str, str]
@@ -50,18 +52,18 @@ def registry(tmp_path: Path) -> Registry:
         (tmp_path / "staging").mkdir()
         (tmp_path / "staging/weights.bin").write_bytes(b"w" * number)
         passed, parent = number != 4, min(number - 1, 3) or None
-        manifest = {
-            "version": number,
-            "parent": parent,
-            "created": f"2026-01-0{number}T10:30:00+00:00",
-            "kind": "update" if parent else "first",
-            "reason": f"{number}00 [new] records",
-            "records": {"train": 100 * number},
-            "classes": ["sport", "news"][: min(number, 2)],
-            "metrics": {"accuracy": {"update-1": 0.9}, "average_accuracy": (80 + number) / 100},
-            "verdict": {"passed": passed, "summary": "well" if passed else "it forgets update-1"},
-            "config": {"trainer": {"max_epochs": number}},
-        }
+        manifest = Manifest(
+            version=number,
+            parent=parent,
+            created=datetime(2026, 1, number, 10, 30, tzinfo=UTC),
+            kind="update" if parent else "first",
+            reason=f"{number}00 [new] records",
+            records={"train": 100 * number},
+            classes=["sport", "news"][: min(number, 2)],
+            metrics=Metrics({"update-1": 0.9}, (80 + number) / 100),
+            verdict=VerdictSummary(passed, "well" if passed else "it forgets update-1"),
+            config={"trainer": {"max_epochs": number}},
+        )
         registry.publish(tmp_path / "staging", manifest)
         if passed:
             registry.promote(number, f"{number} is due", by="me")

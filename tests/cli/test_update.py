@@ -81,7 +81,7 @@ def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     memory = remembered(folder / "registry/versions/1")
     assert memory is not None
     assert all(name.startswith("a-") for name in memory.ids)
-    config = registry.version(2).manifest["config"]
+    config = registry.version(2).manifest.config
     assert config["gate"]["min_accuracy"] == 1.0
     assert "watch" not in config
 

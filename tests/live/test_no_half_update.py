@@ -130,8 +130,10 @@ def copy(source: Path, target: Path) -> Path:
 def bits(folder: Path, number: int) -> dict[str, Any]:
     """What a version is: the hash of each file (the verdict tells times), and what its manifest says of its data."""
     manifest = Registry(folder / "registry").version(number).manifest
-    files = {name: value for name, value in manifest["files"].items() if not name.endswith("verdict.json")}
-    return {name: manifest[name] for name in ("consumed", "offset", "records", "slices", "metrics")} | {"files": files}
+    files = {name: value for name, value in manifest.files.items() if not name.endswith("verdict.json")}
+    return {name: getattr(manifest, name) for name in ("consumed", "offset", "records", "slices", "metrics")} | {
+        "files": files
+    }
 
 
 def where_records_are(folder: Path, pending: bool = False) -> dict[str, int]:
@@ -139,7 +141,7 @@ def where_records_are(folder: Path, pending: bool = False) -> dict[str, int]:
     registry = Registry(folder / "registry")
     journal, production = Journal(registry.store), registry.production
     assert production is not None
-    consumed = production.manifest["consumed"]
+    consumed = production.manifest.consumed
     found = Counter(row["id"] for row in journal.records(journal.segments()))
     if not pending:
         assert journal.segments(after=consumed) == []

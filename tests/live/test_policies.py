@@ -516,7 +516,7 @@ def test_an_updater_knows_what_policies_ask_for(first: Path, tmp_path: Path) -> 
     assert accuracy > 0.9
     assert here.predict(here.waiting()).predicted == here.predict(here.records()).predicted
     ((made, seconds),) = here.updates()
-    recorded = live.registry.version(1).manifest["seconds"]
+    recorded = live.registry.version(1).manifest.seconds
     assert (made, seconds) == (live.registry.version(1).created, recorded["train"] + recorded["evaluate"])
     assert live.trigger.reason(here) is None
     assert live.trigger.explanation.startswith(f"no performance drop: accuracy {accuracy:.3f} on the newest 60")
@@ -529,6 +529,6 @@ def test_an_updater_knows_what_policies_ask_for(first: Path, tmp_path: Path) -> 
     trigger = AllOf([PerformanceDrop(window=60), CostBudget("1d", per="1d")])
     outcome = updater(folder, trigger=trigger).run()
     assert outcome.status in ("promoted", "refused", "stopped")
-    reason = Registry(folder / "registry").version(2).manifest["reason"]
+    reason = Registry(folder / "registry").version(2).manifest.reason
     assert reason.startswith("performance drop: accuracy 0.")
     assert "updates have cost" in reason

@@ -74,6 +74,6 @@ def test_saved_slices_are_verified(tmp_path: Path) -> None:
     entry = save_slice(store, "update-1", some)
     assert load_slice(store, entry) == some
     assert save_slice(store, "update-1", some) == entry
-    store.write(entry["file"], b"{}")
+    store.write(entry.file, b"{}")
     with pytest.raises(ValueError, match="is damaged or cut short"):
         load_slice(store, entry)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from evertune.gate.gate import Gate
 from evertune.live.training import remembered
 from evertune.live.triggers import Volume
 from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.registry.manifest import Manifest
 from evertune.registry.registry import LeaseHeld, Registry
 from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
@@ -56,17 +56,17 @@ def production(folder: Path) -> int:
     return version.number
 
 
-def manifest(folder: Path, number: int) -> dict[str, Any]:
-    return dict(Registry(folder / "registry").version(number).manifest)
+def manifest(folder: Path, number: int) -> Manifest:
+    return Registry(folder / "registry").version(number).manifest
 
 
 def test_first_version(first: Path) -> None:
     found = manifest(first, 1)
-    assert found["kind"] == "first"
-    assert found["parent"] is None
-    assert found["classes"] == ["business", "sport"]
-    assert found["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
-    assert {"model/model.safetensors", "learning/Replay/memory.json", "evaluation.json"} <= found["files"].keys()
+    assert found.kind == "first"
+    assert found.parent is None
+    assert found.classes == ["business", "sport"]
+    assert found.records == {"train": 48, "held_out": 12, "quarantined": 0}
+    assert {"model/model.safetensors", "learning/Replay/memory.json", "evaluation.json"} <= found.files.keys()
     assert not (first / "registry/staging").exists()
     assert updater(first).run() == Outcome("nothing", "nothing new since the last update; 0 records are pending")
 
@@ -76,10 +76,10 @@ def test_promoted_update_learns_a_new_class(folder: Path) -> None:
     outcome = updater(folder).run()
     assert (outcome.status, outcome.code, outcome.version) == ("promoted", 0, 2)
     found = manifest(folder, 2)
-    assert (found["kind"], found["parent"], found["consumed"]) == ("update", 1, 2)
-    assert found["classes"] == ["business", "sport", "politics"]
-    assert [entry["name"] for entry in found["slices"]] == ["update-1", "update-2"]
-    assert set(found["metrics"]["accuracy"]) == {"update-1", "update-2"}
+    assert (found.kind, found.parent, found.consumed) == ("update", 1, 2)
+    assert found.classes == ["business", "sport", "politics"]
+    assert [entry.name for entry in found.slices] == ["update-1", "update-2"]
+    assert set(found.metrics.accuracy) == {"update-1", "update-2"}
     assert Registry(folder / "registry").verify() == []
     memory = remembered(folder / "registry/versions/2")
     assert memory is not None
@@ -93,7 +93,7 @@ def test_trigger_decides(folder: Path) -> None:
     assert outcome.words == "60 records are pending: 60 new records (100 asked for)"
     feed(folder, "c", ["politics", "sport"], n=40)
     outcome = updater(folder, trigger=Volume(100)).run()
-    assert (outcome.status, manifest(folder, 2)["reason"]) == ("promoted", "100 new records (100 asked for)")
+    assert (outcome.status, manifest(folder, 2).reason) == ("promoted", "100 new records (100 asked for)")
 
 
 def test_refused_update_keeps_its_records_and_is_not_repeated(folder: Path) -> None:
@@ -110,8 +110,8 @@ def test_refused_update_keeps_its_records_and_is_not_repeated(folder: Path) -> N
     feed(folder, "c", ["politics", "sport"], n=20)
     outcome = updater(folder).run()
     assert (outcome.status, outcome.version) == ("promoted", 3)
-    assert manifest(folder, 3)["records"] == {"train": 64, "held_out": 16, "quarantined": 0}
-    assert manifest(folder, 3)["parent"] == 1
+    assert manifest(folder, 3).records == {"train": 64, "held_out": 16, "quarantined": 0}
+    assert manifest(folder, 3).parent == 1
 
 
 def test_rebuild_after_refusals(folder: Path) -> None:
@@ -123,11 +123,11 @@ def test_rebuild_after_refusals(folder: Path) -> None:
     outcome = updater(folder, settings=settings).run()
     assert outcome.status == "promoted"
     found = manifest(folder, 4)
-    assert (found["kind"], found["parent"]) == ("rebuild", 1)
-    assert found["classes"] == ["business", "sport", "politics"]
+    assert (found.kind, found.parent) == ("rebuild", 1)
+    assert found.classes == ["business", "sport", "politics"]
     memory = remembered(folder / "registry/versions/4")
     assert memory is not None
-    assert memory.settings["seen"] == found["records"]["train"] + 30  # what is pending, and all that was remembered
+    assert memory.settings["seen"] == found.records["train"] + 30  # what is pending, and all that was remembered
 
 
 def test_bad_data_stop_an_update_before_training(folder: Path) -> None:
@@ -162,7 +162,7 @@ def test_rollback_gives_the_records_back(folder: Path) -> None:
     assert updater(folder).run().status == "nothing"  # the same records would give the same version
     feed(folder, "c", ["politics", "sport"], n=20)
     assert updater(folder).run().version == 3
-    assert manifest(folder, 3)["records"]["train"] == 64
+    assert manifest(folder, 3).records["train"] == 64
 
 
 def test_rollback_can_give_the_records_up(folder: Path) -> None:
@@ -171,7 +171,7 @@ def test_rollback_can_give_the_records_up(folder: Path) -> None:
     Registry(folder / "registry").rollback("poisoned", discard=True)
     feed(folder, "c", ["politics", "sport"], n=40)
     assert updater(folder).run().version == 3
-    assert sum(manifest(folder, 3)["records"].values()) == 40
+    assert sum(manifest(folder, 3).records.values()) == 40
     quarantined = updater(folder).journal.quarantined()
     assert {row["reason"] for row in quarantined} == {"learned by version 2, which was rolled back"}
     assert len(quarantined) == 60
@@ -185,7 +185,7 @@ def test_newer_record_with_the_same_id_wins(folder: Path) -> None:
     (folder / "inbox/c.jsonl").write_text(json.dumps(correction) + "\n")
     outcome = live.run()
     assert outcome.status == "promoted"
-    assert manifest(folder, 2)["records"]["quarantined"] == 1
+    assert manifest(folder, 2).records["quarantined"] == 1
     assert [row["id"] for row in live.journal.quarantined()] == ["b-0"]
 
 
@@ -213,7 +213,7 @@ def test_late_labels(folder: Path) -> None:
     labels = [{"id": f"t{i}", "label": "politics"} for i in range(30)]
     (folder / "inbox/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     assert updater(folder, **join).run().status == "promoted"
-    assert manifest(folder, 2)["records"] == {"train": 24, "held_out": 6, "quarantined": 0}
+    assert manifest(folder, 2).records == {"train": 24, "held_out": 6, "quarantined": 0}
 
 
 def test_source_that_is_gone_changes_nothing(folder: Path) -> None:
@@ -242,7 +242,7 @@ def test_reading_on_from_another_offset(folder: Path) -> None:
     read.unlink()
     live.read_on_from(last.offset)
     assert live.run().status == "promoted"
-    assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+    assert manifest(folder, 2).records == {"train": 48, "held_out": 12, "quarantined": 0}
 
 
 def test_one_updater_at_a_time(folder: Path) -> None:
@@ -259,7 +259,7 @@ def test_ranks_of_a_launcher_update_together(folder: Path, strategy: str) -> Non
     outcomes = run_ranks("tests.helpers.live_worker:run", 2, folder=str(folder), **settings)
     assert [outcome["status"] for outcome in outcomes] == ["promoted", "trained"]
     assert Registry(folder / "registry").verify() == []
-    assert manifest(folder, 2)["records"] == {"train": 48, "held_out": 12, "quarantined": 0}
+    assert manifest(folder, 2).records == {"train": 48, "held_out": 12, "quarantined": 0}
     outcomes = run_ranks("tests.helpers.live_worker:run", 2, folder=str(folder), **settings)
     assert [outcome["status"] for outcome in outcomes] == ["nothing", "trained"]
 
@@ -306,7 +306,7 @@ def test_full_disk_changes_nothing(folder: Path, small_disk: Path) -> None:
 def manifest_of(live: Updater) -> dict[str, int]:
     version = live.registry.production
     assert version is not None
-    return dict(version.manifest["records"])
+    return version.manifest.records
 
 
 def test_settings_are_checked(folder: Path) -> None:

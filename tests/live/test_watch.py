@@ -30,6 +30,7 @@ from evertune.live.telemetry import log_to
 from evertune.live.triggers import Drift, Situation, Volume
 from evertune.live.watch import Watch, WatchSettings, _drifting
 from evertune.registry.lease import LeaseHeld
+from evertune.registry.manifest import Manifest, VerdictSummary
 from evertune.registry.registry import Registry
 from evertune.sources.base import SourceError
 
@@ -170,8 +171,8 @@ def root(tmp_path: Path) -> Path:
     mode(tmp_path, "promote")
     (tmp_path / "version").mkdir()
     registry = Registry(tmp_path / "registry")
-    verdict = {"passed": True, "summary": "sports got better"}
-    registry.promote(registry.publish(tmp_path / "version", {"version": 7, "verdict": verdict}).number)
+    manifest = Manifest(version=7, verdict=VerdictSummary(True, "sports got better"))
+    registry.promote(registry.publish(tmp_path / "version", manifest).number)
     return tmp_path
 
 

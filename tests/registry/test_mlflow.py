@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.mlflow import MLflowMirror, digest
 from evertune.registry.registry import Registry, RegistryError, Version
 
@@ -36,22 +38,22 @@ def publish(registry: Registry, tmp_path: Path, weights: bytes = b"weights", **e
     folder = tmp_path / "staging"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "model.safetensors").write_bytes(weights)
-    manifest = {
-        "version": registry.next_number(),
-        "parent": registry.next_number() - 1 or None,
-        "kind": "update",
-        "experience": "sport",
-        "reason": "200 records are pending",
-        "consumed": 4,
-        "offset": {"line": 7},
-        "module": "SequenceClassificationModule",
-        "records": {"train": 180, "held_out": 20, "quarantined": 0},
-        "verdict": {"passed": True, "summary": "passed: 9 checks"},
-        "metrics": {"accuracy": {"sport: 'a' [b]": 0.9, "tech": None}, "average_accuracy": 0.9},
-        "seconds": {"train": 12.5},
-        "code": "evertune 0.1.0",
-    }
-    return registry.publish(folder, manifest | extra)
+    manifest = Manifest(
+        version=registry.next_number(),
+        parent=registry.next_number() - 1 or None,
+        kind="update",
+        experience="sport",
+        reason="200 records are pending",
+        consumed=4,
+        offset={"line": 7},
+        module="SequenceClassificationModule",
+        records={"train": 180, "held_out": 20, "quarantined": 0},
+        verdict=VerdictSummary(True, "passed: 9 checks"),
+        metrics=Metrics({"sport: 'a' [b]": 0.9, "tech": None}, 0.9),
+        seconds={"train": 12.5},
+        code="evertune 0.1.0",
+    )
+    return registry.publish(folder, replace(manifest, **extra))
 
 
 def test_a_version_is_shown_with_all_that_is_known_of_it(client, tmp_path):
@@ -72,7 +74,7 @@ def test_a_version_is_shown_with_all_that_is_known_of_it(client, tmp_path):
         "evertune.verdict": "passed",
         "evertune.registry": registry.store.root,
         "evertune.experience": "sport",
-        "evertune.created": version.manifest["created"],
+        "evertune.created": version.manifest.created.isoformat(),
         "evertune.kind": "update",
         "evertune.reason": "200 records are pending",
         "evertune.consumed": "4",

@@ -13,12 +13,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evertune.registry.lease import TOKEN, LeaseHeld, LeaseLost
+from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
 
 FORK = multiprocessing.get_context("fork")
@@ -52,24 +55,23 @@ def publish(registry: Registry, passed: bool = True, **entries: Any) -> int:
     """The next version, trained from production, with the slices of its parent and one more."""
     number = registry.next_number()
     production = registry.production
-    slices = list(production.manifest["slices"]) if production else []
+    slices = list(production.manifest.slices) if production else []
     content = b'{"text": "slice of %d"}\n' % number
     file = f"slices/update-{number}-0000.jsonl"
     registry.store.write(file, content)
-    slices.append({"name": f"update-{number}", "file": file, "examples": 1, "sha256": registry.store.sha256(file)})
-    manifest = {
-        "version": number,
-        "parent": production.number if production else None,
-        "experience": f"update-{number}",
-        "consumed": number,
-        "slices": slices,
-        "verdict": {"passed": passed, "summary": "all is well" if passed else "it forgets update-1"},
-        **entries,
-    }
+    slices.append(SliceEntry(f"update-{number}", file, 1, registry.store.sha256(file)))
+    manifest = Manifest(
+        version=number,
+        parent=production.number if production else None,
+        experience=f"update-{number}",
+        consumed=number,
+        slices=slices,
+        verdict=VerdictSummary(passed, "all is well" if passed else "it forgets update-1"),
+    )
     staging = Path(registry.store.root if registry.store.is_local else tempfile.mkdtemp()) / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     folder = stage(staging, number)
-    return registry.publish(folder, manifest).number
+    return registry.publish(folder, replace(manifest, **entries)).number
 
 
 def release(registry: Registry, **entries: Any) -> int:
@@ -102,9 +104,9 @@ def test_what_a_version_says(registry: Registry) -> None:
     assert (version.number, version.parent, version.passed, version.experience) == (2, 1, True, "update-2")
     assert version.created.tzinfo is not None
     assert (version.folder() / "model/weights.bin").read_bytes() == b"weights of 2"
-    assert version.manifest["format"] == 1
-    assert version.manifest["files"].keys() == {"learning/Replay/memory.json", "model/weights.bin"}
-    assert json.loads((version.folder() / "manifest.json").read_bytes()) == version.manifest
+    assert version.manifest.files.keys() == {"learning/Replay/memory.json", "model/weights.bin"}
+    assert json.loads((version.folder() / "manifest.json").read_bytes()) == version.manifest.to_dict()
+    assert version.manifest.to_dict()["format"] == 1
     assert [version.number for version in registry.versions()] == [1, 2]
     assert registry.verify() == registry.verify(2) == registry.verify("previous") == []
 
@@ -227,18 +229,19 @@ def test_publish_refuses(registry: Registry, tmp_path: Path) -> None:
     release(registry)
     before = registry.version(1)
     with pytest.raises(RegistryError, match="has a version 1, and versions never change"):
-        registry.publish(stage(tmp_path / "one", 1), {"version": 1})
+        registry.publish(stage(tmp_path / "one", 1), Manifest(version=1))
     with pytest.raises(ValueError, match="versions are counted from 1, got 0"):
-        registry.publish(stage(tmp_path / "zero", 0), {"version": 0})
-    with pytest.raises(RegistryError, match="time zone"):
-        registry.publish(stage(tmp_path / "two", 2), {"version": 2, "created": "2026-01-01T00:00:00"})
+        registry.publish(stage(tmp_path / "zero", 0), Manifest(version=0))
+    with pytest.raises(ValueError, match=r"created must have a time zone, got 2026-01-01T00:00:00"):
+        registry.publish(stage(tmp_path / "two", 2), Manifest(version=2, created=datetime(2026, 1, 1)))
     assert (tmp_path / "one/model/weights.bin").exists()
     assert registry.versions() == [before]
 
 
 def test_numbers_without_a_value_are_null(registry: Registry) -> None:
-    publish(registry, metrics={"accuracy": {"a": float("nan")}, "list": [float("inf"), 1.0]})
-    assert registry.version(1).manifest["metrics"] == {"accuracy": {"a": None}, "list": [None, 1.0]}
+    publish(registry, metrics=Metrics({"a": float("nan")}), config={"list": [float("inf"), 1.0]})
+    manifest = registry.version(1).manifest
+    assert (manifest.metrics.accuracy, manifest.config) == ({"a": None}, {"list": [None, 1.0]})
 
 
 # --- the way back
@@ -330,11 +333,52 @@ def test_verify(registry: Registry) -> None:
         registry.verify(9)
 
 
-@pytest.mark.parametrize("slices", [[{"file": "../../etc/passwd", "sha256": ""}], [{}], ["x"], [None]])
-def test_slices_that_are_none(disk: Registry, slices: Any) -> None:
-    publish(disk, slices=slices)
+def test_a_slice_outside_the_registry(disk: Registry) -> None:
+    publish(disk, slices=[SliceEntry("update-1", "../../etc/passwd", 1, "")])
     [finding] = disk.inspect(1)
-    assert "as a slice" in finding.words
+    assert "names the file '../../etc/passwd' as a slice" in finding.words
+    assert finding.usable
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("slices", [{"file": "x", "sha256": ""}], "'slices[0].name' is missing"),
+        ("slices", [{}], "'slices[0].name' is missing"),
+        ("slices", ["x"], "'slices[0]' must be an object, got 'x'"),
+        ("slices", [None], "'slices[0]' must be an object, got None"),
+        ("consumed", "7", "'consumed' must be a whole number, got '7'"),
+        ("consumed", True, "'consumed' must be a whole number, got True"),
+        ("parent", 1.0, "'parent' must be a whole number, got 1.0"),
+        ("kind", "repair", "'kind' must be one of ['first', 'update', 'rebuild'], got 'repair'"),
+        ("created", "2026-01-01T00:00:00", "created must have a time zone, got 2026-01-01T00:00:00"),
+        ("files", ["model"], "'files' must be an object, got ['model']"),
+        ("files", ..., "'files' is missing"),
+        ("format", ..., "'format' is missing"),
+        ("verdict", {"summary": "well"}, "'verdict.passed' is missing"),
+        ("metrics", {"accuracy": {"update-1": "high"}}, "'metrics.accuracy.update-1' must be a number, got 'high'"),
+        ("version", 2, "it is of version 2, not 1"),
+    ],
+)
+def test_a_manifest_with_a_wrong_field(disk: Registry, field: str, value: Any, words: str) -> None:
+    release(disk)
+    content = json.loads(disk.store.read("versions/1/manifest.json"))
+    content |= {field: value}
+    if value is ...:
+        del content[field]
+    disk.store.write("versions/1/manifest.json", json.dumps(content).encode())
+    [finding] = disk.inspect(1)
+    assert words in finding.words
+    assert not finding.usable
+    with pytest.raises(RegistryError, match=r"manifest\.json is damaged or cut short"):
+        disk.version(1)
+
+
+def test_a_manifest_of_a_later_version_may_say_more(disk: Registry) -> None:
+    release(disk)
+    content = json.loads(disk.store.read("versions/1/manifest.json"))
+    disk.store.write("versions/1/manifest.json", json.dumps(content | {"mood": "good"}).encode())
+    assert disk.version(1).manifest.to_dict() == content
 
 
 def test_aliases_that_are_damaged_at_any_byte(disk: Registry) -> None:
@@ -386,14 +430,14 @@ def test_diff(registry: Registry) -> None:
         registry,
         classes=["sport"],
         config={"trainer": {"max_epochs": 3, "devices": 1}, "seed": 0},
-        metrics={"accuracy": {"update-1": 0.9}, "average_accuracy": 0.9},
+        metrics=Metrics({"update-1": 0.9}, 0.9),
         records={"train": 100},
     )
     release(
         registry,
         classes=["sport", "news"],
         config={"trainer": {"max_epochs": 5, "devices": 1}, "lr": 0.1},
-        metrics={"accuracy": {"update-1": 0.8, "update-2": 1.0}, "average_accuracy": 0.9},
+        metrics=Metrics({"update-1": 0.8, "update-2": 1.0}, 0.9),
         records={"train": 100},
     )
     diff = registry.diff("previous", "production")
@@ -528,7 +572,7 @@ def test_a_lost_lease_stops_every_write(registry: Registry, tmp_path: Path) -> N
             lambda: registry.promote(2),
             lambda: registry.set_candidate(2),
             registry.rollback,
-            lambda: registry.publish(folder, {"version": 3}),
+            lambda: registry.publish(folder, Manifest(version=3)),
         ]
         for action in actions:
             with pytest.raises(LeaseLost, match=r"slow has lost its lease on .*, and quick"):
@@ -544,7 +588,7 @@ def update(root: Path) -> None:
         if not registry.store.exists("versions/3/manifest.json"):
             staging = root / "staging"
             shutil.rmtree(staging, ignore_errors=True)
-            registry.publish(stage(staging, 3), {"version": 3, "parent": 2, "created": "2026-01-01T00:00:00+00:00"})
+            registry.publish(stage(staging, 3), Manifest(version=3, parent=2, created=datetime(2026, 1, 1, tzinfo=UTC)))
         registry.promote(3, expected=2)
         registry.gc(keep=1)
 

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry, RegistryError, Version
 from evertune.registry.serving import Served, load
 from tests.helpers.lightning_modules import tiny_bert
@@ -55,8 +57,8 @@ def publish(registry: Registry, tmp_path: Path, model: dict[str, bytes], **manif
     for name, content in model.items():
         (folder / "model" / name).write_bytes(content)
     number = registry.next_number()
-    about = {"version": number, "parent": number - 1 or None, "module": "SequenceClassificationModule"}
-    return registry.publish(folder, about | manifest)
+    about = Manifest(version=number, parent=number - 1 or None, module="SequenceClassificationModule")
+    return registry.publish(folder, replace(about, **manifest))
 
 
 def weights(registry: Registry, number: int) -> Path:

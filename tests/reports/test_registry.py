@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from evertune.live.journal import Journal
+from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
 from evertune.reports import save_plots, write_report
 from evertune.reports.registry import MAX_SHOWN, history_of, versions_table, write_versions_report
@@ -27,24 +29,24 @@ def publish(registry: Registry, tmp_path: Path, accuracy: dict[str, float | None
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "model.safetensors").write_bytes(b"weights %d" % number)
     production = registry.production
-    manifest = {
-        "version": number,
-        "parent": production.number if production else None,
-        "created": (START + timedelta(days=number)).isoformat(),
-        "kind": "update",
-        "experience": list(accuracy)[-1] if accuracy else f"update-{number}",
-        "reason": "200 records are pending",
-        "consumed": number,
-        "module": "SequenceClassificationModule",
-        "classes": ["sport", "tech"],
-        "records": {"train": 100 * number, "held_out": 10, "quarantined": number % 2},
-        "slices": [{"name": name, "file": "x", "examples": 50, "sha256": "0"} for name in accuracy],
-        "verdict": {"passed": not refused, "summary": refused or "passed: 9 checks"},
-        "metrics": {"accuracy": accuracy, "average_accuracy": None},
-        "seconds": {"plan": 1.0, "train": 10.0, "fit": 8.0, "evaluate": 2.0},
-        "code": "evertune 0.1.0",
-    }
-    version = registry.publish(folder, manifest | extra)
+    manifest = Manifest(
+        version=number,
+        parent=production.number if production else None,
+        created=START + timedelta(days=number),
+        kind="update",
+        experience=list(accuracy)[-1] if accuracy else f"update-{number}",
+        reason="200 records are pending",
+        consumed=number,
+        module="SequenceClassificationModule",
+        classes=["sport", "tech"],
+        records={"train": 100 * number, "held_out": 10, "quarantined": number % 2},
+        slices=[SliceEntry(name, "x", 50, "0") for name in accuracy],
+        verdict=VerdictSummary(not refused, refused or "passed: 9 checks"),
+        metrics=Metrics(accuracy),
+        seconds={"plan": 1.0, "train": 10.0, "fit": 8.0, "evaluate": 2.0},
+        code="evertune 0.1.0",
+    )
+    version = registry.publish(folder, replace(manifest, **extra))
     if refused:
         registry.set_candidate(number)
     else:
@@ -144,7 +146,7 @@ def test_the_page_needs_nothing_but_itself(registry, tmp_path):
 def test_names_cannot_inject(tmp_path):
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
     registry = Registry(tmp_path / "news")
-    extra = {"reason": evil, "classes": [evil], "module": evil, "code": evil, "offset": {evil: 1}, "kind": evil}
+    extra = {"reason": evil, "classes": [evil], "module": evil, "code": evil, "offset": {evil: 1}}
     publish(registry, tmp_path, {evil: 0.9}, **extra)
     publish(registry, tmp_path, {evil: 0.9, "b": 0.8})
     publish(registry, tmp_path, {evil: 0.9}, refused=f"refused: {evil}", **extra)
@@ -183,7 +185,7 @@ def test_versions_that_say_little_are_shown(tmp_path):
     for _ in range(2):
         folder = tmp_path / "staging"
         folder.mkdir()
-        registry.publish(folder, {"version": registry.next_number()})
+        registry.publish(folder, Manifest(version=registry.next_number()))
     registry.promote(1)
     words = words_of(page_of(registry, tmp_path))
     assert "Version 1 is in production." in words
