@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-    import pytorch_lightning as pl  # noqa: F401
+    import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment as SLURMEnvironment
     from lightning_fabric.utilities import move_data_to_device as move_data_to_device
     from lightning_fabric.utilities.seed import reset_seed as reset_seed
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pytorch_lightning.utilities import rank_zero_info as rank_zero_info
     from pytorch_lightning.utilities import rank_zero_warn as rank_zero_warn
     from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
+
+    __all__ = ["pl"]  # handed on, as are the names above
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """The packages that Lightning's Trainer comes in. ``lightning`` comes first: installing it brings the other along."""

@@ -167,7 +167,9 @@ def take(batch: Any, rows: list[int], size: int) -> Any:
     if named is None:
         return batch
     taken = {key: take(value, rows, size) for key, value in named.items()}
-    return replace(batch, **taken) if is_dataclass(batch) else type(batch)(taken)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **taken)
+    return type(batch)(taken)
 
 
 def _by_name(batch: Any) -> Mapping[str, Any] | None:
