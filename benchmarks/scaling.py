@@ -2,7 +2,7 @@
 
 A BERT with random weights learns two experiences with Replay and EWC (the second has a past) on 1, 2 and 4 ranks over
 gloo, under DDP and ZeRO-1, 2 and 3, in fp32 and bf16, two micro-batches to a step. In the second experience each rank
-counts the storages of its weights, optimizer, gradients, importance and anchors, and the first rank the bytes over the
+counts the storages of its weights, optimizer, gradients and methods, and the first rank the bytes over the
 loopback device: all runs in a separate network namespace, where nothing else is sent. Activations are counted by
 autograd's hooks on saved tensors. Then the formulas predict what 8, 64 and 1,024 GPUs would need and send: predictions,
 which nobody has measured. Needs Linux, ``pip install evertune[deepspeed]`` and about 4 GB of memory.
@@ -41,12 +41,13 @@ from evertune.cli.footprint import ModelShape, Training, activations, collective
 from evertune.cli.plan import GIB, STRATEGIES, shape_of
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards.support import is_step_boundary
+from evertune.strategies.masters import LiveMasters, masters_of
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.texts import PadCollator
 
 BATCH, TOKENS, ACCUMULATION, STEPS = 2, 16, 2, 4
 CLASSES = ["a", "b"]
-PARTS = ("weights", "gradients", "optimizer", "importance", "anchors")
+PARTS = ("weights", "gradients", "optimizer", "methods")
 LIMITS = {"memory_error": 0.1, "wire_error": 0.1, "activation_error": 0.1}
 NAMESPACE = "EVERTUNE_BENCHMARK_NAMESPACE"
 
@@ -141,20 +142,18 @@ class Census(pl.Callback):
             *getattr(optimizer, "single_partition_of_fp32_groups", []),
             *getattr(optimizer, "fp32_partitioned_groups_flat", []),
         ]
-        left = getattr(module, "_evertune_masters", None)
+        left = masters_of(module)
         gradients = ["averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer"]
-        state = self.ewc._state.tensors if self.ewc._state is not None else {"importance": [], "anchor": []}
         return {
             "weights": [
                 *(p.data for p in parameters if not hasattr(p, "ds_id") or p.ds_persist),
                 *(p.ds_tensor for p in parameters if hasattr(p, "ds_id")),
             ],
-            "importance": state["importance"],
-            "anchors": state["anchor"],
+            "methods": [value for values in self.ewc.tensors.values() for value in values],
             "optimizer": [
                 *(master.data for master in masters),
                 *tensors_in(dict(optimizer.state)),
-                *(value for _, value in (left._held.values() if left is not None else ())),
+                *(left.tensors if isinstance(left, LiveMasters) else ()),
             ],
             "gradients": [
                 *(p.grad for p in (*parameters, *masters) if p.grad is not None),
@@ -256,8 +255,8 @@ def compare(world_size: int, folder: str, cases: list[dict[str, Any]], table: Ta
             batch_size=BATCH,
             seq_length=TOKENS,
             accumulation=ACCUMULATION,
-            ewc=True,
-            ewc_batch_size=4,
+            method_bytes=EWC.bytes_per_weight(),
+            estimation_batch_size=4,
             replay_ratio=1.0,
             memory_size=20,
             gpu=False,
@@ -353,8 +352,8 @@ def predict(table: Table) -> dict[str, float]:
             precision="bf16-mixed",
             batch_size=1,
             seq_length=2048,
-            ewc=True,
-            ewc_batch_size=1,
+            method_bytes=EWC.bytes_per_weight(),
+            estimation_batch_size=1,
             replay_ratio=1.0,
             memory_size=10_000,
         )
@@ -367,7 +366,7 @@ def predict(table: Table) -> dict[str, float]:
                 once = sum(move.sent(world_size) for move in consolidation(shape, training, n_classes=10))
                 rate = INSIDE if world_size <= PER_NODE else BETWEEN
                 states = costs.weights + costs.gradients + costs.optimizer
-                parts = (states, costs.importance + costs.anchors, costs.activations, costs.buffers, costs.total, sent)
+                parts = (states, costs.methods, costs.activations, costs.buffers, costs.total, sent)
                 table.add_row(
                     name,
                     f"ZeRO-{stage}",

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from evertune.metrics.history import History
     from evertune.registry.serving import load
     from evertune.training.trainer import ContinualTrainer
+    from evertune.training.weights import save_weights
 
-__all__ = ["ContinualTrainer", "History", "load"]
+__all__ = ["ContinualTrainer", "History", "load", "save_weights"]
 
 when_imported(register_strategies)
 
@@ -25,6 +26,7 @@ _HOMES = {
     "ContinualTrainer": "evertune.training.trainer",
     "History": "evertune.metrics.history",
     "load": "evertune.registry.serving",
+    "save_weights": "evertune.training.weights",
 }
 
 

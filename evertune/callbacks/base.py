@@ -36,8 +36,11 @@ class ContinualCallback(Callback):
     _batch: Any = None  # the batch under way, where loss_term needs it
 
     @classmethod
-    def bytes_per_weight(cls) -> int:
-        """Bytes that the method keeps for each trainable weight that a rank updates; ``evertune plan`` counts them."""
+    def bytes_per_weight(cls) -> int | None:
+        """Bytes that the method keeps for each trainable weight that a rank updates, for ``evertune plan``.
+
+        None where what it needs depends on what it is given.
+        """
         return 0
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -104,6 +104,11 @@ class DriftTrigger(ContinualCallback):
         """
         return list(self._history)
 
+    @classmethod
+    def bytes_per_weight(cls) -> None:
+        """Unknown: a featuriser may hold a model."""
+        return None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, by name, a strategy that this callback cannot work with."""
         check_strategy(trainer, "DriftTrigger")

@@ -23,7 +23,7 @@ GPU_BUCKET, CPU_BUCKET = 200_000_000, 10_000_000
 """Elements of gradients that are reduced at a time: Lightning's default, and evertune's on a CPU."""
 
 GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 18
-"""Elements of a weight that EWC's penalty works on at a time."""
+"""Elements of a weight that a penalty works on at a time."""
 
 TOKEN_COLUMNS, RECORD = 2, 250
 """Numbers that the replay memory keeps for each token (its id and its type), and bytes of an example besides."""
@@ -87,8 +87,10 @@ class Training:
         batch_size: new examples in a micro-batch of a rank.
         seq_length: tokens of an example.
         accumulation: micro-batches of a step.
-        ewc: whether EWC is among the methods, with a past: in the first experience it holds nothing.
-        ewc_batch_size: examples at a time when the importance is estimated.
+        method_bytes: What the methods keep for each weight that a rank updates, once they have a past
+            (``bytes_per_weight`` of their classes).
+        estimation_batch_size: Examples at a time when a method goes over the experience again at its end, to estimate
+            the importance of the weights; 0 where none does.
         replay_ratio: old examples per new one; 0 without Replay.
         memory_size: examples in the replay memory.
         preemption: whether the ranks agree after each batch on whether to stop.
@@ -106,8 +108,8 @@ class Training:
     batch_size: int = 32
     seq_length: int = 128
     accumulation: int = 1
-    ewc: bool = False
-    ewc_batch_size: int = 16
+    method_bytes: int = 0
+    estimation_batch_size: int = 0
     replay_ratio: float = 0.0
     memory_size: int = 0
     preemption: bool = False
@@ -172,8 +174,7 @@ class Footprint:
         weights: all parameters, or the rank's part of them.
         gradients: as they are held until the step.
         optimizer: AdamW's two moments, the fp32 masters, and those that the fit before has left.
-        importance: of EWC.
-        anchors: of EWC.
+        methods: tensors about the weights that methods keep, such as the importance and anchor of EWC.
         activations: what the backward pass of a micro-batch needs of the forward pass.
         buffers: all else at the fullest moment, see :func:`footprint`.
         total: at the fullest moment: not all of the above is there at the same time.
@@ -185,8 +186,7 @@ class Footprint:
     weights: int
     gradients: int
     optimizer: int
-    importance: int
-    anchors: int
+    methods: int
     activations: int
     buffers: int
     total: int
@@ -230,28 +230,29 @@ def footprint(model: ModelShape, training: Training) -> Footprint:
     training trillion parameter models", section 5), with DeepSpeed's own padding and remainders: ZeRO-1 and 2 cut each
     optimizer group, padded to a multiple of ``2 n`` elements, into ``n`` parts, and hold gradients of whole parameters
     where a part begins or ends inside of one; ZeRO-3 cuts each parameter into parts of ``ceil(size / n)``, and has the
-    small ones whole as well. EWC holds two more fp32 numbers for each weight that the rank updates.
+    small ones whole as well. Methods hold fp32 numbers for each weight that the
+    rank updates, EWC two.
 
-    ``total`` is what is held all the time (weights, optimizer, importance, anchors), and the largest of three moments:
+    ``total`` is what is held all the time (weights, optimizer, methods), and the largest of three moments:
 
     - the backward pass: gradients, activations, the buckets they are reduced in (twice, if reduction and computation
       overlap, and one to reduce from), under DDP the buckets of all gradients, with autocast the 16-bit copies of the
       weights, under ZeRO-3 what is gathered of the weights;
     - the step: gradients, an fp32 copy of the part of a group, and on GPUs the temporary of torch's ``foreach`` AdamW;
-    - where EWC consolidates: the new importance and anchors beside the old ones, one parameter as a whole, and the
-      activations of a batch of the estimation.
+    - where methods consolidate: their new tensors beside the old ones, one parameter as a whole, and the activations of
+      a batch of the estimation.
     """
     held = _Held(model, training)
     buffers = held.buffers()
     peak = max(held.gradients + held.activations + buffers["backward"], held.gradients + buffers["step"])
     others = max(buffers["backward"], buffers["step"])
-    if training.ewc:
+    if training.method_bytes:
         peak = max(peak, held.standing_gradients + buffers["consolidation"])
         others = max(others, buffers["consolidation"])
-    on_device = {"weights": held.weights, "optimizer": held.optimizer, "ewc": held.importance + held.anchors}
+    on_device = {"weights": held.weights, "optimizer": held.optimizer, "methods": held.methods}
     host = 8 * training.memory_size
     if training.offload:
-        host += on_device.pop("optimizer") + on_device.pop("ewc") + held.offloaded_gradients
+        host += on_device.pop("optimizer") + on_device.pop("methods") + held.offloaded_gradients
         if training.stage == 3:
             host += held.weights - held.persistent
             on_device["weights"] = held.persistent
@@ -259,8 +260,7 @@ def footprint(model: ModelShape, training: Training) -> Footprint:
         weights=on_device["weights"],
         gradients=held.gradients,
         optimizer=on_device.get("optimizer", 0),
-        importance=held.importance if "ewc" in on_device else 0,
-        anchors=held.anchors if "ewc" in on_device else 0,
+        methods=on_device.get("methods", 0),
         activations=held.activations,
         buffers=others,
         total=sum(on_device.values()) + peak,
@@ -278,7 +278,7 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
     - ZeRO-3 gathers the weights in each forward and each backward pass (those that no gradient goes through in the
       forward pass only), and reduce-scatters the gradients in each micro-batch.
 
-    Replay and EWC add nothing to a step: see :func:`consolidation`. Losses, norms and checks of a few bytes are left
+    Methods add nothing to a step: see :func:`consolidation`. Losses, norms and checks of a few bytes are left
     out, but for what ``Preemption`` adds.
     """
     width, n = widths(training.stage, training.precision), training.world_size
@@ -304,19 +304,19 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
 
 
 def consolidation(model: ModelShape, training: Training, *, n_classes: int, n_examples: int = 500) -> list[Collective]:
-    """What EWC communicates once, at the end of an experience, to estimate the importance.
+    """What is communicated once, at the end of an experience, to estimate the importance of the weights.
 
     Where the weights are sharded, each backward pass of the estimation all-reduces the squared gradient of each weight
     in fp32: a pass for each class but one up to 32 classes, one pass above, for each batch of ``n_examples``. ZeRO-3
     also gathers the weights, forward and backward, for each pass. DDP all-reduces the sum once.
     """
     n = training.world_size
-    if n == 1 or not training.ewc:
+    if n == 1 or not training.estimation_batch_size:
         return []
     if training.stage == 0:
         return [Collective("all_reduce", 4 * model.trainable, 1, "importance")]
     passes = max(n_classes - 1, 1) if n_classes <= 32 else 1
-    times = passes * -(-n_examples // (training.ewc_batch_size * n))
+    times = passes * -(-n_examples // (training.estimation_batch_size * n))
     moves = [Collective("all_reduce", 4 * model.trainable, times, "importance")]
     if training.stage == 3:
         width = widths(3, training.precision).weight
@@ -371,8 +371,7 @@ class _Held:
         kept = 4 if training.later_fit and width.weight == 2 and stage > 0 else 0
         self.optimizer = (width.master + width.state + kept) * sum(self._parts)
         owned = sum(min(part, sum(group)) for part, group in zip(self._parts, model.groups, strict=True))
-        self.importance = 4 * owned if training.ewc else 0
-        self.anchors = (width.master or width.weight) * owned if training.ewc else 0
+        self.methods = training.method_bytes * owned
         self.activations = activations(model, training, training.examples)
         self.offloaded_gradients = (width.weight + 4) * sum(self._parts)
         if training.offload:
@@ -389,7 +388,9 @@ class _Held:
         if stage == 0:
             reducer = width.gradient * model.trainable if training.world_size > 1 else 0
             copies = 2 * model.total if training.autocast else 0
-            return self._with_ewc(reducer + copies, reducer + width.weight * model.trainable * training.gpu, reducer)
+            return self._with_methods(
+                reducer + copies, reducer + width.weight * model.trainable * training.gpu, reducer
+            )
         copies = 4 * largest_part + (width.gradient * largest_part if width.gradient == 2 else 0)
         copies = 0 if training.offload else copies + 4 * temporary
         if stage < 3:
@@ -397,22 +398,25 @@ class _Held:
             if stage == 2 and training.accumulation > 1 and not training.offload:
                 backward += self.gradients  # of this micro-batch, beside the sum of those before
             backward += width.gradient * model.largest if training.offload else 0
-            return self._with_ewc(backward, copies, 0)
+            return self._with_methods(backward, copies, 0)
         gathered = width.weight * (2 * model.largest + min(PREFETCH, model.total))
-        return self._with_ewc(bucket + flat + gathered, bucket + copies, bucket + gathered)
+        return self._with_methods(bucket + flat + gathered, bucket + copies, bucket + gathered)
 
-    def _with_ewc(self, backward: int, step: int, others: int) -> dict[str, int]:
-        """Add what EWC needs: in the step a chunk and the rows of a sparse matrix, at the end its state once more."""
+    def _with_methods(self, backward: int, step: int, others: int) -> dict[str, int]:
+        """Add what methods need: in the step a chunk and the rows of a sparse matrix, at the end their state once more.
+
+        The rows are those of :class:`~evertune.shards.penalty.QuadraticPenalty`, where less than half of them count.
+        """
         model, training = self._model, self._training
-        if not training.ewc:
+        if not training.method_bytes:
             return {"backward": backward, "step": step}
         fragment = -(-model.largest // (1 if training.stage == 0 else training.world_size))
-        rows = 3 * 4 * fragment // 2  # importance, anchor and difference, where less than half of the rows have any
+        rows = (training.method_bytes + 4) * fragment // 2  # of every tensor, and of the difference to the weights
         chunk = 4 * min(fragment, GPU_CHUNK if training.gpu else CPU_CHUNK)
         kept = 0 if training.offload else rows + chunk
-        new = 0 if training.offload else self.importance + self.anchors
+        new = 0 if training.offload else self.methods
         one = 4 * model.largest if training.stage > 0 else 0
-        estimation = activations(model, training, training.ewc_batch_size)
+        estimation = activations(model, training, training.estimation_batch_size)
         return {
             "backward": backward + kept,
             "step": step + kept,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,50 @@ RESERVE = 0.1
 
 _PREFIX = "evertune_deepspeed_"
 
-METHODS = ("ewc", "replay")
-_WITHOUT_WEIGHTS = {"ContinualEvaluation", "Heartbeat", "Preemption", "UpdateCheckpoint"}
 _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
 _MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of continual learning: its class, and the arguments that it is given or has by default."""
+
+    cls: type[Any]
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def named(cls, name: str, arguments: Mapping[str, Any] | None = None) -> Method:
+        """By the path of its class, or by its name in ``evertune.callbacks``, in any case.
+
+        Raises:
+            ValueError: when there is none of that name.
+        """
+        from evertune import callbacks
+
+        module, _, attribute = name.rpartition(".")
+        own = {one.lower(): one for one in callbacks.__all__}
+        try:
+            found: Any = getattr(import_module(module), attribute) if module else getattr(callbacks, own[name.lower()])
+        except (ImportError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"unknown method {name!r} ({error}); give one of {', '.join(sorted(own))} or the path of a class"
+            ) from None
+        if not (isinstance(found, type) and issubclass(found, callbacks.ContinualCallback)):
+            raise ValueError(f"{name!r} is not a method: it does not derive from ContinualCallback")
+        parameters = inspect.signature(found).parameters.items()
+        defaults = {key: one.default for key, one in parameters if one.default is not inspect.Parameter.empty}
+        return cls(found, {**defaults, **(arguments or {})})
+
+    @property
+    def bytes_per_weight(self) -> int | None:
+        """As its class declares; None where that depends on what it is given."""
+        size: int | None = self.cls.bytes_per_weight()
+        return size
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it goes over a sample of the experience at its end."""
+        return bool(self.bytes_per_weight) and {"n_examples", "batch_size"} <= self.arguments.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +117,7 @@ class Request:
         gpus: of each.
         memory: bytes of a GPU.
         training: for one device; strategies and world sizes are put in.
-        n_examples: that EWC estimates the importance on.
+        n_examples: that the importance of the weights is estimated on.
         strategy: that the configuration names; None where it is left open.
         notes: what the user should know of what was made of a configuration.
     """
@@ -108,7 +150,7 @@ class Row:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Tell what a model needs of each GPU under each strategy; the weights are never read.
+    """Print what a model needs of each GPU under each strategy; the weights are never read.
 
     Returns:
         0 when it fits (under the strategy that the configuration names, or else under any), 1 when it does not, 2 when
@@ -149,8 +191,11 @@ def read_request(options: argparse.Namespace) -> Request:
         raise ValueError("which model? Give --model NAME, a folder or package:NAME/FOLDER, or a --config that names it")
     methods = _methods_of(trainer, notes)
     if options.method is not None:
-        methods = {name: methods.get(name, {}) for name in options.method}
-    ewc, replay = methods.get("ewc"), methods.get("replay")
+        configured = {method.cls: method for method in methods}
+        named = [Method.named(name) for name in options.method]
+        methods = [configured.get(method.cls, method) for method in named]
+    estimating = [method for method in methods if method.estimates]
+    replaying = [method for method in methods if "replay_ratio" in method.arguments]
     n_classes = options.classes or max(len(model.get("classes") or ()), model.get("n_classes_ahead") or 0)
     if not n_classes:
         n_classes = 10
@@ -162,10 +207,12 @@ def read_request(options: argparse.Namespace) -> Request:
         batch_size=_first(options.batch_size, data.get("batch_size"), 32),
         seq_length=_first(options.seq_length, data.get("max_length"), 128),
         accumulation=_first(options.accumulate_grad_batches, trainer.get("accumulate_grad_batches"), 1),
-        ewc=ewc is not None,
-        ewc_batch_size=_first(options.ewc_batch_size, (ewc or {}).get("batch_size"), 16),
-        replay_ratio=0.0 if replay is None else _first(options.replay_ratio, replay.get("replay_ratio"), 1.0),
-        memory_size=0 if replay is None else _first(options.memory_size, replay.get("memory_size"), 0),
+        method_bytes=sum(method.bytes_per_weight or 0 for method in methods),
+        estimation_batch_size=_first(options.estimation_batch_size, _argument(estimating, "batch_size", None), 0)
+        if estimating
+        else 0,
+        replay_ratio=_first(options.replay_ratio, _argument(replaying, "replay_ratio", 0.0)) if replaying else 0.0,
+        memory_size=_first(options.memory_size, _argument(replaying, "memory_size", 0)) if replaying else 0,
         preemption="launch" in config,
         later_fit="registry" not in config,
     )
@@ -176,7 +223,7 @@ def read_request(options: argparse.Namespace) -> Request:
         gpus=_devices(gpus),
         memory=_memory(options.gpu_memory),
         training=training,
-        n_examples=(ewc or {}).get("n_examples", 500),
+        n_examples=_argument(estimating, "n_examples", 500),
         strategy=_strategy(trainer.get("strategy")),
         notes=tuple(notes),
     )
@@ -280,11 +327,11 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
             words = f"batch size {batch} with accumulate_grad_batches={times}"
             found.append(f"{words}, {row.strategy}: {_gib(row.footprint.total)}")
             break
-    if request.training.ewc and request.training.ewc_batch_size > 1:
-        one = replace(request, training=replace(request.training, ewc_batch_size=1))
+    if request.training.estimation_batch_size > 1:
+        one = replace(request, training=replace(request.training, estimation_batch_size=1))
         row = choose(rows_of(shape, one), request.strategy)
         if row is not None:
-            found.append(f"batch_size 1 of EWC, {row.strategy}: {_gib(row.footprint.total)}")
+            found.append(f"batch_size 1 when the importance is estimated, {row.strategy}: {_gib(row.footprint.total)}")
     for name, frozen in (("half of the layers frozen", shape.layers // 2), ("only the head trained", -1)):
         if frozen and not request.model.get("freeze_layers"):
             fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes)
@@ -342,12 +389,12 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
     )
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=True)
-    for column in ("weights", "grads", "optim.", "EWC", "activ.", "buffers", "peak", "host", "sent"):
+    for column in ("weights", "grads", "optim.", "methods", "activ.", "buffers", "peak", "host", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for row in rows:
         costs = row.footprint
-        parts = (costs.weights, costs.gradients, costs.optimizer, costs.importance + costs.anchors)
+        parts = (costs.weights, costs.gradients, costs.optimizer, costs.methods)
         sizes = (*parts, costs.activations, costs.buffers, costs.total, costs.host, row.sent)
         style = "bold" if row is choice else None
         gib = (f"{size / GIB:.{2 if size < 100 * GIB else 0}f}" for size in sizes)
@@ -359,12 +406,12 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
         "much.",
         soft_wrap=True,
     )
-    if training.ewc and request.world_size > 1:
+    if training.estimation_batch_size and request.world_size > 1:
         stage, offload = STRATEGIES[(choice or rows[-1]).strategy]
         own = replace(training, stage=stage, offload=offload, world_size=request.world_size)
         moves = consolidation(shape, own, n_classes=request.n_classes, n_examples=request.n_examples)
         once = sum(move.sent(request.world_size) for move in moves)
-        console.print(f"EWC sends {_gib(once)} more at the end of each experience.")
+        console.print(f"Estimating the importance sends {_gib(once)} more at the end of each experience.")
     if training.memory_size:
         disk = f"{rows[0].footprint.disk / 2**20:,.1f} MiB"
         console.print(f"The replay memory takes up to {disk} on the disk of each node, which its processes map.")
@@ -392,7 +439,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, help="machines (1)")
     parser.add_argument("--gpus", type=int, help="GPUs of each (1)")
     parser.add_argument("--gpu_memory", metavar="GIB|NAME", help=f"of a GPU: GiB, or one of {', '.join(GPUS)}")
-    parser.add_argument("--method", nargs="*", choices=METHODS, help="what is learned with")
+    parser.add_argument(
+        "--method", nargs="*", metavar="NAME", help="what is learned with: ewc, replay, or the path of a class"
+    )
     parser.add_argument("--precision", help="of the Trainer (32-true)")
     parser.add_argument("--batch_size", type=int, help="new examples at a time on each GPU (32)")
     parser.add_argument("--seq_length", type=int, help="tokens of an example (128)")
@@ -401,7 +450,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, help="rows of the head")
     parser.add_argument("--memory_size", type=int, help="examples in the replay memory")
     parser.add_argument("--replay_ratio", type=float, help="old examples per new one, with replay (1)")
-    parser.add_argument("--ewc_batch_size", type=int, help="examples at a time when EWC estimates the importance (16)")
+    parser.add_argument(
+        "--estimation_batch_size", type=int, help="examples at a time when the importance is estimated (16 for ewc)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser
 
@@ -410,7 +461,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no settings")
     return config
@@ -434,18 +485,29 @@ def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(model.get("init_args") or {})
 
 
-def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The settings of each method among the callbacks; a note on each callback that is not counted."""
-    methods = {}
+def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
+    """The methods among the callbacks; a note on each callback that is not counted."""
+    from evertune.callbacks import __all__ as callbacks_of_evertune
+
+    methods = []
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         settings = callback if isinstance(callback, dict) else {"class_path": callback}
-        name = str(settings.get("class_path")).rpartition(".")[2]
-        if name.lower() in METHODS:
-            methods[name.lower()] = dict(settings.get("init_args") or {})
-        elif name not in _WITHOUT_WEIGHTS:
-            notes.append(f"what {name} needs is not counted")
+        path = str(settings.get("class_path"))
+        try:
+            method = Method.named(path, settings.get("init_args") or {})
+        except ValueError:
+            method = None
+        if method is not None and method.bytes_per_weight is not None:
+            methods.append(method)
+        elif method is not None or not (path.startswith("evertune.") or path in callbacks_of_evertune):
+            notes.append(f"what {path.rpartition('.')[2]} needs is not counted")
     return methods
+
+
+def _argument(methods: Sequence[Method], name: str, default: Any) -> Any:
+    """An argument of the first method that has it."""
+    return next((method.arguments[name] for method in methods if name in method.arguments), default)
 
 
 def _precision(value: Any) -> Any:

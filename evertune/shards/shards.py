@@ -72,7 +72,7 @@ class ParameterShards(ABC):
         check_strategy(trainer, "ParameterShards")
         module = trainer.lightning_module
         if not is_deepspeed(trainer):
-            return ReplicatedShards(module)
+            return ReplicatedShards(module, scaler=_scaler_until_step(trainer))
         engine: Any = trainer.strategy.model
         return Zero3Shards(module, engine) if engine.zero_optimization_stage() == 3 else Zero12Shards(module, engine)
 
@@ -105,7 +105,10 @@ class ParameterShards(ABC):
 
     @property
     def gradient_scale(self) -> float:
-        """What the gradients are multiplied by at the moment: the loss scale of DeepSpeed's fp16 training, else 1."""
+        """What the gradients are multiplied by at the moment: a loss scale in fp16 training, else 1.
+
+        DeepSpeed scales them until its own step, and so does Lightning where a fused optimizer takes the scale off.
+        """
         return 1.0
 
     def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -158,7 +161,8 @@ class ReplicatedShards(ParameterShards):
 
     sharded = False
 
-    def __init__(self, module: nn.Module, *, frozen: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, frozen: bool = False, scaler: Any = None) -> None:
+        self._scaler = scaler
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad is not frozen}
         fragments = [Fragment(name, p.shape, 0, p.numel()) for name, p in self._parameters.items()]
         super().__init__({name: p.shape for name, p in self._parameters.items()}, fragments)
@@ -173,6 +177,10 @@ class ReplicatedShards(ParameterShards):
             elif not p.grad.is_contiguous():
                 p.grad = p.grad.contiguous()
         return [p.grad.view(-1) for p in self._parameters.values() if p.grad is not None]
+
+    @property
+    def gradient_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
@@ -441,6 +449,12 @@ def _partition_of(name: str, parameter: Any) -> Fragment | None:
 def where_ranks_meet(tensor: Tensor) -> Tensor:
     """The tensor, or a copy on the device on which the process group reduces: NCCL knows GPUs only."""
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+
+
+def _scaler_until_step(trainer: pl.Trainer) -> Any:
+    """Lightning's loss scaler where a fused optimizer takes the scale off in its step, else None."""
+    in_step = any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
+    return getattr(trainer.precision_plugin, "scaler", None) if in_step else None
 
 
 def _zero(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,6 @@ import atexit
 import copy
 import os
 import shutil
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +26,10 @@ from evertune._lightning import (
     reset_seed,
 )
 from evertune.shards import portable
-from evertune.shards.fragments import FragmentState, saved_shapes
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.extensions import load_extension
+from evertune.strategies.masters import LiveMasters, leave_masters, masters_of
 from evertune.utils.ranks import leave
 
 if TYPE_CHECKING:
@@ -101,9 +100,10 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         """Build the engine for this fit, on top of the fp32 masters the last one left."""
         check_strategy(trainer, type(self).__name__)
         super().setup(trainer)
-        masters = getattr(self.lightning_module, "_evertune_masters", None)
-        if masters is not None and trainer.training:
-            masters.restore(ParameterShards.of(trainer))
+        masters = masters_of(trainer.lightning_module)
+        engine: Any = self.model
+        if masters is not None and trainer.training and _masters_differ(engine):
+            masters.restore(ParameterShards.of(trainer), torch.bfloat16 if engine.bfloat16_enabled() else torch.float16)
 
     def on_train_start(self) -> None:
         """Refuse an epoch whose last accumulation would be cut short.
@@ -165,7 +165,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         module = self.lightning_module
         if module is not None and hasattr(engine, "destroy"):
             if module.trainer.training and _masters_differ(engine):
-                vars(module)["_evertune_masters"] = Masters(ParameterShards.of(module.trainer))
+                leave_masters(module, LiveMasters(ParameterShards.of(module.trainer)))
             _release(engine)
             self.model = None
             self.optimizers = []
@@ -226,42 +226,6 @@ def __getattr__(name: str) -> Any:
     if name == "EvertuneDeepSpeedStrategy":
         return strategy_class(package_to_inherit())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class Masters:
-    """The fp32 master weights of a rank, kept from one 16-bit fit to the next.
-
-    A new engine derives its masters from the 16-bit weights, which would round every weight once per update.
-    """
-
-    def __init__(self, shards: ParameterShards) -> None:
-        self._state = FragmentState.of(shards, {"master": [value.clone() for value in shards.values()]})
-
-    def restore(self, shards: ParameterShards) -> None:
-        """Write them into a new engine's masters; elements that are new since (a grown head) stay as they are."""
-        _write(self._state.rearranged(shards), self._state.shapes, shards)
-
-    def save(self, directory: Path) -> None:
-        """Write them to a folder, for :class:`SavedMasters` in another process. Call on every rank."""
-        self._state.save(directory)
-
-
-class SavedMasters:
-    """The masters that :meth:`Masters.save` wrote, for the first fit of a process, on any number of ranks."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def restore(self, shards: ParameterShards) -> None:
-        """As :meth:`Masters.restore`."""
-        _write(FragmentState.load(self._directory, shards), saved_shapes(self._directory), shards)
-
-
-def _write(state: FragmentState, sizes: Mapping[str, torch.Size], shards: ParameterShards) -> None:
-    for fragment, value, master in zip(shards.fragments, shards.values(), state.tensors["master"], strict=True):
-        numel = sizes[fragment.name].numel() if fragment.name in sizes else 0
-        known = max(0, min(fragment.numel, numel - fragment.offset))
-        value[:known] = master[:known]
 
 
 def _release(engine: Any) -> None:

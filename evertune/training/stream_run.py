@@ -14,7 +14,7 @@ from evertune._lightning import Callback, pl
 from evertune.callbacks.base import named_callbacks
 from evertune.lightning_modules.saving import load_weights, save_weights
 from evertune.memory.codec import decode, encode
-from evertune.strategies.deepspeed import SavedMasters
+from evertune.strategies.masters import SavedMasters, leave_masters, masters_of
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
@@ -181,7 +181,7 @@ class _Generators(Callback):
 
 
 def _save_module(module: Any, folder: Path) -> None:
-    masters = vars(module).get("_evertune_masters")  # of 16-bit training under DeepSpeed
+    masters = masters_of(module)  # of 16-bit training under DeepSpeed
     if masters is not None:
         masters.save(folder / _MASTERS)
     if hasattr(module, "start_from"):
@@ -192,7 +192,7 @@ def _save_module(module: Any, folder: Path) -> None:
 
 def _load_module(module: Any, folder: Path) -> None:
     if (folder / _MASTERS).is_dir():
-        vars(module)["_evertune_masters"] = SavedMasters(folder / _MASTERS)
+        leave_masters(module, SavedMasters(folder / _MASTERS))
     if hasattr(module, "start_from"):
         module.start_from(folder / _MODULE)
         return

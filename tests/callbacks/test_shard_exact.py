@@ -15,7 +15,9 @@ from tests.helpers.shard_worker import make_bert
 
 RUNS = [
     {"method": method, "optimizer": optimizer, "accumulation": accumulation}
-    for method, optimizer, accumulation in itertools.product(("replay", "ewc", "replay+ewc"), ("sgd", "adamw"), (1, 3))
+    for method, optimizer, accumulation in itertools.product(
+        ("replay", "ewc", "replay+ewc", "l2sp+loss"), ("sgd", "adamw"), (1, 3)
+    )
 ]
 
 PAIRS = [run for i, run in enumerate(RUNS) if (i // 4 + i // 2 + i) % 2 == 0]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evertune.cli.footprint import Collective, ModelShape, Training, activations, collectives, consolidation, footprint
-from evertune.cli.plan import METHODS, STRATEGIES, plan, shape_of
+from evertune.cli.plan import STRATEGIES, plan, shape_of
 from evertune.utils.locate import locate
 
 TINY = ModelShape(
@@ -40,6 +40,9 @@ trainer:
 """
 
 
+EWC: dict[str, Any] = {"method_bytes": 8, "estimation_batch_size": 16}
+
+
 def training(stage: int, **settings: Any) -> Training:
     return Training(**{"stage": stage, "world_size": 4, "precision": "bf16-mixed", "later_fit": False, **settings})
 
@@ -58,22 +61,22 @@ def config_only(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_parts_of_each_stage_by_hand() -> None:
     """ZeRO-1 and 2 pad the groups of 17 and 3 to 24 and 8 for four ranks; ZeRO-3 cuts 10, 7, 3, 5 into 3, 2, 1, 2."""
-    one, two, three = (footprint(TINY, training(stage, ewc=True)) for stage in (1, 2, 3))
+    one, two, three = (footprint(TINY, training(stage, **EWC)) for stage in (1, 2, 3))
     assert one.weights == two.weights == 2 * (24 + 8 + 5)
     assert three.weights == 2 * (3 + 2 + 1 + 2) + 2 * 25  # the small ones are there as a whole, too
     assert (one.gradients, two.gradients, three.gradients) == (2 * 20, 2 * (17 + 3), 2 * 6)
     assert one.optimizer == two.optimizer == (4 + 8) * (6 + 2)
     assert three.optimizer == (4 + 8) * 6
-    assert one.importance == one.anchors == two.importance == 4 * (6 + 2)
-    assert three.importance == three.anchors == 4 * 6
+    assert one.methods == two.methods == 2 * 4 * (6 + 2)
+    assert three.methods == 2 * 4 * 6
 
 
 def test_without_deepspeed_by_hand() -> None:
-    mixed, pure = (footprint(TINY, training(0, ewc=True, precision=p)) for p in ("bf16-mixed", "bf16-true"))
+    mixed, pure = (footprint(TINY, training(0, precision=p, **EWC)) for p in ("bf16-mixed", "bf16-true"))
     assert (mixed.weights, mixed.gradients, mixed.optimizer) == (4 * 25, 4 * 20, 8 * 20)
-    assert (mixed.importance, mixed.anchors) == (4 * 20, 4 * 20)
+    assert mixed.methods == 2 * 4 * 20
     assert (pure.weights, pure.gradients, pure.optimizer) == (2 * 25, 2 * 20, 4 * 20)
-    assert (pure.importance, pure.anchors) == (4 * 20, 2 * 20)
+    assert pure.methods == 2 * 4 * 20
 
 
 def test_fp32_under_deepspeed_keeps_a_copy_and_a_later_16_bit_fit_the_masters_of_the_one_before() -> None:
@@ -114,20 +117,20 @@ def test_replayed_examples_count_as_activations() -> None:
 
 def test_the_total_is_that_of_the_fullest_moment() -> None:
     model = replace(TINY, layers=1)
-    long = footprint(model, training(2, ewc=True, batch_size=10**6, ewc_batch_size=1))
-    estimating = footprint(model, training(2, ewc=True, batch_size=1, ewc_batch_size=10**6))
+    long = footprint(model, training(2, batch_size=10**6, method_bytes=8, estimation_batch_size=1))
+    estimating = footprint(model, training(2, batch_size=1, method_bytes=8, estimation_batch_size=10**6))
     for costs in (long, estimating):
-        standing = costs.weights + costs.optimizer + costs.importance + costs.anchors
+        standing = costs.weights + costs.optimizer + costs.methods
         assert standing < costs.total <= standing + costs.gradients + costs.activations + costs.buffers
     assert long.total > long.activations
     assert estimating.total > estimating.activations * 10**6
 
 
 def test_offloading_moves_the_optimizer_and_at_stage_3_the_weights_to_the_host() -> None:
-    kept, moved = footprint(TINY, training(2, ewc=True)), footprint(TINY, training(2, ewc=True, offload=True))
-    assert moved.optimizer == moved.importance == moved.anchors == moved.gradients == 0
+    kept, moved = footprint(TINY, training(2, **EWC)), footprint(TINY, training(2, offload=True, **EWC))
+    assert moved.optimizer == moved.methods == moved.gradients == 0
     assert moved.weights == kept.weights
-    assert moved.host == kept.optimizer + kept.importance + kept.anchors + (2 + 4) * 8
+    assert moved.host == kept.optimizer + kept.methods + (2 + 4) * 8
     three = footprint(TINY, training(3, offload=True))
     assert three.weights == 2 * 25  # the small ones
     assert three.total < footprint(TINY, training(3)).total
@@ -173,7 +176,7 @@ def test_one_rank_sends_nothing_and_preemption_a_byte_a_batch() -> None:
 
 def test_what_ewc_sends_at_the_end_of_an_experience() -> None:
     """500 examples, 8 at a time on 4 ranks: 16 batches, each with a pass for each class but one, or one above 32."""
-    ddp, two, three = (training(stage, ewc=True, ewc_batch_size=8) for stage in (0, 2, 3))
+    ddp, two, three = (training(stage, **{**EWC, "estimation_batch_size": 8}) for stage in (0, 2, 3))
     assert consolidation(TINY, training(2), n_classes=5) == []
     assert consolidation(TINY, ddp, n_classes=5) == [Collective("all_reduce", 80, 1, "importance")]
     assert consolidation(TINY, two, n_classes=5) == [Collective("all_reduce", 80, 64, "importance")]
@@ -223,7 +226,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], config_only: str) -> None:
     code, out, _ = run(
-        capsys, "--model", config_only, "--nodes", "2", "--gpus", "8", "--gpu_memory", "h100", "--method", *METHODS
+        capsys,
+        "--model",
+        config_only,
+        "--nodes",
+        "2",
+        "--gpus",
+        "8",
+        "--gpu_memory",
+        "h100",
+        "--method",
+        "ewc",
+        "Replay",
     )
     assert code == 0
     assert "22.6 million parameters; 2 x 8 GPUs of 79.0 GiB; 32-true; 64 examples of 128 tokens" in out
@@ -252,14 +266,23 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], config_only: str, t
     assert told["trainable"] < told["parameters"]
     settings = told["training"]
     assert (settings["batch_size"], settings["seq_length"], settings["accumulation"]) == (4, 32, 3)
-    assert (settings["replay_ratio"], settings["memory_size"], settings["ewc"]) == (0.5, 200, True)
-    assert settings["ewc_batch_size"] == 8
+    assert (settings["replay_ratio"], settings["memory_size"], settings["method_bytes"]) == (0.5, 200, 8)
+    assert settings["estimation_batch_size"] == 8
     assert [row["strategy"] for row in told["strategies"]] == list(STRATEGIES)
     assert any("DriftTrigger" in note for note in told["notes"])
     options = ("--nodes", "1", "--batch_size", "8", "--precision", "32", "--method")
     told = json.loads(run(capsys, "--config", str(file), "--gpu_memory", "80", "--json", *options)[1])
     assert (told["nodes"], told["training"]["batch_size"], told["training"]["precision"]) == (1, 8, "32-true")
-    assert not told["training"]["ewc"]
+    assert told["training"]["method_bytes"] == 0
+
+
+def test_a_method_of_ones_own_says_what_it_keeps(capsys: pytest.CaptureFixture[str], config_only: str) -> None:
+    options = ("--model", config_only, "--gpu_memory", "80", "--classes", "5", "--json", "--method")
+    told = json.loads(run(capsys, *options, "tests.helpers.l2sp.L2SP")[1])
+    assert (told["training"]["method_bytes"], told["training"]["estimation_batch_size"]) == (4, 0)
+    assert told["strategies"][0]["methods"] == 4 * told["trainable"]
+    both = json.loads(run(capsys, *options, "tests.helpers.l2sp.L2SP", "EWC")[1])
+    assert (both["training"]["method_bytes"], both["training"]["estimation_batch_size"]) == (12, 16)
 
 
 def test_the_strategy_that_a_configuration_names_must_fit(
@@ -285,6 +308,8 @@ def test_the_strategy_that_a_configuration_names_must_fit(
         (["--model", "MINILM", "--gpu_memory", "80", "--freeze_layers", "9"], "freeze_layers must be at most 6"),
         (["--model", "package:absent_package/model", "--gpu_memory", "80"], "'absent_package' is not installed"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (["--model", "MINILM", "--gpu_memory", "80", "--method", "forget"], "unknown method 'forget'"),
+        (["--model", "MINILM", "--gpu_memory", "80", "--method", "json.JSONDecoder"], "is not a method"),
     ],
 )
 def test_questions_without_an_answer(

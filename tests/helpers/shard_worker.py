@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from evertune._lightning import pl
-from evertune.callbacks import EWC, Replay
+from evertune.callbacks import EWC, ContinualCallback, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.saving import whole_state
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.texts import PadCollator
+from evertune.utils.batches import logits_of
+from tests.helpers.l2sp import L2SP
 
 CLASSES = ["a", "b", "c"]
 GLOBAL_BATCH = 12
@@ -106,10 +108,19 @@ def fit(
     return trainer
 
 
+class LogitDecay(ContinualCallback):
+    """Adds the mean square of the logits to the loss."""
+
+    def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> torch.Tensor:
+        return logits_of(module, batch).square().mean()
+
+
 def methods(name: str) -> list[pl.Callback]:
     made: dict[str, Any] = {
         "replay": lambda: [Replay(memory_size=30, replay_ratio=1.0)],
         "ewc": lambda: [EWC(ewc_lambda=50.0, n_examples=30, batch_size=4)],
+        "l2sp": lambda: [L2SP(strength=0.01)],
+        "loss": lambda: [LogitDecay()],
     }
     return [callback for part in name.split("+") for callback in made[part]()]
 

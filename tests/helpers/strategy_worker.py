@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gc
 import resource
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+import evertune
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
-from evertune.lightning_modules.saving import whole_state
+from evertune.lightning_modules.saving import load_weights, save_weights, whole_state
 from evertune.shards.shards import ParameterShards
 from evertune.streams import ExperienceDataModule
 from evertune.tasks.texts import PadCollator
 from evertune.training.trainer import ContinualTrainer
-from tests.helpers.shard_worker import CLASSES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience, fit
+from tests.helpers.l2sp import L2SP
+from tests.helpers.shard_worker import CLASSES, DEVICES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience, fit
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
 
@@ -107,17 +110,27 @@ class Masters(pl.Callback):
         return torch.cat([value.clone() for value in ParameterShards.of(trainer).values()])
 
 
-def masters_between_fits(folder: str, strategy: str) -> dict[str, Any]:
-    """Train twice in bf16: the second fit must start from the masters of the first, not from rounded weights."""
+def masters_between_fits(folder: str, out: str, strategy: str) -> dict[str, Any]:
+    """Train in bf16: the second fit must start from the masters of the first, not from rounded weights.
+
+    The third starts from weights that were loaded before it, which the masters of the second must not replace.
+    """
+    weights = Path(out) / "first.safetensors"
     pl.seed_everything(0, verbose=False)
     module, masters = SmallBert(folder, CLASSES, "adamw"), Masters()
     fit(module, experience("first", 3, CLASSES, 1), strategy, 1, [masters], precision="bf16-mixed")
     end = masters.end
+    save_weights(module, weights)
+    torch.distributed.barrier()
     fit(module, experience("second", 3, CLASSES, 2), strategy, 1, [masters], precision="bf16-mixed")
+    start = masters.start
+    load_weights(module, weights)
+    fit(module, experience("third", 3, CLASSES, 3), strategy, 1, [masters], precision="bf16-mixed")
     return {
-        "carried": torch.equal(masters.start, end),
+        "carried": torch.equal(start, end),
+        "loaded": torch.equal(masters.start.bfloat16(), end.bfloat16()),
         "finer_than_bf16": not torch.equal(end, end.bfloat16().float()),
-        "dtype": str(masters.start.dtype),
+        "dtype": str(start.dtype),
     }
 
 
@@ -165,3 +178,92 @@ def ewc_elsewhere(folder: str, out: str, strategy: str, weights: str, saved: str
     state = whole_state(module)
     if state:
         save_file(state, Path(out) / f"{strategy}.safetensors")
+
+
+def l2sp(folder: str, out: str, strategy: str, resume: bool) -> dict[str, Any]:
+    """Learn two experiences with the method of the documents, or go on from a checkpoint in the second."""
+    pl.seed_everything(3, verbose=False)
+    module, method = SmallBert(folder, CLASSES, "adamw"), L2SP(strength=0.1)
+    second, checkpoint = experience("second", 6, ["b", "c"], 2), Path(out) / "middle.ckpt"
+    if resume:
+        fit(module, second, strategy, 1, [method], ckpt_path=checkpoint)
+    else:
+        fit(module, experience("first", 4, ["a", "b"], 1), strategy, 1, [method])
+        method.save(Path(out) / "l2sp")
+        state = whole_state(module)
+        if state:
+            save_file(state, Path(out) / "first.safetensors")
+        fit(module, second, strategy, 1, [method, SaveAt(checkpoint, 3)])
+    return {"weights": digests(whole_state(module)), "repr": repr(method)}
+
+
+def l2sp_elsewhere(folder: str, out: str) -> dict[str, Any]:
+    """What two ranks have saved, on one process."""
+    from safetensors.torch import load_file
+
+    module, method, found = SmallBert(folder, CLASSES, "sgd"), L2SP(), {}
+    method.load(Path(out) / "l2sp")
+
+    class Looks(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            assert method._state is not None
+            pairs = zip(method._state.fragments, method.tensors["anchor"], strict=True)
+            found.update({f.name: value.view(f.shape).clone() for f, value in pairs})
+
+    fit(module, experience("third", 1, ["a", "c"], 3), "auto", 1, [method, Looks()])
+    return {"loaded": digests(found), "expected": digests(load_file(f"{out}/first.safetensors"))}
+
+
+def digests(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
+
+
+class Tied(pl.LightningModule):
+    """A module of the user's own: two layers share their weights, and there is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(40, 16)
+        self.hidden = torch.nn.Linear(16, 16)
+        self.out = torch.nn.Linear(16, 40, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("temperature", torch.tensor([2.0]))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        logits = self.out(torch.tanh(self.hidden(self.embed(batch)))) / self.temperature
+        return torch.nn.functional.cross_entropy(logits, batch.roll(1))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveInside(pl.Callback):
+    """Writes the weights in the middle of a fit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            evertune.save_weights(trainer, self.path)
+
+
+def save_own_module(out: str, strategy: str) -> list[str]:
+    """Fit a module of the user's own; write its weights within the fit and after it."""
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=DEVICES,
+        strategy=strategy,
+        callbacks=[SaveInside(Path(out) / "new" / "inside.safetensors")],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # every rank learns the same
+    )
+    data = torch.randint(40, (32,), generator=torch.Generator().manual_seed(1))
+    trainer.fit(Tied(), torch.utils.data.DataLoader(data, batch_size=8))  # type: ignore[arg-type]
+    evertune.save_weights(trainer, f"{out}/after.safetensors")
+    return sorted(path.name for path in Path(out).rglob("*") if path.is_file())

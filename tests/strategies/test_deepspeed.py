@@ -35,14 +35,15 @@ def test_sequential_updates_leak_nothing(bert: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_masters_of_16_bit_training_live_on(bert: str, stage: int) -> None:
+def test_the_masters_of_16_bit_training_live_on(bert: str, stage: int, tmp_path: Path) -> None:
     for rank in run_ranks(
         "tests.helpers.strategy_worker:masters_between_fits",
         2,
         folder=bert,
+        out=str(tmp_path),
         strategy=f"evertune_deepspeed_stage_{stage}",
     ):
-        assert rank == {"carried": True, "finer_than_bf16": True, "dtype": "torch.float32"}
+        assert rank == {"carried": True, "loaded": True, "finer_than_bf16": True, "dtype": "torch.float32"}
 
 
 @pytest.mark.parametrize("stage", [2, 3])

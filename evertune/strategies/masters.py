@@ -1,0 +1,99 @@
+"""The fp32 master weights of 16-bit training between two fits: who owns them, and when they go.
+
+A new engine derives its masters from the 16-bit weights, which would round every weight once per update. So the
+strategy leaves them here when a fit ends, by module: they go with the module, or when its next fit under DeepSpeed
+leaves newer ones. They are a finer view of the module's weights and never replace them: a weight that has been changed
+since (loaded, trained elsewhere, a grown head) keeps its new value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from evertune.shards.fragments import FragmentState
+from evertune.shards.shards import ParameterShards
+
+
+class Masters(Protocol):
+    """Masters that wait for the next fit."""
+
+    def restore(self, shards: ParameterShards, dtype: torch.dtype) -> None:
+        """Write them into a new engine's masters, where the weights are still those. Call on every rank.
+
+        Args:
+            shards: of the new engine.
+            dtype: in which the module holds its weights.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Write them to a folder, for :class:`SavedMasters` in another process. Call on every rank."""
+
+
+class LiveMasters:
+    """The masters of an engine that is about to be released, copied.
+
+    Args:
+        shards: of that engine.
+    """
+
+    def __init__(self, shards: ParameterShards) -> None:
+        self._state = FragmentState.of(shards, {"master": [value.clone() for value in shards.values()]})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """One flat fp32 tensor per fragment."""
+        return self._state.tensors["master"]
+
+    def restore(self, shards: ParameterShards, dtype: torch.dtype) -> None:
+        """See :class:`Masters`."""
+        _write(self._state.rearranged(shards), shards, dtype)
+
+    def save(self, directory: Path) -> None:
+        """See :class:`Masters`."""
+        self._state.save(directory)
+
+
+class SavedMasters:
+    """The masters in a folder, for the first fit of a process, on any number of ranks.
+
+    Args:
+        directory: that :meth:`Masters.save` wrote.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def restore(self, shards: ParameterShards, dtype: torch.dtype) -> None:
+        """See :class:`Masters`."""
+        _write(FragmentState.load(self._directory, shards), shards, dtype)
+
+    def save(self, directory: Path) -> None:
+        """Refuse: they are saved already, and no fit has changed them.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"the masters in {self._directory} have not been used by a fit yet")
+
+
+_waiting: WeakKeyDictionary[nn.Module, Masters] = WeakKeyDictionary()
+
+
+def masters_of(module: nn.Module) -> Masters | None:
+    """The masters that wait for the next fit of a module."""
+    return _waiting.get(module)
+
+
+def leave_masters(module: nn.Module, masters: Masters) -> None:
+    """Let masters wait for the next fit of a module, in place of older ones."""
+    _waiting[module] = masters
+
+
+def _write(state: FragmentState, shards: ParameterShards, dtype: torch.dtype) -> None:
+    for value, master in zip(shards.values(), state.tensors["master"], strict=True):
+        value.copy_(torch.where(master.to(dtype) == value.to(dtype), master, value))
