@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,10 +10,12 @@ from torch import Tensor
 from evertune._lightning import pl, rank_zero_warn
 from evertune.callbacks.examples import ExampleSampler
 from evertune.callbacks.weight_method import WeightMethod
-from evertune.importance.fisher import Estimator, estimate_fisher
+from evertune.importance.fisher import Estimator, Logits, Targets, check_fisher, estimate_fisher
 from evertune.shards.penalty import QuadraticPenalty
 from evertune.shards.shards import ParameterShards
-from evertune.utils.batches import logits_of, targets_of
+from evertune.tasks.base import Likelihood
+from evertune.utils.batches import batch_size_of, take
+from evertune.utils.evaluation import trial
 
 _EXAMPLES = "evertune.ewc.examples"
 """Where in a checkpoint the batches are that all ranks hold for the next estimation."""
@@ -41,20 +42,23 @@ class EWC(WeightMethod):
             the data; values from 1 to 10,000 are common, and it is worth tuning.
         mode: ``"online"`` or ``"separate"``.
         gamma: how much of the old importance survives an experience, from 0 to 1; only for ``"online"``.
-        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"``: exact up to 32 classes,
-            sampled above. All but ``"batched"`` are per example, so that the batch size and the number of ranks do not
-            change the result (van de Ven 2025). See :func:`evertune.importance.estimate_fisher`.
+        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"``: exact for examples with up
+            to 32 classes (times positions that count), sampled for the others. All but ``"batched"`` are per example,
+            so that the batch size and the number of ranks do not change the result (van de Ven 2025). See
+            :func:`evertune.importance.estimate_fisher`.
         n_examples: how many training examples of an experience the Fisher is estimated on, over all ranks. 500 lose
             0.3 points of accuracy against all of them (van de Ven 2025).
         batch_size: examples at a time per rank in the estimation; changes the speed and the memory, not the result.
-        logits: ``(module, batch) -> tensor [batch, classes]``; the default calls the module on the batch without its
-            targets.
-        targets: ``batch -> tensor [batch]`` of class numbers; only ``"empirical"`` and ``"batched"`` need it.
+        logits: ``(module, batch) -> tensor [batch, ..., classes]``; by default what the module's task finds
+            (:meth:`evertune.tasks.Task.outputs`), which calls the module on the batch without its targets.
+        targets: ``batch -> tensor``, class numbers ``[batch, ...]`` with -100 where a position counts for nothing, or
+            of the logits' shape; by default what the task finds. For one position and several classes only
+            ``"empirical"`` and ``"batched"`` need them.
         seed: which examples are drawn, and which labels ``"sampled"`` draws.
 
     Raises:
         ValueError: for an argument out of its range; at setup, for a strategy or a number of optimizers it does not
-            work with.
+            work with; before the first step, for a module or batches from which no Fisher can be estimated.
 
     Example::
 
@@ -75,8 +79,8 @@ class EWC(WeightMethod):
         estimator: Estimator = "auto",
         n_examples: int = 500,
         batch_size: int = 16,
-        logits: Callable[[pl.LightningModule, Any], Tensor] = logits_of,
-        targets: Callable[[Any], Any] = targets_of,
+        logits: Logits | None = None,
+        targets: Targets | None = None,
         seed: int = 0,
     ) -> None:
         if ewc_lambda < 0:
@@ -104,12 +108,37 @@ class EWC(WeightMethod):
         self.seed = seed
         self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
+        self._likelihood: Likelihood | None = None  # of this fit's targets; None before its first batch
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._likelihood = None
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._likelihood is None:
+            self._likelihood = self._try_to_estimate(trainer, pl_module, batch)
         self._examples.see(trainer, batch, batch_idx)
+
+    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Likelihood:
+        """Try everything but the backward pass on the first batch, so that nothing fails after hours of training."""
+        advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
+        shards = ParameterShards.of(trainer)
+        with trial(f"EWC cannot estimate the importance of the weights of {type(module).__name__}", advice):
+            size = batch_size_of(batch)
+            likelihood = check_fisher(
+                module,
+                take(batch, list(range(min(size, self.batch_size))), size),
+                shards,
+                self.estimator,
+                logits=self.logits,
+                targets=self.targets,
+                forward_context=trainer.precision_plugin.forward_context,
+            )
+        shards.release()
+        return likelihood
 
     def consolidate(
         self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards
@@ -139,6 +168,7 @@ class EWC(WeightMethod):
             estimator=self.estimator,
             logits=self.logits,
             targets=self.targets,
+            likelihood=self._likelihood,
             seed=self.seed + self.experience_index,
             forward_context=trainer.precision_plugin.forward_context,
         )

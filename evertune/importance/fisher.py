@@ -5,26 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from evertune._lightning import pl
+from evertune._lightning import pl, rank_zero_warn
 from evertune.importance.per_example import PerExampleHooks, Use, add_squares, add_sums
-from evertune.importance.rules import take
 from evertune.shards.shards import ParameterShards
-from evertune.utils.batches import batch_size_of, logits_of, targets_of
+from evertune.tasks.base import IGNORED, Likelihood, Outputs, task_of
+from evertune.utils.batches import batch_size_of, has_targets, logits_of, take, targets_of
+from evertune.utils.evaluation import evaluation_mode
 from evertune.utils.ranks import rank_and_world_size
 
 Estimator = Literal["auto", "exact", "sampled", "empirical", "batched"]
 
 EXACT_UP_TO = 32
-"""The number of classes up to which ``"auto"`` takes the exact expectation: it costs a backward pass per class."""
+"""The classes (times positions that count) of an example up to which ``"auto"`` takes the exact expectation for it.
+
+The exact expectation costs a backward pass for each."""
+EXACT_AT_MOST = 4096
+"""The backward passes for one batch above which ``"exact"`` is refused."""
+
+Logits = Callable[[pl.LightningModule, Any], Tensor]
+Targets = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -46,26 +55,36 @@ def estimate_fisher(
     shards: ParameterShards,
     estimator: Estimator = "auto",
     *,
-    logits: Callable[[pl.LightningModule, Any], Tensor] = logits_of,
-    targets: Callable[[Any], Any] = targets_of,
+    logits: Logits | None = None,
+    targets: Targets | None = None,
+    likelihood: Likelihood | None = None,
     seed: int = 0,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Tensor]:
     """The mean over examples of the squared gradient of each example's log-likelihood, for every trainable weight.
 
     The square is taken per example, so the result depends neither on the batch size nor on the number of ranks. The
-    module is in evaluation mode meanwhile; afterwards modes, ``requires_grad`` and ``grad`` are as they were.
+    module is in evaluation mode meanwhile; afterwards modes, random states, ``requires_grad`` and ``grad`` are as they
+    were.
 
     Estimators (van de Ven, 2025, "On the computation of the Fisher information in continual learning"):
 
-    - ``"exact"``: the expectation over the model's own labels. One backward pass for each class but one.
-    - ``"sampled"``: one label per example drawn from the model; the draw depends on ``seed`` and the example's index.
+    - ``"exact"``: the expectation over the model's own labels. One backward pass for each class but one, at each
+      position.
+    - ``"sampled"``: labels drawn from the model; the draw depends on ``seed``, the example's index and the position.
     - ``"empirical"``: the true labels. Not the Fisher (Kunstner et al., 2019): it vanishes where the fit is perfect.
     - ``"batched"``: the square of the mean gradient of each batch, true labels. Depends on the batch size; only to
       reproduce libraries that do this.
-    - ``"auto"``: exact up to 32 classes, sampled above.
+    - ``"auto"``: exact for each example with up to 32 classes (times positions that count), sampled for the others.
 
-    Targets of the shape of the logits (one 0 or 1 per class) are read as multi-label, with a Bernoulli likelihood each.
+    **Many positions.** The log-likelihood of an example with logits ``[positions, classes]`` is the sum over its
+    positions, given the true context of each. Those with the target -100 count for nothing, so padding changes
+    nothing. ``"sampled"`` draws a label for each position independently of the others. That is unbiased: the gradient
+    of the log-likelihood of a drawn label has the mean 0 at each position, so in the square of the sum the products of
+    two positions have the mean 0, and what remains is the sum of the positions' Fisher information.
+
+    **Likelihood.** The task says what the logits are (:class:`~evertune.tasks.base.Outputs`): classes (a softmax),
+    yes-or-no labels (a Bernoulli each), or the means of a regression (a Gaussian with variance 1).
 
     Args:
         module: the model, set up by its strategy.
@@ -73,17 +92,21 @@ def estimate_fisher(
             rank must give equally many. Plain batches are taken to be dealt in turn, and all their examples count.
         shards: the weights to estimate for, as this rank holds them.
         estimator: see above.
-        logits: ``(module, batch) -> [batch, classes]``.
-        targets: ``batch -> targets``, ``[batch]`` class numbers or ``[batch, classes]``.
-        seed: of the labels drawn by ``"sampled"``.
+        logits: ``(module, batch) -> [batch, ..., classes]``; by default those that the module's task finds.
+        targets: ``batch -> targets``, class numbers ``[batch, ...]``, or of the logits' shape; by default those that
+            the module's task finds.
+        likelihood: what the logits parametrise; by default what the task reads from the first batch.
+        seed: Decides which labels ``"sampled"`` draws.
         forward_context: makes the context for a forward pass (autocast).
 
     Returns:
         One flat fp32 tensor for each of ``shards.fragments``, equal on all ranks where they hold the same weights.
 
     Raises:
-        ValueError: for an unknown estimator, no examples, logits that are not ``[batch, classes]`` or not finite,
-            labels outside the classes, and on sharded weights for a parameter that no per-example rule covers.
+        TypeError: when no logits can be found.
+        ValueError: for an unknown estimator, no examples, logits that do not have the batch first, are not finite or
+            depend on the other examples of the batch, targets that do not fit, and on sharded weights for a parameter
+            that no per-example rule covers.
 
     Example:
         >>> class Model(pl.LightningModule):
@@ -98,47 +121,187 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(torch.ones(4, 1), torch.zeros(4).long())], ReplicatedShards(model))
         [tensor([0.2500, 0.2500])]
     """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"unknown estimator {estimator!r}; expected one of {', '.join(get_args(Estimator))}")
-    fisher = _Accumulator(shards, batched=estimator == "batched")
-    hooks = PerExampleHooks(module, shards.shapes, fisher.receive)
+    run = _Run(module, shards, estimator, logits, targets, likelihood, forward_context)
+    fisher, hooks = run.fisher, run.hooks
     parameters = {name: p for name, p in module.named_parameters() if name in shards.shapes}
     replay = any(hasattr(p, "ds_id") for p in parameters.values())  # ZeRO-3 fetches weights for one backward a forward
-
-    def forward(batch: Any) -> Tensor:
-        with forward_context():
-            return logits(module, batch)
-
     seen = 0
     with _evaluation(module), hooks.installed():
         for item in batches:
             batch = item.batch if isinstance(item, IndexedBatch) else item
             size = batch_size_of(batch)
-            if seen == 0:
-                hooks.probe(lambda count: forward(take(batch, [0] * count, size)))  # noqa: B023  (called at once)
-                _check_reached(hooks.unreached, shards)
+            alone = run.probe(batch, size) if seen == 0 else None
             indices = _indices(item, size, seen)
             seen += size
             count = fisher.count(indices)
             with hooks.recording(size):
-                output = forward(batch)
-            steps = _output_gradients(output, size, estimator, partial(targets, batch), indices, seed)
+                outputs = run.outputs(batch)
+            if alone is not None:
+                run.check_apart(alone, outputs.logits)
+            steps = run.steps(outputs, indices, seed)
             if estimator == "batched":
                 steps = [step / max(count, 1) ** 0.5 for step in steps]
             for number, step in enumerate(steps):
                 if replay and number > 0:
                     with hooks.recording(size):
-                        output = forward(batch)
-                hooks.backward(output, step, again=not replay and step is not steps[-1])
+                        outputs = run.outputs(batch)
+                hooks.backward(outputs.logits, step, again=not replay and step is not steps[-1])
             if hooks.unreached:
                 watched = {name: p for name, p in parameters.items() if name in hooks.unreached}
                 groups = [list(range(size))] if estimator == "batched" else [[row] for row in range(size)]
                 with _in_the_graph(watched.values()):
                     for rows in groups:
-                        output = forward(take(batch, rows, size))
+                        part = run.outputs(take(batch, rows, size))
                         for step in steps:
-                            fisher.add_gradients(watched, output, step[rows])
+                            fisher.add_gradients(watched, part.logits, step[rows])
     return fisher.mean()
+
+
+def check_fisher(
+    module: pl.LightningModule,
+    batch: Any,
+    shards: ParameterShards,
+    estimator: Estimator = "auto",
+    *,
+    logits: Logits | None = None,
+    targets: Targets | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Likelihood:
+    """Refuse now what :func:`estimate_fisher` would refuse later, by forward passes alone. Call on every rank.
+
+    Args:
+        module: as for :func:`estimate_fisher`.
+        batch: a real batch, on the module's device.
+        shards: as for :func:`estimate_fisher`, and so are all that follow.
+
+    Returns:
+        What the logits parametrise.
+
+    Raises:
+        TypeError: as :func:`estimate_fisher`.
+        ValueError: as :func:`estimate_fisher`.
+    """
+    run = _Run(module, shards, estimator, logits, targets, None, forward_context)
+    size = batch_size_of(batch)
+    with _evaluation(module), run.hooks.installed():
+        alone = run.probe(batch, size)
+        with run.hooks.recording(size):
+            outputs = run.outputs(batch)
+        run.check_apart(alone, outputs.logits)
+        run.steps(outputs, range(size), 0)
+        assert run.likelihood is not None
+        return run.likelihood
+
+
+class _Run:
+    """One estimation: what it asks of the module, and where the squares go."""
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        shards: ParameterShards,
+        estimator: Estimator,
+        logits: Logits | None,
+        targets: Targets | None,
+        likelihood: Likelihood | None,
+        forward_context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"unknown estimator {estimator!r}; expected one of {', '.join(get_args(Estimator))}")
+        self.module, self.shards, self.estimator = module, shards, estimator
+        self.logits, self.targets, self.likelihood = logits, targets, likelihood
+        self.forward_context = forward_context
+        self.fisher = _Accumulator(shards, batched=estimator == "batched")
+        self.hooks = PerExampleHooks(module, shards.shapes, self.fisher.receive)
+
+    def outputs(self, batch: Any) -> Outputs:
+        """A forward pass."""
+        with self.forward_context():
+            outputs = self._outputs(batch)
+        size = batch_size_of(batch)
+        if len(outputs.logits) != size:
+            raise ValueError(
+                f"the Fisher needs logits of shape [batch, ..., classes] for {size} examples, got "
+                f"{list(outputs.logits.shape)}; pass logits=, a callable (module, batch) -> tensor"
+            )
+        if outputs.targets is None and self.estimator in ("empirical", "batched"):
+            found = targets_of(batch) if self.targets is None else self.targets(batch)
+            raise ValueError(
+                f"targets must be class numbers, or shaped as the logits {list(outputs.logits.shape)}, got "
+                f"{type(found).__name__}; pass targets=, a callable batch -> tensor"
+            )
+        return outputs
+
+    def _outputs(self, batch: Any) -> Outputs:
+        task = task_of(self.module)
+        if self.logits is None and self.targets is None:
+            return task.outputs(self.module, batch)
+        logits = logits_of(self.module, batch) if self.logits is None else self.logits(self.module, batch)
+        given = self.targets or (lambda batch: targets_of(batch) if has_targets(batch) else None)
+        return Outputs.of(logits, given(batch), task.likelihood)
+
+    def probe(self, batch: Any, size: int) -> Tensor:
+        """Find what the rules do not reach. Returns the logits of the first example without the others."""
+        alone: list[Tensor] = []
+
+        def forward(count: int) -> None:
+            alone.append(self.outputs(take(batch, [0] * count, size)).logits.detach())
+
+        with torch.no_grad():
+            forward(1)
+        self.hooks.probe(forward)
+        if self.hooks.unreached and self.shards.sharded:
+            raise ValueError(
+                f"no per-example rule reaches {', '.join(sorted(self.hooks.unreached))}, which sharded weights "
+                "require: move these parameters to a layer without sublayers that is called with the batch first, or "
+                "freeze them"
+            )
+        self._check_equal(alone[0][0], alone[-1][0])
+        return alone[0][0]
+
+    def check_apart(self, alone: Tensor, logits: Tensor) -> None:
+        """Refuse logits of an example that depend on the examples beside it."""
+        self._check_equal(alone, logits.detach()[0])
+
+    def _check_equal(self, alone: Tensor, beside: Tensor) -> None:
+        with self.forward_context():
+            kind = alone.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alone.dtype
+        tolerance = max(1e-3, 8 * torch.finfo(dtype).eps)
+        scale = float(torch.nan_to_num(alone, 0, 0, 0).abs().max()) if alone.numel() else 0.0
+        if alone.shape != beside.shape or not torch.allclose(
+            alone.float(), beside.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        ):
+            raise ValueError(
+                f"the logits of {type(self.module).__name__} for an example depend on the other examples of the batch, "
+                "or are random, so that an example has no Fisher information of its own; pass logits=, a callable "
+                "(module, batch) -> tensor, whose rows do not"
+            )
+
+    def steps(self, outputs: Outputs, indices: Sequence[int], seed: int) -> list[Tensor]:
+        """What to send backwards from the logits, one tensor like them for each pass; the squares add up."""
+        if self.likelihood is None:
+            numbers = outputs.likelihood == "gaussian"
+            if outputs.likelihood != "categorical":
+                numbers = self.fisher.over_ranks(int(numbers)) > 0
+            self.likelihood = "gaussian" if numbers else outputs.likelihood
+        elif self.likelihood == "bernoulli" and outputs.likelihood == "gaussian":
+            rank_zero_warn(
+                "the first targets were all 0 or 1, and later ones are not: the Fisher takes the logits for yes-or-no "
+                'all the same; for a regression give the module task = Task(likelihood="gaussian")'
+            )
+        outputs = replace(outputs, likelihood=self.likelihood)
+        columns = _columns(outputs, self.estimator, indices, seed, self._agree)
+        real = torch.tensor([index >= 0 for index in indices], device=outputs.logits.device)
+        return [(column * real[:, None, None]).reshape(outputs.logits.shape).to(outputs.logits) for column in columns]
+
+    def _agree(self, passes: int) -> int:
+        """The most passes that any rank needs: ranks that share weights run equally many."""
+        if not self.shards.sharded or not dist.is_initialized():
+            return passes
+        most = torch.tensor(passes, device=self.fisher.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
 
 class _Accumulator:
@@ -151,13 +314,13 @@ class _Accumulator:
         values = shards.values()
         self._totals = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in values]
         self._held = {f.name: (f, total) for f, total in zip(shards.fragments, self._totals, strict=True)}
-        self._device = self._totals[0].device if self._totals else torch.device("cpu")
+        self.device = self._totals[0].device if self._totals else torch.device("cpu")
 
     def count(self, indices: Sequence[int]) -> int:
         """Count the examples of a batch; those of all ranks' batches together, where the batch is to be averaged."""
         real = sum(index >= 0 for index in indices)
         self._examples += real
-        return self._over_ranks(real) if self._batched else real
+        return self.over_ranks(real) if self._batched else real
 
     def receive(self, name: str, uses: list[Use]) -> None:
         """Take the uses of a parameter in one backward pass."""
@@ -172,7 +335,7 @@ class _Accumulator:
 
     def mean(self) -> list[Tensor]:
         """The sums of all ranks over the number of examples, in the order of the fragments."""
-        examples = self._over_ranks(self._examples)
+        examples = self.over_ranks(self._examples)
         if examples == 0:
             raise ValueError("the Fisher needs examples, got none; is the data loader empty?")
         if not self._shards.sharded and not self._batched:
@@ -186,7 +349,7 @@ class _Accumulator:
             add_to(self._held[name][1].view(shape))
             return
         dtype = self._held[name][1].dtype if name in self._held else torch.float32
-        full = torch.zeros(shape, dtype=dtype, device=self._device)
+        full = torch.zeros(shape, dtype=dtype, device=self.device)
         add_to(full)
         self._shards.sum_over_ranks(full)
         if name in self._held:
@@ -194,8 +357,9 @@ class _Accumulator:
             own = fragment.slice(full)
             total += own.square_() if self._batched else own
 
-    def _over_ranks(self, number: int) -> int:
-        return int(self._shards.sum_over_ranks(torch.tensor(number, device=self._device)))
+    def over_ranks(self, number: int) -> int:
+        """The sum of the ranks' numbers."""
+        return int(self._shards.sum_over_ranks(torch.tensor(number, device=self.device)))
 
 
 def _add(gradient: Tensor, total: Tensor) -> None:
@@ -208,23 +372,20 @@ def _evaluation(module: pl.LightningModule) -> Iterator[None]:
 
     All is as before afterwards.
     """
-    training = [(layer, layer.training) for layer in module.modules()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it skips the layers' own forward, and so the hooks
-    module.eval()
     for p in trainable:
         p.requires_grad_(False)
     compiled = "torch._dynamo" in sys.modules  # compiled code skips the hooks
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), torch.enable_grad():
+        with evaluation_mode(module), eager, torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for p in trainable:
             p.requires_grad_(True)
-        for layer, mode in training:
-            layer.training = mode
 
 
 @contextmanager
@@ -238,14 +399,6 @@ def _in_the_graph(parameters: Collection[Tensor]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def _check_reached(unreached: set[str], shards: ParameterShards) -> None:
-    if unreached and shards.sharded:
-        raise ValueError(
-            f"no per-example rule reaches {', '.join(sorted(unreached))}, and sharded weights allow no other way: move "
-            "these parameters to a layer without sublayers that is called with the batch first, or freeze them"
-        )
-
-
 def _indices(item: Any, size: int, seen: int) -> Sequence[int]:
     """The place of each example in the data over all ranks."""
     if not isinstance(item, IndexedBatch):
@@ -256,48 +409,55 @@ def _indices(item: Any, size: int, seen: int) -> Sequence[int]:
     return item.indices
 
 
-def _output_gradients(
-    output: Tensor,
-    size: int,
+def _columns(
+    outputs: Outputs,
     estimator: Estimator,
-    targets: Callable[[], Any],
     indices: Sequence[int],
     seed: int,
+    agree: Callable[[int], int],
 ) -> list[Tensor]:
-    """What to send backwards from the logits, one tensor like them for each pass; the squares of the passes add up."""
-    if output.ndim != 2 or len(output) != size:
-        raise ValueError(
-            f"the Fisher needs logits of shape [batch, classes] for {size} examples, got {list(output.shape)}; "
-            "pass logits=, a callable (module, batch) -> tensor"
-        )
-    scores = output.detach().double()
-    labels = _labels(targets, required=estimator in ("empirical", "batched"))
-    multi_label = isinstance(labels, Tensor) and labels.shape == scores.shape
-    p = scores.sigmoid() if multi_label else scores.softmax(-1)
+    """The gradients of the logits, ``[batch, positions, classes]`` in float64, one for each backward pass.
+
+    An example whose expectation is exact has its passes one after the other, for each of its positions that count and
+    each column of the logits' Fisher information there; every other example has a single one.
+    """
+    width = outputs.logits.shape[-1]
+    scores = outputs.logits.detach().double().reshape(len(outputs.logits), -1, width)
+    categorical = outputs.likelihood == "categorical"
+    p = scores.softmax(-1) if categorical else scores.sigmoid() if outputs.likelihood == "bernoulli" else scores
     if not p.isfinite().all():
         raise ValueError("the logits are not finite: the Fisher of a model that has diverged says nothing")
+    counts = outputs.counts.reshape(*scores.shape[:2], -1)  # [batch, positions, 1 or classes]
+    if estimator in ("empirical", "batched"):
+        return [torch.where(counts, _observed(outputs, p) - p, 0)]
+    at = counts.any(-1)  # [batch, positions]
+    exact = torch.full_like(at[:, 0], estimator == "exact")
     if estimator == "auto":
-        estimator = "exact" if scores.shape[1] <= EXACT_UP_TO else "sampled"
+        exact = at.sum(1) * width <= EXACT_UP_TO
+    sampled = torch.where(counts & ~exact[:, None, None], _draw(p, at, indices, seed, outputs.likelihood) - p, 0)
+    factor = _factor(p, outputs.likelihood)
+    passes = agree(max(int((at.sum(1) * exact).max()) * len(factor), int(bool((~exact).any()))))
+    if passes > EXACT_AT_MOST:
+        raise ValueError(
+            f'estimator="exact" would take {passes} backward passes for a batch, one for each position and class; use '
+            '"sampled" or "auto"'
+        )
+    number = torch.where(at & exact[:, None], at.cumsum(1) - 1, -1)  # of a position, among those that count
+    columns = []
+    for step in range(passes):
+        position, column = divmod(step, len(factor))
+        here = (number == position)[..., None] & counts
+        columns.append(torch.where(here, factor[column], sampled if step == 0 else 0))
+    return columns
 
-    if estimator == "exact":
-        columns = _bernoulli_factor(p) if multi_label else _categorical_factor(p)
-    elif estimator == "sampled":
-        columns = [_draw(p, indices, seed, multi_label=multi_label) - p]
-    elif multi_label:
-        columns = [labels.to(p) - p]
-    else:
-        columns = [_one_hot(labels, p) - p]
-    real = torch.tensor([[index >= 0] for index in indices], device=p.device)
-    return [(column * real).to(output.dtype) for column in columns]
 
-
-def _labels(targets: Callable[[], Any], *, required: bool) -> Any:
-    try:
-        return targets()
-    except TypeError:
-        if required:
-            raise
-        return None
+def _factor(p: Tensor, likelihood: Likelihood) -> list[Tensor]:
+    """The columns of ``L``, where ``L L^T`` is the Fisher information of the logits at a position."""
+    if likelihood == "categorical":
+        return _categorical_factor(p)
+    deviation = (p * (1 - p)).sqrt() if likelihood == "bernoulli" else torch.ones_like(p)
+    classes = range(p.shape[-1])
+    return [F.one_hot(torch.tensor(c, device=p.device), len(classes)) * deviation for c in classes]
 
 
 def _categorical_factor(p: Tensor) -> list[Tensor]:
@@ -310,37 +470,48 @@ def _categorical_factor(p: Tensor) -> list[Tensor]:
     rest = p.flip(-1).cumsum(-1).flip(-1)  # of this class and those after it
     columns = []
     for j in range(p.shape[-1] - 1):
-        after = rest[:, j + 1]
-        scale = torch.where(after > 0, p[:, j] / (rest[:, j] * after), 0).sqrt()
+        after = rest[..., j + 1]
+        scale = torch.where(after > 0, p[..., j] / (rest[..., j] * after), 0).sqrt()
         column = torch.zeros_like(p)
-        column[:, j] = after * scale
-        column[:, j + 1 :] = -p[:, j + 1 :] * scale[:, None]
+        column[..., j] = after * scale
+        column[..., j + 1 :] = -p[..., j + 1 :] * scale[..., None]
         columns.append(column)
     return columns
 
 
-def _bernoulli_factor(p: Tensor) -> list[Tensor]:
-    deviation = (p * (1 - p)).sqrt()
-    return [F.one_hot(torch.tensor(c, device=p.device), p.shape[-1]) * deviation for c in range(p.shape[-1])]
+def _draw(p: Tensor, at: Tensor, indices: Sequence[int], seed: int, likelihood: Likelihood) -> Tensor:
+    """Labels drawn from the model, shaped like ``p``, where ``at`` says that a position counts.
 
-
-def _draw(p: Tensor, indices: Sequence[int], seed: int, *, multi_label: bool) -> Tensor:
-    """Labels drawn from the model, zeros and ones shaped like ``p``; each row depends on its index alone."""
-    width = p.shape[-1] if multi_label else 1
-    draws = [np.random.default_rng([seed, max(index, 0)]).random(width) for index in indices]
-    uniform = torch.from_numpy(np.stack(draws)).to(p)
-    if multi_label:
-        return (uniform < p).to(p)
+    They depend on the example's index and on the place among the positions that count: not on padding.
+    """
+    width = 1 if likelihood == "categorical" else p.shape[-1]
+    draws = np.zeros((*p.shape[:2], width))
+    for row, (index, here) in enumerate(zip(indices, at.cpu().numpy(), strict=True)):
+        generator = np.random.default_rng([seed, max(index, 0)])
+        draw = generator.standard_normal if likelihood == "gaussian" else generator.random
+        draws[row, here] = draw(int(here.sum()) * width).reshape(-1, width)
+    drawn = torch.from_numpy(draws).to(p)
+    if likelihood == "gaussian":
+        return p + drawn
+    if likelihood == "bernoulli":
+        return (drawn < p).to(p)
     ladder = p.cumsum(-1)
-    drawn = torch.searchsorted(ladder, uniform * ladder[:, -1:], right=True)
-    return F.one_hot(drawn[:, 0], p.shape[-1]).to(p)
+    classes = torch.searchsorted(ladder, drawn * ladder[..., -1:], right=True)
+    return F.one_hot(classes[..., 0].clamp(max=p.shape[-1] - 1), p.shape[-1]).to(p)
 
 
-def _one_hot(labels: Any, p: Tensor) -> Tensor:
-    classes = p.shape[-1]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.numel() != len(p):
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"targets must be {len(p)} class numbers, or shaped as the logits {list(p.shape)}, got {got}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels must be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
-    return F.one_hot(labels.reshape(-1).long(), classes).to(p)
+def _observed(outputs: Outputs, p: Tensor) -> Tensor:
+    """The true labels, shaped like ``p``."""
+    labels, classes = outputs.targets, p.shape[-1]
+    assert labels is not None
+    if outputs.likelihood != "categorical":
+        return labels.to(p).reshape(p.shape)
+    if labels.is_floating_point():
+        raise ValueError(
+            f"targets must be class numbers, or shaped as the logits {list(outputs.logits.shape)}, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    known = labels[labels != IGNORED]
+    if known.numel() and (known.min() < 0 or known.max() >= classes):
+        raise ValueError(f"labels must be in [0, {classes}), got {int(known.min())} to {int(known.max())}")
+    return F.one_hot(labels.reshape(p.shape[:2]).long().clamp(min=0), classes).to(p)

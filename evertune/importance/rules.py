@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from evertune.utils.batches import take
+
 _IN_CACHE = 384 * 384
 """Elements of a product that stay in a core's cache while they are squared and added."""
 _AT_ONCE = 2**22
@@ -251,15 +253,6 @@ def rule_for(module: nn.Module) -> type[Call] | None:
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors with at least one dimension in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-
-
-def take(tree: Any, rows: list[int], batch: int) -> Any:
-    """Pick examples: the given rows of every tensor that has ``batch`` of them."""
-    from lightning_utilities.core.apply_func import apply_to_collection
-
-    return apply_to_collection(
-        tree, Tensor, lambda leaf: leaf[rows] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf
-    )
 
 
 def chunks(count: int, numel: int) -> Iterator[slice]:

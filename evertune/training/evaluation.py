@@ -15,35 +15,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from evertune._lightning import RunningStage, is_overridden, isolate_rng, pl
+from evertune._lightning import RunningStage, is_overridden, pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.shards.support import check_strategy
-from evertune.utils.batches import logits_of, targets_of, to_device
+from evertune.shards.shards import ParameterShards
+from evertune.shards.support import check_strategy, is_deepspeed
+from evertune.tasks.base import task_of
+from evertune.utils.batches import to_device
+from evertune.utils.evaluation import evaluation_mode, trial
 
 Score = Callable[[pl.LightningModule, Any], Tensor]
 _FILE = "evaluation.json"
-
-
-def accuracy(module: pl.LightningModule, batch: Any) -> Tensor:
-    """1 for each example the module gets right, else 0: a float tensor of shape ``[batch]``.
-
-    Targets of shape ``[batch]`` are class indices, compared with the largest logit. Targets of the logits' own shape
-    are multi-label: an example counts only when every label is right (a logit above 0 means yes).
-
-    Raises:
-        TypeError: when the targets fit neither case; pass your own ``score=`` then.
-    """
-    logits, targets = logits_of(module, batch), targets_of(batch)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"cannot score targets of type {type(targets).__name__}; pass score= to ContinualEvaluation")
-    if logits.ndim == 2 and targets.ndim == 1:
-        return (logits.argmax(1) == targets).float()
-    if logits.ndim == 2 and targets.shape == logits.shape:
-        return ((logits > 0) == (targets > 0.5)).all(1).float()
-    raise TypeError(
-        f"cannot score logits of shape {list(logits.shape)} against targets of shape {list(targets.shape)}; "
-        "pass score= to ContinualEvaluation, a callable (module, batch) -> tensor [batch]"
-    )
 
 
 class ContinualEvaluation(ContinualCallback):
@@ -67,14 +48,16 @@ class ContinualEvaluation(ContinualCallback):
         []
 
     Args:
-        score: ``(module, batch) -> tensor [batch]``, each example's score in [0, 1]. Default: :func:`accuracy`, which
-            takes logits from calling the module and targets from the batch.
+        score: ``(module, batch) -> tensor [batch]``, each example's score in [0, 1]. By default the score of the
+            module's task (:meth:`evertune.tasks.Task.score`): the share of an example's positions that are right, or
+            where there are no logits, its negative loss. An example in which nothing counts (NaN) is left out.
         on: which loader of the ``fit`` to keep when none was added: ``"test"`` (the validation loader where there is
             no test loader) or ``"val"``.
         evaluate_unseen: also score the experiences added but not yet learned (for forward transfer).
 
     Raises:
-        ValueError: when ``fit`` starts and there is nothing to evaluate on, or a loader cannot be evaluated.
+        ValueError: when ``fit`` starts and there is nothing to evaluate on, a loader cannot be evaluated, or its first
+            examples cannot be scored.
     """
 
     def __init__(
@@ -82,7 +65,7 @@ class ContinualEvaluation(ContinualCallback):
     ) -> None:
         if on not in ("test", "val"):
             raise ValueError(f'on must be "test" or "val", got {on!r}')
-        self.score = score or accuracy
+        self.score = score
         self.on = on
         self.evaluate_unseen = evaluate_unseen
         self.experiences: list[str] = []
@@ -134,12 +117,26 @@ class ContinualEvaluation(ContinualCallback):
                     "ContinualEvaluation has nothing to evaluate on: this fit has no test loader, and no "
                     "validation loader with a validation_step; give it one, or call add_experience(name, loader) first"
                 )
+        self._try_to_score(trainer, pl_module)
         lost = [name for name in self.experiences if name not in self._loaders]
         if lost:
             rank_zero_warn(
                 f"ContinualEvaluation has no data for {lost}, learned before a restart: their scores will be NaN; "
                 "call add_experience(name, loader) with the same names to evaluate on them"
             )
+
+    def _try_to_score(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Score the first examples of this experience, so that nothing fails after hours of training."""
+        name = next(iter(self.experiences[len(self._rows) :]), None)
+        loader = self._fit_loader if name is None else self._loaders.get(name)
+        if loader is None or (name is not None and not self._knows(module, name)):
+            return
+        advice = "pass score=, a callable (module, batch) -> tensor [batch]"
+        with trial(f"ContinualEvaluation cannot score {type(module).__name__}", advice), _evaluating(trainer, module):
+            batch = next(iter(_share(loader, trainer)[0]))
+            self._score(trainer, module, to_device(trainer, batch))
+        if is_deepspeed(trainer):
+            ParameterShards.of(trainer).release()
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Score the module on the experiences seen, add a row to the matrix, and log it."""
@@ -170,18 +167,30 @@ class ContinualEvaluation(ContinualCallback):
 
     def _mean_score(self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any]) -> float:
         share, n_real = _share(loader, trainer)
-        total, seen = 0.0, 0
+        total, n_scored, seen = 0.0, 0, 0
         for batch in share:
-            batch = to_device(trainer, batch)  # noqa: PLW2901
-            with trainer.precision_plugin.val_step_context():
-                scores = self.score(module, batch)
-            _check_scores(scores)
-            total += scores[: max(n_real - seen, 0)].double().sum().item()
+            scores = self._score(trainer, module, to_device(trainer, batch))
+            own = scores[: max(n_real - seen, 0)].double()
+            total += own.nansum().item()
+            n_scored += int((~own.isnan()).sum())
             seen += len(scores)
-        sums = torch.tensor([total, n_real], dtype=torch.float64)
+        sums = torch.tensor([total, n_scored], dtype=torch.float64)
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         return (sums[0] / sums[1]).item()
+
+    def _score(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
+        """The scores of a batch, checked."""
+        score = self.score or task_of(module).score
+        with trainer.precision_plugin.val_step_context():
+            scores = score(module, batch)
+        if not isinstance(scores, Tensor) or scores.ndim != 1:
+            shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"score must return a tensor of shape [batch], got {shape}")
+        if self.score is not None and not ((scores >= 0) & (scores <= 1)).all():
+            low, high = scores.min().item(), scores.max().item()
+            raise ValueError(f"score must return values in [0, 1], got {low:g} to {high:g}")
+        return scores
 
     def _log(self, trainer: pl.Trainer) -> None:
         from evertune.metrics.functional import average_accuracy, forgetting
@@ -254,18 +263,14 @@ class ContinualEvaluation(ContinualCallback):
 
 @contextmanager
 def _evaluating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients, and everything back as it was."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
+    """Evaluation mode, also for what asks the trainer, and everything back as it was."""
     stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING  # user hooks that ask `trainer.training` (augmentation) hear no
-    module.eval()
     try:
-        with torch.no_grad(), isolate_rng():
+        with evaluation_mode(module):
             yield
     finally:
         trainer.state.stage = stage
-        for submodule, training in modes.items():
-            submodule.training = training
 
 
 def _share(loader: DataLoader[Any], trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
@@ -315,11 +320,3 @@ def _only_one(loaders: Any, kind: str) -> DataLoader[Any] | None:
     _check_loader(f"the {kind} loader", leaves[0])
     loader: DataLoader[Any] = leaves[0]
     return loader
-
-
-def _check_scores(scores: Tensor) -> None:
-    if not isinstance(scores, Tensor) or scores.ndim != 1:
-        shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"score must return a tensor of shape [batch], got {shape}")
-    if not ((scores >= 0) & (scores <= 1)).all():
-        raise ValueError(f"score must return values in [0, 1], got {scores.min().item():g} to {scores.max().item():g}")

@@ -16,6 +16,7 @@ from evertune.callbacks.replay.callback import Replay
 from evertune.metrics.history import History
 from evertune.streams.datamodule import ExperienceDataModule, StreamDataModule
 from evertune.streams.experience import Experience, ExperienceStream
+from evertune.tasks.base import task_of
 from evertune.training.elastic import layout
 from evertune.training.evaluation import ContinualEvaluation
 
@@ -228,9 +229,9 @@ def _default_datamodule(
     module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule
 ) -> Callable[[Experience], pl.LightningDataModule]:
     """The default for the argument ``datamodule`` of :meth:`ContinualTrainer.fit_stream`."""
-    tokenizer = getattr(module, "tokenizer", None)
+    tokenizer, task = getattr(module, "tokenizer", None), task_of(module)
     if isinstance(stream, StreamDataModule):
-        return lambda experience: stream.datamodule(experience, tokenizer)
+        return lambda experience: stream.datamodule(experience, tokenizer, task)
     columns: dict[str, Any] = {}
     if isinstance(stream, ExperienceStream):
         columns = {"text": stream.text, "label": stream.label}
@@ -238,7 +239,7 @@ def _default_datamodule(
 
     def make(experience: Experience) -> ExperienceDataModule:
         if id(experience) not in made:  # tokenize only once, although each is scored after many updates
-            made[id(experience)] = ExperienceDataModule(experience, tokenizer, **columns)
+            made[id(experience)] = ExperienceDataModule(experience, tokenizer, task=task, **columns)
         return made[id(experience)]
 
     return make

@@ -33,3 +33,24 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def trial(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever fails inside into a message that says what was tried and what to do.
+
+    Args:
+        what: what cannot be done, as in ``"EWC cannot ..."``.
+        advice: what to pass instead; left out where the error already says so.
+
+    Raises:
+        ValueError: when anything fails but the memory of a GPU.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        known = advice.partition(",")[0] in reason
+        raise ValueError(f"{what}: {reason}" if known else f"{what}: {reason}; {advice}") from error

@@ -325,9 +325,10 @@ def test_half_precision_forward_passes_give_nearly_the_same() -> None:
     [
         ((torch.zeros(2, 4), torch.zeros(2).long()), "fisher", "unknown estimator 'fisher'; expected one of auto"),
         ((torch.zeros(2, 4), torch.tensor([0, 3])), "empirical", r"labels must be in \[0, 3\), got 0 to 3"),
-        ((torch.zeros(2, 4), torch.tensor([0.5, 1.0])), "empirical", "targets must be 2 class numbers"),
-        ((torch.zeros(2, 4), ["a", "b"]), "empirical", "targets must be 2 class numbers.* got list"),
-        ((torch.zeros(2, 3, 4), torch.tensor([0, 1])), "exact", r"logits of shape \[batch, classes\]"),
+        ((torch.zeros(2, 4), torch.tensor([0.5, 1.0])), "empirical", "targets must be class numbers"),
+        ((torch.zeros(2, 4), ["a", "b"]), "empirical", "targets must be class numbers.* got list"),
+        ((torch.zeros(2, 3, 4), torch.tensor([0, 1])), "exact", r"targets of shape \[1\] do not fit .* \[1, 3, 3\]"),
+        ((torch.zeros(2, 3, 4), None), "exact", r"logits of shape \[1, 3, 3\] need targets: .*; pass targets="),
         ((torch.full((2, 4), torch.nan), torch.tensor([0, 1])), "exact", "logits are not finite"),
         (IndexedBatch((torch.zeros(2, 4), None), [0]), "exact", "as many indices, got 1"),
     ],
@@ -336,6 +337,138 @@ def test_what_is_refused(batch: Any, estimator: Any, message: str) -> None:
     module = Wide(3)
     with pytest.raises(ValueError, match=message):
         estimate_fisher(module, [batch], ReplicatedShards(module), estimator)
+
+
+class Tagger(pl.LightningModule):
+    """A class for each token, from that token and the one before it."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, classes)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.head(self.norm(x + x.cumsum(1).tanh()))
+
+    @staticmethod
+    def batch(rows: range, side: str = "right") -> dict[str, Tensor]:
+        """Padded to the longest of these rows; every example has a target that does not count."""
+        ids, mask = tokens(rows)
+        labels = torch.randint(0, CLASSES, (EXAMPLES, 7), generator=torch.Generator().manual_seed(3))
+        labels = labels[rows.start : rows.stop, : mask.shape[1]].masked_fill(mask == 0, -100)
+        labels[:, 0] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def tagger_by_loop(estimator: str) -> list[Tensor]:
+    """The definition: the square of the gradient of the sum over positions, or its expectation position by position."""
+    torch.manual_seed(0)
+    module = Tagger().double().eval()
+    parameters = list(module.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for row in range(EXAMPLES):
+        batch = Tagger.batch(range(row, row + 1))
+        labels = batch.pop("labels")[0]
+        log_p = module(**batch).log_softmax(-1)[0]
+        at = (labels != -100).nonzero().flatten().tolist()
+        if estimator == "empirical":
+            terms = [(1.0, sum((log_p[t, labels[t]] for t in at), start=log_p.sum() * 0))]
+        else:
+            terms = [(float(log_p[t, k].detach().exp()), log_p[t, k]) for t in at for k in range(CLASSES)]
+        for weight, value in terms:
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+            for squares, gradient in zip(total, gradients, strict=True):
+                squares.add_(weight * gradient.square())
+    return [(squares / EXAMPLES).flatten().float() for squares in total]
+
+
+def tagger_fisher(size: int, estimator: Any, **settings: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    module = Tagger()
+    batches = [Tagger.batch(range(at, min(at + size, EXAMPLES))) for at in range(0, EXAMPLES, size)]
+    return estimate_fisher(module, batches, ReplicatedShards(module), estimator, **settings)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_an_example_of_many_positions_is_their_sum(estimator: Any) -> None:
+    assert_same(tagger_fisher(5, estimator), tagger_by_loop(estimator))
+
+
+@pytest.mark.parametrize("estimator", ["auto", "sampled", "empirical"])
+def test_batch_free_importance_of_padded_positions(estimator: Any) -> None:
+    alone = tagger_fisher(1, estimator)  # without any padding
+    for size in (7, 64):
+        assert_same(tagger_fisher(size, estimator), alone)
+
+
+def test_drawn_labels_at_many_positions_come_to_the_exact_expectation() -> None:
+    torch.manual_seed(0)
+    module = Tagger()
+    shards = ReplicatedShards(module)
+    batch = {key: value[2:5].repeat(400, 1) for key, value in Tagger.batch(range(EXAMPLES)).items()}
+    exact = torch.cat(estimate_fisher(module, [{k: v[:3] for k, v in batch.items()}], shards, "exact"))
+    sampled = torch.cat(estimate_fisher(module, [batch], shards, "sampled"))
+    assert float((sampled - exact).norm() / exact.norm()) < 0.1
+
+
+def test_auto_is_exact_for_examples_with_few_positions_and_sampled_for_the_others() -> None:
+    torch.manual_seed(0)
+    module, shards = (m := Tagger(6)), ReplicatedShards(m)
+    batch = {"input_ids": torch.arange(14).view(2, 7), "labels": torch.zeros(2, 7).long()}
+    batch["labels"][1, 2:] = -100
+    parts = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    auto = estimate_fisher(module, [batch], shards, "auto")
+    long = estimate_fisher(module, [IndexedBatch(parts[0], [0])], shards, "sampled")
+    short = estimate_fisher(module, [IndexedBatch(parts[1], [1])], shards, "exact")
+    assert_same(auto, [(a + b) / 2 for a, b in zip(long, short, strict=True)])
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+@pytest.mark.parametrize("estimator", ["auto", "empirical"])
+def test_a_single_logit_is_a_yes_or_no_or_a_number(estimator: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module, inputs = Wide(1), torch.randn(6, 4)
+    p = module(inputs).sigmoid().detach()
+    for labels, expected in (
+        (torch.tensor([0, 1, 1, 0, 1, 0.0]).view(shape), p * (1 - p)),
+        (torch.tensor([0, 1, 1, 0.3, 2, 0]).view(shape), torch.ones(6, 1)),
+    ):
+        ours = estimate_fisher(module, [(inputs, labels)], ReplicatedShards(module), estimator)[0].view(1, 4)
+        mean = p if float(labels.max()) == 1 else module(inputs).detach()
+        weights = (labels.view(6, 1) - mean).square() if estimator == "empirical" else expected
+        torch.testing.assert_close(ours, weights.T @ inputs.square() / 6)
+
+
+def test_drawn_numbers_come_to_the_exact_expectation() -> None:
+    torch.manual_seed(0)
+    module, shards = (m := Wide(1)), ReplicatedShards(m)
+    batch = (torch.randn(5, 4).repeat(400, 1), torch.full((2000,), 0.3))
+    exact, sampled = (estimate_fisher(module, [batch], shards, estimator) for estimator in ("exact", "sampled"))
+    torch.testing.assert_close(sampled[0], exact[0], rtol=0.15, atol=0.01)
+
+
+def test_whether_the_logits_are_numbers_is_decided_once() -> None:
+    torch.manual_seed(0)
+    module, shards = (m := Wide(1)), ReplicatedShards(m)
+    inputs, labels = torch.randn(4, 4), torch.tensor([0.5, 1.0, 0.0, 1.0])
+    together = estimate_fisher(module, [(inputs, labels)], shards)
+    apart = estimate_fisher(module, [(inputs[i : i + 1], labels[i : i + 1]) for i in range(4)], shards)
+    assert_same(apart, together)
+
+
+@pytest.mark.parametrize("shape", ["similarity", "centred"])
+def test_examples_that_read_each_other_are_refused(shape: str) -> None:
+    torch.manual_seed(0)
+
+    def logits(module: Any, batch: Any) -> Tensor:
+        x = module(batch[0])
+        return x @ x.T if shape == "similarity" else x - x.mean(0)
+
+    module = Wide(3)
+    batch = (torch.randn(4, 4), torch.arange(4) % 3)
+    with pytest.raises(ValueError, match=r"of Wide for an example depend on the other examples of the batch.*logits="):
+        estimate_fisher(module, [batch], ReplicatedShards(module), logits=logits)
 
 
 def test_no_examples_are_refused() -> None:

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback, end_experience
-from evertune.training.evaluation import ContinualEvaluation, accuracy
+from evertune.tasks.base import Outputs, accuracies
+from evertune.training.evaluation import ContinualEvaluation
 from tests.helpers.distributed import run_ranks
 
 
@@ -184,14 +185,13 @@ def test_drift_boundaries_inside_one_fit_keep_the_matrix_square():
 
 
 def test_multi_label_and_shapes():
-    module = nn.Identity()
     logits = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
-    assert accuracy(module, (logits, torch.tensor([[1, 0], [1, 0]]))).tolist() == [1.0, 0.0]
-    assert accuracy(module, (logits, torch.tensor([0, 1]))).tolist() == [1.0, 0.0]
-    with pytest.raises(TypeError, match=r"logits of shape \[2, 2\] against targets of shape \[2, 3\]"):
-        accuracy(module, (logits, torch.zeros(2, 3)))
-    with pytest.raises(TypeError, match="targets of type list"):
-        accuracy(module, (logits, ["a", "b"]))
+    assert accuracies(Outputs.of(logits, torch.tensor([[1, 0], [1, 0]]))).tolist() == [1.0, 0.0]
+    assert accuracies(Outputs.of(logits, torch.tensor([0, 1]))).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"targets of shape \[2, 3\] do not fit logits of shape \[2, 2\]"):
+        Outputs.of(logits, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="cannot be scored without targets"):
+        accuracies(Outputs.of(logits, ["a", "b"]))
 
 
 def test_state_restores_matrix_and_loaders_come_back_by_name(tmp_path):

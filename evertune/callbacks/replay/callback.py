@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,13 @@ from evertune.callbacks.replay.spool import Capture, Record, parse_records, prun
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
-from evertune.shards.support import check_strategy
+from evertune.shards.shards import ParameterShards
+from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
-from evertune.utils.batches import logits_of, targets_of, to_device
+from evertune.tasks.base import Task, task_of
+from evertune.utils.batches import logits_of, name_of, to_device
 from evertune.utils.collectives import gather_bytes
+from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
 
@@ -61,9 +63,9 @@ class Replay(ContinualCallback):
             (the newest of each class), ``"herding"`` (nearest to the class means of ``features``), or a ``Policy``.
         replay_ratio: examples of the memory per new one in a batch. 1: as many old as new, which makes a batch twice
             as large; 0.05 is common in continued training of language models.
-        label: the class of an example: a function, or a key (of a dict) or position (in a tuple). By default its
-            ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels are one class
-            together.
+        label: the class of an example: a function, or a key (of a dict) or position (in a tuple). By default that of
+            the module's task, which is its ``labels``, ``label``, ``targets`` or ``target``, or the last item of a
+            tuple. Several labels are one class together.
         id: names an example, for :meth:`forget`: a function, key or position. By default the number of the experience
             and the index in the dataset, or a hash of the content if there is no index.
         features: ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if there is such
@@ -116,6 +118,7 @@ class Replay(ContinualCallback):
         )
         self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
         self._captured = b""  # from that checkpoint
+        self._tried = False  # whether the features of this fit's first batch were looked at
 
     # --- the loader
 
@@ -127,6 +130,7 @@ class Replay(ContinualCallback):
         warn_about_stock_deepspeed(trainer, "Replay")
         if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
+        self.label_of.task, self._tried = task_of(pl_module), False
         self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
         self._is_writer = trainer.local_rank == 0
         if trainer.world_size > 1:
@@ -156,6 +160,21 @@ class Replay(ContinualCallback):
             self._start_schedule(trainer)
             restart_loaders(trainer)
         self._captured = b""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Try ``features`` on the first batch, so that nothing fails after hours of training."""
+        if not self._tried and self.memory.policy.needs_features:
+            advice = "pass features=, a callable (module, batch) -> tensor [batch, d]"
+            what = f"Replay cannot compare examples by the features of {type(pl_module).__name__}"
+            with trial(what, advice), evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
+                vectors = self.features(pl_module, batch)
+                if vectors.ndim != 2:
+                    raise ValueError(f"features must have the shape [batch, d], got {list(vectors.shape)}")
+            if is_deepspeed(trainer):
+                ParameterShards.of(trainer).release()
+        self._tried = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning makes a new iterator over the loader right after this, except in the first epoch of a fit."""
@@ -338,7 +357,7 @@ class Replay(ContinualCallback):
         total = len(dataset)
         mine = np.minimum(np.arange(rank, -(-total // world) * world, world), total - 1)
         chunks = []
-        with _evaluating(module):
+        with evaluation_mode(module):
             for start in range(0, len(mine), size):
                 batch = collate.collate_fn([dataset[index] for index in mine[start : start + size].tolist()])
                 batch = to_device(trainer, batch)
@@ -450,7 +469,8 @@ class LabelReader:
     """The class of an example as a string, or None.
 
     Args:
-        source: a function of the example, its key or position; None for the usual places.
+        source: a function of the example, its key or position; None for what the task says.
+        task: by default the one that looks in the usual places.
 
     Example:
         >>> read = LabelReader(None)
@@ -458,17 +478,13 @@ class LabelReader:
         ('greeting', '3', 'a, b')
     """
 
-    def __init__(self, source: Callable[[Any], Any] | str | int | None) -> None:
+    def __init__(self, source: Callable[[Any], Any] | str | int | None, task: Task | None = None) -> None:
         self.source = source
+        self.task = task or Task()
 
     def __call__(self, example: Any) -> str | None:
         """The class."""
-        if self.source is not None:
-            return _name(_read(example, self.source, "label"))
-        try:
-            return _name(targets_of(example))
-        except TypeError:
-            return None
+        return self.task.label(example) if self.source is None else name_of(_read(example, self.source, "label"))
 
 
 class IdReader:
@@ -483,7 +499,7 @@ class IdReader:
 
     def __call__(self, example: Any) -> str:
         """The id."""
-        name = _name(_read(example, self.source, "id"))
+        name = name_of(_read(example, self.source, "id"))
         if name is None:
             raise ValueError(f"id={self.source!r} gives neither a string nor a whole number")
         return name
@@ -512,17 +528,6 @@ def _read(example: Any, source: Callable[[Any], Any] | str | int, what: str) -> 
         raise ValueError(f"{what}={source!r} is not in an example, a {type(example).__name__}{keys}") from error
 
 
-def _name(value: Any) -> str | None:
-    """A string for what names a class or an example; None for what does not (a vector, a fraction)."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = value.item() if math.prod(value.shape) == 1 else None
-    if isinstance(value, str | int):
-        return str(value)
-    if isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value):
-        return ", ".join(sorted(value))
-    return None
-
-
 def _batches_done(trainer: pl.Trainer) -> int:
     return int(_progress(trainer.fit_loop.epoch_loop.batch_progress.total).processed)
 
@@ -531,15 +536,3 @@ def _progress(tracker: object) -> _ProcessedTracker:
     """The counts of a loop over batches, which Lightning types as if batches were not processed."""
     assert isinstance(tracker, _ProcessedTracker)
     return tracker
-
-
-@contextmanager
-def _evaluating(module: pl.LightningModule) -> Iterator[None]:
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
