@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -45,6 +45,7 @@ class Check:
         words: the facts in a sentence.
         stage: ``"data"``: of the records, before training; ``"model"``: of the new version.
         unit: what the values are.
+        applicable: False where the limit is set but the task has no classes to check it on. It counts as passed.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Check:
     words: str
     stage: Literal["data", "model"] = "model"
     unit: Unit = "share"
+    applicable: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Verdict:
             values = (_shown(value, check.unit) for value in (check.champion, check.challenger, check.limit))
             p_value = "" if check.p_value is None else _p(check.p_value).removeprefix("p ").removeprefix("= ")
             verdict = Text("passed", style="green") if check.passed else Text("refused", style="bold red")
+            if not check.applicable:
+                verdict = Text("not applicable", style="dim")
             table.add_row(Text(check.name), Text(check.slice), *values, p_value, verdict)
         return table
 
@@ -266,6 +270,7 @@ class Gate:
         known_classes: Sequence[str] = (),
         n_bad: int = 0,
         n_read: int = 0,
+        names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else list(label),
     ) -> list[Check]:
         """Look at the records of an update before anything is trained; it costs no model.
 
@@ -276,6 +281,8 @@ class Gate:
             known_classes: those of the version in production; empty for the first version, which needs two classes.
             n_bad: how many records went to quarantine.
             n_read: how many were read in all.
+            names: gives the names of the classes in a label; none where labels are not classes. By default a label
+                is a name or a list of names. See :meth:`evertune.tasks.Task.label_names`.
         """
         checks = []
         rows = [row["record"] for row in records]
@@ -296,8 +303,10 @@ class Gate:
             words = f"{copies} of {len(rows)} records repeat the text of another"
             checks.append(_at_most("duplicates", copies / len(rows), self.max_duplicate_share, words))
         if self.max_class_share is not None and rows:
-            names = Counter(tuple([row[label]] if isinstance(row[label], str) else sorted(row[label])) for row in rows)
-            name, count = min(names.items(), key=lambda item: (-item[1], item[0]))
+            classes = Counter(tuple(sorted(names(row[label]))) for row in rows)
+            name, count = min(classes.items(), key=lambda item: (-item[1], item[0]))
+            if classes.keys() == {()} and not all(isinstance(row[label], list) for row in rows):
+                return [*checks, _not_applicable("one class", "data")]
             is_new = bool(known_classes) and not set(name) <= set(known_classes)
             words = (
                 f"{count} of {len(rows)} records are of one {'new class' if is_new else 'class'}, {', '.join(name)!r}"
@@ -376,23 +385,28 @@ class Gate:
         """Paired tests on some slices, with one ``alpha`` for all of them together."""
         if self.max_forgetting is None:
             return []
-        p_values = statistics.holm([self._p_value(old.correct, now.correct) for old, now in pairs.values()])
+        p_values = statistics.holm([self._p_value(old, now) for old, now in pairs.values()])
         checks = []
         for (slice_name, (old, now)), p_value in zip(pairs.items(), p_values, strict=True):
             drop = round(old.accuracy - now.accuracy, 9)
             broken = drop > self.max_forgetting and p_value < self.alpha
             collapsed = self.max_drop is not None and drop > self.max_drop and len(now) >= 50
             limit = self.max_drop if collapsed and not broken and self.max_drop is not None else self.max_forgetting
+            how, on = ("is right on", "on ") if now.has_classes else ("scores", "")
+            of = "of" if now.has_classes else "on"
             words = (
-                f"on {slice_name!r} the new version is right on {_percent(now.accuracy)} of {len(now)} held-out "
-                f"records, the one in production on {_percent(old.accuracy)} "
+                f"on {slice_name!r} the new version {how} {_percent(now.accuracy)} {of} {len(now)} held-out "
+                f"records, the one in production {on}{_percent(old.accuracy)} "
                 f"({_p(p_value)}, limit {100 * limit:.1f} points)"
             )
             passed = not (broken or collapsed)
             checks.append(_check(name, slice_name, old.accuracy, now.accuracy, limit, passed, words, p_value))
         return checks
 
-    def _p_value(self, before: np.ndarray, after: np.ndarray) -> float:
+    def _p_value(self, old: Predictions, now: Predictions) -> float:
+        if not now.has_classes:
+            return statistics.sign_flips(old.score - now.score, self.seed)
+        before, after = old.correct, now.correct
         losses, gains = int((before & ~after).sum()), int((~before & after).sum())
         if self.test == "mcnemar":
             return statistics.mcnemar(losses, gains)
@@ -402,6 +416,8 @@ class Gate:
         limit = self.max_negative_flips
         if limit is None:
             return []
+        if not now.has_classes:
+            return [_not_applicable("negative flips")]
         flips = int((old.correct & ~now.correct).sum())
         share, p_value = flips / len(now), statistics.binomial_tail(flips, len(now), limit)
         words = (
@@ -413,6 +429,8 @@ class Gate:
 
     def _calibration(self, old: Predictions, now: Predictions) -> list[Check]:
         limit = self.max_calibration_error_increase
+        if limit is not None and not now.has_classes:
+            return [_not_applicable("calibration error")]
         if limit is None or not (np.isfinite(old.confidence).all() and np.isfinite(now.confidence).all()):
             return []
         before, after = (statistics.calibration_error(one.confidence, one.correct) for one in (old, now))
@@ -429,6 +447,8 @@ class Gate:
         return [_check("calibration error", POOLED, before, after, limit, passed, words, p_value)]
 
     def _agreement(self, new: str, fresh: Predictions, past: Predictions) -> list[Check]:
+        if self.min_new_agreement is not None and not fresh.has_classes:
+            return [_not_applicable("agreement")]
         if self.min_new_agreement is None or min(len(fresh), len(past)) < _FEWEST:
             return []
         now, then = statistics.kappa(fresh.labels, fresh.predicted), statistics.kappa(past.labels, past.predicted)
@@ -459,6 +479,8 @@ class Gate:
         limit = self.max_label_noise
         if limit is None:
             return []
+        if not fresh[1].has_classes:
+            return [_not_applicable("label noise")]
         everything = [fresh, *past] if shown is None else [fresh, shown, *past]
         known = classes_seen((old for old, _ in everything), (old for old, _ in past))
         then = sum((label_noise(*pair, known) for pair in past), Noise(0, 0))
@@ -528,6 +550,8 @@ def aligned(
                 "common); evaluate the version in production on this slice again"
             )
         pair = old.pick([places[now.ids[place]] for place in common]), now.pick(common)
+    if pair[0].has_classes != pair[1].has_classes:
+        raise ValueError(f"slice {name!r}: one version predicts classes and the other gives scores; compare one task")
     differ = [one for one, a, b in zip(pair[0].ids, pair[0].labels, pair[1].labels, strict=True) if a != b]
     if differ:
         raise ValueError(f"slice {name!r}: the label of record {differ[0]!r} is not the same for both versions")
@@ -544,6 +568,9 @@ def pool(parts: Iterable[Predictions]) -> Predictions:
         [said for part in slices for said in part.predicted],
         np.concatenate([np.empty(0), *(part.confidence for part in slices)]),
         np.concatenate([np.empty(0), *(part.label_probability for part in slices)]),
+        None
+        if all(part.has_classes for part in slices)
+        else np.concatenate([np.empty(0), *(part.score for part in slices)]),
     )
 
 
@@ -569,17 +596,25 @@ def _grouped(
 
 def _finite(challenger: Mapping[str, Predictions]) -> Check:
     total = sum(len(said) for said in challenger.values())
-    bad = sum(int((~np.isfinite(said.confidence)).sum()) for said in challenger.values())
+    numbers = [said.confidence if said.scores is None else said.scores for said in challenger.values()]
+    bad = sum(int((~np.isfinite(one)).sum()) for one in numbers)
     words = f"the new version gives no number for {bad} of {total} records" + (": its training diverged" if bad else "")
     return _check("numbers", "all slices", None, bad / max(total, 1), 0.0, bad == 0, words)
 
 
 def _at_least(name: str, slice_name: str, said: Predictions, limit: float) -> Check:
+    how, of = ("is right on", "of") if said.has_classes else ("scores", "on")
     words = (
-        f"on {slice_name!r} the new version is right on {_percent(said.accuracy)} of {len(said)} held-out records "
+        f"on {slice_name!r} the new version {how} {_percent(said.accuracy)} {of} {len(said)} held-out records "
         f"(at least {_percent(limit)} is asked for)"
     )
     return _check(name, slice_name, None, said.accuracy, limit, said.accuracy >= limit, words)
+
+
+def _not_applicable(name: str, stage: Literal["data", "model"] = "model") -> Check:
+    """A limit that is set, on a task whose labels are not classes."""
+    words = f"{name}: not applicable, because the labels of this task are not classes"
+    return Check(name, "", None, None, None, None, True, words, stage, applicable=False)
 
 
 def _at_most(name: str, share: float, limit: float, words: str) -> Check:

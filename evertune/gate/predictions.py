@@ -14,6 +14,7 @@ Label = str | list[str]
 """The name of a class, or with several labels a record their names."""
 
 _DECIMALS = 6
+_ALWAYS = ("ids", "labels", "predicted", "confidence", "label_probability")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,11 @@ class Predictions:
         predicted: what the version says they are, of the same kind.
         confidence: the probability of what it says, ``[records]``.
         label_probability: the probability of the label, ``[records]``; 0 for a class that the version does not know.
+        scores: how good each prediction is, in [0, 1], ``[records]``, for a task whose labels are not classes (see
+            :meth:`scored`). By default None: a prediction is right or wrong.
 
     Raises:
-        ValueError: when the lengths differ, or an id is there twice.
+        ValueError: when the lengths differ, an id is there twice, or a score is not in [0, 1].
 
     Example:
         >>> sure, of_label = np.array([0.9, 0.6]), np.array([0.9, 0.2])
@@ -46,11 +49,16 @@ class Predictions:
     predicted: list[Label]
     confidence: np.ndarray
     label_probability: np.ndarray
+    scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("confidence", "label_probability"):
+        numbers = ("confidence", "label_probability", "scores")[: 2 if self.scores is None else 3]
+        for name in numbers:
             object.__setattr__(self, name, np.round(np.asarray(getattr(self, name), np.float64), _DECIMALS))
-        lengths = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
+        if self.scores is not None and ((self.scores < 0) | (self.scores > 1)).any():
+            worst = self.scores[np.abs(self.scores - 0.5).argmax()]
+            raise ValueError(f"scores must be in [0, 1], got {worst:g}: give the module a task whose score() is")
+        lengths = {name: len(getattr(self, name)) for name in (*_ALWAYS, *numbers[2:])}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"predictions need one value of each kind per record, got {lengths}")
         if len(set(self.ids)) < len(self.ids):
@@ -60,6 +68,28 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def scored(cls, ids: list[str], labels: list[Any], scores: np.ndarray) -> Predictions:
+        """Predictions of a task whose labels are not classes: what counts is a score in [0, 1] for each record.
+
+        Example:
+            >>> p = Predictions.scored(["1", "2"], [0.3, 4.0], np.array([0.9, 0.5]))
+            >>> p.accuracy, p.has_classes
+            (0.7, False)
+        """
+        unknown = np.full(len(ids), math.nan)
+        return cls(ids, labels, [""] * len(ids), unknown, unknown, scores)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are classes, so that a prediction is right or wrong."""
+        return self.scores is None
+
+    @property
+    def score(self) -> np.ndarray:
+        """How good each prediction is, in [0, 1], ``[records]``: 0 or 1 where labels are classes."""
+        return self.correct.astype(np.float64) if self.scores is None else self.scores
+
     @cached_property
     def correct(self) -> np.ndarray:
         """Whether each record is predicted right (with several labels: all of them), as bools ``[records]``."""
@@ -68,8 +98,8 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """The share predicted right; NaN without records."""
-        return float(self.correct.mean()) if self.ids else math.nan
+        """The share predicted right, or the mean score where labels are not classes; NaN without records."""
+        return float(self.score.mean()) if self.ids else math.nan
 
     @property
     def log_loss(self) -> float:
@@ -85,16 +115,19 @@ class Predictions:
             [self.predicted[row] for row in chosen],
             self.confidence[chosen],
             self.label_probability[chosen],
+            None if self.scores is None else self.scores[chosen],
         )
 
     def to_dict(self) -> dict[str, list[Any]]:
         """For JSON: lists, with None for a probability that is not a number."""
+        scores = {} if self.scores is None else {"scores": _or_none(self.scores)}
         return {
             "ids": self.ids,
             "labels": self.labels,
             "predicted": self.predicted,
             "confidence": _or_none(self.confidence),
             "label_probability": _or_none(self.label_probability),
+            **scores,
         }
 
     @classmethod
@@ -104,8 +137,8 @@ class Predictions:
         Raises:
             ValueError: when something is missing, or does not fit together.
         """
-        names = list(cls.__dataclass_fields__)
-        if not isinstance(values, Mapping) or set(values) != set(names):
+        names = list(_ALWAYS)
+        if not isinstance(values, Mapping) or set(values) - {"scores"} != set(names):
             raise ValueError(f"predictions have the keys {names}, got {list(values)}")
         return cls(
             list(values["ids"]),
@@ -113,6 +146,7 @@ class Predictions:
             list(values["predicted"]),
             _or_nan(values["confidence"]),
             _or_nan(values["label_probability"]),
+            _or_nan(values["scores"]) if "scores" in values else None,
         )
 
 

@@ -80,6 +80,29 @@ def bootstrap(losses: int, gains: int, trials: int, seed: int = 0, resamples: in
     return float(1 + (drawn[:, 0] <= drawn[:, 1]).sum()) / (resamples + 1)
 
 
+def sign_flips(losses: np.ndarray, seed: int = 0, resamples: int = 10_000) -> float:
+    """The one-sided p-value of a mean loss above 0, by Fisher's paired randomisation test (1935).
+
+    If both versions were equally good, each example's loss could as well have the other sign. The p-value is the share
+    of random signs that make the mean loss at least as large.
+
+    Args:
+        losses: By how much each example's score is lower now than before, ``[examples]``.
+        seed: Of the random signs.
+        resamples: The number of random draws of signs.
+
+    Example:
+        >>> sign_flips(np.full(20, 0.1)) < 0.01 < sign_flips(np.tile([0.1, -0.1], 10))
+        True
+    """
+    changed = losses[losses != 0]
+    generator, observed, as_large = np.random.default_rng(seed), changed.sum(), 0
+    for start in range(0, resamples, 500):  # keeps the signs of large slices out of memory
+        signs = generator.integers(0, 2, (min(500, resamples - start), len(changed))) * 2 - 1
+        as_large += int((signs @ changed >= observed - 1e-9).sum())
+    return (1 + as_large) / (resamples + 1)
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """The expected calibration error (Guo et al. 2017): how far confidence is from accuracy, over 15 equal bins.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from evertune.registry.manifest import SliceEntry
@@ -22,7 +22,13 @@ def draw(row: Row) -> str:
     return hashlib.blake2b(row["id"].encode(), digest_size=16, person=b"held out").hexdigest()
 
 
-def hold_out(rows: Sequence[Row], label: str, share: float, at_most: int) -> tuple[list[Row], list[Row]]:
+def hold_out(
+    rows: Sequence[Row],
+    label: str,
+    share: float,
+    at_most: int,
+    names: Callable[[Any], Any] = lambda label: label,
+) -> tuple[list[Row], list[Row]]:
     """Split records into those to train on and those to hold out, the same way at every attempt.
 
     The share is taken of each class; what rounding leaves over goes to the next classes, and of each class at least
@@ -33,13 +39,14 @@ def hold_out(rows: Sequence[Row], label: str, share: float, at_most: int) -> tup
         label: the field with the label.
         share: of each class, between 0 and 1.
         at_most: how many are held out in all, all classes shortened alike.
+        names: gives the classes of a label; those of a task without classes are all alike.
 
     Returns:
         The records to train on and those held out, each in the order of ``rows``.
     """
     classes: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        classes[json.dumps(row["record"].get(label))].append(row)
+        classes[json.dumps(names(row["record"].get(label)))].append(row)
     share = min(share, at_most / len(rows)) if rows else share
     held: set[str] = set()
     due = 0.0

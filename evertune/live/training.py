@@ -18,10 +18,12 @@ from evertune.callbacks.base import named_callbacks
 from evertune.live.plan import Plan
 from evertune.live.slices import Row
 from evertune.memory.memory import MemoryView
+from evertune.registry.manifest import Manifest
+from evertune.registry.store import MANIFEST
 from evertune.sources.schema import RecordSchema
 from evertune.streams.datamodule import ExperienceDataModule
 from evertune.streams.experience import Experience, class_names
-from evertune.tasks.texts import PadCollator, TokenizedDataset
+from evertune.tasks.base import task_of
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
@@ -136,18 +138,18 @@ def _data(
     text = schema.text if isinstance(schema.text, str) else tuple(schema.text)
     examples: list[dict[str, Any]] = [{**row["record"], "id": row["id"]} for row in rows]
     columns: dict[str, Any] = {"text": text, "label": schema.label, "id_column": "id"}
-    classes = class_names(example[schema.label] for example in examples) if schema.label else []
+    task = task_of(module)
+    classes = class_names(task.label_names(example[schema.label]) for example in examples) if schema.label else []
     memory = remembered(production) if production is not None and plan.kind == "rebuild" else None
     if production is None or memory is None:
         experience = Experience(plan.experience, examples, classes=classes)
-        return experience, ExperienceDataModule(experience, module.tokenizer, **columns, **data)
+        return experience, ExperienceDataModule(experience, module.tokenizer, task=task, **columns, **data)
     tokenizer = module.tokenizer
-    tokens = TokenizedDataset(examples, tokenizer, **columns, max_length=data.get("max_length", 128))
+    tokens = task.dataset(examples, tokenizer, **columns, max_length=data.get("max_length", 128))
     everything: Any = ConcatDataset([memory, tokens])  # type: ignore[list-item]
-    old = json.loads((production / MODEL / "evertune.json").read_bytes())["hparams"].get("classes", [])
+    old = Manifest.from_json((production / MANIFEST).read_bytes()).classes
     experience = Experience(plan.experience, everything, classes=list(dict.fromkeys([*old, *classes])))
-    collate = PadCollator(tokenizer.pad_token_id, tokenizer.padding_side)
-    return experience, ExperienceDataModule(experience, collate_fn=collate, **columns, **data)
+    return experience, ExperienceDataModule(experience, collate_fn=task.collator(tokenizer), **columns, **data)
 
 
 def remembered(production: Path) -> MemoryView | None:

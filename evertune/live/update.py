@@ -34,6 +34,7 @@ from evertune.utils.ranks import is_leader, started_together, tell_all
 if TYPE_CHECKING:
     from evertune.gate.predictions import Predictions
     from evertune.registry.mlflow import MLflowMirror
+    from evertune.tasks.base import Task
     from evertune.training.trainer import ContinualTrainer
 
 logger = logging.getLogger("evertune.live")
@@ -47,6 +48,13 @@ _VERDICT = "verdict.json"
 _SHOWN = "trained on"
 _TO_BE_PAID = ("train", "evaluate")
 """What of an update's seconds counts as its cost."""
+_NEEDED = {
+    "tokenizer": "tokenizer (a tokenizer of transformers)",
+    "hparams": "hparams (call save_hyperparameters() in its constructor)",
+    "save_pretrained": "save_pretrained(folder), which writes the weights and whatever rebuilds the module",
+    "from_pretrained": "from_pretrained(folder, lazy=False, **settings), a class method that reads them back",
+}
+"""What a module must have to be updated, and how a message says it is missing."""
 _ENOUGH = 500
 """Records that wrong labels are looked for in: those held out, and so many of those trained on as are missing."""
 
@@ -126,10 +134,11 @@ class Updater:
     Args:
         registry: the folder, or the URL of one, that holds the versions; made when it is not there.
         source: where records come from.
-        model: what the first version starts from: a module with ``tokenizer``, ``classes``, ``prepare_experience``,
-            ``save_pretrained`` and ``from_pretrained``, as
-            :class:`~evertune.lightning_modules.SequenceClassificationModule` has. Its learning rate and the like hold
-            for all updates.
+        model: what the first version starts from: a LightningModule with ``tokenizer``, ``hparams``,
+            ``save_pretrained(folder)`` and ``from_pretrained(folder, lazy=False, **settings)``, as
+            :class:`~evertune.lightning_modules.SequenceClassificationModule` has. Its ``task``, a
+            :class:`~evertune.tasks.Task`, says what a label may be and how good an answer is. Its learning rate and
+            the like hold for all updates.
         trainer: how it is trained; its callbacks (Replay, EWC) are the methods. It is copied for each update.
         schema: what a record must be.
         data: settings of :class:`~evertune.streams.ExperienceDataModule`, such as ``batch_size``.
@@ -144,6 +153,7 @@ class Updater:
         config: the whole configuration, recorded with each version.
 
     Raises:
+        TypeError: when the model lacks a part that updates need; all that are missing are named.
         ValueError: when the registry is not on this machine and there is no ``work_dir``.
 
     Example::
@@ -176,7 +186,8 @@ class Updater:
         self.source = source
         self.model = model
         self.trainer = trainer
-        self.schema = schema or RecordSchema()
+        self.task = _task_for_updates(model)
+        self.schema = (schema or RecordSchema()).for_labels(self.task.check_label, self.task.label_names)
         self.data = dict(data or {})
         self.trigger = trigger or Volume()
         self.gate = gate or Gate()
@@ -245,6 +256,7 @@ class Updater:
                 (version.created, sum(version.manifest.seconds.get(part, 0.0) for part in _TO_BE_PAID))
                 for version in self.registry.versions()
             ],
+            label_names=self.task.label_names,
         )
 
     def due(self) -> str | None:
@@ -517,8 +529,14 @@ class Updater:
     def _split(self, plan: Plan) -> tuple[list[Row], list[Row], list[Row]]:
         """The records of an update to train on, those held out, and those that a newer one has replaced."""
         rows, superseded = latest(self._rows(self._segments(plan)))
-        train, held_out = hold_out(rows, self._label, self.settings.holdout, self.settings.max_holdout)
+        train, held_out = hold_out(
+            rows, self._label, self.settings.holdout, self.settings.max_holdout, self._classes_of
+        )
         return train, held_out, superseded
+
+    def _classes_of(self, label: Any) -> Any:
+        """What a label is held out by: itself, or nothing for a task without classes."""
+        return label if isinstance(label, str | list) else self.task.label_names(label)
 
     def _check_data(self, plan: Plan) -> list[Check]:
         segments = self._segments(plan)
@@ -531,6 +549,7 @@ class Updater:
             known_classes=production.manifest.classes if production else [],
             n_bad=sum(segment.bad for segment in segments),
             n_read=sum(segment.read for segment in segments),
+            names=self.task.label_names,
         )
 
     def _held_out(self, production: Version | None) -> list[Row]:
@@ -589,6 +608,28 @@ class Updater:
     def _clear_staging(self) -> None:
         (self.staging / "plan.json").unlink(missing_ok=True)  # first: what is left then belongs to no update
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _task_for_updates(model: Any) -> Task:
+    """The task of a module that can be updated.
+
+    Raises:
+        TypeError: when the module lacks a part that updates need; the message names all that are missing.
+    """
+    from evertune.tasks.base import task_of
+
+    missing = [words for name, words in _NEEDED.items() if not _has(model, name)]
+    if missing:
+        raise TypeError(
+            f"{type(model).__name__} cannot be updated: it has no {'; no '.join(missing)}. "
+            "See docs/live.md, Your own module"
+        )
+    return task_of(model)
+
+
+def _has(model: Any, name: str) -> bool:
+    """Whether a module has an attribute; properties are not read, as a tokenizer's may load files."""
+    return name in vars(model) or hasattr(type(model), name)
 
 
 def _reasons(verdict: Verdict) -> str:

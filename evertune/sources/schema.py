@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import reprlib
@@ -45,7 +46,7 @@ FIELD_TYPES: dict[str, Any] = {
 # What a field with a part to play may be declared as; :class:`RecordSchema` checks these itself, not pydantic.
 _ROLE_TYPES = {
     "text": ("str",),
-    "label": ("str", "int", "bool", "list[str]", "list[int]"),
+    "label": ("str", "int", "float", "bool", "list[str]", "list[int]", "list[float]"),
     "id": ("str", "int"),
     "time": ("datetime", "str", "float", "int"),
 }
@@ -144,12 +145,15 @@ class RecordSchema:
             raise ValueError("give a model or fields, not both")
         self._made = model is None
         self._label_is: type | None = None
+        self._label_value: Callable[[Any], Any] = label_value
+        self._label_names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else label
         if model is not None:
             self.model = _import_model(model)
             self.arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
         else:
             if fields and label in fields:
-                self._label_is = list if fields[label].strip().startswith("list") else str
+                kind = fields[label].strip()
+                self._label_is = list if kind.startswith("list") else float if kind.startswith("float") else str
             self.model = _make_model(
                 {name: _ROLE_TYPES[role][0] for name, role in named.items()} if fields is None else fields, named
             )
@@ -183,8 +187,7 @@ class RecordSchema:
                 self._check_text(record[field])
             if self.label is not None:
                 field = self.label
-                record[field] = label_value(record[field])
-                self._check_label(record[field])
+                record[field] = self._check_label(record[field])
             if self.id is not None and record[self.id] is not None:
                 field = self.id
                 record[field] = id_value(record[field])
@@ -262,15 +265,41 @@ class RecordSchema:
         if len(text_value(text)) > self.max_text_length:
             raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
 
-    def _check_label(self, value: Any) -> None:
-        label = label_value(value)
+    def for_labels(self, check: Callable[[Any], Any], names: Callable[[Any], list[str]]) -> RecordSchema:
+        """The same schema, which leaves the check of a label's value to a task.
+
+        Args:
+            check: Gives the label as it is kept, or raises ValueError: :meth:`evertune.tasks.Task.check_label`.
+            names: Gives the names of the classes in a kept label: :meth:`evertune.tasks.Task.label_names`.
+
+        Raises:
+            ValueError: when the label is declared as a type that the task cannot learn.
+        """
+        if self._label_is is float:
+            try:
+                check(0.5)
+            except ValueError as error:
+                raise ValueError(
+                    f"field {self.label!r} is declared as numbers, which this task cannot learn: {error}"
+                ) from None
+        schema = copy.copy(self)
+        schema._label_value, schema._label_names = check, names
+        return schema
+
+    def _check_label(self, value: Any) -> Any:
+        """The label as it is kept."""
+        label = self._label_value(value)
+        names = self._label_names(label)
+        if not names and not isinstance(label, list):  # not a class
+            return label
         if self._label_is is not None and not isinstance(label, self._label_is):
             raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
-        for name in [label] if isinstance(label, str) else label:
+        for name in names:
             if not name.strip() or not _is_utf8(name):
                 raise ValueError(f"the label {name!r} is not a name")
             if self._classes and name not in self._classes:
                 raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
+        return label
 
 
 def id_value(value: Any) -> str:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from evertune.sources.values import label_value
 from evertune.tasks.losses import negative_losses
+from evertune.tasks.predicting import predict_classes, predict_scores
 from evertune.tasks.texts import TokenizedDataset, pad_collator
 from evertune.utils.batches import NoLogitsError, has_targets, logits_in, name_of, output_of, targets_of
 
@@ -169,16 +171,32 @@ class Task:
     # --- records
 
     def check_label(self, value: Any) -> Any:
-        """The label of a record as it is kept (a JSON value).
+        """The label of a record as it is kept: a JSON value. By default a name or a list of names.
+
+        A task whose labels are not classes, such as a regression, overrides this method, :meth:`label` and
+        :meth:`score`.
 
         Raises:
             ValueError: when this task cannot learn it, with the reason.
+
+        Example:
+            >>> Task().check_label(3), Task().check_label(["sport", "law"])
+            ('3', ['sport', 'law'])
         """
-        raise NotImplementedError
+        return label_value(value)
 
     def label_names(self, value: Any) -> list[str]:
-        """The names of the classes in a record's label: what a head grows by, and what label drift counts."""
-        raise NotImplementedError
+        """The names of the classes in a record's label: what a head grows by, and what label drift counts.
+
+        By default a string and a list of strings are names, and anything else has none: then the checks that need
+        classes do not apply.
+
+        Example:
+            >>> Task().label_names("sport"), Task().label_names(0.5)
+            (['sport'], [])
+        """
+        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        return [name for name in names if isinstance(name, str)]
 
     def predict(
         self,
@@ -190,8 +208,28 @@ class Task:
         batch_size: int,
         max_length: int,
     ) -> Predictions:
-        """What a module says about records, in their order."""
-        raise NotImplementedError
+        """What a module says about records, in their order.
+
+        By default a module with ``classes``, names in the order of its logits, gives the most probable class of each
+        record (with ``multi_label``, all classes above one half) and its probability. Any other module gives the
+        :meth:`score` of each record, which must be in [0, 1].
+
+        It is called in evaluation mode, without gradients, with all weights whole.
+
+        Args:
+            module: The module, with a ``tokenizer``.
+            rows: Records of the journal: ``id`` and ``record``, its fields.
+            text: The field with the text, or the two fields of a pair.
+            label: The field with the label, as :meth:`check_label` gave it.
+            batch_size: Records that are predicted at a time.
+            max_length: Tokens after which a text is cut.
+
+        Raises:
+            ValueError: when a score is not in [0, 1].
+        """
+        if getattr(module, "classes", None):
+            return predict_classes(module, rows, text, label, batch_size, max_length)
+        return predict_scores(self, module, rows, text, label, batch_size, max_length)
 
 
 def task_of(module: Any) -> Task:

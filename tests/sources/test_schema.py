@@ -321,7 +321,7 @@ def test_halves():
             {"fields": {"text": "int", "label": "str"}},
             "field 'text', the text, cannot be of type 'int'; use one of str",
         ),
-        ({"fields": {"text": "str", "label": "float"}}, "the label, cannot be of type 'float'"),
+        ({"fields": {"text": "str", "label": "date"}}, "the label, cannot be of type 'date'"),
         ({"text": []}, "one field or a pair"),
         ({"text": ["a", "b", "c"]}, "one field or a pair"),
         ({"text": "x", "label": "x"}, "must be different fields"),

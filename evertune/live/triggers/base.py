@@ -36,6 +36,7 @@ class Situation:
         held_out: reads what production said, before it was published, about the records held out of each update.
         predict: what production says about rows; costs a pass over them, and the loading of the model.
         updates: reads when each update was tried, and the seconds that its training and evaluation took.
+        label_names: gives the names of the classes in a label; none for a task without classes.
 
     Raises:
         ValueError: for a moment without a time zone.
@@ -55,6 +56,7 @@ class Situation:
     held_out: Callable[[], Mapping[str, Predictions]] = dict
     predict: Callable[[list[dict[str, Any]]], Predictions] | None = None
     updates: Callable[[], list[tuple[datetime, float]]] = list
+    label_names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else list(label)
 
     def __post_init__(self) -> None:
         for name, moment in (("now", self.now), ("last_update", self.last_update)):

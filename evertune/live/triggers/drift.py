@@ -216,6 +216,13 @@ class LabelDrift(Drift):
         super().__init__(detector, self._numbered, min_records, threshold)
         self._numbers: dict[str, int] = {}
 
+    def reason(self, situation: Situation) -> str | None:
+        labels = situation.memory_labels() if situation.production is not None else []
+        if labels and not any(isinstance(one, list) or situation.label_names(one) for one in labels):
+            self.explanation, self.readings = "label drift: not applicable, the labels are not classes", {}
+            return None
+        return super().reason(situation)
+
     def _known(self, situation: Situation) -> list[Any]:
         known = [_name_of(label) for label in situation.memory_labels()]
         self._numbers = {name: number for number, name in enumerate(sorted(set(known)))}

@@ -62,6 +62,7 @@ class PerformanceDrop(Trigger):
         self.min_records = positive("min_records", min_records)
         # What has been looked at, so that it is not predicted again: decisions do not depend on it.
         self._version: int | None = None
+        self._scored = False
         self._held_out: _Answers = _NONE
         self._said: dict[tuple[int | str, ...], _Answers] = {}  # in a window, by its place and its records' ids
         self._windows: tuple[int, list[_Answers]] = (0, [])  # pending records, and what was said in the newest windows
@@ -78,8 +79,10 @@ class PerformanceDrop(Trigger):
             return None
         if situation.production.number != self._version:
             self._take_up(situation, situation.production.number)
-        if not len(self._held_out[1]) or situation.predict is None:
-            self.explanation = "performance: cannot tell, nothing is known of it when production was published"
+        if self._scored or not len(self._held_out[1]) or situation.predict is None:
+            known = "not applicable, the labels are not classes, so no answer is right or wrong"
+            unknown = "cannot tell, nothing is known of it when production was published"
+            self.explanation = f"performance: {known if self._scored else unknown}"
             return None
         n_whole = situation.n_pending // self.window * self.window
         if n_whole > situation.n_pending - situation.n_new:
@@ -99,7 +102,8 @@ class PerformanceDrop(Trigger):
         """Read what another version was published with."""
         self._version = None  # should this fail, the next look starts over
         said = list(situation.held_out().values())
-        self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said)])
+        self._scored = not all(one.has_classes for one in said)
+        self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said if one.has_classes)])
         self._said, self._confidence, self._windows = {}, {}, (0, [])
         self._version = production
 
