@@ -65,7 +65,7 @@ def learn(callbacks: list[pl.Callback]) -> tuple[float, float]:
         trainer = pl.Trainer(
             max_epochs=8,
             accelerator="cpu",
-            callbacks=callbacks,  # the same objects in both fits: they remember
+            callbacks=[*callbacks],  # the same objects in both fits: they remember
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

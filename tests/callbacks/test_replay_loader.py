@@ -1,9 +1,10 @@
 """The parts of replay that run in loader processes."""
 
+import pyarrow as pa
 import pytest
 
 from evertune.callbacks.replay.collate import Schedule
-from evertune.callbacks.replay.spool import Capture, Spool, prune_records, read_records
+from evertune.callbacks.replay.spool import Capture, Spool, parse_records, prune_records, read_records
 from evertune.memory.policies import make_policy
 
 
@@ -23,7 +24,7 @@ def test_a_spool_stays_small_and_loses_no_candidate(tmp_path, policy, groups):
         if batch == 500:
             spool = Spool(path, settings)  # another process takes over
         spool.offer(batch, range(4 * batch, 4 * batch + 4), [(4 * batch + i) % 3000 for i in range(4)])
-    assert path.stat().st_size < 100 * 4 * (10 * groups + 10)
+    assert len(read_records([path], 0, 1000)) <= 4 * (10 * groups + 10)
     last = {str(i % 3000): i for i in range(4000)}
     priority = {id: settings.policy.priority(id, arrival, 0) for id, arrival in last.items()}
     for group in range(2):
@@ -39,14 +40,37 @@ def test_a_spool_stays_small_and_loses_no_candidate(tmp_path, policy, groups):
 
 def test_a_record_cut_short_is_left_out(tmp_path):
     path = tmp_path / "0-0.spool"
-    Spool(path, capture(tmp_path)).offer(0, range(3), [0, 1, 2])
+    spool = Spool(path, capture(tmp_path))
+    for batch, examples in enumerate([[0], [1], [2]]):
+        spool.offer(batch, [batch], examples)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert [record.id for record in read_records([path], 0, 1)] == ["0", "1"]
-    Spool(path, capture(tmp_path)).offer(1, range(3, 4), [3])
-    assert [record.id for record in read_records([path], 0, 2)] == ["0", "1", "3"]
-    prune_records(path, 1)
-    assert [record.id for record in read_records([path], 0, 2)] == ["0", "1"]
+    assert [record.id for record in read_records([path], 0, 3)] == ["0", "1"]
+    Spool(path, capture(tmp_path)).offer(3, [3], [3])
+    assert [record.id for record in read_records([path], 0, 4)] == ["0", "1", "3"]
+    prune_records(path, 3)
+    assert [record.id for record in read_records([path], 0, 4)] == ["0", "1"]
+
+
+def test_a_spool_may_be_cut_anywhere(tmp_path):
+    path = tmp_path / "0-0.spool"
+    spool, ends = Spool(path, capture(tmp_path, limit=100)), []
+    for batch in range(3):
+        spool.offer(batch, [2 * batch, 2 * batch + 1], [2 * batch, 2 * batch + 1])
+        ends.append(path.stat().st_size)
+    content = path.read_bytes()
+    for size in range(len(content) + 1):
+        path.write_bytes(content[:size])
+        whole = sum(end <= size for end in ends)
+        assert [record.id for record in read_records([path], 0, 3)] == [str(i) for i in range(2 * whole)], size
+        Spool(path, capture(tmp_path, limit=100)).offer(3, [6], [6])  # and goes on from there
+        assert [record.id for record in read_records([path], 0, 4)] == [*(str(i) for i in range(2 * whole)), "6"]
+
+
+def test_other_arrow_streams_are_not_taken_for_a_spool():
+    batch = pa.record_batch({"id": ["a"]})
+    with pytest.raises(ValueError, match="not the records of a spool"):
+        list(parse_records(batch.schema.serialize().to_pybytes() + batch.serialize().to_pybytes()))
 
 
 def test_a_schedule_switches_at_a_batch():

@@ -20,7 +20,14 @@ from evertune._lightning import _ProcessedTracker, isolate_rng, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.examples import reads_by_index
 from evertune.callbacks.replay.collate import ReplayCollate, Schedule
-from evertune.callbacks.replay.spool import Capture, Record, parse_records, prune_records, read_records
+from evertune.callbacks.replay.spool import (
+    Capture,
+    Record,
+    parse_records,
+    prune_records,
+    read_records,
+    serialize_records,
+)
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
@@ -337,8 +344,9 @@ class Replay(ContinualCallback):
         As many of each group as the memory has room for: how many more a spool holds depends on the processes.
         """
         own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
-        content = gather_bytes(b"".join(record.to_bytes() for record in own), trainer)
-        arrived = sorted(parse_records(b"".join(content)), key=lambda record: (record.arrival, record.id))
+        parts = gather_bytes(serialize_records(own), trainer)
+        everyones = (record for part in parts for record in parse_records(part))
+        arrived = sorted(everyones, key=lambda record: (record.arrival, record.id))
         last = {record.id: record for record in arrived}
         best: dict[str, list[Record]] = {}
         for record in sorted(last.values(), key=lambda record: (record.priority, record.id)):
@@ -375,7 +383,7 @@ class Replay(ContinualCallback):
         if self._trainer is not None and self._loader is not None:
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
-                captured = b"".join(record.to_bytes() for record in self._candidates(self._trainer))
+                captured = serialize_records(self._candidates(self._trainer))
             if self._before is not None and _batches_done(self._trainer) < self._update_start:
                 start, update = self._before  # batches that are already loaded are still to come from that memory
                 memory = self.memory.state_dict(self.memory.generation - 1)
@@ -403,7 +411,7 @@ class Replay(ContinualCallback):
         self._experience_start = state_dict["experience_start"] * here // saved
         self._update_start = state_dict["update_start"] * here // saved
         records = parse_records(state_dict["captured"].numpy().tobytes())
-        self._captured = b"".join(r._replace(batch=r.batch * here // saved).to_bytes() for r in records)
+        self._captured = serialize_records([r._replace(batch=r.batch * here // saved) for r in records])
         self._resumed = True
         barrier()
 

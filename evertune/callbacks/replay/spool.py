@@ -1,19 +1,33 @@
-"""Candidates for the memory among the examples that a loader process has put into batches, in a file."""
+"""Candidates for the memory among the examples that a loader process has put into batches, in a file.
+
+The file is an Arrow IPC stream without its end marker: a schema, then one record batch for each batch of examples. So a
+process appends to it without reading it, and a reader takes what is whole when the process dies while it writes.
+"""
 
 from __future__ import annotations
 
 import heapq
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow as pa
 
 from evertune.memory.codec import encode
 from evertune.memory.memory import content_id
 from evertune.memory.policies import Policy
 
-_HEADER = struct.Struct("<qqdIiI")
+_SCHEMA = pa.schema(
+    [
+        pa.field("batch", pa.int64(), nullable=False),
+        pa.field("arrival", pa.int64(), nullable=False),
+        pa.field("priority", pa.float64(), nullable=False),
+        pa.field("id", pa.large_string(), nullable=False),
+        ("label", pa.large_string()),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
 
 
 class Record(NamedTuple):
@@ -26,27 +40,30 @@ class Record(NamedTuple):
     label: str | None
     data: bytes
 
-    def to_bytes(self) -> bytes:
-        """The record, as it is in a spool file."""
-        id, label = self.id.encode(), None if self.label is None else self.label.encode()
-        size = -1 if label is None else len(label)
-        header = _HEADER.pack(self.batch, self.arrival, self.priority, len(id), size, len(self.data))
-        return header + id + (label or b"") + self.data
+
+def serialize_records(records: Sequence[Record]) -> bytes:
+    """Records as an Arrow IPC stream; no bytes for no records."""
+    return _SCHEMA.serialize().to_pybytes() + _message(records) if records else b""
 
 
 def parse_records(content: bytes) -> Iterator[Record]:
-    """The records in ``content``; one that is still being written at its end is left out."""
-    position = 0
-    while position + _HEADER.size <= len(content):
-        batch, arrival, priority, id_size, label_size, data_size = _HEADER.unpack_from(content, position)
-        id_at = position + _HEADER.size
-        label_at = id_at + id_size
-        data_at = label_at + max(label_size, 0)
-        position = data_at + data_size
-        if position > len(content):
-            return
-        label = None if label_size < 0 else content[label_at:data_at].decode()
-        yield Record(batch, arrival, priority, content[id_at:label_at].decode(), label, content[data_at:position])
+    """The records of an Arrow IPC stream; a record batch that was cut off while it was written is left out."""
+    try:
+        stream = pa.ipc.open_stream(pa.py_buffer(content))
+        if stream.schema != _SCHEMA:
+            raise ValueError(f"not the records of a spool: their schema is {stream.schema.to_string()}")
+        for batch in stream:
+            batch.validate(full=True)
+            yield from map(Record, *batch.to_pydict().values())
+    except (pa.ArrowInvalid, OSError):  # the end of what is whole
+        return
+
+
+def _message(records: Sequence[Record]) -> bytes:
+    """Records as one record batch of a stream."""
+    columns = zip(*records, strict=True)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=_SCHEMA).serialize().to_pybytes()  # type: ignore[no-any-return]
 
 
 def read_records(paths: Iterable[Path], first_batch: int, end_batch: int) -> list[Record]:
@@ -64,9 +81,9 @@ def prune_records(path: Path, end_batch: int) -> None:
     _replace(path, read_records([path], 0, end_batch))
 
 
-def _replace(path: Path, records: Iterable[Record]) -> None:
+def _replace(path: Path, records: Sequence[Record]) -> None:
     temporary = path.with_suffix(".new")
-    temporary.write_bytes(b"".join(record.to_bytes() for record in records))
+    temporary.write_bytes(serialize_records(records))
     temporary.replace(path)
 
 
@@ -120,7 +137,7 @@ class Spool:
                 records.append(Record(batch, arrival, priority, id, label, encode(example) if data is None else data))
         if records:
             with self.path.open("ab") as file:
-                file.write(b"".join(record.to_bytes() for record in records))
+                file.write(_message(records) if file.tell() else serialize_records(records))
         if self._written > 3 * (len(self._kept) + capture.limit):
             self._compact()
 
