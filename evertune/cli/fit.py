@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 
 from evertune.utils.files import write_atomically
+from evertune.utils.plugins import load_classes
 from evertune.utils.ranks import is_leader, is_writer
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
     from evertune._lightning import LightningArgumentParser, LightningCLI, LightningModule
     from evertune.streams import StreamDataModule
     from evertune.training.trainer import ContinualTrainer
+
+    load_classes()
 
     class FitCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from importlib import import_module
+from importlib.metadata import EntryPoint
+from typing import Any
 
 from evertune.launch.settings import read_settings
+from evertune.utils.plugins import load, plugins
 
 LAUNCHERS = {
     "local": "processes on this machine",
@@ -19,6 +21,8 @@ LAUNCHERS = {
     "slurm": "a job of SLURM, or an array of jobs for seeds and sweeps",
     "kubernetes": "a JobSet or PyTorchJob of Kubernetes",
 }
+"""The launchers that evertune brings, modules of ``evertune.launch``; others come by entry points."""
+
 COMMANDS = ("fit", "update", "watch")
 
 _HELP = """usage: evertune launch WHERE [options] -- COMMAND ...
@@ -51,10 +55,11 @@ def launch(arguments: Sequence[str]) -> int:
     """
     where, *others = list(arguments) or ["--help"]
     if where in ("-h", "--help"):
-        print(_HELP.format(launchers="\n".join(f"  {name:<12}{what}" for name, what in LAUNCHERS.items())))
+        print(_HELP.format(launchers="\n".join(f"  {name:<12}{what}" for name, what in _described().items())))
         return 0
-    if where not in LAUNCHERS:
-        return _refuse("", f"WHERE must be one of {', '.join(LAUNCHERS)}, got {where!r}")
+    point = _launcher(where)
+    if point is None:
+        return _refuse("", f"WHERE must be one of {', '.join({**LAUNCHERS, **plugins('launchers')})}, got {where!r}")
     options, command = others, None
     if "--" in others:
         at = others.index("--")
@@ -67,17 +72,31 @@ def launch(arguments: Sequence[str]) -> int:
     if command[0] not in COMMANDS:
         return _refuse(where, f"the command must be one of {', '.join(COMMANDS)}, got {command[0]!r}")
     try:
-        return _launch(where, options, command)
+        launcher = load(point)
+        return 2 if launcher is None else _launch(launcher, where, options, command)
     except (ValueError, OSError) as error:
         return _refuse(where, str(error))
 
 
-def _launch(where: str, options: Sequence[str], command: Sequence[str]) -> int:
+def _launcher(name: str) -> EntryPoint | None:
+    """A launcher of evertune's own, or else of another package."""
+    if name in LAUNCHERS:
+        return EntryPoint(name, f"evertune.launch.{name}", "evertune.launchers")
+    return plugins("launchers").get(name)
+
+
+def _described() -> dict[str, str]:
+    """Each launcher and what it is for: another package's by the first line of its documentation."""
+    others = {name: load(point) for name, point in plugins("launchers").items() if name not in LAUNCHERS}
+    words = {name: (found.__doc__ or "").strip().split("\n")[0] for name, found in others.items() if found is not None}
+    return LAUNCHERS | words
+
+
+def _launch(launcher: Any, where: str, options: Sequence[str], command: Sequence[str]) -> int:
     from evertune.registry.lease import TOKEN
     from evertune.utils.processes import end_with_supervisor
 
     settings, dry_run, wait = read_settings(options, command, where)
-    launcher = import_module(f"evertune.launch.{where}")
     if command[0] != "watch":
         end_with_supervisor(lambda: os.kill(os.getpid(), signal.SIGTERM))
         if TOKEN in os.environ:  # the processes elsewhere work under the lease of the watch, too

@@ -17,6 +17,7 @@ from evertune.sources.base import Source
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
+from evertune.utils.plugins import load_classes
 from evertune.utils.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _parser(program: str) -> LightningArgumentParser:
     from evertune.streams.datamodule import ExperienceDataModule
     from evertune.training.trainer import ContinualTrainer
 
+    load_classes()
     parser = LightningArgumentParser(
         prog=program,
         description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",

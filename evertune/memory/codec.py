@@ -1,7 +1,8 @@
 """One training example as bytes, and back, without pickle.
 
 The bytes are a magic number, a JSON header that describes the containers, and the raw buffers of tensors, arrays and
-long lists of numbers. Decoding builds plain data only: it never imports a name and never runs code.
+long lists of numbers. Decoding never imports a module and never runs code that the bytes name: see
+:mod:`~evertune.memory.objects`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evertune.memory.objects import MissingTypeError, put_together, take_apart
+
 _MAGIC = b"EVX1"
 _ALIGNMENT = 16
 _PACK_FROM = 8  # shorter lists of numbers stay in the header
@@ -26,8 +29,9 @@ _TORCH_DTYPES = {
     )
 }
 _SUPPORTED = (
-    "replay stores tensors, numpy arrays, strings, bytes, numbers, booleans and None in dicts, lists and tuples; "
-    "return these from the dataset and build other types in the collate_fn"
+    "replay stores tensors, numpy arrays, strings, bytes, numbers, booleans, dates and None in dicts, lists and "
+    "tuples, and the namedtuples, dataclasses and enums at the top of a module; return these from the dataset and "
+    "build other types in the collate_fn"
 )
 
 
@@ -36,7 +40,9 @@ def encode(example: Any) -> bytes:
 
     Args:
         example: tensors (any device and layout of memory; stored dense, on the CPU), numpy arrays and scalars,
-            ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``, nested in ``dict``, ``list`` and ``tuple``.
+            ``str``, ``bytes``, ``int``, ``float``, ``bool``, ``date``, ``datetime``, ``timedelta`` and ``None``, nested
+            in ``dict``, ``OrderedDict``, ``list``, ``tuple`` and transformers' ``BatchEncoding`` (its ``encodings`` are
+            left out); namedtuples, dataclasses and enums whose class can be found by its module and name.
 
     Raises:
         TypeError: when something else is inside, with its type and where it is.
@@ -54,8 +60,11 @@ def encode(example: Any) -> bytes:
 def decode(data: bytes | bytearray | memoryview) -> Any:
     """Build the example that :func:`encode` described. Tensors and arrays own their memory and may be written to.
 
+    A dataclass gets back the attributes that it had; its ``__init__`` and ``__post_init__`` do not run again.
+
     Raises:
         ValueError: when the bytes are not an encoded example, or are truncated.
+        MissingTypeError: when the example holds an object whose class this process has not imported.
     """
     memory = bytearray(data)
     try:
@@ -65,6 +74,8 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
         start = 8 + length
         header = json.loads(memory[8:start])
         return _build(header, memory, start + -start % _ALIGNMENT)
+    except MissingTypeError:
+        raise
     except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
         raise ValueError(f"not an encoded example, or a damaged one: {error}") from error
 
@@ -107,8 +118,11 @@ def _describe(value: Any, buffers: _Buffers, where: str) -> Any:  # noqa: PLR091
         return ["tensor", str(value.dtype), list(value.shape), *buffers.add(flat.numpy().tobytes())]
     if kind is np.ndarray and value.dtype.kind in "biufcSUmM":
         return ["array", value.dtype.str, list(value.shape), *buffers.add(value.tobytes())]
-    if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+    if isinstance(value, np.generic) and value.dtype.kind in "biufcmM":
         return ["scalar", value.dtype.str, *buffers.add(value.tobytes())]
+    if (parts := take_apart(value)) is not None:
+        name, details, inner = parts
+        return ["object", name, details, _describe(inner, buffers, where)]
     raise TypeError(f"cannot store {where}, a {kind.__module__}.{kind.__qualname__}; {_SUPPORTED}")
 
 
@@ -140,6 +154,8 @@ def _build(node: Any, memory: bytearray, base: int) -> Any:  # noqa: PLR0911  (o
             return [_build(item, memory, base) for item in details[0]]
         case "tuple":
             return tuple(_build(item, memory, base) for item in details[0])
+        case "object":
+            return put_together(details[0], details[1], _build(details[2], memory, base))
     *description, offset, length = details
     start, stop = base + offset, base + offset + length
     if not base <= start <= stop <= len(memory):

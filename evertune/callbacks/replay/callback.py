@@ -91,8 +91,8 @@ class Replay(ContinualCallback):
         >>> from evertune.callbacks.replay.callback import Replay
         >>> replay = Replay(memory_size=2_000)
         >>> trainer = pl.Trainer(callbacks=[replay], logger=False, accelerator="cpu", enable_progress_bar=False)
-        >>> len(replay.memory)  # grows with trainer.fit(module, loader)
-        0
+        >>> replay  # grows with trainer.fit(module, loader)
+        Replay(0 of 2000 examples, policy='reservoir', 0 experiences)
     """
 
     def __init__(
@@ -126,6 +126,14 @@ class Replay(ContinualCallback):
         self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
         self._captured = b""  # from that checkpoint
         self._tried = False  # whether the features of this fit's first batch were looked at
+
+    def __repr__(self) -> str:
+        """What the memory holds, of which budget, by which policy, and of how many experiences."""
+        memory = self.memory
+        return (
+            f"{type(self).__name__}({len(memory)} of {memory.memory_size} examples, policy={memory.policy.name!r}, "
+            f"{self.experience_index} experiences)"
+        )
 
     # --- the loader
 

@@ -1,0 +1,38 @@
+"""What other packages add to evertune by entry point: launchers, sources, triggers and methods."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+CLASSES = ("sources", "triggers", "methods")
+"""The kinds that are classes, to be named in YAML; the fourth kind is ``launchers``."""
+
+
+def plugins(kind: str) -> dict[str, EntryPoint]:
+    """The entry points of the group ``evertune.<kind>`` by name; nothing is imported."""
+    return {point.name: point for point in sorted(entry_points(group=f"evertune.{kind}"))}
+
+
+def load(point: EntryPoint) -> Any:
+    """What an entry point names; None, and a line on stderr with its name and the reason, when it cannot be used."""
+    try:
+        found = point.load()
+        if point.group.removeprefix("evertune.") in CLASSES and getattr(found, "__name__", None) != point.name:
+            raise ValueError(f"{point.value} is not a class of that name: name the entry point after its class")
+    except Exception as error:  # whatever a module of another package raises must not break the others
+        package = f" of {point.dist.name}" if point.dist else ""
+        reason = f"{type(error).__name__}: {error}"
+        print(
+            f"evertune: the entry point {point.group}: {point.name}{package} cannot be used: {reason}", file=sys.stderr
+        )
+        return None
+    return found
+
+
+def load_classes() -> None:
+    """Import the sources, triggers and methods of other packages, so that a configuration can name them."""
+    for kind in CLASSES:
+        for point in plugins(kind).values():
+            load(point)
