@@ -123,7 +123,7 @@ def types_in(value: Any) -> Any:
     return type(value), getattr(value, "tzinfo", None), getattr(value, "fold", None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(examples)
 def test_examples_come_back_as_they_were(example: Any) -> None:
     back = decode(encode(example))

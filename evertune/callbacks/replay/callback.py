@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import (
     DataLoader,
 )
@@ -19,7 +20,7 @@ from torch.utils.data import (
 from evertune._lightning import _ProcessedTracker, isolate_rng, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.examples import reads_by_index
-from evertune.callbacks.replay.collate import ReplayCollate, Schedule
+from evertune.callbacks.replay.collate import ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.spool import (
     Capture,
     Record,
@@ -77,12 +78,15 @@ class Replay(ContinualCallback):
             and the index in the dataset, or a hash of the content if there is no index.
         features: ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if there is such
             a method, else the logits.
+        loader: With several training loaders (a dict, a list or a ``CombinedLoader``), the key or position of the one
+            whose batches are joined; the others are left alone. Its examples are kept as they pass.
         seed: decides what is kept and the order of the draws.
         directory: where the working file lives (:class:`~evertune.memory.ReplayMemory`).
 
     Raises:
         ValueError: when ``memory_size`` or ``replay_ratio`` is not positive; at ``setup``, under a strategy that is not
-            supported or next to a second ``Replay``; before training, with several training loaders.
+            supported or next to a second ``Replay``; before training, with several training loaders and no
+            ``loader``.
         TypeError: before training, when the loader is no ``DataLoader`` or does not collate, or an example holds what
             cannot be stored.
 
@@ -105,6 +109,7 @@ class Replay(ContinualCallback):
         features: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         seed: int = 0,
         directory: str | Path | None = None,
+        loader: str | int | None = None,
     ) -> None:
         if not (replay_ratio > 0 and math.isfinite(replay_ratio)):
             raise ValueError(f"replay_ratio must be positive and finite, got {replay_ratio}")
@@ -113,8 +118,11 @@ class Replay(ContinualCallback):
         self.label_of = LabelReader(label)
         self.id_of = None if id is None else IdReader(id)
         self.features = features or default_features
+        self.loader = loader
+        self._names: list[str] = []  # of the training loaders whose turn to be set up is still to come
         self._trainer: pl.Trainer | None = None
         self._loader: DataLoader[Any] | None = None
+        self._unwrapped: DataLoader[Any] | None = None  # as it was before examples joined it
         self._schedule = Schedule()
         self._is_writer = True
         self._set_up_early = False  # whether the loader was, before Lightning had read its own part of the checkpoint
@@ -155,20 +163,28 @@ class Replay(ContinualCallback):
             trainer.strategy.barrier("replay memory")
         for spool in self._spools():
             spool.unlink()
-        process = trainer.strategy.process_dataloader
+        source, process = trainer.fit_loop._data_source, trainer.strategy.process_dataloader
+        request = source.dataloader
+
+        def request_and_choose() -> object:
+            loaders = request()
+            self._names = self._check_names(loaders)
+            return loaders
 
         def process_and_wrap(dataloader: object) -> object:
-            return self._wrap(process(dataloader)) if trainer.training else process(dataloader)
+            processed = process(dataloader)
+            if not trainer.training:
+                return processed
+            return self._wrap(processed) if self._names.pop(0) == self._chosen else processed
 
+        source.dataloader = request_and_choose  # type: ignore[method-assign]
         trainer.strategy.process_dataloader = process_and_wrap  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The loader learns of the experience that starts now when it is set up, which may have been before this."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse several loaders; start over with one that was set up before the checkpoint was read."""
-        if not isinstance(trainer.train_dataloader, DataLoader):
-            raise ValueError("Replay does not support several training loaders at once; pass one DataLoader")
+        """Start again with a loader that was set up before the checkpoint was read."""
         if self._resumed and self._set_up_early:
             assert trainer.fit_loop._combined_loader is not None
             trainer.fit_loop._combined_loader.reset()  # no worker may be at work now
@@ -208,7 +224,7 @@ class Replay(ContinualCallback):
             self._detach()
             for spool in self._spools():  # this rank's own, which only the trainer can tell
                 spool.unlink()
-            self._trainer, self._loader = None, None
+            self._trainer, self._loader, self._unwrapped = None, None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was; nothing is consolidated."""
@@ -217,6 +233,30 @@ class Replay(ContinualCallback):
     def _detach(self) -> None:
         if self._trainer is not None:
             vars(self._trainer.strategy).pop("process_dataloader", None)
+            vars(self._trainer.fit_loop._data_source).pop("dataloader", None)
+            combined = self._trainer.fit_loop._combined_loader
+            if combined is not None and self.loader is not None:  # it may be the user's own object
+                combined.flattened = [self._unwrapped if one is self._loader else one for one in combined.flattened]
+
+    @property
+    def _chosen(self) -> str:
+        return "" if self.loader is None else str(self.loader)
+
+    def _check_names(self, loaders: object) -> list[str]:
+        """The names of the training loaders in the order of their setup; a single one has the name ``""``."""
+        mode = getattr(loaders, "_mode", None)
+        paths, _ = tree_flatten_with_path(getattr(loaders, "iterables", loaders))
+        names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
+        if self.loader is None and len(names) == 1:
+            return [""]
+        choice = f"one of {', '.join(names)}" if any(names) else "which takes one of several; there is one DataLoader"
+        if self.loader is None:
+            raise ValueError(f"Replay cannot choose among several training loaders: pass loader=, {choice}")
+        if self._chosen not in names:
+            raise ValueError(f"loader={self.loader!r} is not a training loader: pass loader=, {choice}")
+        if mode == "sequential":
+            raise ValueError("Replay does not support CombinedLoader(mode='sequential'): concatenate the datasets")
+        return names
 
     def _wrap(self, loader: object) -> DataLoader[Any]:
         """A copy of the training loader that replays."""
@@ -226,10 +266,11 @@ class Replay(ContinualCallback):
             raise TypeError(f"Replay needs a torch DataLoader to train on, got {type(loader).__name__}")
         if loader.batch_sampler is None:
             raise TypeError("Replay cannot join examples to a loader with batch_size=None, which does not collate")
-        first_of_fit, self._loader = self._loader is None, copy.copy(loader)
+        first_of_fit, self._loader, self._unwrapped = self._loader is None, copy.copy(loader), loader
         by_index = reads_by_index(trainer, loader)
         if by_index:
             self._check_example(loader.dataset)
+        by_index = by_index and self.loader is None  # of several, one may not come to its end
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         room = (batch_size or 1024) * (self._batches_ahead() + 1)
         self._loader._iterator = None
@@ -252,6 +293,8 @@ class Replay(ContinualCallback):
                 self.id_of,
             ),
         )
+        if self.loader is not None:
+            restarting(self._loader, self._schedule)
         if first_of_fit:
             self._set_up_early = not trainer.fit_loop.is_resuming
             self._start_schedule(trainer)
@@ -472,7 +515,7 @@ class Replay(ContinualCallback):
         progress, limit = trainer.fit_loop.epoch_loop.batch_progress, trainer.limit_train_batches
         between_batches = progress.current.ready == _progress(progress.current).processed
         at_the_end = between_batches and progress.is_last_batch and isinstance(limit, float) and limit == 1
-        return _ALL if at_the_end else _batches_done(trainer)
+        return _ALL if at_the_end and self.loader is None else _batches_done(trainer)
 
 
 def default_features(module: pl.LightningModule, batch: Any) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from evertune.callbacks.replay.spool import Capture, Spool
 from evertune.memory.memory import MemoryView, working_file
@@ -55,6 +55,28 @@ class Schedule:
         cells = self._cells.tolist()
         begun = [tuple(cells[row : row + 3]) for row in (2, 5) if cells[row] <= batch]
         return max(begun) if begun else None
+
+
+def restarting(loader: DataLoader[Any], schedule: Schedule) -> None:
+    """Let a loader that is combined with others count its batches: a mode that cycles starts it again in mid-epoch.
+
+    The schedule has announced the first iterator of an epoch. Batches of another one are numbered on from where the one
+    before it ended.
+    """
+
+    class Restarting(type(loader)):  # type: ignore[misc]
+        announced, given = 0, 0  # which iterator the schedule had announced, and the batches that came of it
+
+        def __iter__(self) -> Iterator[Any]:
+            count, first = schedule.iterator()
+            if count == self.announced:
+                schedule.start_iterator(first + self.given)
+            self.announced, self.given = schedule.iterator()[0], 0
+            for batch in super().__iter__():
+                self.given += 1
+                yield batch
+
+    loader.__class__ = Restarting
 
 
 class ReplayCollate:
