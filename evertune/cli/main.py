@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
+from evertune._lightning import LightningError
 from evertune.cli.registry import add_registry_commands, run_registry
-from evertune.registry.store import RegistryError
-from evertune.reports.write import make_report
+
+_OWN_PARSER = {
+    "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
+    "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
+    "watch": "keep on updating as records arrive: --config FILE, --help",
+    "launch": "run one of these on many processes: local, torchrun, slurm, kubernetes",
+    "drift": "whether new records differ from old ones, since when, and in what",
+    "plan": "what a model needs of each GPU, before there is one",
+}
+"""Commands that parse their own arguments: each is a function of its name in a module of its name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, what) in _OWN_PARSER.items():
+    for name, what in _OWN_PARSER.items():
         commands.add_parser(name, help=what, add_help=False)
     report = commands.add_parser("report", help="make the HTML page of a history.json, or of a registry")
     report.add_argument("history", type=Path, help="the history.json that a run has written, or a registry's folder")
@@ -29,57 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")
     add_registry_commands(commands)
     if arguments[:1] and arguments[0] in _OWN_PARSER:
-        sys.exit(_OWN_PARSER[arguments[0]][0](arguments[1:]))
+        sys.exit(_run(arguments[0], arguments[1:]))
     known = parser.parse_args(arguments)
     if known.command == "registry":
         sys.exit(run_registry(known))
+    sys.exit(_report(known))
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command of :data:`_OWN_PARSER`; its module is loaded only now."""
+    try:
+        code: int = getattr(import_module(f"evertune.cli.{command}"), command)(arguments)
+    except LightningError as error:
+        print(f"evertune {command}: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _report(known: argparse.Namespace) -> str | None:
+    """Make a page; returns what is wrong, if anything is."""
+    from evertune.registry.store import RegistryError
+    from evertune.reports.write import make_report
+
     try:
         make_report(known.history, known.out, known.plots)
     except (OSError, ValueError, RegistryError) as error:
-        sys.exit(f"evertune report: {error}")
-
-
-def _fit(arguments: Sequence[str]) -> int:
-    from evertune.cli.fit import fit
-
-    return fit(arguments)
-
-
-def _update(arguments: Sequence[str]) -> int:
-    from evertune.cli.update import update
-
-    return update(arguments)
-
-
-def _watch(arguments: Sequence[str]) -> int:
-    from evertune.cli.watch import watch
-
-    return watch(arguments)
-
-
-def _launch(arguments: Sequence[str]) -> int:
-    from evertune.cli.launch import launch
-
-    return launch(arguments)
-
-
-def _plan(arguments: Sequence[str]) -> int:
-    from evertune.cli.plan import plan
-
-    return plan(arguments)
-
-
-def _drift(arguments: Sequence[str]) -> int:
-    from evertune.cli.drift import drift
-
-    return drift(arguments)
-
-
-_OWN_PARSER: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "fit": (_fit, "learn a stream of experiences: --config FILE, --print_config, --help"),
-    "update": (_update, "learn what has arrived, and promote it if it is no worse: --config FILE, --help"),
-    "watch": (_watch, "keep on updating as records arrive: --config FILE, --help"),
-    "launch": (_launch, "run one of these on many processes: local, torchrun, slurm, kubernetes"),
-    "drift": (_drift, "whether new records differ from old ones, since when, and in what"),
-    "plan": (_plan, "what a model needs of each GPU, before there is one"),
-}
+        return f"evertune report: {error}"
+    return None

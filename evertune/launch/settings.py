@@ -13,6 +13,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from evertune.utils.gpus import gpu_count
+
 PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved; it resumes when it is started again."""
 
@@ -191,9 +193,7 @@ class LaunchSettings:
         """Processes on each node."""
         if self.processes_per_node is not None:
             return self.processes_per_node
-        import torch
-
-        return max(torch.cuda.device_count(), 1)
+        return max(gpu_count(), 1)
 
     def variables(self) -> dict[str, str]:
         """Environment variables of every process: defaults for NCCL and gloo, overridden by ``environment``."""

@@ -22,6 +22,7 @@ import yaml
 from evertune.launch.local import forwarded
 from evertune.launch.settings import PREEMPTED, config_files, shell_words
 from evertune.launch.shell import contained, preamble
+from evertune.utils.gpus import gpu_count
 
 if TYPE_CHECKING:
     from evertune.launch.settings import Container, LaunchSettings
@@ -160,9 +161,7 @@ def _gpus(settings: LaunchSettings) -> int:
     """Default number of GPUs of a node: one for each process, unless the processes run on CPUs."""
     if settings.processes_per_node is not None:
         return settings.processes_per_node
-    import torch
-
-    return settings.processes if torch.cuda.is_available() else 0
+    return settings.processes if gpu_count() else 0
 
 
 def _srun(settings: LaunchSettings) -> Iterator[list[str]]:

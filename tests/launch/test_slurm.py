@@ -118,12 +118,11 @@ def test_dry_run_prints_the_script_and_writes_nothing(capsys: pytest.CaptureFixt
 
 
 def test_no_gpus_are_asked_for_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in ("slurm", "settings"):
+        monkeypatch.setattr(f"evertune.launch.{module}.gpu_count", lambda: 0)
     assert "gpus" not in slurm.script(LaunchSettings(), FIT)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for module in ("slurm", "settings"):
+        monkeypatch.setattr(f"evertune.launch.{module}.gpu_count", lambda: 4)
     assert "\n#SBATCH --gpus-per-node=4\n" in slurm.script(LaunchSettings(), FIT)
 
 
