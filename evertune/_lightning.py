@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import ActionConfigFile as ActionConfigFile  # type: ignore[attr-defined]
     from pytorch_lightning.cli import LightningArgumentParser as LightningArgumentParser
     from pytorch_lightning.cli import LightningCLI as LightningCLI
-    from pytorch_lightning.loops.progress import _ProcessedTracker as _ProcessedTracker
     from pytorch_lightning.strategies import DDPStrategy as DDPStrategy
     from pytorch_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
     from pytorch_lightning.strategies import SingleDeviceStrategy as SingleDeviceStrategy
@@ -75,10 +74,8 @@ _NAMES = {
     "RunningStage": "trainer.states",
     "SingleDeviceStrategy": "strategies",
     "Strategy": "strategies",
-    "StrategyRegistry": "strategies",
     "Timer": "callbacks",
     "Trainer": "trainer",
-    "_ProcessedTracker": "loops.progress",
     "isolate_rng": "utilities.seed",
     "rank_zero_info": "utilities",
     "rank_zero_warn": "utilities",
@@ -317,3 +314,105 @@ def deepspeed_base(one: str) -> type[Any]:
 def join_deepspeed(strategy: Any) -> None:
     """Let a DeepSpeed strategy join the process group."""
     strategy._init_deepspeed_distributed()
+
+
+def keep_signals(trainer: Any) -> None:
+    """Keep Lightning from handling any signal in this fit, until :func:`return_signals`."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def return_signals(trainer: Any) -> None:
+    """Undo :func:`keep_signals`."""
+    vars(trainer._signal_connector).pop("register_signal_handlers", None)
+
+
+def restore_later(trainer: Any, number: int, handler: Any) -> None:
+    """Let Lightning install this handler of a signal at the end of the fit, instead of the one that it found."""
+    trainer._signal_connector._original_handlers[number] = handler
+
+
+def restore_nothing(trainer: Any, number: int) -> None:
+    """Let Lightning leave a signal alone at the end of the fit."""
+    trainer._signal_connector._original_handlers.pop(number, None)
+
+
+def cluster_environment(trainer: Any) -> Any:
+    """What tells a trainer of the other processes."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def start_method(strategy: Any) -> str | None:
+    """How a strategy starts the other processes where it copies this one: ``"spawn"``, ``"fork"``, ``"forkserver"``."""
+    return getattr(strategy, "_start_method", None)
+
+
+def is_training_done(trainer: Any) -> bool:
+    """Whether the batch that ends now is the last of its epoch, or of the fit."""
+    return bool(trainer.fit_loop.epoch_loop._is_training_done)
+
+
+def validates_next(trainer: Any) -> bool:
+    """Whether validation follows the training batch that ends now."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+
+
+def n_processed(counts: Any) -> int:
+    """The batches that a training step has seen, of the counts of an epoch's loop."""
+    return int(counts.processed)
+
+
+def reset_loaders(trainer: Any) -> None:
+    """End the iterators over the training loaders, and with them their worker processes."""
+    trainer.fit_loop._combined_loader.reset()
+
+
+def train_data_source(trainer: Any) -> Any:
+    """What a fit asks for its training loaders, by its method ``dataloader``."""
+    return trainer.fit_loop._data_source
+
+
+def combined_loader(trainer: Any) -> Any:
+    """Lightning's ``CombinedLoader`` over the training loaders; None before they are set up."""
+    return trainer.fit_loop._combined_loader
+
+
+def combined_mode(loaders: Any) -> str | None:
+    """The mode of a ``CombinedLoader``; None for other loaders."""
+    return getattr(loaders, "_mode", None)
+
+
+def has_loader_states(trainer: Any) -> bool:
+    """Whether a checkpoint's state of the training loaders waits to be given to them."""
+    return bool(trainer.fit_loop._combined_loader_states_to_load)
+
+
+def give_loader_states(trainer: Any) -> None:
+    """Give the training loaders their state from a checkpoint, if there is one, and start to read from them."""
+    trainer.fit_loop._load_combined_loader_states()
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def before_transfer(module: Any, batch: Any) -> Any:
+    """A batch after the module's own hook that runs before it is moved to the device."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def replace_method(owner: Any, name: str, method: Any) -> None:
+    """Put a function in the place of a method, on this object alone, until :func:`return_method`.
+
+    Args:
+        owner: The strategy of a trainer, or its :func:`train_data_source`.
+        name: One of ``REPLACED``.
+        method: A function with the method's arguments, without ``self``.
+    """
+    assert name in REPLACED
+    setattr(owner, name, method)
+
+
+def return_method(owner: Any, name: str) -> None:
+    """Undo :func:`replace_method`."""
+    vars(owner).pop(name, None)
+
+
+REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint", "dataloader")
+"""The methods of a strategy and of a source of loaders that evertune wraps for the time of a fit."""

@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
 
-from evertune._lightning import pl
+from evertune._lightning import pl, replace_method
 
 
 class SavesFolder(Protocol):
@@ -37,7 +37,7 @@ def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -
         if callback.has_state:
             callback.save(_folder(strategy.broadcast(filepath), callback))
 
-    strategy.save_checkpoint = save_with_sidecar  # type: ignore[method-assign]
+    replace_method(strategy, "save_checkpoint", save_with_sidecar)
 
 
 def read_sidecar(trainer: pl.Trainer, callback: SavesFolder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from evertune._lightning import either, pl
+from evertune._lightning import either, pl, start_method
 
 if TYPE_CHECKING:
     from evertune._lightning import DeepSpeedStrategy, Strategy
@@ -42,10 +42,10 @@ def check_strategy(trainer: pl.Trainer, who: str) -> None:
             f"{who} does not support strategy {name!r}; use one device, 'ddp' or "
             "'evertune_deepspeed_stage_1', '_2' or '_3'"
         )
-    start_method = getattr(strategy, "_start_method", None)
-    if start_method in _LAUNCHERS_THAT_COPY:
+    method = start_method(strategy)
+    if method in _LAUNCHERS_THAT_COPY:
         raise ValueError(
-            f"{who} does not support the {start_method!r} launcher of strategy {name!r}: what it learns would be lost "
+            f"{who} does not support the {method!r} launcher of strategy {name!r}: what it learns would be lost "
             "with the copied process; use strategy='ddp', torchrun, or one device"
         )
     if isinstance(strategy, either("DeepSpeedStrategy")):

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from evertune._lightning import Checkpoint, either, pl
+from evertune._lightning import (
+    Checkpoint,
+    either,
+    is_training_done,
+    pl,
+    replace_method,
+    return_method,
+    validates_next,
+)
 from evertune.memory.codec import decode, encode
 from evertune.shards.portable import REPLICATED
 from evertune.shards.support import check_strategy
@@ -114,7 +122,7 @@ class UpdateCheckpoint(Checkpoint):
             _set_buffers(decode(self._rank_file(trainer).read_bytes())["buffers"], pl_module)
             return _recounted(checkpoint, self._saved["accumulation"], trainer.accumulate_grad_batches)
 
-        trainer.strategy.load_checkpoint = check_and_load  # type: ignore[method-assign]
+        replace_method(trainer.strategy, "load_checkpoint", check_and_load)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the random generators. The loader's iterator exists by now, but no batch has been read yet."""
@@ -149,7 +157,7 @@ class UpdateCheckpoint(Checkpoint):
             return True
         loop = trainer.fit_loop.epoch_loop
         stepped = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or loop._is_training_done or trainer.should_stop or self._validates_next(trainer):
+        if not stepped or is_training_done(trainer) or trainer.should_stop or validates_next(trainer):
             return False
         self._save(trainer)
         self._saved_step = trainer.global_step
@@ -157,19 +165,13 @@ class UpdateCheckpoint(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the strategy."""
-        vars(trainer.strategy).pop("load_checkpoint", None)
+        return_method(trainer.strategy, "load_checkpoint")
 
     def _rank_file(self, trainer: pl.Trainer) -> Path:
         """The file with this rank's own state; on a different number of processes, that of rank 0."""
         assert self._resumed is not None
         same = self._saved["processes"] == trainer.world_size
         return self._resumed / _rank_name(trainer.global_rank if same else 0)
-
-    @staticmethod
-    def _validates_next(trainer: pl.Trainer) -> bool:
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Write to a hidden temporary folder, then rename it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from evertune._lightning import Callback, pl
+from evertune._lightning import Callback, pl, restore_nothing
 from evertune.utils.beat import own_beat
 
 
@@ -40,7 +40,7 @@ class Heartbeat(Callback):
         self._elsewhere(trainer)
         # Lightning would restore SIGUSR1 as Python knows it, which removes the handler of faulthandler.
         if own_beat() is not None:
-            trainer._signal_connector._original_handlers.pop(signal.SIGUSR1, None)
+            restore_nothing(trainer, signal.SIGUSR1)
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _starts
     on_before_backward = on_after_backward = on_before_optimizer_step = on_before_zero_grad = _progress

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from evertune._lightning import Checkpoint, SLURMEnvironment, pl, rank_zero_info
+from evertune._lightning import (
+    Checkpoint,
+    cluster_environment,
+    either,
+    keep_signals,
+    pl,
+    rank_zero_info,
+    restore_later,
+    return_signals,
+)
 from evertune.training.checkpoint import UpdateCheckpoint
 
 
@@ -74,7 +83,7 @@ class Preemption(Checkpoint):
             signal.signal(number, self._ask)
         # Lightning's own SIGTERM handler would start a collective and end the fit without saving.
         if signal.SIGTERM in self.signals:
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            keep_signals(trainer)
         if folder := os.environ.get("EVERTUNE_NODE_DIR"):  # who started this process was asked before it could be
             self._asked |= (Path(folder) / f"asked-{os.environ.get('LOCAL_RANK', '0')}").exists()
 
@@ -141,11 +150,10 @@ class Preemption(Checkpoint):
         return bool(self._flag)
 
     def _restore(self, trainer: pl.Trainer) -> None:
-        connector = trainer._signal_connector
-        vars(connector).pop("register_signal_handlers", None)
+        return_signals(trainer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-            connector._original_handlers[number] = handler  # else Lightning would restore the handlers of this callback
+            restore_later(trainer, number, handler)  # else Lightning would restore the handlers of this callback
         self._before = {}
 
 
@@ -167,8 +175,8 @@ def _numbers(signals: Sequence[int | str]) -> tuple[signal.Signals, ...]:
 
 def _check(trainer: pl.Trainer) -> None:
     _update_checkpoint(trainer)
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+    environment = cluster_environment(trainer)
+    if isinstance(environment, either("SLURMEnvironment")) and environment.auto_requeue:
         raise ValueError(
             "Preemption does not work with SLURMEnvironment(auto_requeue=True), Lightning's default under SLURM: it "
             "saves inside the signal handler, where the ranks can deadlock. Use "

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evertune._lightning import before_transfer
+
 if TYPE_CHECKING:
     from evertune._lightning import pl
 
@@ -98,7 +100,7 @@ def targets_of(batch: Any) -> Any:
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     """A collated batch as a training step gets it: through the module's transfer hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = before_transfer(trainer.lightning_module, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

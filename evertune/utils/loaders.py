@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evertune._lightning import pl
+from evertune._lightning import give_loader_states, has_loader_states, pl, reset_loaders
 
 
 def resume_loaders(trainer: pl.Trainer) -> None:
@@ -11,14 +11,11 @@ def resume_loaders(trainer: pl.Trainer) -> None:
     Lightning does so where it sets them up when training starts. Where it has set them up before, because a schedule
     asked how long ``fit`` will be, it had not read that part of the checkpoint yet.
     """
-    if trainer.fit_loop.restarting and trainer.fit_loop._combined_loader_states_to_load:
+    if trainer.fit_loop.restarting and has_loader_states(trainer):
         restart_loaders(trainer)
 
 
 def restart_loaders(trainer: pl.Trainer) -> None:
     """Make a new iterator over the training loaders, from where the checkpoint left them if there is one."""
-    loop = trainer.fit_loop
-    assert loop._combined_loader is not None and loop._data_fetcher is not None
-    loop._combined_loader.reset()
-    loop._load_combined_loader_states()
-    iter(loop._data_fetcher)
+    reset_loaders(trainer)
+    give_loader_states(trainer)

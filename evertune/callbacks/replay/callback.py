@@ -17,7 +17,17 @@ from torch.utils.data import (
     DataLoader,
 )
 
-from evertune._lightning import _ProcessedTracker, isolate_rng, pl
+from evertune._lightning import (
+    combined_loader,
+    combined_mode,
+    isolate_rng,
+    n_processed,
+    pl,
+    replace_method,
+    reset_loaders,
+    return_method,
+    train_data_source,
+)
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.examples import reads_by_index
 from evertune.callbacks.replay.collate import ReplayCollate, Schedule, restarting
@@ -163,7 +173,7 @@ class Replay(ContinualCallback):
             trainer.strategy.barrier("replay memory")
         for spool in self._spools():
             spool.unlink()
-        source, process = trainer.fit_loop._data_source, trainer.strategy.process_dataloader
+        source, process = train_data_source(trainer), trainer.strategy.process_dataloader
         request = source.dataloader
 
         def request_and_choose() -> object:
@@ -177,8 +187,8 @@ class Replay(ContinualCallback):
                 return processed
             return self._wrap(processed) if self._names.pop(0) == self._chosen else processed
 
-        source.dataloader = request_and_choose  # type: ignore[method-assign]
-        trainer.strategy.process_dataloader = process_and_wrap  # type: ignore[method-assign]
+        replace_method(source, "dataloader", request_and_choose)
+        replace_method(trainer.strategy, "process_dataloader", process_and_wrap)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The loader learns of the experience that starts now when it is set up, which may have been before this."""
@@ -186,8 +196,7 @@ class Replay(ContinualCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start again with a loader that was set up before the checkpoint was read."""
         if self._resumed and self._set_up_early:
-            assert trainer.fit_loop._combined_loader is not None
-            trainer.fit_loop._combined_loader.reset()  # no worker may be at work now
+            reset_loaders(trainer)  # no worker may be at work now
             self._start_schedule(trainer)
             restart_loaders(trainer)
         self._captured = b""
@@ -212,10 +221,10 @@ class Replay(ContinualCallback):
         loop = trainer.fit_loop
         if trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
             return
-        assert self._loader is not None and loop._combined_loader is not None
+        assert self._loader is not None
         persistent = getattr(self._loader, "_iterator", None)
         if persistent is None or getattr(persistent, "_tasks_outstanding", True):
-            loop._combined_loader.reset()  # no worker of the last epoch may still be loading
+            reset_loaders(trainer)  # no worker of the last epoch may still be loading
         self._start_iterator(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -232,9 +241,9 @@ class Replay(ContinualCallback):
 
     def _detach(self) -> None:
         if self._trainer is not None:
-            vars(self._trainer.strategy).pop("process_dataloader", None)
-            vars(self._trainer.fit_loop._data_source).pop("dataloader", None)
-            combined = self._trainer.fit_loop._combined_loader
+            return_method(self._trainer.strategy, "process_dataloader")
+            return_method(train_data_source(self._trainer), "dataloader")
+            combined = combined_loader(self._trainer)
             if combined is not None and self.loader is not None:  # it may be the user's own object
                 combined.flattened = [self._unwrapped if one is self._loader else one for one in combined.flattened]
 
@@ -244,7 +253,7 @@ class Replay(ContinualCallback):
 
     def _check_names(self, loaders: object) -> list[str]:
         """The names of the training loaders in the order of their setup; a single one has the name ``""``."""
-        mode = getattr(loaders, "_mode", None)
+        mode = combined_mode(loaders)
         paths, _ = tree_flatten_with_path(getattr(loaders, "iterables", loaders))
         names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
         if self.loader is None and len(names) == 1:
@@ -513,7 +522,7 @@ class Replay(ContinualCallback):
         than the others may have higher numbers than there were batches.
         """
         progress, limit = trainer.fit_loop.epoch_loop.batch_progress, trainer.limit_train_batches
-        between_batches = progress.current.ready == _progress(progress.current).processed
+        between_batches = progress.current.ready == n_processed(progress.current)
         at_the_end = between_batches and progress.is_last_batch and isinstance(limit, float) and limit == 1
         return _ALL if at_the_end and self.loader is None else _batches_done(trainer)
 
@@ -588,10 +597,4 @@ def _read(example: Any, source: Callable[[Any], Any] | str | int, what: str) -> 
 
 
 def _batches_done(trainer: pl.Trainer) -> int:
-    return int(_progress(trainer.fit_loop.epoch_loop.batch_progress.total).processed)
-
-
-def _progress(tracker: object) -> _ProcessedTracker:
-    """The counts of a loop over batches, which Lightning types as if batches were not processed."""
-    assert isinstance(tracker, _ProcessedTracker)
-    return tracker
+    return n_processed(trainer.fit_loop.epoch_loop.batch_progress.total)
