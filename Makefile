@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIGHTNING := .venv-lightning
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo test test-all test-lightning lint format clean
 
 install: $(VENV)/.dev  ## the development environment in .venv
 
@@ -28,6 +29,18 @@ test: install  ## all tests but the slow ones
 test-all: test  ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# The same versions as in the environment above, but for the other Lightning, and so nothing to resolve.
+$(LIGHTNING)/.dev: $(VENV)/.dev
+	test -x $(LIGHTNING)/bin/python || $(PYTHON) -m venv $(LIGHTNING)
+	$(BIN)/pip freeze --exclude-editable --exclude pytorch-lightning > $(LIGHTNING)/requirements.txt
+	$(LIGHTNING)/bin/pip install --quiet --no-deps --requirement $(LIGHTNING)/requirements.txt --editable .
+	touch $@
+
+test-lightning: $(LIGHTNING)/.dev  ## the tests near Lightning, where only `lightning` is installed
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile \
+		tests/test_lightning.py tests/test_package.py \
+		$(addprefix tests/,callbacks training strategies shards cli lightning_modules)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +51,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LIGHTNING) build dist *.egg-info
