@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evertune._lightning import pl
+from evertune._lightning import ModelCheckpoint, pl
 from evertune.callbacks import EWC, ContinualEvaluation, DriftTrigger, Replay
 from evertune.shards import ParameterShards
 from evertune.strategies import EvertuneDeepSpeedStrategy
 from tests.helpers.distributed import run_ranks
+
+FSDPStrategy, ModelParallelStrategy = pl.strategies.FSDPStrategy, pl.strategies.ModelParallelStrategy
 
 METHODS = {
     "Replay": lambda: Replay(memory_size=4),
@@ -64,8 +64,14 @@ def loader(n: int = 8) -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy, "does not support strategy 'fsdp'; use one device, 'ddp' or 'evertune_deepspeed_stage_1'"),
-        (ModelParallelStrategy, "does not support strategy 'ModelParallelStrategy'; use one device, 'ddp' or"),
+        (
+            FSDPStrategy,
+            "does not support strategy 'fsdp'; use one device, 'ddp' or 'evertune_deepspeed_stage_1'",
+        ),
+        (
+            ModelParallelStrategy,
+            "does not support strategy 'ModelParallelStrategy'; use one device, 'ddp' or",
+        ),
         (
             "ddp_spawn",
             "does not support the 'spawn' launcher .* would be lost with the copied process; use strategy='ddp'",

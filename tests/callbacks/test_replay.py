@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler, get_worker_info
 
@@ -469,7 +468,7 @@ def test_refuses_strategies_by_name(strategy):
     replay = Replay(memory_size=1)
     if strategy == "fsdp":  # Lightning itself refuses to build this one without a GPU
         one = trainer(replay)
-        one._accelerator_connector.strategy = FSDPStrategy()
+        one._accelerator_connector.strategy = pl.strategies.FSDPStrategy()
     else:
         one = trainer(replay, strategy=strategy, devices=2)
     with pytest.raises(ValueError, match=f"Replay does not support .*{strategy if strategy == 'fsdp' else 'launcher'}"):

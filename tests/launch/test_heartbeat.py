@@ -10,12 +10,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.demos.boring_classes import BoringModel
 
 from evertune._lightning import pl
 from evertune.launch.supervisor.heartbeat import Place, Rank, Watch, furthest_behind, innermost
@@ -60,6 +60,9 @@ class Looks(pl.Callback):
         beat = Beat.read(self.path)
         assert beat is not None
         self.after.append((beat.in_step, beat.step))
+
+
+BoringModel = import_module(f"{pl.__name__}.demos.boring_classes").BoringModel
 
 
 def fit(*callbacks: pl.Callback) -> None:

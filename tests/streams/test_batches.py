@@ -10,13 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from evertune._lightning import pl
+from evertune._lightning import Callback, LightningArgumentParser, ModelCheckpoint, pl
 from evertune.streams import BucketSampler, Experience, ExperienceDataModule, ResumableLoader, StreamDataModule
 from evertune.tasks.texts import PadCollator
 from tests.helpers.distributed import run_ranks

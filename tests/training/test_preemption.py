@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from evertune._lightning import pl
+from evertune._lightning import SLURMEnvironment, pl
 from evertune.launch.settings import PREEMPTED
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.preemption import Preempted, Preemption

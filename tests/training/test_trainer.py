@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from evertune import ContinualTrainer
-from evertune._lightning import pl
+from evertune._lightning import EarlyStopping, ModelCheckpoint, SingleDeviceStrategy, pl
 from evertune.callbacks import EWC, ContinualEvaluation, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import Experience, ExperienceDataModule, ExperienceStream, StreamDataModule
