@@ -402,10 +402,10 @@ def replace_method(owner: Any, name: str, method: Any) -> None:
 
     Args:
         owner: The strategy of a trainer, or its :func:`train_data_source`.
-        name: One of ``REPLACED``.
+        name: One of ``REPLACED``, or of ``REPLACED_IN_SOURCE``.
         method: A function with the method's arguments, without ``self``.
     """
-    assert name in REPLACED
+    assert name in REPLACED + REPLACED_IN_SOURCE
     setattr(owner, name, method)
 
 
@@ -414,5 +414,8 @@ def return_method(owner: Any, name: str) -> None:
     vars(owner).pop(name, None)
 
 
-REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint", "dataloader")
-"""The methods of a strategy and of a source of loaders that evertune wraps for the time of a fit."""
+REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint")
+"""The methods of a strategy that evertune wraps for the time of a fit."""
+
+REPLACED_IN_SOURCE = ("dataloader",)
+"""Those of a :func:`train_data_source`."""

@@ -166,8 +166,9 @@ PRIVATE = {
     "strategies:Strategy": " ".join(_lightning.REPLACED),
     "loops.training_epoch_loop:_TrainingEpochLoop": "_is_training_done _should_check_val_fx",
     "loops.fit_loop:_FitLoop": "_data_fetcher _combined_loader _combined_loader_states_to_load "
-    "_load_combined_loader_states is_resuming",
+    "_load_combined_loader_states _data_source is_resuming",
     "loops.progress:_ProcessedTracker": "processed",
+    "trainer.connectors.data_connector:_DataLoaderSource": " ".join(_lightning.REPLACED_IN_SOURCE),
     "core:LightningModule": "_on_before_batch_transfer",
 }
 """All that evertune uses of Lightning although Lightning may change it in any release: classes and what they have."""
