@@ -112,7 +112,8 @@ def _kind(cls: type) -> str | None:
         return None
     if cls.__bases__ == (tuple,) and isinstance(vars(cls).get("_fields"), tuple):
         return "namedtuple"
-    return "dataclass" if "__dataclass_fields__" in vars(cls) and cls.__new__ is object.__new__ else None
+    own_new: Any = cls.__new__
+    return "dataclass" if "__dataclass_fields__" in vars(cls) and own_new is object.__new__ else None
 
 
 def _slots(cls: type) -> dict[str, MemberDescriptorType]:
@@ -132,7 +133,7 @@ def _state(value: Any) -> dict[str, Any]:
 
 
 def _filled(cls: type, state: dict[str, Any]) -> Any:
-    value = object.__new__(cls)
+    value: Any = object.__new__(cls)
     slots = _slots(cls)
     for name, item in state.items():
         if name in slots:
