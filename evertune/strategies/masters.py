@@ -30,9 +30,6 @@ class Masters(Protocol):
             dtype: in which the module holds its weights.
         """
 
-    def save(self, directory: Path) -> None:
-        """Write them to a folder, for :class:`SavedMasters` in another process. Call on every rank."""
-
 
 class LiveMasters:
     """The masters of an engine that is about to be released, copied.
@@ -54,7 +51,7 @@ class LiveMasters:
         _write(self._state.rearranged(shards), shards, dtype)
 
     def save(self, directory: Path) -> None:
-        """See :class:`Masters`."""
+        """Write them to a folder, for :class:`SavedMasters` in another process. Call on every rank."""
         self._state.save(directory)
 
 
@@ -62,7 +59,7 @@ class SavedMasters:
     """The masters in a folder, for the first fit of a process, on any number of ranks.
 
     Args:
-        directory: that :meth:`Masters.save` wrote.
+        directory: that :meth:`LiveMasters.save` wrote.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -71,14 +68,6 @@ class SavedMasters:
     def restore(self, shards: ParameterShards, dtype: torch.dtype) -> None:
         """See :class:`Masters`."""
         _write(FragmentState.load(self._directory, shards), shards, dtype)
-
-    def save(self, directory: Path) -> None:
-        """Refuse: they are saved already, and no fit has changed them.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(f"the masters in {self._directory} have not been used by a fit yet")
 
 
 _waiting: WeakKeyDictionary[nn.Module, Masters] = WeakKeyDictionary()

@@ -14,7 +14,7 @@ from evertune._lightning import Callback, pl
 from evertune.callbacks.base import named_callbacks
 from evertune.lightning_modules.saving import load_weights, save_weights
 from evertune.memory.codec import decode, encode
-from evertune.strategies.masters import SavedMasters, leave_masters, masters_of
+from evertune.strategies.masters import LiveMasters, SavedMasters, leave_masters, masters_of
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
@@ -182,7 +182,7 @@ class _Generators(Callback):
 
 def _save_module(module: Any, folder: Path) -> None:
     masters = masters_of(module)  # of 16-bit training under DeepSpeed
-    if masters is not None:
+    if isinstance(masters, LiveMasters):
         masters.save(folder / _MASTERS)
     if hasattr(module, "start_from"):
         module.save_pretrained(folder / _MODULE)
