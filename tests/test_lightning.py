@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from evertune import _lightning
+from tests.helpers.distributed import run_ranks
+from tests.helpers.shard_worker import make_bert
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = [one for one in _lightning.PACKAGES if find_spec(one.partition(".")[0])]
@@ -72,6 +74,23 @@ if BOTH:  # the environment of `make test-lightning` has one
         for message, name in zip(messages, ("Classifier", "SingleDeviceStrategy", "ModelCheckpoint"), strict=True):
             assert f"made with {package}, but it was given a {name} made with {other}; use one of the two" in message
             assert "EVERTUNE_LIGHTNING=pytorch_lightning" in message
+
+    @pytest.mark.parametrize("strategy", ["ddp", "evertune_deepspeed_stage_3"])
+    def test_two_ranks_end_in_the_same_weights_with_both_packages(
+        strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs = [{"method": "replay+ewc", "optimizer": "sgd", "accumulation": 1}]
+        weights = []
+        folder = make_bert(tmp_path / "bert")
+        for package in INSTALLED:
+            monkeypatch.setenv("EVERTUNE_LIGHTNING", package.partition(".")[0])
+            out = tmp_path / package
+            out.mkdir()
+            run_ranks(
+                "tests.helpers.shard_worker:learn_two", 2, folder=folder, out=str(out), strategy=strategy, runs=runs
+            )
+            weights.append((out / "replay+ewc-sgd-1.safetensors").read_bytes())
+        assert weights[0] == weights[1]
 
 
 PRINT_PACKAGE = "import evertune, sys; from evertune import _lightning; print(_lightning.package())"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -109,7 +110,8 @@ def alone(package: str, folder: str) -> dict[str, Any]:
     assert isinstance(trainer, pl.Trainer)
     sentences = [Sentences(12, CLASSES, seed) for seed in (1, 2)]
     stream = [Experience(str(n), data, test=data, classes=CLASSES) for n, data in enumerate(sentences)]
-    history = trainer.fit_stream(SmallBert(make_bert(f"{folder}/bert"), CLASSES, "sgd"), stream, _batches)
+    history = trainer.fit_stream(SmallBert(make_bert(f"{folder}/small"), CLASSES, "sgd"), stream, _batches)
+    fit_by_command(Path(folder))
     live = Path(folder) / "live"
     live_worker.prepare(live)
     live_worker.feed(live, "first", ["business", "sport"], 40)
@@ -120,6 +122,26 @@ def alone(package: str, folder: str) -> dict[str, Any]:
         "status": outcome["status"],
         "foreign": sorted(name for name in sys.modules if name.split(".")[0] in ROOTS[other] and sys.modules[name]),
     }
+
+
+def fit_by_command(folder: Path) -> None:
+    """``evertune fit``, whose command line checks the callbacks by their class."""
+    from evertune.cli.main import main
+    from tests.cli.test_main import CONFIG
+    from tests.helpers.lightning_modules import TEXTS, tiny_bert
+
+    here = Path.cwd()
+    os.chdir(folder)
+    tiny_bert("bert")
+    rows = [{"text": text, "label": name} for name, texts in TEXTS.items() for text in texts * 4]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("stream.yaml").write_text(CONFIG)
+    try:
+        main(["fit", "--config", "stream.yaml", "--trainer.max_epochs", "1"])
+    except SystemExit as end:
+        assert end.code == 0, end.code
+    assert Path("run/history.json").is_file()
+    os.chdir(here)
 
 
 def _batches(experience: Any) -> Any:
