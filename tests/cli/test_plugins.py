@@ -100,8 +100,8 @@ def test_launchers_are_sub_commands(installed: Path, capsys: pytest.CaptureFixtu
     assert "\n  slurm       a job of SLURM" in shown.out and "broken" not in shown.out
     assert "the entry point evertune.launchers: broken of acme-evertune cannot be used" in shown.err
     assert "ModuleNotFoundError: No module named 'acme_missing'" in shown.err
-    assert run("launch", "acme", "--nodes", "3", "--dry_run", "--", "fit", "--config", "a.yaml") == 7
-    assert capsys.readouterr().out == "acme runs 3 ['fit', '--config', 'a.yaml'] True False\n"
+    assert run("launch", "acme", "--nodes", "3", "--dry_run", "--", "fit", "--out", "a") == 7
+    assert capsys.readouterr().out == "acme runs 3 ['fit', '--out', 'a'] True False\n"
 
 
 def test_a_broken_launcher_and_an_unknown_one_are_named(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
