@@ -18,7 +18,7 @@ from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
 from evertune.utils.plugins import load_classes
-from evertune.utils.secrets import without_secrets
+from evertune.utils.secrets import place_of
 
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
@@ -94,15 +94,15 @@ def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
         values.pop(name, None)
     for name in ("devices", "num_nodes"):  # an interrupted update may go on elsewhere
         values["trainer"].pop(name, None)
-    return dict(_without_secrets(values))
+    return dict(_places(values))
 
 
-def _without_secrets(value: Any) -> Any:
+def _places(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_secrets(inner) for name, inner in value.items()}
+        return {name: _places(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_without_secrets(inner) for inner in value]
-    return without_secrets(value) if isinstance(value, str) and "://" in value else value
+        return [_places(inner) for inner in value]
+    return place_of(value) if isinstance(value, str) and "://" in value else value
 
 
 def _end(number: int, frame: object) -> None:

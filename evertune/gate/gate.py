@@ -14,12 +14,10 @@ from evertune.gate import statistics
 from evertune.gate.label_noise import UNSURE_LEARNT, Noise, label_noise
 from evertune.gate.label_noise import known_classes as classes_seen
 from evertune.gate.predictions import Cost, Predictions
+from evertune.sources.base import Row
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Row = Mapping[str, Any]
-"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
 
 Test = Literal["mcnemar", "bootstrap"]
 Unit = Literal["share", "records", "ms", "bytes", "agreement"]

@@ -35,7 +35,8 @@ from typing import Any
 
 import yaml
 
-from evertune.launch.settings import DECIDED, PREEMPTED, LaunchSettings, config_files, shell_words
+from evertune.launch.settings import DECIDED, LaunchSettings, config_files, shell_words
+from evertune.utils.processes import PREEMPTED
 
 _CONFIG_FOLDER = "/etc/evertune"
 _GROUP = 1000

@@ -15,9 +15,6 @@ from jsonargparse import ArgumentParser
 
 from evertune.utils.gpus import gpu_count
 
-PREEMPTED = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved; it resumes when it is started again."""
-
 DECIDED = (0, 2, 3, 4, 5)
 """Exit codes that are results, not crashes: a retry would end the same way."""
 

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evertune.launch.local import forwarded
-from evertune.launch.settings import PREEMPTED, config_files, shell_words
+from evertune.launch.settings import config_files, shell_words
 from evertune.launch.shell import contained, preamble
 from evertune.utils.gpus import gpu_count
+from evertune.utils.processes import PREEMPTED
 
 if TYPE_CHECKING:
     from evertune.launch.settings import Container, LaunchSettings

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evertune.launch import local
-from evertune.launch.settings import DECIDED, PREEMPTED
+from evertune.launch.settings import DECIDED
 from evertune.launch.shell import line
+from evertune.utils.processes import PREEMPTED
 
 if TYPE_CHECKING:
     from evertune.launch.settings import LaunchSettings

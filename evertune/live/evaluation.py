@@ -9,12 +9,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from evertune.gate.predictions import Cost, Predictions
 from evertune.lightning_modules.saving import gathered
+from evertune.sources.base import Row
 from evertune.tasks.base import task_of
-from evertune.tasks.predicting import Row, answers
+from evertune.tasks.predicting import answers
+from evertune.utils.evaluation import evaluation_mode
 
 
 def evaluate(
@@ -130,11 +131,5 @@ def _predicting(module: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, weights whole; afterwards all as it was."""
     if hasattr(module, "configure_model"):
         module.configure_model()
-    modes = [(part, part.training) for part in nn.Module.modules(module)]
-    module.eval()
-    try:
-        with gathered(module), torch.inference_mode():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
+    with evaluation_mode(module), gathered(module), torch.inference_mode():
+        yield

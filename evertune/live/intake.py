@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.live.journal import Journal, Row
-from evertune.sources.base import Incoming, Offset, Source, SourceError
+from evertune.live.journal import Journal
+from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema, id_value

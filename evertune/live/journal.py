@@ -10,10 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evertune.registry.store import Store
-from evertune.sources.base import Offset
-
-Row = dict[str, Any]
-"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
+from evertune.sources.base import Offset, Row
 
 _FOLDER = "pending"
 _QUARANTINE = "quarantine"

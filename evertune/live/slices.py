@@ -10,9 +10,7 @@ from typing import Any
 
 from evertune.registry.manifest import SliceEntry
 from evertune.registry.store import Store
-
-Row = dict[str, Any]
-"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
+from evertune.sources.base import Row
 
 FOLDER = "slices"
 

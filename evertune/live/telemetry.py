@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TextIO
 
 from evertune.utils.extras import library
-from evertune.utils.secrets import without_passwords
+from evertune.utils.secrets import without_secrets
 
 logger = logging.getLogger("evertune.live")
 
@@ -218,7 +218,7 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name != "event"}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return without_passwords(json.dumps(line, default=str))
+        return without_secrets(json.dumps(line, default=str))
 
 
 class Words(logging.Formatter):
@@ -228,7 +228,7 @@ class Words(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_passwords(super().format(record))
+        return without_secrets(super().format(record))
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:

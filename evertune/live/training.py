@@ -16,10 +16,10 @@ from torch.utils.data import ConcatDataset
 from evertune._lightning import pl
 from evertune.callbacks.base import named_callbacks
 from evertune.live.plan import Plan
-from evertune.live.slices import Row
 from evertune.memory.memory import MemoryView
 from evertune.registry.manifest import Manifest
 from evertune.registry.store import MANIFEST
+from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema
 from evertune.streams.datamodule import ExperienceDataModule
 from evertune.streams.experience import Experience, class_names

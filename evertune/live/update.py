@@ -20,11 +20,11 @@ from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
-from evertune.live.slices import Row, draw, hold_out, load_slice, save_slice, thin
+from evertune.live.slices import draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, Version
-from evertune.sources.base import Source, SourceError
+from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema

@@ -20,8 +20,8 @@ from evertune.live.alerts import Alert
 from evertune.live.telemetry import Telemetry
 from evertune.live.triggers import Situation, Trigger
 from evertune.sources.base import SourceError
-from evertune.utils.processes import SUPERVISOR, kill_group
-from evertune.utils.secrets import without_passwords
+from evertune.utils.processes import PREEMPTED, SUPERVISOR, kill_group
+from evertune.utils.secrets import without_secrets
 
 if TYPE_CHECKING:
     from evertune.live.intake import IntakeReport
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
 """What the exit codes of ``evertune update`` mean; all others are errors, but for :data:`PREEMPTED`."""
-
-PREEMPTED = os.EX_TEMPFAIL
-"""Exit code of an update that others have ended, and that goes on when it is run again."""
 
 _TAIL = 20  # lines of an update's output that are kept to say why it failed
 _MIN_READ = 20  # records, before the share of bad ones says anything
@@ -328,7 +325,7 @@ class Watch:
         return None
 
     def _failed(self, trouble: _Trouble, words: str, where: str, exc_info: bool = False, **facts: Any) -> None:
-        words = without_passwords(words)
+        words = without_secrets(words)
         pause = trouble.failed()
         self.telemetry.failed(where, words)
         about = {"event": "error", "where": where, "pause": pause}
@@ -358,14 +355,14 @@ class Watch:
         return True
 
     def _say(self, event: str, words: str, level: int = logging.INFO, **facts: Any) -> None:
-        words = without_passwords(words.strip())
+        words = without_secrets(words.strip())
         logger.log(level, "%s", words, extra={"event": event, **facts})
         if event in ("drift", "refusal", "quarantine", "error", "recovery", "promotion"):
             self._alert(event, words, **facts)
 
     def _alert(self, event: str, words: str, **facts: Any) -> None:
         facts = {"registry": self.updater.registry.store.root, "version": self._version, **facts}
-        facts = {name: without_passwords(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
+        facts = {name: without_secrets(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         for alert in self.settings.alerts:
             try:
                 alert.send(event, words, **facts)

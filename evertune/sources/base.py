@@ -11,6 +11,10 @@ Offset = dict[str, Any]
 """How far a source has been read: JSON values only, stored with the version that was trained on what came before."""
 
 
+Row = dict[str, Any]
+"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
+
+
 class SourceError(RuntimeError):
     """A source cannot be read from its offset on: it is gone or unreachable, or has dropped or changed records."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from evertune.sources.base import Row
 from evertune.sources.values import label_value
 from evertune.tasks.losses import negative_losses
 from evertune.tasks.predicting import predict_classes, predict_scores
@@ -201,7 +202,7 @@ class Task:
     def predict(
         self,
         module: Any,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Row],
         *,
         text: str | Sequence[str],
         label: str,

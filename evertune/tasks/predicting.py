@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from evertune.gate.predictions import Label, Predictions
+from evertune.sources.base import Row
 from evertune.utils.batches import logits_in
-
-Row = Mapping[str, Any]
-"""A record of the journal: ``id``, ``origin`` and ``record``, its fields."""
 
 
 def columns_of(rows: Sequence[Row], text: str | Sequence[str]) -> list[list[str]]:

@@ -24,13 +24,14 @@ from evertune._lightning import (
     return_signals,
 )
 from evertune.training.checkpoint import UpdateCheckpoint
+from evertune.utils.processes import PREEMPTED
 
 
 class Preempted(SystemExit):
     """A ``fit`` was asked to stop and has saved a checkpoint. Not caught, it ends the process with exit code 75."""
 
     def __init__(self) -> None:
-        super().__init__(75)
+        super().__init__(PREEMPTED)
 
 
 class Preemption(Checkpoint):

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+PREEMPTED = 75
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved; it resumes when it is started again."""
+
 SUPERVISOR = "EVERTUNE_SUPERVISOR"
 """The environment variable with the pipe that closes when the watch ends."""
 

@@ -26,21 +26,21 @@ def fill_in(setting: str) -> str:
     return re.sub(r"\$\{(\w+)\}", value, setting)
 
 
-def without_secrets(url: str) -> str:
-    """A URL that may be shown: without user, password and options.
+def place_of(url: str) -> str:
+    """Where a URL leads, whoever asks: without user, password and options.
 
     Example:
-        >>> without_secrets("redis://evertune:p@ss?word@localhost:6379/0?password=secret")
+        >>> place_of("redis://evertune:p@ss?word@localhost:6379/0?password=secret")
         'redis://localhost:6379/0'
     """
     return re.sub(r"://.*@", "://", url, flags=re.DOTALL).split("?")[0]
 
 
-def without_passwords(words: str) -> str:
+def without_secrets(words: str) -> str:
     """The words with the passwords in URLs blotted out.
 
     Example:
-        >>> without_passwords("redis://feed:p@ss@broker:6379 and https://host/x?a=1&token=secret do not answer")
+        >>> without_secrets("redis://feed:p@ss@broker:6379 and https://host/x?a=1&token=secret do not answer")
         'redis://feed:***@broker:6379 and https://host/x?a=1&token=*** do not answer'
     """
     words = re.sub(r"(://[^/\s:@\"]*):[^/\s\"]+@", r"\1:***@", words)

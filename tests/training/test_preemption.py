@@ -12,9 +12,9 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from evertune._lightning import SLURMEnvironment, pl
-from evertune.launch.settings import PREEMPTED
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.preemption import Preempted, Preemption
+from evertune.utils.processes import PREEMPTED
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.preemption_worker import Ask, fit, update

@@ -23,7 +23,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from evertune.launch.settings import PREEMPTED, config_files
+from evertune.launch.settings import config_files
 from evertune.launch.supervisor.heartbeat import (
     Rank,
     Watch,
@@ -34,7 +34,7 @@ from evertune.launch.supervisor.heartbeat import (
     places_in,
     read_ranks,
 )
-from evertune.utils.processes import die_with_parent, kill_group, process_state
+from evertune.utils.processes import PREEMPTED, die_with_parent, kill_group, process_state
 
 WAIT = 600
 """Seconds for which a node waits for the others: at the start, and after they or the network were lost."""

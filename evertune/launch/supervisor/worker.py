@@ -45,7 +45,8 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
         sys.exit("a rank is started by evertune.launch.supervisor.node; use `evertune launch`")
     folder, local_rank = Path(os.environ["EVERTUNE_NODE_DIR"]), os.environ["LOCAL_RANK"]
     _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
-    from evertune.launch.settings import DECIDED, PREEMPTED
+    from evertune.launch.settings import DECIDED
+    from evertune.utils.processes import PREEMPTED
     from evertune.utils.ranks import leave
 
     try:
