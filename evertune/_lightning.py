@@ -337,7 +337,7 @@ def restore_nothing(trainer: Any, number: int) -> None:
 
 
 def cluster_environment(trainer: Any) -> Any:
-    """What tells a trainer of the other processes."""
+    """A trainer's view of the other processes."""
     return trainer._accelerator_connector.cluster_environment
 
 

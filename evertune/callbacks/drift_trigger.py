@@ -37,7 +37,7 @@ class DriftTrigger(ContinualCallback):
 
     **Input that is bad does not end the training.** An example with NaN or infinite features, a batch with another
     number of features, or that the featuriser or the detector cannot read, and an empty one are left out of the
-    detector's records, on that rank alone. They are counted in :attr:`schema_errors`, told in :attr:`history`, and
+    detector's records, on that rank alone. They are counted in :attr:`schema_errors`, reported in :attr:`history`, and
     warned of once for each message. They raise no alarm. Another number of features is accepted when an experience
     starts. (Only a featuriser that fails on the very first batch, on every rank, or a detector that refuses the first
     examples, ends the ``fit``: it does not fit the data.)
@@ -114,7 +114,7 @@ class DriftTrigger(ContinualCallback):
         check_strategy(trainer, "DriftTrigger")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a featuriser that learns, then start an experience, or go on with that of the checkpoint."""
+        """Refuse a featuriser that learns, then start an experience, or resume that of the checkpoint."""
         check_frozen(self.featuriser, pl_module)
         if isinstance(self.featuriser, nn.Module):
             self.featuriser.requires_grad_(False).eval().to(pl_module.device)
@@ -201,7 +201,7 @@ class DriftTrigger(ContinualCallback):
         entry: dict[str, Any] = {"step": step, "last_step": step, "kind": "schema"}
         entry |= {"records": sum(problems.values()), "errors": sorted(problems), "alarm": False}
         last = self._history[-1] if self._history else {}
-        if last.get("errors") == entry["errors"]:  # one that goes on: it must not push the tests out of the history
+        if last.get("errors") == entry["errors"]:  # one that continues: it must not push the tests out of the history
             entry["step"], entry["records"] = last["step"], last["records"] + entry["records"]
             self._history.pop()
         self._history.append(entry)

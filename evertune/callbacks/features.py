@@ -134,7 +134,7 @@ def gathered(values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> Tensor:
 
 
 def _size(batch: Any) -> int:
-    """The examples in a batch that nobody can read, as well as can be told; at least one."""
+    """The examples in a batch that cannot be read, as far as can be determined; at least one."""
     try:
         return max(batch_size_of(batch), 1)
     except Exception:  # no tensor in it, or no batch at all

@@ -1,4 +1,4 @@
-"""``evertune fit``: a stream, learned as a YAML file describes it; killed and run again, it goes on."""
+"""``evertune fit``: a stream, learned as a YAML file describes it; killed and run again, it resumes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from evertune.utils.ranks import is_leader, is_writer
 if TYPE_CHECKING:
     from evertune._lightning import LightningCLI
 
-_NOT_THE_RUN = ("config", "launch", "out", "checkpoint_every_n_steps")
-"""What another attempt at the same run may have otherwise."""
+_MAY_CHANGE_ON_RESUME = ("config", "launch", "out", "checkpoint_every_n_steps")
+"""Settings that may differ when a run is resumed."""
 
 
 def fit(arguments: Sequence[str]) -> int:
@@ -109,7 +109,7 @@ def _settings(cli: LightningCLI) -> dict[str, Any]:
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in _NOT_THE_RUN}
+    kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE_ON_RESUME}
     kept["trainer"] = {name: v for name, v in kept["trainer"].items() if name not in ("devices", "num_nodes")}
     return kept
 

@@ -70,7 +70,7 @@ def run_registry(arguments: argparse.Namespace) -> int:
     """Run one of the commands.
 
     Returns:
-        The exit code: 0, or 1 when something is wrong, which is then told in one line on standard error.
+        The exit code: 0, or 1 when something is wrong, which is then reported in one line on standard error.
     """
     try:
         registry = Registry(arguments.registry)

@@ -92,7 +92,7 @@ def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     values = json.loads(parser.dump(config, format="json", skip_none=False))
     for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
         values.pop(name, None)
-    for name in ("devices", "num_nodes"):  # an interrupted update may go on elsewhere
+    for name in ("devices", "num_nodes"):  # an interrupted update may resume elsewhere
         values["trainer"].pop(name, None)
     return dict(_places(values))
 
@@ -106,7 +106,7 @@ def _places(value: Any) -> Any:
 
 
 def _end(number: int, frame: object) -> None:
-    """End at once, with the exit code of a process that SIGTERM has ended: the next call goes on."""
+    """End at once, with the exit code of a process that SIGTERM has ended: the next call resumes."""
     raise SystemExit(128 + number)
 
 

@@ -143,7 +143,9 @@ def _smallest(scores: Tensor, mean_run_length: Callable[[Tensor], float], asked:
     low, high = 0, len(candidates) - 1
     longest = mean_run_length(candidates[high])
     if longest < asked:
-        raise ValueError(f"{scores.shape[0]} resampled runs tell run lengths of up to {longest:.3g}, not {asked:.3g}")
+        raise ValueError(
+            f"{scores.shape[0]} resampled runs can calibrate run lengths up to {longest:.3g}, not {asked:.3g}"
+        )
     while low < high:
         middle = (low + high) // 2
         if mean_run_length(candidates[middle]) >= asked:

@@ -28,7 +28,7 @@ class ClassifierTest(WindowDetector):
 
     False alarms come once in ``arl`` records, on average over references and streams: the whole procedure is repeated
     on resampled windows and references (see :class:`~evertune.drift.windows.WindowDetector`), so that what a classifier
-    learns from chance is no alarm. Above 64 features it works in 64 random directions.
+    learns from chance is not an alarm. Above 64 features it works in 64 random directions.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

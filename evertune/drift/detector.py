@@ -74,7 +74,7 @@ class Detector(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on in mid-stream: tensors, numbers and strings only."""
+        """All that is needed to resume mid-stream: tensors, numbers and strings only."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

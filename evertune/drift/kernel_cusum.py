@@ -58,7 +58,7 @@ class KernelCUSUM(SumDetector):
         reference_size: records in the reference.
         window_sizes: lengths of the windows in records, multiples of ``stride`` and at least twice ``block_size``.
             Default: 2, 4, 8, ... strides (or blocks, where those are larger), up to a quarter of the reference (a
-            longer window is no better known than the reference).
+            longer window is not known better than the reference).
         stride: records from one test to the next.
         block_size: records resampled together: several times the stretch over which they are correlated. Must divide
             ``stride`` or be a multiple of it, and divide ``reference_size``.

@@ -42,7 +42,7 @@ class LabelShift(WindowDetector):
 
     Raises:
         ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named); from :meth:`update`, for what is no class number.
+            is named); from :meth:`update`, for what is not a class number.
     """
 
     _kept: tuple[str, ...] = (*WindowDetector._kept, "_known")

@@ -147,12 +147,12 @@ def threshold_of_detector(
 
     References and streams are resampled from the reference, and each stream is standardised by its own resampled
     reference, as the real one will be. With correlated records the statistics grow with the variance of sums, which a
-    reference tells only roughly: they are divided by it (:func:`inflation`) for each resampled reference, so that the
+    reference shows only roughly: they are divided by it (:func:`inflation`) for each resampled reference, so that the
     threshold knows how roughly (the studentised bootstrap; Hall 1988).
 
     Args:
         reference: ``[records]``.
-        paths: of so many streams, new ones.
+        paths: The number of new streams.
         transform: from standardised records to what the detector is given.
         arl: the mean number of records up to a false alarm.
         block_size: records that are resampled together.
@@ -192,7 +192,7 @@ def standard(records: Tensor) -> tuple[Tensor, Tensor]:
 def inflation(records: Tensor, block_size: int) -> Tensor:
     """How many times the variance of sums is what it were, would the records (last dimension) not be correlated.
 
-    From the means of all blocks, also those that go on at the beginning (1 for blocks of one record).
+    From the means of all blocks, also those that wrap around to the beginning (1 for blocks of one record).
 
     Example:
         >>> inflation(torch.arange(8.0).repeat_interleave(4), block_size=4)

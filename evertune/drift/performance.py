@@ -26,7 +26,7 @@ class PerformanceEstimator:
     differences of mean confidence, and Garg et al. 2022, who count confidences above a learned threshold). The map from
     confidence to accuracy is learned from the records whose labels have come: it never decreases (isotonic regression
     by pooling adjacent violators, on 100 bins; Ayer et al. 1955), and old labels are forgotten, so that it is corrected
-    when a confidence comes to mean less than before.
+    when the meaning of a confidence changes.
 
     **What it sees, and what it does not.** A change of the inputs that moves records between confidences is seen at
     once, without labels. That the same confidence is right less often is seen only as labels come. Records that are
@@ -212,7 +212,7 @@ class PerformanceEstimator:
         return accuracies[numbers[nearest]], numbers[nearest]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on: tensors, numbers and strings only."""
+        """All that is needed to resume: tensors, numbers and strings only."""
         return {
             "config": dict(self._config),
             **{name: getattr(self, name) for name in _COUNTERS},

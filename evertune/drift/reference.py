@@ -1,4 +1,4 @@
-"""Detectors that take the first records as their picture of the past, and go on in mid-stream from their state."""
+"""Detectors that take the first records as their picture of the past, and resume mid-stream from their state."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ReferenceDetector(Detector):
         """Take at least one record after the reference; count it in ``n_seen``, and call ``_test``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on in mid-stream: tensors, numbers and strings only."""
+        """All that is needed to resume mid-stream: tensors, numbers and strings only."""
         kept = {name: getattr(self, name) for name in ("_reference", *self._kept)}
         kept = {name.lstrip("_"): value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
         return {"config": dict(self._config), **{name: getattr(self, name) for name in _COUNTERS}, **kept}

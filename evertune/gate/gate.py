@@ -38,7 +38,7 @@ class Check:
         champion: the value of the version in production, None where it has none.
         challenger: the value of the new version, or of the data.
         limit: what the gate allows.
-        p_value: the probability of such a result by chance, None where it is no matter of chance.
+        p_value: the probability of such a result by chance, None where chance plays no part.
         passed: whether it is within the limit.
         words: the facts in a sentence.
         stage: ``"data"``: of the records, before training; ``"model"``: of the new version.
@@ -128,7 +128,7 @@ class Verdict:
         try:
             return cls(values["passed"], [Check(**check) for check in values["checks"]])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is no saved verdict: {type(error).__name__}: {error}") from error
+            raise ValueError(f"not a saved verdict: {type(error).__name__}: {error}") from error
 
 
 class Gate:

@@ -1,4 +1,4 @@
-"""What one call of a layer tells about the gradients of its parameters, example by example."""
+"""What one call of a layer reveals about the gradients of its parameters, example by example."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class SequenceClassificationModule(TransformerModule):
         """Learn new names: the head grows at its end, known names are skipped. Call it on every rank, between fits.
 
         Raises:
-            TypeError: when a name is no string, or ``names`` is one.
+            TypeError: when a name is not a string, or ``names`` is one.
             RuntimeError: during ``fit``, when the optimizer already holds the head.
         """
         new = [name for name in _checked_names(names) if name not in self._classes]
@@ -230,7 +230,7 @@ class SequenceClassificationModule(TransformerModule):
         """Label names as a target tensor: class numbers [batch], or with ``multi_label`` 0 and 1 [batch, classes].
 
         Raises:
-            ValueError: for a name that is no class, or for lists of names without ``multi_label`` and the reverse.
+            ValueError: for a name that is not a class, or for lists of names without ``multi_label`` and the reverse.
         """
         if self.multi_label:
             target = torch.zeros(len(labels), len(self._classes))

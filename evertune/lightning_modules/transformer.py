@@ -138,7 +138,7 @@ class TransformerModule(LightningModule):
         return self._tokenizer
 
     def _zero_3(self) -> Any:
-        """What tells transformers, while it loads, that DeepSpeed partitions each weight as it is made."""
+        """Lets transformers know, while it loads, that DeepSpeed partitions each weight as it is made."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         if not (isinstance(strategy, either("DeepSpeedStrategy")) and strategy.zero_stage_3):
             return nullcontext()

@@ -16,7 +16,7 @@ _STOPPED = "stopped.json"
 
 
 class Backlog:
-    """The part of the journal that production has not learned, told from the registry alone.
+    """The part of the journal that production has not learned, worked out from the registry alone.
 
     Args:
         registry: whose production is meant.

@@ -54,10 +54,10 @@ class Intake:
     Each record is masked first, then checked, then joined with its label where labels come apart; then it is in the
     journal, or in quarantine with the reason, or it waits for its other half, in exactly one of them. Nothing that is
     not masked reaches the disk. Of several records with one id in a chunk the newest counts; across chunks it is
-    :func:`~evertune.live.journal.latest` that tells.
+    :func:`~evertune.live.journal.latest` that decides.
 
     A chunk becomes a segment of the journal, whole or not at all, with the offset at which the next one starts. So an
-    intake can be killed at any moment: the next one reads the same records again, and comes to the same end.
+    intake can be killed at any moment: the next one reads the same records again, with the same result.
 
     Args:
         source: where records come from.

@@ -62,7 +62,7 @@ class Journal:
     """The records that have been taken from a source, in the folders ``pending`` and ``quarantine`` of a store.
 
     A segment is there when its ``pending/<number>.json`` is, which is written last: whatever a killed process left
-    before is no part of the journal, and the next :meth:`append` writes over it. So reading again from the offset of
+    before is not part of the journal, and the next :meth:`append` writes over it. So reading again from the offset of
     the :attr:`last` segment loses nothing and doubles nothing. Every file is checked against its SHA-256 when read.
 
     One process at a time may write, as the registry's lease sees to; any number may read.
@@ -220,7 +220,7 @@ class Journal:
         return rows
 
     def discard(self, upto: int) -> None:
-        """Delete the segments up to number ``upto``, but never the last: it says where to go on reading.
+        """Delete the segments up to number ``upto``, but never the last: it says where to continue reading.
 
         What they put into quarantine stays.
         """

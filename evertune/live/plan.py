@@ -44,7 +44,7 @@ class Plan:
         return f"update-{self.version}"
 
     def save(self, folder: Path) -> None:
-        """Write the plan to a folder: from then on the update goes on until it is published or refused."""
+        """Write the plan to a folder: from then on the update is resumed until it is published or refused."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _FILE, json.dumps(asdict(self), indent=2).encode())
 

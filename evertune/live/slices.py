@@ -64,7 +64,7 @@ def thin(slices: dict[str, list[Row]], budget: int) -> dict[str, list[Row]]:
 
 
 def save_slice(store: Store, name: str, rows: Sequence[Row]) -> SliceEntry:
-    """Write a slice under a name that tells its content; returns its entry for a manifest."""
+    """Write a slice under a name derived from its content; returns its entry for a manifest."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     digest = hashlib.sha256(content).hexdigest()
     file = f"{FOLDER}/{name}-{digest[:16]}.jsonl"

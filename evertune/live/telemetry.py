@@ -103,7 +103,7 @@ class Telemetry:
         self._updating.set(under_way)
 
     def updated(self, outcome: str, seconds: float) -> None:
-        """Count an update; ``"error"`` counts toward ``max_errors``, ``"interrupted"`` is no outcome of its own."""
+        """Count an update; ``"error"`` counts toward ``max_errors``, ``"interrupted"`` is not an outcome."""
         self._updates.labels(outcome).inc()
         self._seconds.observe(seconds)
         if outcome != "interrupted":
@@ -169,7 +169,7 @@ class Telemetry:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """A client that hangs up is not reported."""
         logger.debug("a request for metrics failed", exc_info=True)
 
 

@@ -96,7 +96,7 @@ def train(
     learner.fit_experience(module, experience, datamodule, ckpt_path=latest(checkpoints))
     fit_seconds = time.perf_counter() - fit_start
     if learner.interrupted:
-        raise RuntimeError(f"update {plan.version} was interrupted; run it again to go on from its last checkpoint")
+        raise RuntimeError(f"update {plan.version} was interrupted; run it again to resume from its last checkpoint")
     version = staging / VERSION
     if is_writer():
         shutil.rmtree(version, ignore_errors=True)

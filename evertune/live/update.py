@@ -56,7 +56,7 @@ _NEEDED = {
 }
 """What a module must have to be updated, and how a message says it is missing."""
 _ENOUGH = 500
-"""Records that wrong labels are looked for in: those held out, and so many of those trained on as are missing."""
+"""Records that wrong labels are looked for in: those held out, filled up with those trained on."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Updater:
         trigger: when to update; by default when 200 new records are there.
         gate: what a new version must hold against the one in production.
         settings: see :class:`UpdateSettings`.
-        mirror: a second registry that is told of each version; its failures are logged, and change nothing.
+        mirror: a second registry that receives each version; its failures are logged, and change nothing.
         work_dir: where the update under way is kept, on a disk of this machine (or, for several nodes, one that all
             see). By default inside a local registry; a registry elsewhere needs it.
         config: the whole configuration, recorded with each version.
@@ -451,7 +451,7 @@ class Updater:
             try:
                 self.source.commit(plan.offset)
             except SourceError as error:
-                logger.warning("the source was not told of version %d: %s", version.number, error)
+                logger.warning("the source was not notified of version %d: %s", version.number, error)
         if self.mirror is not None:
             try:
                 self.mirror.mirror(version, production=verdict.passed)

@@ -61,7 +61,7 @@ class WatchSettings:
 
     Args:
         poll: seconds between two looks at the source.
-        grace: seconds that an update has to end after SIGTERM, before it is killed. It goes on at the next start.
+        grace: seconds that an update has to end after SIGTERM, before it is killed. It resumes at the next start.
         port: of ``/metrics`` and ``/healthz``; None for neither, 0 for a free one, which is logged.
         host: the address they listen on. Default: this machine only; ``0.0.0.0`` in a container.
         max_backoff: seconds between two tries, at most, of what fails again and again; the first comes after ``poll``,
@@ -100,7 +100,7 @@ class Watch:
 
     Taking records in and asking the trigger is done here, under the registry's lease, which is held to the end;
     training is done in a child, so that its memory is given back, and whatever kills it does not kill the service. An
-    update that died goes on where it stood when it is run again.
+    update that died resumes where it stood when it is run again.
 
     The source may go, the disk fill up, an update fail: each is reported once and retried with exponential backoff,
     and its recovery is reported.
@@ -134,7 +134,7 @@ class Watch:
         self._stops = 0  # signals to end that have come
         self._in_step = False  # whether one may break off what the main thread does
         self._version: int | None = None
-        self._drift_told: int | None = None  # the version in production when it was last told
+        self._drift_told: int | None = None  # the version in production when it was last reported
         self._read = self._bad = 0  # since the last update
         self._told_bad = False
 
@@ -239,7 +239,7 @@ class Watch:
             return
         if outcome == "interrupted":
             goes_on = "at the next start" if self._stops else "now"
-            self._say("updated", f"the update was interrupted; it goes on {goes_on}", **facts)
+            self._say("updated", f"the update was interrupted; it resumes {goes_on}", **facts)
             return
         self._worked(self._update)
         if outcome == "stopped":
@@ -417,7 +417,7 @@ class _Ended(BaseException):
 
 
 class _Trouble:
-    """The failures in a row of one thing, whether somebody was told, and when to try it again."""
+    """The failures in a row of one thing, whether it was reported, and when to retry."""
 
     def __init__(self, what: str, settings: WatchSettings) -> None:
         self.what = what

@@ -42,7 +42,7 @@ class Lease:
     Each holder creates the next of the files ``lease/1.json``, ``lease/2.json``, ..., which only one process can do;
     the highest number holds the lease. A thread of the holder counts a heartbeat up in its file. The next holder may
     come when the file says that it was released; at once when the holder was a process of this machine that is dead
-    (told by its number and start time, from ``/proc``); else when the count has stood still for ``ttl`` seconds by the
+    (known by its number and start time, from ``/proc``); else when the count has stood still for ``ttl`` seconds by the
     monotonic clock of whoever waits. Times of day are never compared.
 
     A holder that was stopped and wakes up too late finds a higher number in :meth:`check`, which a
@@ -113,7 +113,7 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this process has taken the lease and not released it; :meth:`check` tells whether it was lost."""
+        """Whether this process has taken the lease and not released it; :meth:`check` says whether it was lost."""
         return self.number > 0
 
     def check(self) -> None:

@@ -383,7 +383,7 @@ class Registry:
     def inspect(self, which: int | str | None = None) -> list[Finding]:
         """Compare everything with what it should be.
 
-        Of a version: files that are missing, damaged, cut short or in none of the manifest's business; a manifest of
+        Of a version: files that are missing, damaged, cut short or not listed in the manifest; a manifest of
         another format; held-out slices that are missing or damaged, without which the version answers, but no update
         can start from it. Of the registry: the aliases.
 

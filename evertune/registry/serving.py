@@ -156,7 +156,7 @@ class Served:
         """Look at the alias now and load its version if it is another one; whether it was.
 
         Raises:
-            RegistryError: when it is damaged, or there is none; the old one goes on answering.
+            RegistryError: when it is damaged, or there is none; the old one keeps answering.
         """
         return self._take(self._wanted())
 
@@ -171,7 +171,7 @@ class Served:
         thread.start()
 
     def close(self) -> None:
-        """Stop following; the version at hand goes on answering."""
+        """Stop following; the current version keeps answering."""
         if self._end is not None:
             self._end()
 
@@ -296,7 +296,7 @@ def _own_class(version: Version) -> Any:
     name = version.manifest.module
     if name not in modules:
         raise RegistryError(
-            f"version {version.number} holds a {name}, which is none of evertune's own modules {sorted(modules)}: "
+            f"version {version.number} holds a {name}, which is not a built-in module {sorted(modules)}: "
             "pass its class as module_class="
         )
     return modules[name]

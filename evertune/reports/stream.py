@@ -93,7 +93,7 @@ class RunView:
 
     @property
     def level(self) -> float:
-        """The average accuracy in percent, 0 if it cannot be told."""
+        """The average accuracy in percent, 0 if it is unknown."""
         average = self.history.average_accuracy
         return 0.0 if math.isnan(average) else round(100 * average, 1)
 

@@ -141,5 +141,5 @@ def _check_shapes(folder: Path, shards: ParameterShards) -> None:
         here, there = (list(shapes[name]) if name in shapes else "not there" for shapes in (shards.shapes, saved))
         raise ValueError(
             f"the weights in {folder} are not those of this module: {name} is {there} in the checkpoint and {here} in "
-            "the module; go on with the module, and the weights that are trained, as they were"
+            "the module; resume with the same module and trainable parameters"
         )

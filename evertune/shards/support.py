@@ -1,4 +1,4 @@
-"""Which strategies evertune's callbacks work with, told before anything starts."""
+"""Which strategies evertune's callbacks work with, checked before anything starts."""
 
 from __future__ import annotations
 

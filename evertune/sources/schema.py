@@ -161,7 +161,7 @@ class RecordSchema:
         for name, role in named.items():
             if name not in self.arrives_as:
                 raise ValueError(
-                    f"{role}={name!r} is no field of the records: they have {', '.join(self.arrives_as)}; "
+                    f"{role}={name!r} is not a field of the records: they have {', '.join(self.arrives_as)}; "
                     f"declare it, or name another field"
                 )
         self.known_keys = frozenset(key for keys in self.arrives_as.values() for key in keys)

@@ -20,7 +20,7 @@ class ExperienceDataModule(LightningDataModule):
 
     Training batches are shuffled by ``(seed, epoch)``, put together from texts of similar length, and dealt to the
     ranks so that an optimizer step sees the same examples on any number of them (see :class:`BucketSampler`); a run
-    that is resumed in the middle of an epoch goes on with the next batch. Validation and test batches are in order.
+    that is resumed in the middle of an epoch continues with the next batch. Validation and test batches are in order.
 
     Args:
         experience: its examples are dicts with the columns below; without a tokenizer they may be anything.

@@ -6,7 +6,7 @@ from evertune._lightning import give_loader_states, has_loader_states, pl, reset
 
 
 def resume_loaders(trainer: pl.Trainer) -> None:
-    """Let the training loaders go on from where the checkpoint left them; call it in ``on_train_start``.
+    """Let the training loaders resume where the checkpoint left them; call it in ``on_train_start``.
 
     Lightning does so where it sets them up when training starts. Where it has set them up before, because a schedule
     asked how long ``fit`` will be, it had not read that part of the checkpoint yet.

@@ -59,7 +59,7 @@ def started_together() -> bool:
 
 
 def tell_all(message: bytes | None) -> bytes:
-    """Rank 0 tells the others something before training, by a process group that is gone afterwards.
+    """Rank 0 sends the others something before training, by a process group that is gone afterwards.
 
     Args:
         message: on rank 0; None on the others, which wait for it.

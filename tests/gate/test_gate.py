@@ -366,7 +366,7 @@ def test_a_verdict_is_the_same_bytes_each_time_and_survives_json() -> None:
         assert Verdict.from_dict(json.loads(text)) == one
     stored = {name: Predictions.from_dict(json.loads(json.dumps(said.to_dict()))) for name, said in old.items()}
     assert json.dumps(Gate(test="bootstrap").judge(stored, new, "new", trained="trained").to_dict()) == text
-    with pytest.raises(ValueError, match="no saved verdict"):
+    with pytest.raises(ValueError, match="not a saved verdict"):
         Verdict.from_dict({"passed": True, "checks": [{"nme": "x"}]})
 
 

@@ -302,10 +302,13 @@ def test_halves():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"text": "body", "fields": {"text": "str", "label": "str"}}, "text='body' is no field of the records"),
-        ({"label": "topic", "model": Loose}, "label='topic' is no field of the records: they have text, label, more"),
-        ({"id": "id", "model": Loose}, "id='id' is no field"),
-        ({"time": "at", "fields": {"text": "str", "label": "str"}}, "time='at' is no field"),
+        ({"text": "body", "fields": {"text": "str", "label": "str"}}, "text='body' is not a field of the records"),
+        (
+            {"label": "topic", "model": Loose},
+            "label='topic' is not a field of the records: they have text, label, more",
+        ),
+        ({"id": "id", "model": Loose}, "id='id' is not a field"),
+        ({"time": "at", "fields": {"text": "str", "label": "str"}}, "time='at' is not a field"),
         ({"model": Loose, "fields": {"text": "str"}}, "not both"),
         ({"model": "tests.sources.test_schema.Nothing"}, "cannot import the model 'tests.sources.test_schema.Nothing'"),
         ({"model": "no.such.module"}, "cannot import"),

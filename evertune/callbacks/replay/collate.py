@@ -17,7 +17,7 @@ _NEVER = 1 << 62
 
 
 class Schedule:
-    """What the training process tells its loader processes, in shared memory.
+    """What the training process shares with its loader processes, in shared memory.
 
     Batches are numbered over the whole fit. An iterator over the loader starts at a number, and so does an update. An
     update is announced before any loader process can reach its first batch, so that all of them switch at the same one.

@@ -50,8 +50,8 @@ def compare(
 
     A reference of more than ``reference_size`` records is sampled: at ``block_size=1``, where records are taken to be
     independent, at random, and its order does not matter; with larger blocks, where order does, its last records are
-    taken. Current records always stay in order. After an alarm the scan goes on with the same reference to the end; the
-    decision is the first alarm. What has changed is told from the window of the first alarm on, or from all current
+    taken. Current records always stay in order. After an alarm the scan continues with the same reference; the
+    decision is the first alarm. What has changed is judged from the window of the first alarm on, or from all current
     records where there was none.
 
     Args:
@@ -70,7 +70,7 @@ def compare(
         block_size: the stretch over which records are alike because they came together.
         ignore: fields that the explanation leaves out.
         seed: of samples, detectors and topics.
-        progress: told ``("reference", n)`` and ``("current", n)`` as records are read.
+        progress: Called with ``("reference", n)`` and ``("current", n)`` as records are read.
 
     Raises:
         ValueError: when there are no usable records, too few for the detector or for one test, or a setting cannot be.
@@ -118,7 +118,7 @@ def compare(
         for one in watches:
             one.look([record.record for record in seen], torch.stack([record.features for record in seen]))
         recent.extend(seen)
-        if quiet and any(one.alarms for one in watches):  # what changed is told from here on
+        if quiet and any(one.alarms for one in watches):  # what changed is judged from here on
             after, seen = _Sample(_MAX_AFTER, seed), list(recent)
         for record in seen:
             after.add(record)

@@ -52,7 +52,7 @@ class Scan:
         n_reference: records that it was armed with.
         n_records: records that it watched.
         n_tests: tests that it made.
-        alarms: all of them; after the first, it goes on with the same reference.
+        alarms: all of them; after the first, the scan continues with the same reference.
         points: ``{"record": int, "score": float, "threshold": float, "alarm": bool}`` as it went along.
     """
 

@@ -26,7 +26,7 @@ def read_records(path: str | Path) -> Iterator[Incoming]:
     """The records of a file, or of all files of a folder in the order of their names.
 
     Args:
-        path: JSON Lines, CSV (both also gzipped) or Parquet, told by the name; a folder of them; a URL that fsspec
+        path: JSON Lines, CSV (both also gzipped) or Parquet, known by the name; a folder of them; a URL that fsspec
             knows; or ``package:NAME/PATH``.
 
     Yields:

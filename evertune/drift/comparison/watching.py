@@ -32,7 +32,7 @@ OF_NUMBERS = ("page-hinkley", "adwin", "hddm")
 """Detectors that watch one number of each record."""
 
 _STEP = 16  # records between two looks at a detector without windows
-_LOOK_BACK = 64  # records up to an alarm that belong to the change, where no single window tells
+_LOOK_BACK = 64  # records up to an alarm that belong to the change, where no single window shows it
 
 
 def make_detector(name: str, **settings: Any) -> Detector:
@@ -63,7 +63,7 @@ def make_detector(name: str, **settings: Any) -> Detector:
 
 
 class Watch:
-    """A detector that was armed, is shown records step by step, and goes on after an alarm.
+    """A detector that was armed, is shown records step by step, and continues after an alarm.
 
     Attributes:
         step: records to show at once, so that there is one test at most.

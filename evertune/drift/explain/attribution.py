@@ -28,7 +28,7 @@ class Attribution:
         tokens: words and pairs of words that have become more or less frequent, the surest first; only those beyond
             chance.
         topics: groups of records that are alike with their shares, the largest change first; all of them.
-        fields: all fields compared, the surest change first: ``p_corrected`` tells which are beyond chance.
+        fields: all fields compared, the surest change first: ``p_corrected`` shows which are beyond chance.
         examples_before: positions (in the records given) of the records that are most typical of what has gone.
         examples_after: the same of what has come.
     """

@@ -52,7 +52,7 @@ def changed_tokens(
 
     By the log-odds ratio with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008), whose z-scores favour
     neither rare words nor frequent ones. The prior is the distribution over both sides together, with the weight of a
-    tenth of the smaller side. A token counts once in each record: one long record that repeats a word is no change.
+    tenth of the smaller side. A token counts once in each record: one long record that repeats a word is not a change.
 
     Args:
         before: texts before the change.

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Arguments as :meth:`evertune.launch.settings.LaunchSettings.node_command` writes them.
 
     Returns:
-        The command's exit code, on the node of rank 0; 0 on others. 75 when the run was asked to stop and goes on when
+        The command's exit code, on the node of rank 0; 0 on others. 75 when the run was asked to stop and resumes when
         it is started again; 130 after Ctrl-C; otherwise 1.
     """
     options = _parser().parse_args(arguments)

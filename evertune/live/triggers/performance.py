@@ -28,7 +28,7 @@ class PerformanceDrop(Trigger):
     wait for their labels is estimated from production's confidence
     (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. What a confidence
     stands for is learned from the held-out records and the newest whole windows with labels: doubt is seen at once, and
-    confident mistakes as far as labels have told of them.
+    confident mistakes as far as labels have revealed them.
 
     A look costs one pass over the windows that no look has seen yet. After a restart the newest one, and so many before
     it as the threshold looks back on, are predicted again, and the same decision comes out.

@@ -50,7 +50,7 @@ class CoolDown(Trigger):
 
 
 class WarmUp(Trigger):
-    """The reasons of another trigger, but none before the version in production has met the world for a while.
+    """The reasons of another trigger, but none before the version in production has been live for a while.
 
     Counted from when that version was made. Before the first version only records count. The other trigger looks all
     the same, so that what it measures is shown.
