@@ -164,7 +164,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     else:
         read: list[Namespace | Path] = []
         monkeypatch.setattr(cli, "run_registry", read.append)
-        monkeypatch.setattr(cli, "make_report", lambda history, out, plots: read.append(history))
+        monkeypatch.setattr("evertune.reports.write.make_report", lambda history, out, plots: read.append(history))
         try:
             cli.main(words)
         except SystemExit as stop:

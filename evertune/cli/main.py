@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = parser.parse_args(arguments)
     if known.command == "registry":
         sys.exit(run_registry(known))
-    sys.exit(_report(known))
+    if wrong := _report(known):
+        sys.exit(wrong)
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:

@@ -487,8 +487,7 @@ def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
     """The methods among the callbacks; a note on each callback that is not counted."""
-    from evertune.callbacks import __all__ as callbacks_of_evertune
-
+    callbacks_of_evertune = import_module("evertune.callbacks").__all__  # they may go by their short names
     methods = []
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:

@@ -110,9 +110,12 @@ def pad(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
 
 
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # of these ranks; Lightning removes it after a fit
+
+
 def learn(kind: str, strategy: str = "auto") -> dict[str, list[float]]:
     """Two experiences with all three callbacks; what they know afterwards, and the weights."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = WORLD_SIZE if strategy != "auto" else 1
     module = OWN[kind]()
     evaluation = ContinualEvaluation()
     ewc = EWC(ewc_lambda=5.0, n_examples=6, batch_size=2)

@@ -57,15 +57,15 @@ class Run:
             "processes": 2 // nodes,
             "nodes": nodes,
             "master": f"127.0.0.1:{port}",
-            "run-id": "test",
-            "log-dir": folder / "logs",
-            "max-restarts": 1,
+            "run_id": "test",
+            "log_dir": folder / "logs",
+            "max_restarts": 1,
             "grace": 60,
-            "hang-timeout": 6,
-            "silence-timeout": 200,
+            "hang_timeout": 6,
+            "silence_timeout": 200,
             "module": "tests.helpers.node_worker",
         }
-        settings |= {name.replace("_", "-"): value for name, value in options.items()}
+        settings |= options
         self.options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         self.started: list[Node] = []
 
