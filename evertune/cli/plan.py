@@ -64,6 +64,11 @@ _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "No
 _MOST_GPUS = 4096
 
 
+def _callbacks() -> Any:
+    """The face that hands on evertune's own callbacks: users may name one by its name there."""
+    return import_module("evertune.callbacks")
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of continual learning: its class, and the arguments that it is given or has by default."""
@@ -78,8 +83,9 @@ class Method:
         Raises:
             ValueError: when there is none of that name.
         """
-        from evertune import callbacks
+        from evertune.callbacks.base import ContinualCallback
 
+        callbacks = _callbacks()
         module, _, attribute = name.rpartition(".")
         own = {one.lower(): one for one in callbacks.__all__}
         try:
@@ -88,7 +94,7 @@ class Method:
             raise ValueError(
                 f"unknown method {name!r} ({error}); give one of {', '.join(sorted(own))} or the path of a class"
             ) from None
-        if not (isinstance(found, type) and issubclass(found, callbacks.ContinualCallback)):
+        if not (isinstance(found, type) and issubclass(found, ContinualCallback)):
             raise ValueError(f"{name!r} is not a method: it does not derive from ContinualCallback")
         parameters = inspect.signature(found).parameters.items()
         defaults = {key: one.default for key, one in parameters if one.default is not inspect.Parameter.empty}
@@ -487,7 +493,7 @@ def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
     """The methods among the callbacks; a note on each callback that is not counted."""
-    callbacks_of_evertune = import_module("evertune.callbacks").__all__  # they may go by their short names
+    callbacks_of_evertune = _callbacks().__all__
     methods = []
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
