@@ -156,6 +156,7 @@ def learn_all(strategy: str) -> dict[str, dict[str, list[float]]]:
     return {kind: learn(kind, strategy) for kind in OWN}
 
 
+@pytest.mark.slow
 def test_own_modules_of_many_positions_learn_the_same_on_one_process_and_with_sharded_weights() -> None:
     """Under both Lightnings: EVERTUNE_LIGHTNING, or the package that is installed, decides which."""
     alone = learn_all("auto")
