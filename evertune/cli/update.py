@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evertune.gate.gate import Gate
 from evertune.live.triggers import Trigger
-from evertune.live.update import Updater, UpdateSettings
+from evertune.live.update import DATA_OF_UPDATES, Updater, UpdateSettings
 from evertune.registry.mlflow import MLflowMirror
 from evertune.sources.base import Source
 from evertune.sources.labels import LabelJoin
@@ -78,8 +78,7 @@ def _parser(program: str) -> LightningArgumentParser:
     parser.add_argument("--mirror", type=MLflowMirror | None, default=None, help="another registry to keep informed")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(ContinualTrainer, "trainer")
-    given = {"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed"}
-    parser.add_class_arguments(ExperienceDataModule, "data", skip=given, instantiate=False)
+    parser.add_class_arguments(ExperienceDataModule, "data", skip=set(DATA_OF_UPDATES), instantiate=False)
     parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
     parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")

@@ -43,6 +43,9 @@ Status = Literal["promoted", "nothing", "refused", "stopped", "trained"]
 EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "stopped": 5, "trained": 0}
 """What ``evertune update`` exits with; "trained" is all that a rank without the registry does."""
 
+DATA_OF_UPDATES = frozenset({"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed", "task"})
+"""What an update gives :class:`~evertune.streams.ExperienceDataModule` itself; the rest are a user's settings."""
+
 _EVALUATION = "evaluation.json"
 _VERDICT = "verdict.json"
 _SHOWN = "trained on"
@@ -154,7 +157,8 @@ class Updater:
 
     Raises:
         TypeError: when the model lacks a part that updates need; all that are missing are named.
-        ValueError: when the registry is not on this machine and there is no ``work_dir``.
+        ValueError: when the registry is not on this machine and there is no ``work_dir``, or ``data`` sets what the
+            update sets itself.
 
     Example::
 
@@ -189,6 +193,11 @@ class Updater:
         self.task = _task_for_updates(model)
         self.schema = (schema or RecordSchema()).for_labels(self.task.check_label, self.task.label_names)
         self.data = dict(data or {})
+        if given := sorted(self.data.keys() & DATA_OF_UPDATES):
+            raise ValueError(
+                f"data must not set {', '.join(given)}: an update takes them from its schema, its settings and the "
+                "module"
+            )
         self.trigger = trigger or Volume()
         self.gate = gate or Gate()
         self.settings = settings or UpdateSettings()

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_ENTRY = """
-import importlib, json, os, sys
-import torch
-from evertune.utils.ranks import leave
-torch.set_num_threads(1)
-module, function, arguments, result = sys.argv[1:]
-value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-with open(result, "w") as file:
-    json.dump(value, file)
-leave()
-"""
-_ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.processes import FORKS
 
 
 def run_ranks(target: str, world_size: int, timeout: float = 300, **arguments: Any) -> list[Any]:
@@ -32,11 +21,11 @@ def run_ranks(target: str, world_size: int, timeout: float = 300, **arguments: A
     ``Trainer(devices=world_size, accelerator="cpu", strategy="ddp")`` joins them over gloo. Returns what the
     function returned (as JSON) on each rank; a rank that fails raises with its output.
     """
-    module, function = target.split(":")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         ranks = []
         for rank in range(world_size):
             environment = os.environ | {
@@ -49,24 +38,40 @@ def run_ranks(target: str, world_size: int, timeout: float = 300, **arguments: A
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
             }
-            log = (Path(folder) / f"log{rank}").open("w+")
-            command = [sys.executable, "-c", _ENTRY, module, function, json.dumps(arguments), f"{folder}/result{rank}"]
-            process = subprocess.Popen(command, env=environment, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT)
+            log, result = folder / f"log{rank}", folder / f"result{rank}"
+            process = FORKS.Process(target=_rank, args=(target, json.dumps(arguments), environment, log, result))
+            process.start()
             ranks.append((process, log))
         failures = []
         for rank, (process, log) in enumerate(ranks):
-            try:
-                code = process.wait(timeout if not failures else 20)
-            except subprocess.TimeoutExpired:
+            process.join(timeout if not failures else 20)
+            code: int | str | None = process.exitcode
+            if code is None:
                 process.kill()
-                process.wait()
+                process.join()
                 code = "timeout"
             if code != 0:
-                log.seek(0)
-                failures.append(f"rank {rank} ended with {code}:\n{log.read()[-6000:]}")
-            log.close()
+                failures.append(f"rank {rank} ended with {code}:\n{log.read_text()[-6000:]}")
         if failures:
             raise RuntimeError("\n".join(failures))
-        return [json.loads((Path(folder) / f"result{rank}").read_text()) for rank in range(world_size)]
+        return [json.loads((folder / f"result{rank}").read_text()) for rank in range(world_size)]
+
+
+def _rank(target: str, arguments: str, environment: dict[str, str], log: Path, result: Path) -> None:
+    """What runs in a rank."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    from evertune.utils.ranks import leave
+
+    torch.set_num_threads(1)
+    module, function = target.split(":")
+    value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    result.write_text(json.dumps(value))
+    leave()

@@ -188,6 +188,17 @@ def refused(package: str) -> str:
     return "\n".join(messages)
 
 
+def two_ranks(folder: str, out: str) -> None:
+    """Two ranks that learn with the package of this process; their weights are written to ``out``."""
+    from tests.helpers.distributed import run_ranks
+
+    runs = [{"method": "replay+ewc", "optimizer": "sgd", "accumulation": 1}]
+    for strategy in ("ddp", "evertune_deepspeed_stage_3"):
+        (Path(out) / strategy).mkdir(parents=True)
+        settings = {"folder": folder, "out": f"{out}/{strategy}", "strategy": strategy, "runs": runs}
+        run_ranks("tests.helpers.shard_worker:learn_two", 2, **settings)
+
+
 if __name__ == "__main__":
     function, *arguments = sys.argv[1:]
     print(json.dumps(globals()[function](*arguments)))

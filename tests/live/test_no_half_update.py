@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import random
 import shutil
@@ -19,9 +18,7 @@ from evertune.live.journal import Journal
 from evertune.registry.registry import Registry
 from tests.helpers import live_worker
 from tests.helpers.live_worker import feed, prepare
-
-SPAWN = mp.get_context("forkserver")
-SPAWN.set_forkserver_preload(["tests.helpers.live_worker", "evertune.live.training", "evertune.live.evaluation"])
+from tests.helpers.processes import FORKS
 
 LANDMARKS = [
     "quarantine/000002.jsonl",
@@ -93,7 +90,7 @@ def first_version(folder: Path) -> list[str]:
 
 def update(folder: Path) -> Path:
     """One update, in a process of its own."""
-    process = SPAWN.Process(target=run, args=(str(folder),))
+    process = FORKS.Process(target=run, args=(str(folder),))
     process.start()
     process.join(120)
     assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
@@ -102,7 +99,7 @@ def update(folder: Path) -> Path:
 
 def kill(folder: Path, moment: float | str) -> None:
     """Start an update and kill it after so many seconds, or as soon as a file of its registry appears."""
-    process = SPAWN.Process(target=run, args=(str(folder),))
+    process = FORKS.Process(target=run, args=(str(folder),))
     process.start()
     end = time.monotonic() + (moment if isinstance(moment, float) else 120)
     while time.monotonic() < end and process.is_alive():

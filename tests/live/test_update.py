@@ -316,6 +316,8 @@ def test_settings_are_checked(folder: Path) -> None:
         UpdateSettings(max_records=0)
     with pytest.raises(ValueError, match="needs the field that holds them"):
         updater(folder, schema=RecordSchema(label=None))
+    with pytest.raises(ValueError, match="data must not set seed, task: an update takes them"):
+        updater(folder, data={"batch_size": 8, "task": None, "seed": 1})
     with pytest.raises(ValueError, match="is not on this machine: pass work_dir"):
         updater(folder, registry="memory://far/away")
 
