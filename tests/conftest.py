@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
+collect_ignore = ["helpers/preloaded.py"]  # for the fork server: importing it costs what the tests are to be spared
+
 # With both Lightnings installed the tests, and the processes that they start, use one; `make test-lightning` the other.
 if find_spec("pytorch_lightning"):
     os.environ.setdefault("EVERTUNE_LIGHTNING", "pytorch_lightning")

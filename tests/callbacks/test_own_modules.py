@@ -54,7 +54,10 @@ class Tagger(Own):
         from transformers import BertConfig, BertForTokenClassification
 
         size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-        return BertForTokenClassification(BertConfig(num_labels=TAGS, max_position_embeddings=12, **SIZE, **size))
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertForTokenClassification(
+            BertConfig(num_labels=TAGS, max_position_embeddings=12, **SIZE, **size, **still)
+        )
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
@@ -84,7 +87,8 @@ class Writer(Own):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         size = {"n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-        return GPT2LMHeadModel(GPT2Config(**SIZE, **size))
+        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**SIZE, **size, **still))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         return self.model(input_ids=input_ids, attention_mask=attention_mask)
@@ -156,7 +160,6 @@ def learn_all(strategy: str) -> dict[str, dict[str, list[float]]]:
     return {kind: learn(kind, strategy) for kind in OWN}
 
 
-@pytest.mark.slow
 def test_own_modules_of_many_positions_learn_the_same_on_one_process_and_with_sharded_weights() -> None:
     """Under both Lightnings: EVERTUNE_LIGHTNING, or the package that is installed, decides which."""
     alone = learn_all("auto")
