@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
+from evertune.tasks.base import task_of
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
 from evertune.utils.ranks import is_leader, is_writer
@@ -45,6 +46,7 @@ def fit(arguments: Sequence[str]) -> int:
     if not run_dir.exists() and (out / "history.json").is_file() and _same(out / "config.yaml", settings):
         print(f"this run is complete: see {out / 'report.html'}; to learn it again, delete {out} or pass another --out")
         return 0
+    cli.datamodule.task = cli.datamodule.task or task_of(cli.model)
     try:
         _ = cli.datamodule.stream  # read now: a bad file is reported in one line, before any process is started
         _begin(run_dir, settings)

@@ -190,6 +190,8 @@ class StreamDataModule(LightningDataModule):
         drop_last: leave out the training examples that do not fill a step.
         id_column: a column kept in each example as ``id``.
         seed: of the splits, the order of the classes and the order of the examples.
+        task: what a label may be. By default the module's, where ``evertune fit`` or a ContinualTrainer reads the
+            stream.
 
     Raises:
         ValueError: when a setting does not belong to the scenario.
@@ -233,6 +235,7 @@ class StreamDataModule(LightningDataModule):
         drop_last: bool = False,
         id_column: str | None = None,
         seed: int = 0,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         if scenario not in self._settings:
@@ -253,6 +256,7 @@ class StreamDataModule(LightningDataModule):
             )
         self.source = source
         self.scenario = scenario
+        self.task = task
         self._cut = {
             **given,
             "label": label,
@@ -282,7 +286,7 @@ class StreamDataModule(LightningDataModule):
     def stream(self) -> ExperienceStream:
         """The stream; the source is read when it is first asked for."""
         if self._stream is None:
-            self._stream = getattr(scenarios, self.scenario)(self.source, **self._cut)
+            self._stream = getattr(scenarios, self.scenario)(self.source, task=self.task, **self._cut)
         return self._stream
 
     def datamodule(
@@ -291,6 +295,6 @@ class StreamDataModule(LightningDataModule):
         """The batches of an experience; the same object each time, so that its texts are tokenised once."""
         known, datamodule = self._datamodules.get(id(experience), (None, None))
         if datamodule is None or known is not tokenizer:
-            datamodule = ExperienceDataModule(experience, tokenizer, task=task, **self._batches)  # type: ignore[arg-type]
+            datamodule = ExperienceDataModule(experience, tokenizer, task=task or self.task, **self._batches)  # type: ignore[arg-type]
             self._datamodules[id(experience)] = (tokenizer, datamodule)
         return datamodule

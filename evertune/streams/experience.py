@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+from evertune.tasks.base import Task
 from evertune.utils.examples import Examples, column_of
 
 
@@ -73,6 +74,7 @@ class ExperienceStream(Sequence[Experience]):
         text: the column, or the pair of columns, that holds the text. None: the data are not text.
         known_classes: classes learned before the stream starts.
         bad_rows: what was left out when the source was read (see ``on_bad_row``).
+        task: says which classes a label names; by default a string or a list of strings are their names.
 
     Raises:
         ValueError: when there are no experiences, two have one name, or ``val`` or ``test`` have a label that no
@@ -94,12 +96,14 @@ class ExperienceStream(Sequence[Experience]):
         text: str | tuple[str, str] | None = "text",
         known_classes: Sequence[str] = (),
         bad_rows: Sequence[Any] = (),
+        task: Task | None = None,
     ) -> None:
         self._experiences = list(experiences)
         self.label = label
         self.text = text
         self.known_classes = list(known_classes)
         self.bad_rows = list(bad_rows)
+        self.task = task or Task()
         if not self._experiences:
             raise ValueError("a stream needs at least one experience")
         names = [experience.name for experience in self]
@@ -112,16 +116,19 @@ class ExperienceStream(Sequence[Experience]):
     def _check_labels(self, label: str) -> None:
         seen = set(self.known_classes)
         for experience in self:
-            seen.update(class_names(column_of(experience.train, label)))
+            seen.update(self._names(experience.train, label))
             for split in ("val", "test"):
                 data = experience.splits()[split]
-                unseen = [name for name in class_names(column_of(data or [], label)) if name not in seen]
+                unseen = [name for name in self._names(data or [], label) if name not in seen]
                 if unseen:
                     raise ValueError(
                         f"experience {experience.name!r}: label {unseen[0]!r} is in {split}, but was in no train by "
                         "then, so nothing can have learned it; add training examples of it, or leave its examples out "
                         '(on_unseen_label="drop")'
                     )
+
+    def _names(self, data: Examples, label: str) -> list[str]:
+        return class_names(self.task.label_names(value) for value in column_of(data, label))
 
     @property
     def classes(self) -> list[str]:
@@ -152,7 +159,9 @@ class ExperienceStream(Sequence[Experience]):
             return self._experiences[index]
         before = self._experiences[: index.indices(len(self))[0]]
         known = self.known_classes + [name for experience in before for name in experience.classes]
-        return ExperienceStream(self._experiences[index], label=self.label, text=self.text, known_classes=known)
+        return ExperienceStream(
+            self._experiences[index], label=self.label, text=self.text, known_classes=known, task=self.task
+        )
 
     def __repr__(self) -> str:
         return f"ExperienceStream({[experience.name for experience in self]})"

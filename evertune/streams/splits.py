@@ -16,9 +16,10 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from evertune.sources.values import label_value, text_value
+from evertune.sources.values import text_value
 from evertune.streams.experience import Experience, ExperienceStream, class_names
 from evertune.streams.tables import BadRow, Normaliser, name_value, read_rows
+from evertune.tasks.base import Task
 
 Period = Literal["year", "quarter", "month", "week", "day", "YE", "Y", "QE", "Q", "ME", "M", "W", "D"]
 
@@ -42,6 +43,8 @@ class SourceOptions(TypedDict, total=False):
         on_unseen_label: what to do with a validation or test example whose label no training example had by then:
             "raise" (default) or "drop".
         bad_rows_file: another place for the side file of skipped rows.
+        task: what a label may be, and which classes it names (:class:`~evertune.tasks.Task`). By default a class or
+            several. A label that names no class, as in a regression, is not stratified by and always seen.
     """
 
     label: str | None
@@ -52,6 +55,7 @@ class SourceOptions(TypedDict, total=False):
     on_bad_row: Literal["raise", "skip"]
     on_unseen_label: Literal["raise", "drop"]
     bad_rows_file: str | Path | None
+    task: Task | None
 
 
 def class_incremental(
@@ -217,13 +221,18 @@ class _Data:
         self.seed = options.get("seed", 0)
         self.shares = options.get("splits", (0.6, 0.2, 0.2))
         self.drop_unseen = options.get("on_unseen_label", "raise") == "drop"
+        self.task = options.get("task") or Task()
         self.labels: list[Any] | None = values[self.label] if self.label is not None else None
 
     @classmethod
     def read(
-        cls, source: Any, columns: dict[str, Normaliser], options: SourceOptions, label_of: Normaliser = label_value
+        cls,
+        source: Any,
+        columns: dict[str, Normaliser],
+        options: SourceOptions,
+        label_of: Normaliser | None = None,
     ) -> _Data:
-        """Check the options, read the source, check its rows."""
+        """Check the options, read the source, check its rows; by default a label is what the task says."""
         unknown = set(options) - set(SourceOptions.__annotations__)
         if unknown:
             raise TypeError(f"unknown option {sorted(unknown)[0]!r}; there are {sorted(SourceOptions.__annotations__)}")
@@ -240,7 +249,7 @@ class _Data:
         for column in () if text is None else (text,) if isinstance(text, str) else text:
             columns[column] = text_value
         if label is not None:
-            columns[label] = label_of
+            columns[label] = label_of or (options.get("task") or Task()).check_label
         rows = read_rows(
             source,
             columns,
@@ -254,10 +263,10 @@ class _Data:
         return len(self.dataset)
 
     def strata(self) -> list[Hashable]:
-        """What each row is stratified by: its label, or its set of labels."""
+        """What each row is stratified by: the classes that its label names."""
         if self.labels is None:
-            return [""] * len(self)
-        return [label if isinstance(label, str) else tuple(sorted(label)) for label in self.labels]
+            return [()] * len(self)
+        return [tuple(sorted(self.task.label_names(label))) for label in self.labels]
 
     def stream(self, assigned: Sequence[int], about: Sequence[dict[str, Any]]) -> ExperienceStream:
         """Experience ``i`` gets the rows assigned to it; a row assigned to -1 has a label that no training row has."""
@@ -272,22 +281,25 @@ class _Data:
                     f"label {self.labels[row]!r} is in {part}, but in no train, so nothing can learn it; add training "
                     'examples of it, or leave its examples out (on_unseen_label="drop")'
                 )
-        if self.drop_unseen and self.labels is not None:
-            self._drop_unseen(rows, self.labels)
+        if self.drop_unseen:
+            self._drop_unseen(rows)
         experiences = []
         for parts, facts in zip(rows, about, strict=True):
-            classes = class_names(self.labels[row] for row in parts["train"]) if self.labels is not None else []
+            classes = self._classes(parts["train"])
             data = {part: self.dataset.select(indices) for part, indices in parts.items() if indices or part == "train"}
             experiences.append(Experience(**{"classes": classes, **facts, **data}))
-        return ExperienceStream(experiences, label=self.label, text=self.text, bad_rows=self.bad_rows)
+        return ExperienceStream(experiences, label=self.label, text=self.text, bad_rows=self.bad_rows, task=self.task)
 
-    @staticmethod
-    def _drop_unseen(rows: list[dict[str, list[int]]], labels: Sequence[Any]) -> None:
+    def _classes(self, rows: Iterable[int]) -> list[str]:
+        """The classes that the labels of these rows name, in order of appearance."""
+        return class_names(self.task.label_names(self.labels[row]) for row in rows) if self.labels is not None else []
+
+    def _drop_unseen(self, rows: list[dict[str, list[int]]]) -> None:
         seen: set[str] = set()
         for parts in rows:
-            seen.update(class_names(labels[row] for row in parts["train"]))
+            seen.update(self._classes(parts["train"]))
             for part in ("val", "test"):
-                parts[part] = [row for row in parts[part] if seen.issuperset(class_names([labels[row]]))]
+                parts[part] = [row for row in parts[part] if seen.issuperset(self._classes([row]))]
 
 
 def _shuffled_groups(keys: Sequence[Hashable], seed: int) -> Iterable[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import date, datetime
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -22,6 +23,7 @@ from evertune.streams import (
     time_incremental,
 )
 from evertune.streams.splits import _stratified_split
+from evertune.tasks import Task
 
 
 def rows_of(counts, **columns):
@@ -242,3 +244,25 @@ def test_streams_of_anything():
     stream = ExperienceStream([Experience(f"day {i}", part) for i, part in enumerate(parts)], text=None)
     assert len(stream.joint().train) == 7
     assert stream.joint().val is None
+
+
+class Prices(Task):
+    """A regression: its labels are numbers, which name no class."""
+
+    def check_label(self, value: Any) -> float:
+        return float(value)
+
+
+def test_the_task_says_what_a_label_is_and_which_classes_it_names() -> None:
+    rows = [{"text": f"a house of {i} rooms", "label": i / 2} for i in range(20)]
+    stream = data_incremental(rows, n_experiences=2, task=Prices("gaussian"))
+    assert stream.classes == []
+    assert [type(row["label"]) for row in stream[0].train] == [float] * 6
+    sizes = [[len(data or ()) for data in experience.splits().values()] for experience in stream]
+    assert sizes == [[6, 2, 2]] * 2, "one stratum: the shares hold for all rows together"
+    assert stream[1:].task is stream.task
+
+
+def test_without_a_task_a_number_that_is_no_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the label 0\.5 is not a name"):
+        data_incremental([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], n_experiences=1)
