@@ -146,7 +146,9 @@ def estimate_fisher(
                     with hooks.recording(size):
                         outputs = run.outputs(batch)
                 hooks.backward(outputs.logits, step, again=not replay and step is not steps[-1])
-            if hooks.unreached:
+            if hooks.unreached and shards.sharded:
+                run.add_one_by_one(batch, size, steps)
+            elif hooks.unreached:
                 watched = {name: p for name, p in parameters.items() if name in hooks.unreached}
                 groups = [list(range(size))] if estimator == "batched" else [[row] for row in range(size)]
                 with _in_the_graph(watched.values()):
@@ -250,9 +252,10 @@ class _Run:
         with torch.no_grad():
             forward(1)
         self.hooks.probe(forward)
-        if self.hooks.unreached and self.shards.sharded:
+        beyond = self.hooks.unreached - (set() if self.estimator == "batched" else self.hooks.one_by_one)
+        if beyond and self.shards.sharded:
             raise ValueError(
-                f"no per-example rule reaches {', '.join(sorted(self.hooks.unreached))}, which sharded weights "
+                f"no per-example rule reaches {', '.join(sorted(beyond))}, which sharded weights "
                 "require: move these parameters to a layer without sublayers that is called with the batch first, or "
                 "freeze them"
             )
@@ -294,6 +297,15 @@ class _Run:
         columns = _columns(outputs, self.estimator, indices, seed, self._agree)
         real = torch.tensor([index >= 0 for index in indices], device=outputs.logits.device)
         return [(column * real[:, None, None]).reshape(outputs.logits.shape).to(outputs.logits) for column in columns]
+
+    def add_one_by_one(self, batch: Any, size: int, steps: Sequence[Tensor]) -> None:
+        """Add what only a forward pass of a single example reveals: one pass for each example and step."""
+        for row in range(self._agree(size)):
+            here = [min(row, size - 1)]  # a rank with fewer examples fills up with one that counts for nothing
+            for step in steps:
+                with self.hooks.recording(1, single=True):
+                    outputs = self.outputs(take(batch, here, size))
+                self.hooks.backward(outputs.logits, step[here] * (row < size))
 
     def _agree(self, passes: int) -> int:
         """The most passes that any rank needs: ranks that share weights run equally many."""

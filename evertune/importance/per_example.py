@@ -70,6 +70,8 @@ class PerExampleHooks:
     Attributes:
         unreached: names of the parameters that no rule covers, and of those that :meth:`probe` found to be used
             outside their own module; only autograd over the whole model can tell their gradients.
+        one_by_one: names among ``unreached`` whose rule holds all the same in a forward pass of a single example, as
+            for relative positions, which T5 computes once for all examples, and for layers with the batch second.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PerExampleHooks:
         self._rules: dict[nn.Module, type[Call]] = {}
         self._owned: dict[nn.Module, dict[str, str]] = {}
         self.unreached: set[str] = set()
+        self.one_by_one: set[str] = set()
         for layer in module.modules():
             owned = {local: self._names[id(p)] for local, p in layer._parameters.items() if id(p) in self._names}
             rule = rule_for(layer) if owned else None
@@ -89,6 +92,7 @@ class PerExampleHooks:
             else:
                 self.unreached.update(owned.values())
         self._batch = 0
+        self._single = False
         self._reset()
 
     @contextmanager
@@ -109,20 +113,32 @@ class PerExampleHooks:
         Args:
             forward: runs the model on a batch with the given number of examples.
         """
+        strays: set[str] = set()
         for batch in (2, 3):
             with torch.no_grad(), _Observer(self._owned, self._names, batch) as observer:
                 forward(batch)
-            self.unreached |= observer.strays
+            self.unreached |= observer.strays | observer.elsewhere
+            self.one_by_one |= observer.elsewhere
+            strays |= observer.strays
+        for layer, rule in self._rules.items():
+            if not rule.any_layout:
+                strays.update(self._owned[layer].values())
+        self.one_by_one -= strays
 
     @contextmanager
-    def recording(self, batch: int) -> Iterator[None]:
-        """A forward pass of ``batch`` examples inside is recorded for :meth:`backward`."""
+    def recording(self, batch: int, *, single: bool = False) -> Iterator[None]:
+        """A forward pass of ``batch`` examples inside is recorded for :meth:`backward`.
+
+        Args:
+            batch: Number of examples.
+            single: Record the parameters that are reached ``one_by_one``, and only those; ``batch`` is 1.
+        """
         self._reset()
-        self._batch = batch
+        self._batch, self._single = batch, single
         try:
             yield
         finally:
-            self._batch = 0
+            self._batch, self._single = 0, False
 
     def backward(self, output: Tensor, gradient: Tensor, *, again: bool = False) -> None:
         """Run the recorded graph backwards from ``output``, and report every watched parameter that it reaches.
@@ -147,27 +163,34 @@ class PerExampleHooks:
     def _after_forward(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor | None:
-        owned = {local: name for local, name in self._owned[layer].items() if name not in self.unreached}
+        single = self._single
+        owned = {
+            local: name
+            for local, name in self._owned[layer].items()
+            if (name in self.one_by_one if single else name not in self.unreached)
+        }
         if not self._batch or not owned or not torch.is_grad_enabled():
             return None
-        if len(output) not in (1, self._batch):
+        if not single and len(output) not in (1, self._batch):
             raise ValueError(
                 f"the output of {type(layer).__name__} has shape {list(output.shape)}, which does not start with the "
                 f"batch of {self._batch} examples; put the batch first"
             )
-        if len(output) != self._batch:  # the same for all examples, as position embeddings are
+        if not single and len(output) != self._batch:  # the same for all examples, as position embeddings are
             output = output.repeat(self._batch, *[1] * (output.ndim - 1))
         if not output.requires_grad:
             self._leaves.append(output.detach().requires_grad_())
             output = self._leaves[-1].clone()  # a leaf must not be modified in place, and the next layer may do so
         shapes = {local: self._shapes[name] for local, name in owned.items()}
+        if single:
+            args, kwargs = (tensors_in((args, dict(kwargs)))[0][None],), {}
         call = self._rules[layer](layer, shapes, self._batch, args, kwargs)
         self._uses.update(owned.values())
 
         def after_backward(gradient: Tensor) -> None:
             with torch.no_grad():
                 for local, name in owned.items():
-                    self._arrived[name].append(Use(call, local, gradient))
+                    self._arrived[name].append(Use(call, local, gradient[None] if single else gradient))
                     if len(self._arrived[name]) == self._uses[name]:
                         self._receive(name, self._arrived.pop(name))
 
@@ -180,7 +203,8 @@ class _Observer(TorchFunctionMode):
 
     def __init__(self, owned: Mapping[nn.Module, Mapping[str, str]], names: Mapping[int, str], batch: int) -> None:
         super().__init__()
-        self.strays: set[str] = set()
+        self.strays: set[str] = set()  # used outside their own layer
+        self.elsewhere: set[str] = set()  # of layers whose input or output does not have the batch first
         self._owned, self._names, self._batch = owned, names, batch
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
@@ -203,8 +227,10 @@ class _Observer(TorchFunctionMode):
     def _after(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.pop()
         leading = [len(t) for t in (*tensors_in((args, kwargs))[:1], *tensors_in(output))]
-        if not isinstance(output, Tensor) or any(length not in (1, self._batch) for length in leading):
+        if not isinstance(output, Tensor):
             self.strays.update(self._owned[layer].values())
+        elif any(length not in (1, self._batch) for length in leading):
+            self.elsewhere.update(self._owned[layer].values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

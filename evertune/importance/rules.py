@@ -31,7 +31,13 @@ class Call:
         batch: the number of examples; an input that is the same for all of them may come once, with a batch of 1.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
+
+    Attributes:
+        any_layout: whether the rule also holds for a single example whose input and output have no batch dimension at
+            all, or have it elsewhere, once a leading dimension of 1 is put in front of both.
     """
+
+    any_layout = False
 
     def __init__(
         self,
@@ -59,6 +65,8 @@ class Call:
 class LinearCall(Call):
     """``nn.Linear``, on any number of dimensions between the batch and the features."""
 
+    any_layout = True
+
     def per_example(self, parameter: str, rows: slice, gradient: Tensor) -> Tensor:
         if parameter == "bias":
             return _tokens(gradient).sum(1)
@@ -84,6 +92,8 @@ class TransposedLinearCall(LinearCall):
 
 class EmbeddingCall(Call):
     """``nn.Embedding``: only the rows that an example looked up are touched."""
+
+    any_layout = True
 
     def per_example(self, parameter: str, rows: slice, gradient: Tensor) -> Tensor:
         count, (vocabulary, width) = len(gradient), self.shapes[parameter]
@@ -149,6 +159,8 @@ class NormCall(Call):
 
 class LayerNormCall(NormCall):
     """``nn.LayerNorm``."""
+
+    any_layout = True
 
     def normalised(self, inputs: Tensor) -> Tensor:
         return F.layer_norm(inputs, self.module.normalized_shape, eps=self.module.eps)

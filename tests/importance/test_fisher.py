@@ -510,6 +510,36 @@ def test_sharded_weights_get_their_part(estimator: Any) -> None:
     assert_same(ours, [fragment.slice(whole[fragment.name]) for fragment in shards.fragments])
 
 
+class SequenceFirst(pl.LightningModule):
+    """Layers that see the batch second, and a bias for relative positions that is computed once for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.words, self.mix, self.norm = nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.distance, self.head = nn.Embedding(5, 1), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.norm(self.mix(self.words(ids.T)).tanh()).transpose(0, 1)
+        place = torch.arange(ids.shape[1])
+        bias = self.distance((place[:, None] - place).clamp(-2, 2) + 2)[..., 0]
+        return self.head((bias.softmax(-1) @ hidden).sum(1))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
+def test_sharded_layers_without_the_batch_first_are_reached_one_example_at_a_time(estimator: Any) -> None:
+    module, shards = SequenceFirst(), HalvedShards(SequenceFirst())
+    ids = torch.randint(0, 7, (6, 3), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    batches = [(ids[at : at + 4], labels[at : at + 4]) for at in (0, 4)]
+    whole = ReplicatedShards(module)
+    by_autograd = estimate_fisher(module, batches, whole, estimator)
+    expected = dict(zip((f.name for f in whole.fragments), by_autograd, strict=True))
+    assert min(float(values.sum()) for values in expected.values()) > 0
+    ours = estimate_fisher(module, batches, shards, estimator)
+    assert_same(ours, [fragment.slice(expected[fragment.name]) for fragment in shards.fragments])
+
+
 def test_sharded_weights_that_no_rule_reaches_are_refused_by_name() -> None:
     module = build("awkward")
     with pytest.raises(ValueError, match=r"no per-example rule reaches .*encoder\.self_attn\.in_proj_weight.* prompt"):
