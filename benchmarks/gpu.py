@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--minutes", type=float, default=7.0, help="no new round after this many minutes (7)")
-    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
+    parser.add_argument("--no_compile", action="store_true", help="do not try torch.compile")
     options = parser.parse_args()
     steps, rounds = (6, 3) if options.quick else (16, 9)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

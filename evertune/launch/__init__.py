@@ -1,1 +1,15 @@
 """How evertune starts on many processes: one launcher per file."""
+
+from typing import TYPE_CHECKING
+
+from evertune.utils.lazy import face
+
+if TYPE_CHECKING:
+    from evertune.launch.settings import LaunchSettings as LaunchSettings
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    {
+        "evertune.launch.settings": "LaunchSettings",
+    },
+)
