@@ -32,8 +32,8 @@ class DriftTrigger(ContinualCallback):
     of the completed steps.
 
     All ranks decide the same at the same step, as a single process would that sees the examples of all ranks, taken
-    from one rank after the other. For detectors that only keep sums (:class:`~evertune.drift.sums.SumDetector`) the
-    ranks all-reduce sums; for others, and until the reference is complete, they gather the features.
+    from the ranks in turn. For detectors that only keep sums (:class:`~evertune.drift.sums.SumDetector`) the ranks
+    all-reduce sums; for others, and until the reference is complete, they gather the features.
 
     **Bad input does not end the training.** Examples with NaN or infinite features, empty batches, batches with another
     number of features, and batches that the featuriser or the detector cannot read are skipped, on that rank alone.
@@ -235,7 +235,7 @@ class DriftTrigger(ContinualCallback):
         self.schema_errors = dict(state_dict["schema_errors"])
 
     def save(self, directory: str | Path) -> None:
-        """Write the history to ``drift_trigger.json``: the next experience takes a new reference. On every rank."""
+        """Write the history to ``drift_trigger.json``. The next experience takes a new reference. Call on all ranks."""
         if getattr(rank_zero_only, "rank", 0) == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
             state = {"experience_index": self.experience_index, "history": self.history}
