@@ -192,7 +192,7 @@ class UpdateCheckpoint(Checkpoint):
             files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}
             write_atomically(draft / MANIFEST, json.dumps(_layout(trainer) | {"files": files}, indent=1).encode())
             # Data first, then the rename, then the folder's entry: after a power failure, a complete checkpoint always
-            # exists.
+            # complete.
             sync_tree(draft)
             draft.rename(whole)
             sync_folder(self.directory)
