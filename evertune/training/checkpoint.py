@@ -191,7 +191,7 @@ class UpdateCheckpoint(Checkpoint):
             files = {str(path.relative_to(draft)): sha256(path) for path in alike}
             files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}
             write_atomically(draft / MANIFEST, json.dumps(_layout(trainer) | {"files": files}, indent=1).encode())
-            # Data first, then the rename, then the folder's entry: after a power failure, a complete checkpoint always
+            # Data first, then the rename, then the folder's entry: a power failure leaves the old or the new checkpoint
             # complete.
             sync_tree(draft)
             draft.rename(whole)
