@@ -1,4 +1,4 @@
-"""How a module learns without forgetting: one method per file."""
+"""Methods that learn without forgetting, as Lightning callbacks: one method per file."""
 
 from typing import TYPE_CHECKING
 

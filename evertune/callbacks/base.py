@@ -1,4 +1,4 @@
-"""The moments that every continual-learning method lives by: an experience starts, an experience ends, a loss."""
+"""The hooks of every continual-learning method: the start and the end of an experience, and a term of the loss."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ class ContinualCallback(Callback):
     """A Lightning callback that learns across experiences.
 
     An experience starts with ``fit`` and ends when ``fit`` completes, so a plain ``Trainer`` needs no other call. A
-    ``DriftTrigger`` ends one and starts the next in the middle of a ``fit``. A ``fit`` that raises, or that is
-    interrupted, ends nothing: what was remembered stays as it was.
+    ``DriftTrigger`` ends one and starts the next in the middle of a ``fit``. A ``fit`` that raises or is interrupted
+    ends no experience: the learning state stays as it was before.
 
-    A method that overrides :meth:`on_experience_end` learns something there, and must keep it: it overrides ``save``,
-    ``load``, ``state_dict`` and ``load_state_dict`` as well, or inherits them from
-    :class:`~evertune.callbacks.WeightMethod`. One that does neither is refused when it is set up. A callback that only
-    looks says so by ``keeps_nothing = True``.
+    A method that overrides :meth:`on_experience_end` has learning state and must persist it: it also overrides
+    ``save``, ``load``, ``state_dict`` and ``load_state_dict``, or inherits them from
+    :class:`~evertune.callbacks.WeightMethod`. Otherwise it is rejected in ``setup``. A callback that only observes sets
+    ``keeps_nothing = True``.
 
     Attributes:
-        experience_index: How many experiences this callback has completed.
+        experience_index: Number of experiences that this callback has completed.
         keeps_nothing: Whether nothing is lost when this callback is neither saved nor loaded.
     """
 
     experience_index: int = 0
     keeps_nothing: bool = False
-    _batch: Any = None  # the batch under way, where loss_term needs it
+    _batch: Any = None  # the current batch, kept only if loss_term is overridden
 
     @classmethod
     def bytes_per_weight(cls) -> int | None:
-        """Bytes that the method keeps for each trainable weight that a rank updates, for ``evertune plan``.
+        """Bytes of state that the method keeps per trainable weight that a rank updates, for ``evertune plan``.
 
-        None where what it needs depends on what it is given.
+        None if this depends on the constructor's arguments.
         """
         return 0
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Called before the first step on a new experience: restore and allocate here."""
+        """Called before the first step on a new experience: restore and allocate state here."""
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Called after the last step on an experience, with the strategy still set up: consolidate here."""
+        """Called after the last step on an experience, while the strategy is still set up: consolidate here."""
 
     def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
-        """A term to add to the training loss, or None for none at this step.
+        """A term to add to the training loss, or None if there is none at this step.
 
         Called once per micro-batch on every rank, after ``training_step`` and before the backward pass, in the
-        precision of the training step (under autocast where that is). The weights are reached by calling the module,
-        which works under ZeRO-3 too; a penalty on the weights themselves belongs in
-        :class:`~evertune.callbacks.WeightMethod`. What the module logs as its loss does not have the term in it.
+        precision of the training step (under autocast, if it uses that). Reach the weights by calling the module, which
+        also works under ZeRO-3; a penalty on the weights themselves belongs in
+        :class:`~evertune.callbacks.WeightMethod`. The loss that the module logs does not include the term.
 
         Args:
-            trainer: In training, with automatic optimization.
+            trainer: Trainer in training, with automatic optimization.
             module: The user's module, in training mode.
-            batch: What ``training_step`` got, on the device. With ``Replay`` the new examples come first, then the
-                replayed ones.
+            batch: The batch that ``training_step`` received, on the device. With ``Replay``, the new examples come
+                first, followed by the replayed ones.
 
         Returns:
-            A scalar in the unit of the training loss: a mean over the examples of the batch. It is divided by
-            ``accumulate_grad_batches``, multiplied by the loss scale of mixed precision and averaged over the ranks as
-            the loss is, so return it undivided and unscaled.
+            A scalar in the unit of the training loss: a mean over the examples of the batch. Like the loss, it is then
+            divided by ``accumulate_grad_batches``, multiplied by the loss scale of mixed precision and averaged over
+            the ranks, so return it undivided and unscaled.
 
         Example::
 
@@ -83,7 +83,7 @@ class ContinualCallback(Callback):
         """Read the learning state that :meth:`save` wrote, at any world size. Call on every rank."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a method that would lose what it learns, or whose loss term would never be added."""
+        """Reject a method that would lose what it learns, or whose loss term would never be added."""
         _check_method(self, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,7 +93,7 @@ class ContinualCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch for :meth:`loss_term`."""
+        """Keep the batch for :meth:`loss_term`."""
         if _overrides(self, "loss_term"):
             self._batch = batch
 
@@ -117,15 +117,19 @@ class ContinualCallback(Callback):
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # Lightning has already scaled the loss by it
         scale = 1.0 if scaler is None else scaler.get_scale()
+        # In place: Lightning runs the backward pass on this very tensor and offers no hook that returns another one.
+        # The loss has already been divided by the accumulation and multiplied by the loss scale, so the term gets the
+        # same factors.
         loss.add_(term.reshape(()), alpha=scale / trainer.accumulate_grad_batches)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batch."""
+        """Release the batch."""
         self._batch = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # An interrupted experience must not be consolidated.
         if not trainer.interrupted:
             end_experience(self, trainer, pl_module)
 
@@ -137,7 +141,7 @@ def end_experience(callback: ContinualCallback, trainer: pl.Trainer, module: pl.
 
 
 def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
-    """The methods of a trainer by the names of the folders that keep what they have learned."""
+    """The continual callbacks of a trainer, with the names of the folders that hold their state."""
     seen: Counter[str] = Counter()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ContinualCallback):

@@ -1,4 +1,4 @@
-"""When the data change in the middle of a fit, end one experience and start the next."""
+"""Ends one experience and starts the next when the data change in the middle of a ``fit``."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _MAX_MESSAGES = 100
 
 
 class DriftTrigger(ContinualCallback):
-    """Finds the boundaries between experiences by itself, inside one long ``fit``.
+    """Detects the boundaries between experiences inside one long ``fit``.
 
-    Watches the new examples of every batch (not the replayed ones). When the detector raises the alarm, every
+    Watches the new examples of every batch, not the replayed ones. When the detector raises an alarm, every
     :class:`ContinualCallback` of the trainer ends its experience and starts the next: replay refills its memory, EWC
-    consolidates, and the detector takes a new reference. It acts between two optimizer steps, on the examples of the
-    steps completed.
+    consolidates, and the detector takes a new reference. The trigger acts between two optimizer steps, on the examples
+    of the completed steps.
 
-    Every rank decides the same, at the same step, as one process would that sees the examples of all ranks, one of each
-    in turn. For detectors that keep sums alone (:class:`~evertune.drift.sums.SumDetector`) the ranks add up sums;
-    otherwise, and as long as the reference is not complete, they gather the features.
+    All ranks decide the same at the same step, as a single process would that sees the examples of all ranks, taken
+    from the ranks in turn. For detectors that only keep sums (:class:`~evertune.drift.sums.SumDetector`) the ranks
+    all-reduce sums; for others, and until the reference is complete, they gather the features.
 
-    **Input that is bad does not end the training.** An example with NaN or infinite features, a batch with another
-    number of features, or that the featuriser or the detector cannot read, and an empty one are left out of the
-    detector's records, on that rank alone. They are counted in :attr:`schema_errors`, reported in :attr:`history`, and
-    warned of once for each message. They raise no alarm. Another number of features is accepted when an experience
-    starts. (Only a featuriser that fails on the very first batch, on every rank, or a detector that refuses the first
-    examples, ends the ``fit``: it does not fit the data.)
+    **Bad input does not end the training.** Examples with NaN or infinite features, empty batches, batches with another
+    number of features, and batches that the featuriser or the detector cannot read are skipped, on that rank alone.
+    They are counted in :attr:`schema_errors`, recorded in :attr:`history`, and reported in one warning per message.
+    They raise no alarm. Another number of features is accepted when an experience starts. Two failures do end the
+    ``fit``, because the configuration does not suit the data: a featuriser that fails on the very first batch on every
+    rank, and a detector that rejects the first examples.
 
-    The score of every test is kept in :attr:`history`, and logged as ``drift_score``.
+    The score of every test is kept in :attr:`history` and logged as ``drift_score``.
 
     Example::
 
@@ -51,26 +51,27 @@ class DriftTrigger(ContinualCallback):
         trainer.fit(module, endless_loader)
 
     Args:
-        detector: decides; reset at the start of each experience. Default: ``MMD()``.
-        featuriser: ``batch -> tensor [examples, n_features]``, a frozen view of the examples, in the order of the
-            batch. Default: ``HashedNgrams()``, for batches with ``input_ids``. For images, say
-            ``lambda batch: batch[0].flatten(1)``. A module is switched to evaluation mode and its gradients off.
-        history_size: entries kept in :attr:`history`, the latest.
-        refractory_period: examples, over all ranks, that are passed over at the start of an experience before the new
-            reference is taken. Where one world fades into the next, an alarm comes in the midst of it: without a pause
-            the reference is a mixture, and the rest of the same change alarms again. Default: 0, for sharp changes.
+        detector: Drift detector that raises the alarm. Reset at the start of each experience. Default: ``MMD()``.
+        featuriser: Frozen function ``batch -> tensor [examples, n_features]``, with the examples in the order of the
+            batch. A module is switched to evaluation mode and its gradients are disabled. Default: ``HashedNgrams()``,
+            for batches with ``input_ids``. For images, use for example ``lambda batch: batch[0].flatten(1)``.
+        history_size: Number of most recent entries kept in :attr:`history`. Default: 5,000.
+        refractory_period: Number of examples, over all ranks, skipped at the start of an experience before the new
+            reference is taken. In a gradual change the alarm comes in the middle of the transition: without a pause,
+            the reference is a mixture, and the rest of the same change raises another alarm. Default: 0, for sharp
+            changes.
 
     Attributes:
-        schema_errors: the number of examples that could not be looked at, by what was wrong with them; 100 messages at
-            most, all others under ``"other"``.
+        schema_errors: Number of skipped examples by error message; at most 100 messages, all others are counted under
+            ``"other"``.
 
     Raises:
-        ValueError: when ``fit`` starts and the featuriser reads weights that are being trained; at the first batch, for
-            features that the detector cannot watch.
+        ValueError: When ``fit`` starts, if the featuriser reads weights that are being trained. At the first batch, if
+            the detector cannot watch the features.
     """
 
     splits_fit = True
-    """Tells other callbacks that experiences may end in the middle of a ``fit``."""
+    """Signals to other callbacks that experiences may end in the middle of a ``fit``."""
 
     def __init__(
         self,
@@ -88,33 +89,33 @@ class DriftTrigger(ContinualCallback):
         self.refractory_period = refractory_period
         self.schema_errors: dict[str, int] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=history_size)
-        self._test: dict[str, Any] | None = None  # of the optimizer step under way: the last one, or an alarm
-        self._to_skip = 0  # examples, before the reference begins
-        self._width: int | None = None  # features of an example in this experience
-        self._has_worked = False  # the featuriser
-        self._has_watched = False  # the detector
+        self._test: dict[str, Any] | None = None  # in the current optimizer step: the latest, or an alarm
+        self._to_skip = 0  # examples still to skip before the reference begins
+        self._width: int | None = None  # number of features in this experience
+        self._has_worked = False  # whether the featuriser has succeeded once
+        self._has_watched = False  # whether the detector has accepted examples once
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What was found, oldest first.
+        """Test results and skipped examples, oldest first.
 
-        A test is ``{"step": int, "score": float, "threshold": float, "alarm": bool}``. Examples that could not be
-        looked at, in one step or several without another entry between them, are ``{"step": int, "last_step": int,
-        "kind": "schema", "records": int, "errors": [str], "alarm": False}``.
+        A test is ``{"step": int, "score": float, "threshold": float, "alarm": bool}``. Examples skipped in one step, or
+        in several with no other entry in between, are ``{"step": int, "last_step": int, "kind": "schema", "records":
+        int, "errors": [str], "alarm": False}``.
         """
         return list(self._history)
 
     @classmethod
     def bytes_per_weight(cls) -> None:
-        """Unknown: a featuriser may hold a model."""
+        """Unknown, because a featuriser may hold a model."""
         return None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse, by name, a strategy that this callback cannot work with."""
+        """Reject, by name, a strategy that this callback does not support."""
         check_strategy(trainer, "DriftTrigger")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a featuriser that learns, then start an experience, or resume that of the checkpoint."""
+        """Reject a featuriser that is being trained, then start an experience or resume that of the checkpoint."""
         check_frozen(self.featuriser, pl_module)
         if isinstance(self.featuriser, nn.Module):
             self.featuriser.requires_grad_(False).eval().to(pl_module.device)
@@ -122,7 +123,7 @@ class DriftTrigger(ContinualCallback):
             super().on_fit_start(trainer, pl_module)
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take a new reference: what comes now, or after the refractory period, is the new normal."""
+        """Take a new reference from the data that follow the refractory period."""
         self.detector.reset()
         self._test = self._width = None
         self._to_skip = self.refractory_period
@@ -130,7 +131,7 @@ class DriftTrigger(ContinualCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Act, between two optimizer steps, on what was found in the steps completed; then look at this batch."""
+        """Act, between two optimizer steps, on the tests of the completed steps; then examine this batch."""
         if self._test is not None and batch_idx % trainer.accumulate_grad_batches == 0:
             self._act(self._test, trainer, pl_module)
         if self._test is not None and self._test["alarm"]:  # the experience ends after this step in any case
@@ -139,8 +140,10 @@ class DriftTrigger(ContinualCallback):
         if self._has_watched and mine.values.shape[1] == (self._width or mine.values.shape[1]) and mine.good.any():
             try:
                 self.detector.validated(mine.values[mine.good.to(mine.values.device)])
-            except ValueError as error:  # here, on this rank, and not where the others wait for it
+            except ValueError as error:
+                # Refused before any collective: an error raised inside one would leave the other ranks waiting.
                 mine.refuse(str(error))
+        # From here on all ranks hold the same `dealt`, so they take the same branches and reach the same collectives.
         dealt = deal(mine, self._width, not self._has_worked, trainer)
         self._has_worked = self._has_worked or dealt.width > 0
         n_good = int(dealt.good.sum())
@@ -160,10 +163,11 @@ class DriftTrigger(ContinualCallback):
                 self._test = {"score": score, "threshold": threshold, "alarm": alarm}
 
     def _update(self, values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> None:
-        """Let the detector see the usable examples of all ranks."""
+        """Pass the usable examples of all ranks to the detector."""
         if trainer.world_size > 1 and isinstance(self.detector, SumDetector):
             count, rank = int(dealt.good.sum()), trainer.global_rank
             chosen = dealt.good[: len(values), rank]
+            # The position among the examples of all ranks, so that the sums are those of a single process.
             positions = dealt.places[: len(values), rank][chosen]
             sums = self.detector.sums(values.cpu()[chosen], positions, count)
             if sums is not None:
@@ -189,7 +193,7 @@ class DriftTrigger(ContinualCallback):
                 method.on_experience_start(trainer, module)
 
     def _tell(self, problems: Mapping[str, int], step: int) -> None:
-        """Count examples that could not be looked at; the same on every rank."""
+        """Count and report skipped examples; the same on all ranks."""
         for words, n in problems.items():
             name = words if words in self.schema_errors or len(self.schema_errors) < _MAX_MESSAGES else "other"
             if name not in self.schema_errors:
@@ -201,13 +205,13 @@ class DriftTrigger(ContinualCallback):
         entry: dict[str, Any] = {"step": step, "last_step": step, "kind": "schema"}
         entry |= {"records": sum(problems.values()), "errors": sorted(problems), "alarm": False}
         last = self._history[-1] if self._history else {}
-        if last.get("errors") == entry["errors"]:  # one that continues: it must not push the tests out of the history
+        if last.get("errors") == entry["errors"]:  # merged, so that a long fault does not displace the tests
             entry["step"], entry["records"] = last["step"], last["records"] + entry["records"]
             self._history.pop()
         self._history.append(entry)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed ``fit`` needs to decide as if undisturbed; the same on every rank."""
+        """Everything that a resumed ``fit`` needs to decide as if uninterrupted; the same on all ranks."""
         return {
             "experience_index": self.experience_index,
             "history": self.history,
@@ -221,7 +225,7 @@ class DriftTrigger(ContinualCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.experience_index = state_dict["experience_index"]
         self._history = deque(state_dict["history"], maxlen=self._history.maxlen)
         self.detector.load_state_dict(state_dict["detector"])
@@ -231,7 +235,7 @@ class DriftTrigger(ContinualCallback):
         self.schema_errors = dict(state_dict["schema_errors"])
 
     def save(self, directory: str | Path) -> None:
-        """Write the history to ``drift_trigger.json``: the next experience takes a new reference. On every rank."""
+        """Write the history to ``drift_trigger.json``. The next experience takes a new reference. Call on all ranks."""
         if getattr(rank_zero_only, "rank", 0) == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
             state = {"experience_index": self.experience_index, "history": self.history}
@@ -241,7 +245,7 @@ class DriftTrigger(ContinualCallback):
         """Read what :meth:`save` wrote. Call on every rank.
 
         Raises:
-            ValueError: when the file is not such a JSON file.
+            ValueError: If the file is not a JSON file that :meth:`save` wrote.
         """
         path = Path(directory) / _FILE
         try:

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: hold the weights that mattered close to where they were."""
+"""Elastic weight consolidation: a penalty that keeps important weights close to their previous values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evertune.utils.batches import batch_size_of, take
 from evertune.utils.evaluation import trial
 
 _EXAMPLES = "evertune.ewc.examples"
-"""Where in a checkpoint the batches are that all ranks hold for the next estimation."""
+"""Key in a checkpoint of the batches that all ranks hold for the next estimation of the Fisher."""
 
 
 class EWC(WeightMethod):
@@ -28,37 +28,38 @@ class EWC(WeightMethod):
 
         (ewc_lambda / 2) * sum_i F_i * (theta_i - anchor_i)^2
 
-    where ``F`` is the diagonal Fisher information at the end of the experiences before, and ``anchor`` the weights
-    there (Kirkpatrick et al. 2017). The penalty acts on the gradient, on the weights as each rank holds them: nothing
-    is gathered, and it costs two fragments of memory (importance and anchor) and a small buffer.
+    where ``F`` is the diagonal Fisher information at the end of the previous experiences, and ``anchor`` are the
+    weights at that point (Kirkpatrick et al. 2017). The penalty is added to the gradient of the weights as each rank
+    holds them: nothing is gathered, and it costs two fragments of memory (importance and anchor) and a small buffer.
 
-    With ``mode="online"`` there is one anchor, the latest weights, and the importance decays:
-    ``F <- gamma * F + F_new`` (Schwarz et al. 2018). With ``mode="separate"`` every experience keeps its own anchor, as
-    in the original paper. A sum of quadratics is a quadratic, so this costs no more memory: ``F`` is the sum of the
-    importances and ``anchor`` their weighted mean (Huszar 2018).
+    With ``mode="online"``, there is one anchor, the latest weights, and the importance decays: ``F <- gamma * F +
+    F_new`` (Schwarz et al. 2018). With ``mode="separate"``, every experience keeps its own anchor, as in the original
+    paper. A sum of quadratics is a quadratic, so this costs no more memory: ``F`` is the sum of the importances and
+    ``anchor`` their weighted mean (Huszar 2018).
 
     Args:
-        ewc_lambda: strength of the penalty. The Fisher is a mean over examples, so it does not depend on the size of
-            the data; values from 1 to 10,000 are common, and it is worth tuning.
-        mode: ``"online"`` or ``"separate"``.
-        gamma: how much of the old importance survives an experience, from 0 to 1; only for ``"online"``.
-        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"``: exact for examples with up
-            to 32 classes (times positions that count), sampled for the others. All but ``"batched"`` are per example,
-            so that the batch size and the number of ranks do not change the result (van de Ven 2025). See
-            :func:`evertune.importance.estimate_fisher`.
-        n_examples: how many training examples of an experience the Fisher is estimated on, over all ranks. 500 lose
-            0.3 points of accuracy against all of them (van de Ven 2025).
-        batch_size: examples at a time per rank in the estimation; changes the speed and the memory, not the result.
-        logits: ``(module, batch) -> tensor [batch, ..., classes]``; by default what the module's task finds
-            (:meth:`evertune.tasks.Task.outputs`), which calls the module on the batch without its targets.
-        targets: ``batch -> tensor``, class numbers ``[batch, ...]`` with -100 where a position counts for nothing, or
-            of the logits' shape; by default what the task finds. For one position and several classes only
-            ``"empirical"`` and ``"batched"`` need them.
-        seed: which examples are drawn, and which labels ``"sampled"`` draws.
+        ewc_lambda: Strength of the penalty, not negative. The Fisher is a mean over examples, so it does not depend on
+            the size of the data. Values from 1 to 10,000 are common; tune it. Default: 100.
+        mode: ``"online"`` (default) or ``"separate"``.
+        gamma: Factor in [0, 1] by which the old importance decays per experience. Only for ``"online"``. Default: 1 (no
+            decay).
+        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"`` (default): exact for
+            examples with up to 32 classes (times positions that count), sampled for the others. All but ``"batched"``
+            square per example, so the result depends neither on the batch size nor on the number of ranks (van de Ven
+            2025). See :func:`evertune.importance.estimate_fisher`.
+        n_examples: Number of training examples of an experience, over all ranks, on which the Fisher is estimated. 500
+            (default) lose 0.3 points of accuracy against all of them (van de Ven 2025).
+        batch_size: Examples per rank and pass in the estimation. Changes speed and memory, not the result. Default: 16.
+        logits: Function ``(module, batch) -> tensor [batch, ..., classes]``. By default the module's task finds the
+            logits (:meth:`evertune.tasks.Task.outputs`): it calls the module on the batch without its targets.
+        targets: Function ``batch -> tensor`` that returns class numbers ``[batch, ...]``, with -100 at positions that
+            do not count, or a tensor of the logits' shape. By default the module's task finds the targets. With one
+            position and several classes, only ``"empirical"`` and ``"batched"`` need them.
+        seed: Seed of the drawn examples, and of the labels that ``"sampled"`` draws. Default: 0.
 
     Raises:
-        ValueError: for an argument out of its range; at setup, for a strategy or a number of optimizers it does not
-            work with; before the first step, for a module or batches from which no Fisher can be estimated.
+        ValueError: If an argument is out of range. In ``setup``, if the strategy or the number of optimizers is not
+            supported. Before the first step, if no Fisher can be estimated from the module or its batches.
 
     Example::
 
@@ -108,7 +109,7 @@ class EWC(WeightMethod):
         self.seed = seed
         self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
-        self._likelihood: Likelihood | None = None  # of this fit's targets; None before its first batch
+        self._likelihood: Likelihood | None = None  # determined at the first batch of each fit
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._likelihood = None
@@ -123,7 +124,7 @@ class EWC(WeightMethod):
         self._examples.see(trainer, batch, batch_idx)
 
     def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Likelihood:
-        """Try everything but the backward pass on the first batch, so that nothing fails after hours of training."""
+        """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
         advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
         shards = ParameterShards.of(trainer)
         with trial(f"EWC cannot estimate the importance of the weights of {type(module).__name__}", advice):
@@ -143,7 +144,7 @@ class EWC(WeightMethod):
     def consolidate(
         self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards
     ) -> dict[str, list[Tensor]]:
-        """Estimate the importance of the weights for the experience just learned, and anchor them."""
+        """Estimate the importance of the weights for the experience that ends, and anchor them."""
         importance, anchor = (
             self._estimate(trainer, module, shards),
             [value.to(torch.float32, copy=True) for value in shards.values()],
@@ -155,12 +156,14 @@ class EWC(WeightMethod):
             pairs = zip(self.tensors["importance"], self.tensors["anchor"], strict=True)
             for new, here, (old, there) in zip(importance, anchor, pairs, strict=True):
                 new.add_(old)
+                # The anchor moves to the minimum of the two quadratics: the mean of both, weighted by importance. Where
+                # neither has any importance, 0 / 0 would be NaN.
                 share = torch.where(new > 0, old / new, torch.zeros_like(new))
                 here.lerp_(there, share)
         return {"importance": importance, "anchor": anchor}
 
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
-        """The diagonal Fisher on a sample of the experience's examples, one tensor per fragment."""
+        """The diagonal Fisher on a sample of the experience's examples: one tensor per fragment."""
         fisher = estimate_fisher(
             module,
             self._examples.batches(trainer),
@@ -177,7 +180,7 @@ class EWC(WeightMethod):
         return fisher
 
     def prepare(self, shards: ParameterShards) -> None:
-        """Find the weights that matter, once for all steps."""
+        """Build the penalty once for all steps, restricted to the weights that have importance."""
         self._penalty = QuadraticPenalty(shards, self.tensors["importance"], self.tensors["anchor"])
 
     def add_to_gradient(self, shards: ParameterShards) -> None:
@@ -186,11 +189,11 @@ class EWC(WeightMethod):
         self._penalty.add_gradient(self.ewc_lambda)
 
     def penalty(self) -> Tensor:
-        """The penalty at the present weights, summed over all ranks, shape ``[]``. Call on every rank, within a fit."""
+        """The penalty at the current weights, summed over all ranks, shape ``[]``. Call on every rank during a fit."""
         return torch.zeros(()) if self._penalty is None else self._penalty.value(self.ewc_lambda)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the strategy's buffers."""
+        """Release the strategy's buffers."""
         super().teardown(trainer, pl_module, stage)
         self._penalty = None
 

@@ -1,4 +1,4 @@
-"""A sample of the examples of the present experience, for methods that look at them once more at its end."""
+"""A sample of the current experience's examples, for methods that need them again at its end."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from evertune.utils.collectives import gather_bytes
 
 
 class ExampleSampler:
-    """Draws ``n_examples`` training examples of an experience, the same ones at any world size where it can.
+    """Draws ``n_examples`` training examples of an experience, where possible the same ones at any world size.
 
-    Where the training loader reads a map-style dataset the examples are drawn by index when they are asked for. Where
-    it reads an iterable one, or where a callback splits the fit into experiences (``splits_fit``), examples cannot be
-    asked for again: a uniform sample of the batches that were trained on is held instead.
+    If the training loader reads a map-style dataset, the examples are drawn by index when they are requested. If it
+    reads an iterable dataset, or a callback splits the fit into experiences (``splits_fit``), examples cannot be read
+    again: a uniform sample of the trained batches is held instead.
 
     Args:
-        n_examples: how many, over all ranks; fewer where the experience has fewer.
-        batch_size: examples in a batch that is drawn by index.
-        seed: which examples are drawn.
+        n_examples: Number of examples over all ranks; fewer if the experience has fewer.
+        batch_size: Examples per batch and rank when drawing by index.
+        seed: Seed of the draw.
     """
 
     def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
@@ -43,12 +43,12 @@ class ExampleSampler:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what was held: the next experience starts."""
+        """Release the held batches: the next experience starts."""
         self._held: list[IndexedBatch] = []
         self._seen = 0
 
     def see(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        """Take note of a batch that is about to be trained on (reservoir sampling; Vitter 1985)."""
+        """Consider a batch that is about to be trained on (reservoir sampling; Vitter 1985)."""
         if _loader_by_index(trainer) is not None:
             return
         self._seen += 1
@@ -57,6 +57,8 @@ class ExampleSampler:
         room = max(1, round(self._n_examples / (n_new * trainer.world_size)))
         slot = len(self._held)
         if slot >= room:
+            # Seeded by the count of batches alone, so that all ranks replace the same slot and hold equally many
+            # batches.
             slot = int(np.random.default_rng((self._seed, self._seen)).integers(self._seen))
         if slot < room:
             first = self._seen * size * trainer.world_size + trainer.global_rank
@@ -64,7 +66,7 @@ class ExampleSampler:
             self._held[slot : slot + 1] = [IndexedBatch(batch, indices)]
 
     def batches(self, trainer: pl.Trainer) -> Iterator[IndexedBatch]:
-        """The sample as batches on the module's device, replayed examples not counted; equally many on every rank."""
+        """The sample as batches on the module's device, without replayed examples; equally many on all ranks."""
         loader = _loader_by_index(trainer)
         if loader is None:
             yield from self._held
@@ -75,12 +77,14 @@ class ExampleSampler:
         collate = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)  # without the replayed examples
         for start in range(0, len(drawn), self._batch_size * world_size):
             end = min(start + self._batch_size * world_size, len(drawn))
+            # A rank without examples in the last round computes one that does not count (-1): under ZeRO-3, all ranks
+            # must run the same forward and backward passes.
             indices = list(range(start + rank, end, world_size)) or [-1]
             batch = collate([loader.dataset[drawn[index]] for index in indices])
             yield IndexedBatch(to_device(trainer, batch), indices)
 
     def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """What every rank holds, as tensors; nothing where the examples are drawn by index. Call on every rank."""
+        """The batches held by all ranks, as tensors; empty if examples are drawn by index. Call on every rank."""
         if not self._held:
             return {}
         try:
@@ -96,7 +100,7 @@ class ExampleSampler:
         return {"ranks": ranks, "accumulation": trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state: Mapping[str, Any], trainer: pl.Trainer) -> None:
-        """Resume from a :meth:`state_dict`; at another world size the batches are redistributed evenly."""
+        """Resume from :meth:`state_dict`. At another world size, the batches are redistributed evenly."""
         ranks = [decode(part.numpy().tobytes()) for part in state["ranks"]]
         if len(ranks) == trainer.world_size:
             held = ranks[trainer.global_rank]["held"]
@@ -110,10 +114,10 @@ class ExampleSampler:
 
 
 def reads_by_index(trainer: pl.Trainer, loader: Any) -> bool:
-    """Whether the examples of this experience are just those of a dataset that can be read again by index.
+    """Whether the examples of this experience are exactly those of a dataset that can be read again by index.
 
-    Not so when the dataset is iterable, when a sampler of the user's own may leave examples out, or when a callback
-    ends experiences in the middle of a fit (``splits_fit``).
+    False if the dataset is iterable, if a custom sampler may leave examples out, or if a callback ends experiences in
+    the middle of a fit (``splits_fit``).
     """
     return (
         isinstance(loader, DataLoader)
@@ -128,7 +132,7 @@ def reads_by_index(trainer: pl.Trainer, loader: Any) -> bool:
 
 
 def count_new(trainer: pl.Trainer, n_examples: int, batch_idx: int) -> int:
-    """How many examples of a training batch are new: what the loader's own batch holds. Replayed ones come after."""
+    """Number of new examples in a training batch: the size of the loader's own batch. Replayed ones come after."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return n_examples

@@ -1,4 +1,4 @@
-"""Features of a batch that may be bad, put into one order over all ranks, so that no collective deadlocks."""
+"""Features of batches that may be bad, in one order over all ranks, without deadlocking a collective."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MAX_WORDS = 200
 
 @dataclass
 class Features:
-    """What one rank sees of its batch.
+    """The features of one rank's batch.
 
     Args:
-        values: float32 ``[examples, n_features]``; no columns where the featuriser has failed.
-        good: which of the examples can be used, bools ``[examples]``.
-        problems: what is wrong with the others, and with how many.
-        failure: what the featuriser has raised.
+        values: Features, float32 ``[examples, n_features]``; zero columns if the featuriser failed.
+        good: Which examples can be used, bool ``[examples]``.
+        problems: Number of unusable examples by error message.
+        failure: Exception raised by the featuriser, or None.
     """
 
     values: Tensor
@@ -38,19 +38,19 @@ class Features:
     failure: Exception | None = None
 
     def refuse(self, words: str) -> None:
-        """Use none of the examples."""
+        """Mark all examples as unusable, with one message."""
         self.problems = Counter({words: len(self.good)})
         self.good = torch.zeros_like(self.good)
 
 
 @dataclass
 class Dealt:
-    """The examples of all ranks in the order in which they were dealt: one to each rank in turn.
+    """The examples of all ranks in one order: round-robin over the ranks.
 
     Args:
-        width: the number of features; 0 where no rank has any.
-        good: which examples can be used, bools ``[longest batch, ranks]``: in this order, row by row.
-        problems: of all ranks.
+        width: Number of features; 0 if no rank has any.
+        good: Which examples can be used, bool ``[longest batch, ranks]``, to be read row by row.
+        problems: Number of unusable examples of all ranks by error message.
     """
 
     width: int
@@ -59,12 +59,12 @@ class Dealt:
 
     @property
     def places(self) -> Tensor:
-        """The place of each usable example among them all, ``[longest batch, ranks]``."""
+        """The position of each usable example among all usable ones, ``[longest batch, ranks]``."""
         return self.good.flatten().cumsum(0).reshape(self.good.shape) - 1
 
 
 def features_of(featuriser: Featuriser, batch: Any, trainer: pl.Trainer, batch_idx: int) -> Features:
-    """Look at the new examples of a batch. Bad input is reported in the result, and raises nothing."""
+    """Compute the features of a batch's new examples. Bad input is reported in the result instead of raised."""
     try:
         with torch.no_grad():
             values = featuriser(batch)
@@ -88,17 +88,19 @@ def features_of(featuriser: Featuriser, batch: Any, trainer: pl.Trainer, batch_i
 
 
 def deal(mine: Features, width: int | None, setup: bool, trainer: pl.Trainer) -> Dealt:
-    """Tell the other ranks what there is. Call on every rank.
+    """Exchange with the other ranks which examples can be used. Call on every rank.
 
     Args:
-        mine: what this rank sees. Where it has another number of features than the others, it is refused.
-        width: the number of features so far; None before the first.
-        setup: whether no batch has ever been featurised: a featuriser that fails on every rank is a mistake then.
-        trainer: knows the ranks.
+        mine: Features of this rank's batch. They are refused if their number of features differs from ``width``.
+        width: Number of features in the experience so far; None before the first usable batch.
+        setup: Whether no batch has been featurised yet: a featuriser that then fails on every rank is misconfigured.
+        trainer: Trainer that connects the ranks.
 
     Raises:
-        Exception: what the featuriser has raised, on every rank, where it has never worked.
+        Exception: The featuriser's own exception, on every rank, if it has never succeeded.
     """
+    # Every rank takes part in this exchange, whatever happened to its batch. The decisions below use only the gathered
+    # numbers, so that all ranks enter the second exchange, or none does.
     summary = [len(mine.good), mine.values.shape[1], len(mine.problems)]
     told = torch.tensor([summary])
     if trainer.world_size > 1:
@@ -108,6 +110,7 @@ def deal(mine: Features, width: int | None, setup: bool, trainer: pl.Trainer) ->
     if setup and mine.failure is not None and not widths.any():
         raise mine.failure
     if not width:
+        # The lowest rank with features sets the width, the same choice on every rank.
         width = next((int(one) for one in widths if one), 0)
     if mine.failure is None and mine.values.shape[1] != width:
         mine.refuse(f"the number of features changed from {width} to {mine.values.shape[1]}")
@@ -124,9 +127,10 @@ def deal(mine: Features, width: int | None, setup: bool, trainer: pl.Trainer) ->
 
 
 def gathered(values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> Tensor:
-    """The usable examples of all ranks, in their order, on the CPU: ``[examples, n_features]``. On every rank."""
+    """The usable examples of all ranks in order, on the CPU: ``[examples, n_features]``. Call on every rank."""
     if trainer.world_size == 1:
         return values.cpu()[dealt.good[:, 0]]
+    # all_gather needs the same shape on every rank.
     padded = torch.zeros(len(dealt.good), dealt.width, device=trainer.strategy.root_device)
     if values.shape[1] == dealt.width:
         padded[: len(values)] = values
@@ -134,7 +138,7 @@ def gathered(values: Tensor, dealt: Dealt, trainer: pl.Trainer) -> Tensor:
 
 
 def _size(batch: Any) -> int:
-    """The examples in a batch that cannot be read, as far as can be determined; at least one."""
+    """The number of examples in a batch that could not be read, as far as it can be determined; at least 1."""
     try:
         return max(batch_size_of(batch), 1)
     except Exception:  # no tensor in it, or no batch at all

@@ -1,4 +1,4 @@
-"""The base class of methods that keep tensors about the weights: an anchor, an importance."""
+"""Base class of methods that keep tensors about the weights, such as an anchor or an importance."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from evertune.shards.support import check_strategy, is_deepspeed, is_step_bounda
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 
 Tensors = Mapping[str, list[Tensor]]
-"""By name, one flat fp32 tensor per fragment of the weights that this rank holds."""
+"""For each name, one flat fp32 tensor per fragment of the weights that this rank holds."""
 
 
 class WeightMethod(ContinualCallback):
     """Base class of methods that keep tensors about the weights, on one device, DDP and ZeRO-1, 2 and 3.
 
-    A method names its tensors and writes two formulas: what an experience leaves in them (:meth:`consolidate`) and what
-    they add to the gradient of later experiences (:meth:`add_to_gradient`). Both see the weights as this rank holds
-    them, so a method is written once for all strategies and nothing is gathered.
+    A method names its tensors and implements two formulas: the tensors that an experience leaves (:meth:`consolidate`),
+    and what they add to the gradient of later experiences (:meth:`add_to_gradient`). Both see the weights as this rank
+    holds them, so a method is written once for all strategies, and nothing is gathered.
 
-    The rest is inherited. The tensors are in Lightning checkpoints (under DeepSpeed in a folder inside them, to which
-    each rank writes its part), they are written by :meth:`save` and read by :meth:`load` at any world size, and they
-    are brought to where the weights lie when a fit starts: a head may have grown, the strategy may be another one.
-    Elements that are new are zero.
+    The rest is inherited. Lightning checkpoints contain the tensors (under DeepSpeed in a subfolder, to which each rank
+    writes its part); :meth:`save` writes them and :meth:`load` reads them at any world size. When a fit starts, they
+    are rearranged to match the weights: the head may have grown, the strategy may have changed. New elements are zero.
 
     Attributes:
         tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
-        tensors: The tensors, by name, one flat tensor per fragment; empty until an experience has been learned.
+        tensors: The tensors by name, one flat tensor per fragment; empty until an experience has been learned.
 
     Example::
 
@@ -55,33 +54,33 @@ class WeightMethod(ContinualCallback):
     tensor_names: ClassVar[tuple[str, ...]] = ()
 
     _state: FragmentState | None = None
-    _saved_in: Path | None = None  # the folder given to load(), until a fit reads it
+    _saved_in: Path | None = None  # the folder passed to load(), until a fit reads it
     _shards: ParameterShards | None = None  # within a fit
 
     @classmethod
     def bytes_per_weight(cls) -> int:
-        """Bytes that the tensors take for each trainable weight that a rank updates."""
+        """Bytes that the tensors take per trainable weight that a rank updates."""
         return 4 * len(cls.tensor_names)
 
     # --- the formulas
 
     @abstractmethod
     def consolidate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> Tensors:
-        """What the experience that ends now leaves: a value for each of ``tensor_names``. Called on every rank.
+        """Return the tensors of the experience that ends, one list for each of ``tensor_names``. Called on every rank.
 
-        ``self.tensors`` still has what the experiences before have left. Weights among what is returned are copied.
+        ``self.tensors`` still holds the tensors of the previous experiences. Live weights in the result are copied.
         """
 
     @abstractmethod
     def add_to_gradient(self, shards: ParameterShards) -> None:
-        """Add to the gradient, by ``shards.add_to_gradient``. Called on every rank.
+        """Add to the gradient with ``shards.add_to_gradient``. Called on every rank.
 
-        Called once per optimizer step, when an experience has been learned. The gradients are complete: accumulated and
-        averaged over the ranks.
+        Called once per optimizer step, once an experience has been learned. The gradients are complete: accumulated,
+        and averaged over the ranks.
         """
 
     def prepare(self, shards: ParameterShards) -> None:
-        """Build what :meth:`add_to_gradient` needs; called when a fit starts and whenever the tensors have changed."""
+        """Build what :meth:`add_to_gradient` needs. Called when a fit starts and whenever the tensors change."""
 
     # --- their life
 
@@ -95,7 +94,7 @@ class WeightMethod(ContinualCallback):
         return self._state is not None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Check the requirements."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -108,7 +107,7 @@ class WeightMethod(ContinualCallback):
             write_sidecar_with_checkpoints(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the tensors to where this fit's fragments lie."""
+        """Rearrange the tensors to match this fit's fragments."""
         if len(trainer.optimizers) != 1:
             raise ValueError(f"{type(self).__name__} works with one optimizer, got {len(trainer.optimizers)}")
         self._shards = ParameterShards.of(trainer)
@@ -121,15 +120,15 @@ class WeightMethod(ContinualCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add to the gradient, once per optimizer step."""
+        """Add to the gradient once per optimizer step."""
         if self._state is not None and self._shards is not None and is_step_boundary(trainer):
             self.add_to_gradient(self._shards)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep what the experience leaves.
+        """Keep the tensors of the experience.
 
         Raises:
-            ValueError: when :meth:`consolidate` returns other tensors than ``tensor_names``.
+            ValueError: If :meth:`consolidate` returns other tensors than ``tensor_names``.
         """
         shards = self._shards or ParameterShards.of(trainer)
         tensors = self.consolidate(trainer, module, shards)
@@ -142,7 +141,7 @@ class WeightMethod(ContinualCallback):
         self._set(FragmentState.of(shards, own))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the strategy's buffers."""
+        """Release the strategy's buffers."""
         self._shards = None
 
     def _set(self, state: FragmentState) -> None:
@@ -153,7 +152,7 @@ class WeightMethod(ContinualCallback):
     # --- what is saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only; under ZeRO the tensors are in the checkpoint's own folder."""
+        """Tensors and numbers only; under ZeRO, the tensors are in the checkpoint's own folder."""
         state: dict[str, Any] = {"experience_index": self.experience_index}
         if self._state is not None and not self._state.sharded:
             state |= self._state.state_dict()
@@ -168,7 +167,7 @@ class WeightMethod(ContinualCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Under DeepSpeed, read the folder inside the checkpoint."""
+        """Under DeepSpeed, read the subfolder of the checkpoint."""
         if is_deepspeed(trainer):
             read_sidecar(trainer, self)
 
@@ -176,7 +175,7 @@ class WeightMethod(ContinualCallback):
         """Write the tensors to a folder (safetensors and JSON). Call on every rank.
 
         Raises:
-            ValueError: when nothing has been learned yet.
+            ValueError: If nothing has been learned yet.
         """
         if self._state is None:
             name = type(self).__name__
@@ -188,11 +187,11 @@ class WeightMethod(ContinualCallback):
     def load(self, directory: str | Path) -> None:
         """Check a folder that :meth:`save` wrote and use it from the next fit on, at any world size.
 
-        The fragments are read when that fit starts, so the folder must stay until then.
+        The fragments are read when that fit starts, so the folder must exist until then.
 
         Raises:
-            FileNotFoundError: when a file is missing.
-            ValueError: when a file is corrupt, of another format, or of a method with other tensors.
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is corrupt, of another format, or of a method with other tensors.
         """
         extra, name = FragmentState.check(directory), type(self).__name__
         if "experience_index" not in extra:
@@ -215,7 +214,7 @@ class WeightMethod(ContinualCallback):
 
 
 def _own(tensor: Tensor, weight: Tensor) -> Tensor:
-    """The tensor in fp32, and a copy where it is the live weight."""
+    """The tensor in fp32, copied if it shares storage with the live weight."""
     own = tensor.detach().float()
     live = own.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     return own.clone() if live else own

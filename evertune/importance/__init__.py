@@ -1,4 +1,4 @@
-"""How much each weight matters: estimators of the Fisher information, per example and under any strategy."""
+"""Importance of each weight: estimators of the Fisher information, per example and under any strategy."""
 
 from typing import TYPE_CHECKING
 

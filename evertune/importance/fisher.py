@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much each weight matters to what the model has learned."""
+"""The diagonal Fisher information: how important each weight is to what the model has learned."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from evertune.utils.ranks import rank_and_world_size
 Estimator = Literal["auto", "exact", "sampled", "empirical", "batched"]
 
 EXACT_UP_TO = 32
-"""The classes (times positions that count) of an example up to which ``"auto"`` takes the exact expectation for it.
+"""Number of classes (times positions that count) of an example up to which ``"auto"`` uses the exact expectation.
 
-The exact expectation costs a backward pass for each."""
+The exact expectation costs one backward pass for each of them."""
 EXACT_AT_MOST = 4096
-"""The backward passes for one batch above which ``"exact"`` is refused."""
+"""Number of backward passes for one batch above which ``"exact"`` is rejected."""
 
 Logits = Callable[[pl.LightningModule, Any], Tensor]
 Targets = Callable[[Any], Any]
@@ -38,11 +38,11 @@ Targets = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class IndexedBatch:
-    """A batch whose examples are known by their place in the whole data, so that any world size gives the same Fisher.
+    """A batch with the position of each example in the whole data, so that the Fisher is the same at any world size.
 
     Args:
-        batch: the batch, on the module's device.
-        indices: for each example its index in the data over all ranks; -1 for one that only fills up the batch.
+        batch: The batch, on the module's device.
+        indices: Index of each example in the data over all ranks; -1 for one that only pads the batch.
     """
 
     batch: Any
@@ -64,49 +64,52 @@ def estimate_fisher(
     """The mean over examples of the squared gradient of each example's log-likelihood, for every trainable weight.
 
     The square is taken per example, so the result depends neither on the batch size nor on the number of ranks. The
-    module is in evaluation mode meanwhile; afterwards modes, random states, ``requires_grad`` and ``grad`` are as they
-    were.
+    module runs in evaluation mode; afterwards its modes, the random states, ``requires_grad`` and ``grad`` are
+    restored.
 
     Estimators (van de Ven, 2025, "On the computation of the Fisher information in continual learning"):
 
-    - ``"exact"``: the expectation over the model's own labels. One backward pass for each class but one, at each
-      position.
-    - ``"sampled"``: labels drawn from the model; the draw depends on ``seed``, the example's index and the position.
-    - ``"empirical"``: the true labels. Not the Fisher (Kunstner et al., 2019): it vanishes where the fit is perfect.
-    - ``"batched"``: the square of the mean gradient of each batch, true labels. Depends on the batch size; only to
-      reproduce libraries that do this.
+    - ``"exact"``: the expectation over the model's own labels. It takes one backward pass per position for each class
+      but one.
+    - ``"sampled"``: labels drawn from the model. The draw depends on ``seed``, the example's index and the position.
+    - ``"empirical"``: the true labels. This is not the Fisher (Kunstner et al., 2019): it vanishes where the fit is
+      perfect.
+    - ``"batched"``: the square of the mean gradient of each batch, with true labels. It depends on the batch size; use
+      it only to reproduce libraries that do this.
     - ``"auto"``: exact for each example with up to 32 classes (times positions that count), sampled for the others.
 
     **Many positions.** The log-likelihood of an example with logits ``[positions, classes]`` is the sum over its
-    positions, given the true context of each. Those with the target -100 count for nothing, so padding changes
-    nothing. ``"sampled"`` draws a label for each position independently of the others. That is unbiased: the gradient
-    of the log-likelihood of a drawn label has the mean 0 at each position, so in the square of the sum the products of
-    two positions have the mean 0, and what remains is the sum of the positions' Fisher information.
+    positions, given the true context of each. Positions with target -100 do not count, so padding has no effect.
+    ``"sampled"`` draws a label for each position independently. This is unbiased: the gradient of the log-likelihood of
+    a drawn label has mean 0 at each position, so the products of two positions in the square of the sum have mean 0,
+    and the sum of the positions' Fisher information remains.
 
-    **Likelihood.** The task says what the logits are (:class:`~evertune.tasks.base.Outputs`): classes (a softmax),
-    yes-or-no labels (a Bernoulli each), or the means of a regression (a Gaussian with variance 1).
+    **Likelihood.** The task defines what the logits are (:class:`~evertune.tasks.base.Outputs`): classes (a softmax),
+    binary labels (one Bernoulli each), or the means of a regression (a Gaussian with variance 1).
 
     Args:
-        module: the model, set up by its strategy.
-        batches: batches on the module's device, or :class:`IndexedBatch` where data are dealt to ranks or padded. Every
-            rank must give equally many. Plain batches are taken to be dealt in turn, and all their examples count.
-        shards: the weights to estimate for, as this rank holds them.
-        estimator: see above.
-        logits: ``(module, batch) -> [batch, ..., classes]``; by default those that the module's task finds.
-        targets: ``batch -> targets``, class numbers ``[batch, ...]``, or of the logits' shape; by default those that
-            the module's task finds.
-        likelihood: what the logits parametrise; by default what the task reads from the first batch.
-        seed: Decides which labels ``"sampled"`` draws.
-        forward_context: makes the context for a forward pass (autocast).
+        module: The model, set up by its strategy.
+        batches: Batches on the module's device, or :class:`IndexedBatch` if data are dealt to ranks or padded. Every
+            rank must yield the same number. Plain batches are assumed to be dealt round-robin, and all their examples
+            count.
+        shards: The weights to estimate for, as this rank holds them.
+        estimator: Name of the estimator, as above.
+        logits: Function ``(module, batch) -> tensor [batch, ..., classes]``. By default the module's task finds the
+            logits.
+        targets: Function ``batch -> tensor`` that returns class numbers ``[batch, ...]`` or a tensor of the logits'
+            shape. By default the module's task finds the targets.
+        likelihood: What the logits parametrise. By default the task infers it from the first batch.
+        seed: Seed of the labels that ``"sampled"`` draws.
+        forward_context: Function that returns the context manager of a forward pass (autocast).
 
     Returns:
-        One flat fp32 tensor for each of ``shards.fragments``, equal on all ranks where they hold the same weights.
+        One flat fp32 tensor per fragment of ``shards.fragments``, the same on all ranks that hold the same weights.
 
     Raises:
-        TypeError: when no logits can be found.
-        ValueError: for an unknown estimator, no examples, logits that do not have the batch first, are not finite or
-            depend on the other examples of the batch, targets that do not fit, and on sharded weights for a parameter
-            that no per-example rule covers.
+        TypeError: If no logits can be found.
+        ValueError: If the estimator is unknown, there are no examples, the logits do not have the batch first, are not
+            finite or depend on the other examples of the batch, the targets do not fit, or (with sharded weights) no
+            per-example rule covers a parameter.
 
     Example:
         >>> class Model(pl.LightningModule):
@@ -124,7 +127,7 @@ def estimate_fisher(
     run = _Run(module, shards, estimator, logits, targets, likelihood, forward_context)
     fisher, hooks = run.fisher, run.hooks
     parameters = {name: p for name, p in module.named_parameters() if name in shards.shapes}
-    replay = any(hasattr(p, "ds_id") for p in parameters.values())  # ZeRO-3 fetches weights for one backward a forward
+    replay = any(hasattr(p, "ds_id") for p in parameters.values())  # ZeRO-3: one backward pass per forward pass
     seen = 0
     with _evaluation(module), hooks.installed():
         for item in batches:
@@ -140,6 +143,8 @@ def estimate_fisher(
                 run.check_apart(alone, outputs.logits)
             steps = run.steps(outputs, indices, seed)
             if estimator == "batched":
+                # The steps are squared later and then divided by the number of examples: scaled by sqrt(count) here,
+                # each batch contributes count times the square of its mean gradient.
                 steps = [step / max(count, 1) ** 0.5 for step in steps]
             for number, step in enumerate(steps):
                 if replay and number > 0:
@@ -151,6 +156,7 @@ def estimate_fisher(
             elif hooks.unreached:
                 watched = {name: p for name, p in parameters.items() if name in hooks.unreached}
                 groups = [list(range(size))] if estimator == "batched" else [[row] for row in range(size)]
+                # No rule covers these parameters: take their gradients by autograd, one example at a time.
                 with _in_the_graph(watched.values()):
                     for rows in groups:
                         part = run.outputs(take(batch, rows, size))
@@ -169,19 +175,19 @@ def check_fisher(
     targets: Targets | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Likelihood:
-    """Refuse now what :func:`estimate_fisher` would refuse later, by forward passes alone. Call on every rank.
+    """Raise now what :func:`estimate_fisher` would raise later, using forward passes only. Call on every rank.
 
     Args:
-        module: as for :func:`estimate_fisher`.
-        batch: a real batch, on the module's device.
-        shards: as for :func:`estimate_fisher`, and so are all that follow.
+        module: The model, as for :func:`estimate_fisher`.
+        batch: A batch of real data, on the module's device.
+        shards: The weights. This and all further arguments are as for :func:`estimate_fisher`.
 
     Returns:
         What the logits parametrise.
 
     Raises:
-        TypeError: as :func:`estimate_fisher`.
-        ValueError: as :func:`estimate_fisher`.
+        TypeError: As for :func:`estimate_fisher`.
+        ValueError: As for :func:`estimate_fisher`.
     """
     run = _Run(module, shards, estimator, logits, targets, None, forward_context)
     size = batch_size_of(batch)
@@ -196,7 +202,7 @@ def check_fisher(
 
 
 class _Run:
-    """One estimation: what it asks of the module, and where the squares go."""
+    """A single estimation: forward passes of the module, and the accumulator of the squares."""
 
     def __init__(
         self,
@@ -217,7 +223,7 @@ class _Run:
         self.hooks = PerExampleHooks(module, shards.shapes, self.fisher.receive)
 
     def outputs(self, batch: Any) -> Outputs:
-        """A forward pass."""
+        """Run a forward pass and check its shapes."""
         with self.forward_context():
             outputs = self._outputs(batch)
         size = batch_size_of(batch)
@@ -243,7 +249,7 @@ class _Run:
         return Outputs.of(logits, given(batch), task.likelihood)
 
     def probe(self, batch: Any, size: int) -> Tensor:
-        """Find what the rules do not reach. Returns the logits of the first example without the others."""
+        """Find the parameters that no rule reaches. Returns the logits of the first example, computed alone."""
         alone: list[Tensor] = []
 
         def forward(count: int) -> None:
@@ -263,13 +269,14 @@ class _Run:
         return alone[0][0]
 
     def check_apart(self, alone: Tensor, logits: Tensor) -> None:
-        """Refuse logits of an example that depend on the examples beside it."""
+        """Reject logits of an example that depend on the other examples of the batch."""
         self._check_equal(alone, logits.detach()[0])
 
     def _check_equal(self, alone: Tensor, beside: Tensor) -> None:
         with self.forward_context():
             kind = alone.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alone.dtype
+        # Kernels round differently at different batch sizes, by an amount that depends on the precision of autocast.
         tolerance = max(1e-3, 8 * torch.finfo(dtype).eps)
         scale = float(torch.nan_to_num(alone, 0, 0, 0).abs().max()) if alone.numel() else 0.0
         if alone.shape != beside.shape or not torch.allclose(
@@ -282,10 +289,11 @@ class _Run:
             )
 
     def steps(self, outputs: Outputs, indices: Sequence[int], seed: int) -> list[Tensor]:
-        """What to send backwards from the logits, one tensor like them for each pass; the squares add up."""
+        """The gradients of the logits to backpropagate, one tensor like the logits per pass; the squares add up."""
         if self.likelihood is None:
             numbers = outputs.likelihood == "gaussian"
             if outputs.likelihood != "categorical":
+                # A rank whose first targets happen to be all 0 or 1 must not use another likelihood than the others.
                 numbers = self.fisher.over_ranks(int(numbers)) > 0
             self.likelihood = "gaussian" if numbers else outputs.likelihood
         elif self.likelihood == "bernoulli" and outputs.likelihood == "gaussian":
@@ -308,7 +316,7 @@ class _Run:
                 self.hooks.backward(outputs.logits, step[here] * (row < size))
 
     def _agree(self, passes: int) -> int:
-        """The most passes that any rank needs: ranks that share weights run equally many."""
+        """The largest number of passes that any rank needs: ranks that share weights must run equally many."""
         if not self.shards.sharded or not dist.is_initialized():
             return passes
         most = torch.tensor(passes, device=self.fisher.device)
@@ -317,7 +325,7 @@ class _Run:
 
 
 class _Accumulator:
-    """Sums squares into this rank's fragments, over the examples of all ranks."""
+    """Accumulates squares in this rank's fragments, over the examples of all ranks."""
 
     def __init__(self, shards: ParameterShards, *, batched: bool) -> None:
         self._shards = shards
@@ -329,24 +337,24 @@ class _Accumulator:
         self.device = self._totals[0].device if self._totals else torch.device("cpu")
 
     def count(self, indices: Sequence[int]) -> int:
-        """Count the examples of a batch; those of all ranks' batches together, where the batch is to be averaged."""
+        """Count the examples of a batch; if the batch is to be averaged, return the count over all ranks."""
         real = sum(index >= 0 for index in indices)
         self._examples += real
         return self.over_ranks(real) if self._batched else real
 
     def receive(self, name: str, uses: list[Use]) -> None:
-        """Take the uses of a parameter in one backward pass."""
+        """Accumulate the uses of a parameter in one backward pass."""
         self._add(name, partial(add_sums if self._batched else add_squares, uses))
 
     def add_gradients(self, parameters: Mapping[str, Tensor], output: Tensor, gradient: Tensor) -> None:
-        """Take the gradients of one example, or of one batch where batches are squared, by autograd."""
+        """Accumulate gradients computed by autograd: of one example, or of one batch for ``"batched"``."""
         inputs = list(parameters.values())
         found = torch.autograd.grad(output, inputs, gradient, retain_graph=True, materialize_grads=True)
         for name, own in zip(parameters, found, strict=True):
             self._add(name, partial(_add, own if self._batched else own.square()))
 
     def mean(self) -> list[Tensor]:
-        """The sums of all ranks over the number of examples, in the order of the fragments."""
+        """The sums over all ranks divided by the number of examples, in the order of the fragments."""
         examples = self.over_ranks(self._examples)
         if examples == 0:
             raise ValueError("the Fisher needs examples, got none; is the data loader empty?")
@@ -357,20 +365,23 @@ class _Accumulator:
 
     def _add(self, name: str, add_to: Callable[[Tensor], None]) -> None:
         shape = self._shards.shapes[name]
-        if not self._shards.sharded and not self._batched:  # this rank's own sum; the ranks' are added at the end
+        if not self._shards.sharded and not self._batched:  # summed over the ranks once, at the end
             add_to(self._held[name][1].view(shape))
             return
         dtype = self._held[name][1].dtype if name in self._held else torch.float32
+        # All ranks reach this all-reduce for the same parameters in the same order, whether they hold a fragment or
+        # not.
         full = torch.zeros(shape, dtype=dtype, device=self.device)
         add_to(full)
         self._shards.sum_over_ranks(full)
         if name in self._held:
             fragment, total = self._held[name]
             own = fragment.slice(full)
+            # "batched" squares the gradient summed over all ranks, so the square comes after the all-reduce.
             total += own.square_() if self._batched else own
 
     def over_ranks(self, number: int) -> int:
-        """The sum of the ranks' numbers."""
+        """The sum of a number over the ranks."""
         return int(self._shards.sum_over_ranks(torch.tensor(number, device=self.device)))
 
 
@@ -380,13 +391,13 @@ def _add(gradient: Tensor, total: Tensor) -> None:
 
 @contextmanager
 def _evaluation(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, layers that are compiled run as they are written, and no parameter is in the graph.
+    """Evaluation mode, with compiled layers run eagerly and all parameters out of the graph.
 
-    All is as before afterwards.
+    Everything is restored afterwards.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it skips the layers' own forward, and so the hooks
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path skips the layers' forward, and thus the hooks
     for p in trainable:
         p.requires_grad_(False)
     compiled = "torch._dynamo" in sys.modules  # compiled code skips the hooks
@@ -412,7 +423,7 @@ def _in_the_graph(parameters: Collection[Tensor]) -> Iterator[None]:
 
 
 def _indices(item: Any, size: int, seen: int) -> Sequence[int]:
-    """The place of each example in the data over all ranks."""
+    """The position of each example in the data over all ranks."""
     if not isinstance(item, IndexedBatch):
         rank, world_size = rank_and_world_size()
         return range(seen * world_size + rank, (seen + size) * world_size + rank, world_size)
@@ -428,10 +439,10 @@ def _columns(
     seed: int,
     agree: Callable[[int], int],
 ) -> list[Tensor]:
-    """The gradients of the logits, ``[batch, positions, classes]`` in float64, one for each backward pass.
+    """The gradients of the logits, ``[batch, positions, classes]`` in float64, one per backward pass.
 
-    An example whose expectation is exact has its passes one after the other, for each of its positions that count and
-    each column of the logits' Fisher information there; every other example has a single one.
+    An example with an exact expectation uses one pass for each position that counts and each column of the Fisher
+    information of the logits there; every other example uses a single pass.
     """
     width = outputs.logits.shape[-1]
     scores = outputs.logits.detach().double().reshape(len(outputs.logits), -1, width)
@@ -454,7 +465,7 @@ def _columns(
             f'estimator="exact" would take {passes} backward passes for a batch, one for each position and class; use '
             '"sampled" or "auto"'
         )
-    number = torch.where(at & exact[:, None], at.cumsum(1) - 1, -1)  # of a position, among those that count
+    number = torch.where(at & exact[:, None], at.cumsum(1) - 1, -1)  # index among the positions that count
     columns = []
     for step in range(passes):
         position, column = divmod(step, len(factor))
@@ -464,7 +475,7 @@ def _columns(
 
 
 def _factor(p: Tensor, likelihood: Likelihood) -> list[Tensor]:
-    """The columns of ``L``, where ``L L^T`` is the Fisher information of the logits at a position."""
+    """The columns of ``L``, where ``L L^T`` is the Fisher information of the logits at one position."""
     if likelihood == "categorical":
         return _categorical_factor(p)
     deviation = (p * (1 - p)).sqrt() if likelihood == "bernoulli" else torch.ones_like(p)
@@ -475,11 +486,11 @@ def _factor(p: Tensor, likelihood: Likelihood) -> list[Tensor]:
 def _categorical_factor(p: Tensor) -> list[Tensor]:
     """The columns of ``L``, where ``L L^T = diag(p) - p p^T``: the Fisher of a softmax's logits.
 
-    It has rank ``classes - 1``, so one backward pass fewer than the sum over labels (Tanabe & Sagae, 1992, "An exact
-    Cholesky decomposition and the generalized inverse of the variance-covariance matrix of the multinomial
+    Its rank is ``classes - 1``, so it takes one backward pass fewer than the sum over labels (Tanabe & Sagae, 1992, "An
+    exact Cholesky decomposition and the generalized inverse of the variance-covariance matrix of the multinomial
     distribution").
     """
-    rest = p.flip(-1).cumsum(-1).flip(-1)  # of this class and those after it
+    rest = p.flip(-1).cumsum(-1).flip(-1)  # probability of this class and all later ones
     columns = []
     for j in range(p.shape[-1] - 1):
         after = rest[..., j + 1]
@@ -492,9 +503,9 @@ def _categorical_factor(p: Tensor) -> list[Tensor]:
 
 
 def _draw(p: Tensor, at: Tensor, indices: Sequence[int], seed: int, likelihood: Likelihood) -> Tensor:
-    """Labels drawn from the model, shaped like ``p``, where ``at`` says that a position counts.
+    """Labels drawn from the model, shaped like ``p``, at the positions that count (``at``).
 
-    They depend on the example's index and on the place among the positions that count: not on padding.
+    They depend on the example's index and on the index among the positions that count, not on padding.
     """
     width = 1 if likelihood == "categorical" else p.shape[-1]
     draws = np.zeros((*p.shape[:2], width))
@@ -507,6 +518,7 @@ def _draw(p: Tensor, at: Tensor, indices: Sequence[int], seed: int, likelihood: 
         return p + drawn
     if likelihood == "bernoulli":
         return (drawn < p).to(p)
+    # Inverse-CDF sampling. Scaled by the last sum, which rounding keeps from being exactly 1.
     ladder = p.cumsum(-1)
     classes = torch.searchsorted(ladder, drawn * ladder[..., -1:], right=True)
     return F.one_hot(classes[..., 0].clamp(max=p.shape[-1] - 1), p.shape[-1]).to(p)

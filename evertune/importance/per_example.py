@@ -1,9 +1,9 @@
 """Per-example squared gradients within one backward pass, layer by layer.
 
-The gradient of a batch is the sum over its examples, and once summed they cannot be told apart. Before, they can: a
-layer's gradient follows from its input and the gradient of its output, and both have a batch dimension. Hooks catch the
-two at every layer, square the gradient of each example and sum the squares (Goodfellow, 2015, "Efficient per-example
-gradient computations", which does so for the norms).
+The gradient of a batch is the sum over its examples, which cannot be separated afterwards. Before the sum, they can: a
+layer's gradient follows from its input and the gradient of its output, and both have a batch dimension. Hooks record
+the two at every layer, square the gradient of each example and sum the squares (Goodfellow, 2015, "Efficient
+per-example gradient computations", which does so for the norms).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from evertune.importance.rules import Call, chunks, rule_for, tensors_in
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter in a forward pass: the call, the parameter's name there, the gradient of the output."""
+    """One use of a parameter in a forward pass: the call, the parameter's name there, the output's gradient."""
 
     call: Call
     parameter: str
@@ -49,9 +49,9 @@ def add_sums(uses: list[Use], total: Tensor) -> None:
 class PerExampleHooks:
     """Hooks that report, for every parameter and backward pass, its uses and the gradients of their outputs.
 
-    The parameters themselves are left out of the graph (``requires_grad`` must be off while the hooks are at work), so
-    that no ``grad`` is made and no hook of DDP or DeepSpeed fires; the first outputs of the hooked modules
-    start the graph instead.
+    The parameters themselves are not part of the graph (``requires_grad`` must be off while the hooks are active), so
+    that no ``grad`` is allocated and no hook of DDP or DeepSpeed fires; instead, the graph starts at the first outputs
+    of the hooked modules.
 
     Example::
 
@@ -63,14 +63,14 @@ class PerExampleHooks:
             hooks.backward(logits, gradient)
 
     Args:
-        module: the model.
-        shapes: name to shape of the parameters to watch, names as in ``module.named_parameters()``.
-        receive: called with a parameter's name and its uses, in the same order on every rank.
+        module: The model.
+        shapes: Name to shape of the parameters to watch, with the names of ``module.named_parameters()``.
+        receive: Function called with a parameter's name and its uses, in the same order on all ranks.
 
     Attributes:
-        unreached: names of the parameters that no rule covers, and of those that :meth:`probe` found to be used
-            outside their own module; only autograd over the whole model can tell their gradients.
-        one_by_one: names among ``unreached`` whose rule holds all the same in a forward pass of a single example, as
+        unreached: Names of the parameters that no rule covers, and of those that :meth:`probe` found used outside their
+            own module. Only autograd over the whole model can compute their gradients.
+        one_by_one: Names among ``unreached`` whose rule holds all the same in a forward pass of a single example, as
             for relative positions, which T5 computes once for all examples, and for layers with the batch second.
     """
 
@@ -97,7 +97,7 @@ class PerExampleHooks:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The hooks are in place; outside of :meth:`recording` they do nothing."""
+        """Install the hooks; outside of :meth:`recording` they do nothing."""
         with ExitStack() as stack:
             for layer in self._rules:
                 handle = layer.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True)
@@ -107,11 +107,12 @@ class PerExampleHooks:
     def probe(self, forward: Callable[[int], object]) -> None:
         """Find the parameters that the rules do not reach, and add them to ``unreached``.
 
-        A rule holds if its layer's input and output have the batch first (or once for all), and if the parameter
-        is used nowhere but in its own layer. Two batches of different size tell the batch from other dimensions.
+        A rule is valid if its layer's input and output have the batch first (or a batch of 1 for all examples), and if
+        the parameter is used only in its own layer. Two batch sizes are run to distinguish the batch from other
+        dimensions.
 
         Args:
-            forward: runs the model on a batch with the given number of examples.
+            forward: Function that runs the model on a batch with the given number of examples.
         """
         strays: set[str] = set()
         for batch in (2, 3):
@@ -127,7 +128,7 @@ class PerExampleHooks:
 
     @contextmanager
     def recording(self, batch: int, *, single: bool = False) -> Iterator[None]:
-        """A forward pass of ``batch`` examples inside is recorded for :meth:`backward`.
+        """Record the forward pass of ``batch`` examples inside the context for :meth:`backward`.
 
         Args:
             batch: Number of examples.
@@ -141,16 +142,16 @@ class PerExampleHooks:
             self._batch, self._single = 0, False
 
     def backward(self, output: Tensor, gradient: Tensor, *, again: bool = False) -> None:
-        """Run the recorded graph backwards from ``output``, and report every watched parameter that it reaches.
+        """Backpropagate through the recorded graph from ``output``, and report every watched parameter that it reaches.
 
         Args:
-            output: what the recorded forward pass gave.
-            gradient: the gradient of ``output``.
-            again: whether there will be another backward pass over the same graph.
+            output: Output of the recorded forward pass.
+            gradient: Gradient of ``output``.
+            again: Whether there will be another backward pass over the same graph. Default: False.
         """
         if output.requires_grad:
             torch.autograd.grad(output, self._leaves, gradient, retain_graph=again, allow_unused=True)
-            for name in list(self._arrived):  # some of their uses did not contribute to the output
+            for name in list(self._arrived):  # some of their uses do not contribute to the output
                 self._receive(name, self._arrived.pop(name))
         if not again:
             self._reset()
@@ -176,7 +177,7 @@ class PerExampleHooks:
                 f"the output of {type(layer).__name__} has shape {list(output.shape)}, which does not start with the "
                 f"batch of {self._batch} examples; put the batch first"
             )
-        if not single and len(output) != self._batch:  # the same for all examples, as position embeddings are
+        if not single and len(output) != self._batch:  # the same for all examples, such as position embeddings
             output = output.repeat(self._batch, *[1] * (output.ndim - 1))
         if not output.requires_grad:
             self._leaves.append(output.detach().requires_grad_())
@@ -191,6 +192,8 @@ class PerExampleHooks:
             with torch.no_grad():
                 for local, name in owned.items():
                     self._arrived[name].append(Use(call, local, gradient[None] if single else gradient))
+                    # Report a parameter as soon as its last use has arrived, so that the gradients of one layer are
+                    # freed early.
                     if len(self._arrived[name]) == self._uses[name]:
                         self._receive(name, self._arrived.pop(name))
 
@@ -199,7 +202,7 @@ class PerExampleHooks:
 
 
 class _Observer(TorchFunctionMode):
-    """Watches a forward pass for uses of parameters that the rules would miss."""
+    """Finds uses of parameters in a forward pass that the rules would miss."""
 
     def __init__(self, owned: Mapping[nn.Module, Mapping[str, str]], names: Mapping[int, str], batch: int) -> None:
         super().__init__()

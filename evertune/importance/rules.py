@@ -1,4 +1,4 @@
-"""What one call of a layer reveals about the gradients of its parameters, example by example."""
+"""Rules that derive each example's gradient of a layer's parameters from one call of the layer."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 from evertune.utils.batches import take
 
 _IN_CACHE = 384 * 384
-"""Elements of a product that stay in a core's cache while they are squared and added."""
+"""Number of elements of a product that stay in a core's cache while they are squared and added."""
 _AT_ONCE = 2**22
-"""Elements of per-example gradients that may exist at once (16 MB)."""
+"""Maximum number of elements of per-example gradients that exist at once (16 MB in fp32)."""
 
 
 class Call:
-    """One call of a module, from which the gradients of its own parameters follow once its output's gradient is known.
+    """One call of a module, from which its parameters' gradients follow once the gradient of its output is known.
 
-    Weights are never read (under ZeRO-3 they are gone by the time of the backward pass); a subclass says how the input
-    and the gradient of the output, both with the batch first, give the gradient of each example.
+    Weights are never read (under ZeRO-3 they are released before the backward pass). A subclass implements how the
+    input and the gradient of the output, both with the batch first, give the gradient of each example.
 
     Args:
-        module: the module that was called.
-        shapes: name (in the module) to shape of the parameters in question.
-        batch: the number of examples; an input that is the same for all of them may come once, with a batch of 1.
-        args: the positional arguments of the call.
-        kwargs: the keyword arguments of the call.
+        module: The module that was called.
+        shapes: Name (in the module) to shape of the watched parameters.
+        batch: Number of examples. An input that is the same for all of them may have a batch of 1.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Attributes:
-        any_layout: whether the rule also holds for a single example whose input and output have no batch dimension at
+        any_layout: Whether the rule also holds for a single example whose input and output have no batch dimension at
             all, or have it elsewhere, once a leading dimension of 1 is put in front of both.
     """
 
@@ -53,17 +53,17 @@ class Call:
         self.input = inputs.expand(batch, *inputs.shape[1:])
 
     def per_example(self, parameter: str, rows: slice, gradient: Tensor) -> Tensor:
-        """The gradients of the examples ``rows``, ``[rows, *shape]``; ``gradient`` is the output's, of these rows."""
+        """Gradients of the examples ``rows``, ``[rows, *shape]``, from the output's ``gradient`` for these rows."""
         raise NotImplementedError
 
     def add_squares(self, parameter: str, gradient: Tensor, total: Tensor) -> None:
-        """Add the squared gradient of every example to ``total``, shaped as the parameter."""
+        """Add the squared gradient of every example to ``total``, which has the parameter's shape."""
         for rows in chunks(len(gradient), total.numel()):
             total += self.per_example(parameter, rows, gradient[rows]).square_().sum(0)
 
 
 class LinearCall(Call):
-    """``nn.Linear``, on any number of dimensions between the batch and the features."""
+    """``nn.Linear``, with any number of dimensions between the batch and the features."""
 
     any_layout = True
 
@@ -91,7 +91,7 @@ class TransposedLinearCall(LinearCall):
 
 
 class EmbeddingCall(Call):
-    """``nn.Embedding``: only the rows that an example looked up are touched."""
+    """``nn.Embedding``: only the rows that an example looked up have a gradient."""
 
     any_layout = True
 
@@ -104,11 +104,12 @@ class EmbeddingCall(Call):
     def add_squares(self, parameter: str, gradient: Tensor, total: Tensor) -> None:
         keys, values = self._looked_up(self.input, gradient, len(total))
         used, place = torch.unique(keys, return_inverse=True)
+        # Sum repeated tokens per example first: the square is of the sum. Never allocates a dense gradient per example.
         summed = values.new_zeros(len(used), values.shape[-1]).index_add_(0, place, values)
         total.index_add_(0, used % len(total), summed.square_().to(total.dtype))
 
     def _looked_up(self, tokens: Tensor, gradient: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """For every token, its row among all examples' gradients stacked, and what it adds there."""
+        """For every token, its row in the stacked gradients of all examples, and what it adds to that row."""
         example = torch.arange(len(tokens), device=tokens.device).view(-1, *[1] * (tokens.ndim - 1))
         keys, values = (tokens + example * vocabulary).reshape(-1), _wide(gradient).reshape(tokens.numel(), -1)
         if self.module.padding_idx is not None:
@@ -125,6 +126,7 @@ class ConvCall(Call):
         if parameter == "bias":
             return gradient.flatten(2).sum(2)
         layer, inputs, padding = self.module, _wide(self.input[rows]), self.module.padding
+        # torch.nn.grad knows only symmetric zero padding, so pad the input here as the layer does.
         if layer.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             inputs, padding = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode), 0
@@ -140,7 +142,7 @@ class ConvCall(Call):
 
 
 class NormCall(Call):
-    """A normalisation, then a scale and a shift; a subclass says how it normalises and over what they are shared."""
+    """A normalisation followed by scale and shift; a subclass defines the normalisation and the shared dimensions."""
 
     def per_example(self, parameter: str, rows: slice, gradient: Tensor) -> Tensor:
         gradient = _wide(gradient)
@@ -153,7 +155,7 @@ class NormCall(Call):
         raise NotImplementedError
 
     def unshare(self, gradient: Tensor) -> Tensor:
-        """Sum over the dimensions along which one scale serves all: channels are dimension 1."""
+        """Sum over the dimensions that share one scale; channels are dimension 1."""
         return gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
 
 
@@ -184,7 +186,7 @@ class GroupNormCall(NormCall):
 
 
 class BatchNormCall(NormCall):
-    """``nn.BatchNorm1d``, ``2d``, ``3d`` in evaluation mode: running statistics normalise, so examples stay apart."""
+    """``nn.BatchNorm1d``, ``2d``, ``3d`` in evaluation mode: with running statistics, examples are independent."""
 
     def normalised(self, inputs: Tensor) -> Tensor:
         mean, variance = self.module.running_mean.to(inputs), self.module.running_var.to(inputs)
@@ -192,9 +194,9 @@ class BatchNormCall(NormCall):
 
 
 class AnyCall(Call):
-    """A module without submodules and without a rule: its forward runs again for each example, under autograd.
+    """A module without submodules and without a rule: its forward is repeated for each example, under autograd.
 
-    It needs the weights, so it keeps a copy of them: meant for the small layers of one's own (a cosine head).
+    This needs the weights, so it keeps a copy of them: meant for small custom layers, such as a cosine head.
     """
 
     def __init__(
@@ -209,6 +211,8 @@ class AnyCall(Call):
         self.arguments = tree_map(
             lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs))
         )
+        # A shallow copy with its own parameters: the module's may be partitioned again by the time of the backward
+        # pass.
         self.twin = copy.copy(module)
         self.twin.__dict__["_parameters"] = {
             name: None if parameter is None else parameter.detach().clone()
@@ -241,14 +245,14 @@ _RULES: dict[str, type[Call]] = {
     "torch.nn.modules.normalization:GroupNorm.forward": GroupNormCall,
     "torch.nn.modules.batchnorm:_BatchNorm.forward": BatchNormCall,
 }
-"""By the code that runs, so that a subclass keeps its parent's rule only while it computes the same."""
+"""Keyed by the forward function, so that a subclass inherits a rule only if it does not override ``forward``."""
 
 
 def rule_for(module: nn.Module) -> type[Call] | None:
-    """The rule for a module's own parameters, or None when only autograd over the whole model can tell.
+    """The rule for a module's own parameters, or None if they need autograd over the whole model.
 
     Raises:
-        ValueError: for a layer that mixes the examples of a batch, for which there is no per-example gradient.
+        ValueError: If the layer mixes the examples of a batch, so that there is no per-example gradient.
     """
     forward = type(module).forward
     rule = _RULES.get(f"{forward.__module__}:{forward.__qualname__}")
@@ -268,13 +272,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def chunks(count: int, numel: int) -> Iterator[slice]:
-    """Slices of ``count`` examples, few enough that their gradients of ``numel`` elements fit in memory together."""
+    """Slices of ``count`` examples, small enough that their gradients of ``numel`` elements fit in memory together."""
     step = max(1, _AT_ONCE // max(1, numel))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least single precision: squares and sums are not made in 16 bits."""
+    """The tensor in at least single precision: squares and sums in 16 bits would overflow or lose small values."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -288,7 +292,7 @@ def _add_squared_products(left: Tensor, right: Tensor, total: Tensor) -> None:
     columns = right.shape[-1]
     if left.shape[1] == 1:  # the square of an outer product is the outer product of the squares
         total.addmm_(left[:, 0].square().T, right[:, 0].square())
-    elif total.device.type == "cpu":  # one example and a block of rows at a time: the product never leaves the cache
+    elif total.device.type == "cpu":  # blocked: the product never leaves the cache
         for start in range(0, len(total), max(1, _IN_CACHE // columns)):
             block = total[start : start + max(1, _IN_CACHE // columns)]
             part = left[:, :, start : start + len(block)].transpose(1, 2)

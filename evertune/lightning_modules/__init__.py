@@ -1,4 +1,4 @@
-"""What is trained: a pretrained transformer with a task head."""
+"""Ready-made LightningModules: a pretrained transformer with a task head."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The pretrained transformer under a head: loading it, freezing its lower part, pooling what it gives."""
+"""The pretrained transformer under a head: loading it, freezing its lower part, and pooling its output."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
     """Load a pretrained transformer without a head, in torch's default dtype and in training mode.
 
-    A pooler is dropped: nothing would train it.
+    A pooler is removed, because nothing would train it.
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, or a folder.
-        dropout: replaces every dropout probability of the configuration; None keeps them.
+        model_name_or_path: Name on the Hugging Face hub, or folder.
+        dropout: Replaces every dropout probability of the configuration; None (default) keeps them.
 
     Raises:
-        OSError: when there is no such model.
-        ValueError: when its weights are damaged or incomplete, or when it is an encoder-decoder.
+        OSError: If there is no such model.
+        ValueError: If its weights are damaged or incomplete, or it is an encoder-decoder.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
@@ -46,12 +46,12 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
         raise ValueError(f"the weights in {model_name_or_path} lack {absent}, which {type(backbone).__name__} needs")
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
         backbone.pooler = None
-    return backbone.train()  # transformers gives it in eval mode, and Lightning leaves modes as they are
+    return backbone.train()  # transformers returns eval mode, which Lightning keeps
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' reports and progress bars off the screen; its errors are raised all the same."""
+    """Silence the log messages and progress bars of transformers; errors are still raised."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -66,7 +66,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def override_dropout(config: Any, dropout: float) -> None:
-    """Set every dropout probability of a transformers configuration; whole layers are dropped only if they were."""
+    """Set every dropout probability of a transformers configuration; layer dropout is only ever set to 0."""
     for name, value in vars(config).items():
         is_probability = isinstance(value, int | float) and not isinstance(value, bool)
         if "drop" in name and is_probability and not ("layerdrop" in name and dropout > 0):
@@ -74,7 +74,7 @@ def override_dropout(config: Any, dropout: float) -> None:
 
 
 def encoder_layers(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of layers of a transformer, with its name: the longest ``ModuleList``, the outermost of equals."""
+    """The layer stack of a transformer with its name: the longest ``ModuleList``, the outermost if several are."""
     stacks = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise ValueError(f"cannot find the layers of {type(backbone).__name__}; use freeze_layers=0 or -1")
@@ -85,7 +85,7 @@ def freeze(backbone: nn.Module, n_layers: int) -> None:
     """Freeze the embeddings and the first ``n_layers`` layers; 0 freezes nothing, -1 the whole backbone.
 
     Raises:
-        ValueError: when there are fewer layers.
+        ValueError: If the transformer has fewer layers.
     """
     if n_layers == 0:
         return
@@ -107,12 +107,12 @@ def freeze(backbone: nn.Module, n_layers: int) -> None:
 
 
 def accepted_inputs(backbone: nn.Module) -> frozenset[str]:
-    """The names of the arguments that ``backbone(...)`` takes."""
+    """The names of the arguments of ``backbone(...)``."""
     return frozenset(inspect.signature(backbone.forward).parameters)
 
 
 def resolve_pooling(pooling: Pooling, config: Any) -> Pooling:
-    """What ``auto`` means for a model: ``last`` for one that reads left to right only, ``mean`` for the others."""
+    """Resolve ``auto`` for a model: ``last`` if its attention is causal only, else ``mean``."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -126,15 +126,16 @@ def resolve_pooling(pooling: Pooling, config: Any) -> Pooling:
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """One vector a text: the mean over its tokens, its first token's or its last token's; padding never counts.
+    """One vector per text: the mean of its tokens, its first or its last token; padding is ignored.
 
     Args:
-        hidden: [batch, tokens, features].
-        attention_mask: [batch, tokens], 1 for a token and 0 for padding, on either side; None when nothing is padded.
-        pooling: ``mean``, ``cls`` (first) or ``last``.
+        hidden: Hidden states [batch, tokens, features].
+        attention_mask: Mask [batch, tokens], 1 for a token and 0 for padding, on either side; None if nothing is
+            padded.
+        pooling: ``mean``, ``cls`` (first token) or ``last``.
 
     Returns:
-        [batch, features].
+        Pooled vectors [batch, features].
 
     >>> hidden = torch.tensor([[[1.0], [3.0], [100.0]]])
     >>> mask = torch.tensor([[1, 1, 0]])
@@ -147,6 +148,7 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Ten
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
     if pooling == "cls":
+        # argmax returns the first maximum: the first token that is not padding, also with padding on the left.
         token = attention_mask.argmax(1)
     else:
         token = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)

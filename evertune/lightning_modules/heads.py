@@ -1,4 +1,4 @@
-"""Classification heads that grow: new classes are new rows at the end, and old rows stay bit-identical."""
+"""Classification heads that grow: new classes are appended as rows, and old rows stay bit-identical."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from evertune.lightning_modules.saving import whole
 
 INITIAL_STD = 0.02
-"""The standard deviation of a new row's weights, as in BERT's own heads."""
+"""Standard deviation of a new row's weights, as in BERT's own heads."""
 
 
 def initial_rows(start: int, stop: int, in_features: int) -> Tensor:
-    """The initial weights of the rows ``start`` to ``stop``, drawn from a normal distribution.
+    """The initial weights of rows ``start`` to ``stop`` (excluded), drawn from a normal distribution.
 
-    A row depends on the seed of the process (``seed_everything``) and on its number, on nothing else: a head that
-    grows gets the rows that one allocated ahead has, on any number of processes.
+    A row depends only on the seed of the process (``seed_everything``) and on its number: a head that grows gets the
+    same rows as one allocated in advance, on any number of processes.
 
     Returns:
         A tensor [stop - start, in_features].
@@ -35,23 +35,23 @@ def initial_rows(start: int, stop: int, in_features: int) -> Tensor:
 
 
 def with_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
-    """A parameter with ``rows`` appended; the old rows are bit for bit what they were."""
+    """A parameter with ``rows`` appended; the old rows stay bit-identical."""
     old = whole(parameter)
     grown = torch.cat([old, rows.to(old.dtype)]).to(parameter.device)
     return nn.Parameter(grown, requires_grad=parameter.requires_grad)
 
 
 class LinearHead(nn.Linear):
-    """Class scores ``W x + b``, one row of ``W`` a class."""
+    """Class scores ``W x + b``, with one row of ``W`` per class."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights as :func:`initial_rows` does; the biases are 0."""
+        """Draw the weights with :func:`initial_rows`; the biases are 0."""
         with torch.no_grad():
             self.weight.copy_(initial_rows(0, self.out_features, self.in_features))
             self.bias.zero_()
 
     def grow(self, n_rows: int) -> None:
-        """Append rows until there are ``n_rows``; call it on every rank."""
+        """Append rows until there are ``n_rows``. Call on every rank."""
         new = initial_rows(self.out_features, n_rows, self.in_features)
         self.weight = with_rows(self.weight, new)
         self.bias = with_rows(self.bias, torch.zeros(len(new)))
@@ -59,14 +59,14 @@ class LinearHead(nn.Linear):
 
 
 class CosineHead(nn.Module):
-    """Class scores ``scale * cos(x, w)``: neither the length of a row nor a bias can favour the newest classes.
+    """Class scores ``scale * cos(x, w)``: neither the norm of a row nor a bias can favour the newest classes.
 
     The scale is learned (Hou et al., 2019, "Learning a Unified Classifier Incrementally via Rebalancing").
 
     Args:
-        in_features: the size of the features.
-        out_features: how many classes.
-        scale: what the scale starts from. A softmax over C cosines cannot be confident without one.
+        in_features: Size of the features.
+        out_features: Number of classes.
+        scale: Initial value of the scale. A softmax over C cosines cannot be confident without one. Default: 10.
 
     >>> head = CosineHead(4, 2)
     >>> features = torch.ones(1, 4)
@@ -85,7 +85,7 @@ class CosineHead(nn.Module):
         return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
 
     def grow(self, n_rows: int) -> None:
-        """Append rows until there are ``n_rows``; call it on every rank."""
+        """Append rows until there are ``n_rows``. Call on every rank."""
         self.weight = with_rows(self.weight, initial_rows(self.out_features, n_rows, self.in_features))
         self.out_features = n_rows
 

@@ -1,4 +1,4 @@
-"""Folders that hold a module: weights as safetensors, the rest as JSON, and a hash of every file."""
+"""Saved modules: a folder with the weights as safetensors, the rest as JSON, and a hash of every file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of a parameter on the CPU, whole also when DeepSpeed has partitioned it; call it on every rank."""
+    """A copy of a parameter on the CPU, gathered if DeepSpeed has partitioned it. Call on every rank."""
     if not hasattr(tensor, "ds_id"):
         return tensor.detach().cpu().clone()
     import deepspeed
@@ -35,7 +35,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Hold every weight of a module whole, also after a ZeRO-3 fit has left it partitioned; call it on every rank."""
+    """Gather all weights of a module, which a ZeRO-3 fit leaves partitioned. Call on every rank."""
     partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield
@@ -47,9 +47,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module on the CPU, on the writing rank; the others take part and get an empty dict."""
+    """The state of a module on the CPU, on the writing rank; the other ranks get an empty dict. Call on every rank."""
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
+        # One weight at a time, and on every rank: gathering a partitioned weight is a collective.
         value = whole(tensor)
         if is_writer():
             state[name] = value
@@ -57,7 +58,7 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write all weights of any module to a safetensors file, one that is shared only once. Call it on every rank."""
+    """Write all weights of any module to a safetensors file, shared ones only once. Call on every rank."""
     shared: dict[int, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         shared.setdefault(id(tensor), name)
@@ -69,10 +70,10 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Read what :func:`save_weights` wrote into a module of the same shapes. Call it on every rank.
+    """Load the file of :func:`save_weights` into a module with the same shapes. Call on every rank.
 
     Raises:
-        ValueError: when the names or shapes are not the module's.
+        ValueError: If the names or shapes differ from the module's.
     """
     own: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -81,10 +82,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_rest(module: nn.Module, folder: Path) -> None:
-    """Read what is saved outside the transformer into a module, partitioned or not; call it on every rank.
+    """Load the weights saved outside the transformer into a module, partitioned or not. Call on every rank.
 
     Raises:
-        ValueError: when the names or shapes are not the module's.
+        ValueError: If the names or shapes differ from the module's.
     """
     state = module.state_dict(keep_vars=True)
     _copy_into({name: value for name, value in state.items() if not name.startswith(BACKBONE)}, folder / REST)
@@ -103,6 +104,7 @@ def _copy_into(own: dict[str, Tensor], path: Path) -> None:
             if hasattr(tensor, "ds_id"):
                 import deepspeed
 
+                # Rank 0's values are broadcast when the context exits; the other ranks' writes are dropped.
                 with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                     tensor.copy_(saved[name])
             else:
@@ -111,13 +113,13 @@ def _copy_into(own: dict[str, Tensor], path: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedModule:
-    """What ``evertune.json`` says about the folder of a module.
+    """The content of a module's ``evertune.json``.
 
     Args:
-        module: The name of its class.
-        hparams: The arguments of its constructor.
-        sha256: The SHA-256 of every other file by its name.
-        format: The format of the file.
+        module: Name of the module's class.
+        hparams: Arguments of its constructor.
+        sha256: SHA-256 of every other file, by its name.
+        format: Version of the file's format.
     """
 
     module: str
@@ -127,7 +129,7 @@ class SavedModule:
 
 
 def write_manifest(folder: Path, module: str, hparams: dict[str, Any]) -> None:
-    """Write ``evertune.json`` last, with the SHA-256 of every other file: a folder without it holds no module."""
+    """Write ``evertune.json`` last, with the SHA-256 of every other file: without it, a folder holds no module."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
     )
@@ -136,11 +138,11 @@ def write_manifest(folder: Path, module: str, hparams: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> SavedModule:
-    """Read ``evertune.json`` and check every file against it.
+    """Read ``evertune.json`` and verify every file against it.
 
     Raises:
-        FileNotFoundError: when the folder or a file of it is missing.
-        ValueError: when a file is damaged, cut short or of another format.
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged, truncated or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a linear warm-up, then a decay, both over one update."""
+"""Learning-rate schedules: a linear warm-up followed by a decay, within each update."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 def learning_rate_factor(step: int, n_warmup: int, n_steps: int | None, schedule: Schedule) -> float:
-    """What the learning rate is multiplied by at a step of an update.
+    """The factor of the learning rate at a step of an update.
 
-    It rises linearly over ``n_warmup`` steps without wasting the first one on a rate of 0, then stays at 1
+    It rises linearly over ``n_warmup`` steps, starting above 0 so that the first step is not wasted, then stays at 1
     (``constant``) or falls to 0 after the last step (``linear``, ``cosine``).
 
     Args:
-        step: the step, from 0.
-        n_warmup: how many steps the warm-up lasts.
-        n_steps: how many steps the update has; may be None for ``constant``.
-        schedule: the shape after the warm-up.
+        step: Index of the step, from 0.
+        n_warmup: Number of warm-up steps.
+        n_steps: Number of steps of the update; may be None for ``constant``.
+        schedule: Shape after the warm-up.
 
     >>> [round(learning_rate_factor(step, 2, 6, "linear"), 2) for step in range(7)]
     [0.33, 0.67, 1.0, 0.75, 0.5, 0.25, 0.0]
@@ -35,9 +35,9 @@ def learning_rate_factor(step: int, n_warmup: int, n_steps: int | None, schedule
 
 
 def remaining_steps(trainer: pl.Trainer) -> int | None:
-    """How many optimizer steps the ``fit`` about to start will take, or None when nobody can tell.
+    """Number of optimizer steps of the ``fit`` that is about to start, or None if it is unknown.
 
-    Earlier ``fit`` calls of the same trainer do not count, so that each update gets a schedule of its own.
+    Earlier ``fit`` calls of the same trainer do not count, so that each update gets its own schedule.
     """
     estimate = trainer.estimated_stepping_batches
     if math.isinf(estimate) or estimate < 0:

@@ -1,4 +1,4 @@
-"""Text classification whose classes have names, and come one after another."""
+"""Text classification with named classes that arrive over time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ HEAD_DROPOUT = 0.1
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classifier says about a batch.
+    """The output of a classifier for a batch.
 
     Args:
-        logits: [batch, classes], in the order of ``module.classes``.
-        features: [batch, features], the pooled texts that the head sees.
+        logits: Logits [batch, classes], in the order of ``module.classes``.
+        features: Pooled texts [batch, features], the input of the head.
     """
 
     logits: Tensor
@@ -38,35 +38,39 @@ class ClassifierOutput(NamedTuple):
 
 
 class SequenceClassificationModule(TransformerModule):
-    """A pretrained transformer that classifies texts, one label each or several.
+    """A pretrained transformer that classifies texts, with exactly one label or several labels each.
 
-    Its interface is label names, not numbers. A batch is what a tokenizer gives, with the names under ``labels``: a
+    Its interface is label names, not numbers. A batch is the output of a tokenizer, with the names under ``labels``: a
     list of names, or with ``multi_label`` a list of lists of names. (Tensors pass through: class numbers, or rows of 0
-    and 1.) The head has one row a class. New classes append rows, the old ones stay bit-identical, and the loss is over
-    the classes named so far. ``ContinualTrainer``, or a datamodule with an ``experience``, names them before each fit.
+    and 1.) The head has one row per class. New classes append rows, the old ones stay bit-identical, and the loss is
+    over the classes named so far. ``ContinualTrainer``, or a datamodule with an ``experience``, names them before each
+    fit.
 
-    Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy`` (multi-label: a text counts
-    when all its labels are right).
+    Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy`` (multi-label: a text is
+    correct if all its labels are).
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` (installed).
-        classes: the names known so far, in the order of the head's rows.
-        head: ``linear``, or ``cosine``, which does not favour the newest classes (Hou et al., 2019).
-        multi_label: whether a text has any number of labels (sigmoids) instead of exactly one (softmax).
-        label_smoothing: the part of the target that is spread over all classes (Szegedy et al., 2016).
-        pooling: ``mean`` over the tokens, ``cls`` (the first one) or ``last``; ``auto`` is ``last`` for a model that
-            reads left to right only and ``mean`` for the others.
-        n_classes_ahead: rows allocated from the start, so that the head keeps its shape until more classes than
-            that have come; the rows without a name take part in nothing.
-        learning_rate: see :class:`TransformerModule`, as for all that follow.
-        weight_decay: of AdamW; biases and norms are spared.
-        warmup_ratio: the part of an update that the warm-up takes.
-        schedule: ``linear``, ``cosine`` or ``constant``.
-        freeze_layers: 0 trains everything, n freezes the embeddings and the first n layers, -1 all but the head.
-        dropout: replaces every dropout probability, the head's (0.1) too; None keeps them.
+        model_name_or_path: Name on the Hugging Face hub, folder, or ``package:NAME/FOLDER`` (in an installed package).
+        classes: Names of the classes known so far, in the order of the head's rows. Default: none.
+        head: ``linear`` (default), or ``cosine``, which does not favour the newest classes (Hou et al., 2019).
+        multi_label: Whether a text has any number of labels (sigmoids) instead of exactly one (softmax). Default:
+            False.
+        label_smoothing: Share of the target, in [0, 1), that is spread over all classes (Szegedy et al., 2016).
+            Default: 0.
+        pooling: ``mean`` over the tokens, ``cls`` (the first one) or ``last``. ``auto`` (default) is ``last`` for a
+            model that only reads left to right, and ``mean`` for the others.
+        n_classes_ahead: Number of rows allocated from the start, so that the head keeps its shape until there are more
+            classes; rows without a name are not used. Default: None.
+        learning_rate: Peak learning rate of AdamW, see :class:`TransformerModule`. Default: 5e-5.
+        weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
+        warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
+        schedule: ``linear`` (default), ``cosine`` or ``constant``.
+        freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
+            the head.
+        dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
 
     Raises:
-        ValueError: for a value out of range, named with what is allowed.
+        ValueError: If an argument is out of range; the message names the allowed values.
 
     Example::
 
@@ -78,7 +82,7 @@ class SequenceClassificationModule(TransformerModule):
     """
 
     head: Any
-    """The class scores of pooled texts; None until ``configure_model``."""
+    """Module that maps pooled texts to class scores; None until ``configure_model``."""
 
     def __init__(
         self,
@@ -133,11 +137,11 @@ class SequenceClassificationModule(TransformerModule):
         return list(self._classes)
 
     def add_classes(self, names: Sequence[str]) -> None:
-        """Learn new names: the head grows at its end, known names are skipped. Call it on every rank, between fits.
+        """Add classes: the head grows at its end, known names are skipped. Call on every rank, between fits.
 
         Raises:
-            TypeError: when a name is not a string, or ``names`` is one.
-            RuntimeError: during ``fit``, when the optimizer already holds the head.
+            TypeError: If a name is not a string, or ``names`` is a single string.
+            RuntimeError: During ``fit``, when the optimizer already holds the head.
         """
         new = [name for name in _checked_names(names) if name not in self._classes]
         if not new:
@@ -148,27 +152,28 @@ class SequenceClassificationModule(TransformerModule):
         self._name_classes(new)
 
     def prepare_experience(self, experience: Experience) -> None:
-        """Name the classes of an experience before the fit that learns it. Call it on every rank."""
+        """Add the classes of an experience before the fit that learns it. Call on every rank."""
         self.add_classes(experience.classes)
 
     def _name_classes(self, new: list[str]) -> None:
         self._classes.extend(new)
+        # Lightning saves hparams with every checkpoint, from which the classes are read again.
         self.hparams["classes"] = self.classes
         if self.head is not None and len(self._classes) > self.head.out_features:
             self.head.grow(len(self._classes))
 
     def setup(self, stage: str) -> None:
-        """Name the classes of the datamodule's experience, if it has one."""
+        """Add the classes of the datamodule's experience, if it has one."""
         experience = getattr(getattr(self.trainer, "datamodule", None), "experience", None)
         if stage == "fit" and experience is not None:
             names = _checked_names(experience.classes)
             self._name_classes([name for name in names if name not in self._classes])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the classes that the checkpoint knows beyond this module's.
+        """Add the classes that the checkpoint has beyond this module's.
 
         Raises:
-            ValueError: when this module's classes are not the first ones of the checkpoint's.
+            ValueError: If this module's classes are not the first ones of the checkpoint's.
         """
         names = list(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["classes"])
         if names[: len(self._classes)] != self._classes:
@@ -181,22 +186,22 @@ class SequenceClassificationModule(TransformerModule):
     # --- the model
 
     def configure_model(self) -> None:
-        """Load the transformer and build the head; the second call does nothing.
+        """Load the transformer and build the head. Later calls have no effect.
 
         Raises:
-            ValueError: when there are no classes yet.
+            ValueError: If there are no classes yet.
         """
         if not self._classes:
             raise ValueError("there are no classes yet: pass classes=[...] or call add_classes([...])")
         super().configure_model()
-        if len(self._classes) > self.head.out_features:  # named after the folder was opened, before it was read
+        if len(self._classes) > self.head.out_features:  # added after the folder was opened, before it was read
             self.head.grow(len(self._classes))
 
     def start_from(self, directory: str | Path) -> None:
-        """As for any transformer module; the classes must be the folder's, or begin with them.
+        """As in :class:`TransformerModule`; this module's classes must be those of the folder, or begin with them.
 
         Raises:
-            ValueError: when they do not.
+            ValueError: If they do not.
         """
         saved = list(read_manifest(Path(directory)).hparams["classes"])
         if self._classes[: len(saved)] != saved:
@@ -205,7 +210,8 @@ class SequenceClassificationModule(TransformerModule):
         self._n_constructed = len(saved)
 
     def configure_head(self) -> None:
-        """Build the head, with a row for each class named and each one allocated ahead."""
+        """Build the head, with one row per class or per allocated row, whichever are more."""
+        # The saved head must have its saved shape when its weights are loaded; it grows afterwards.
         n_named = len(self._classes) if self._saved is None else self._n_constructed
         n_rows = max(n_named, self.n_classes_ahead or 0)
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
@@ -213,14 +219,15 @@ class SequenceClassificationModule(TransformerModule):
         self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)
 
     def forward(self, **inputs: Any) -> ClassifierOutput:
-        """Scores of a batch of tokenised texts: ``module(input_ids=..., attention_mask=...)``."""
+        """Class scores of a batch of tokenised texts: ``module(input_ids=..., attention_mask=...)``."""
         hidden = self.encode(**inputs).last_hidden_state
         features = pool(hidden, inputs.get("attention_mask"), self._pooling)
         logits = self.head(self.head_dropout(features))
+        # Rows allocated ahead are cut off, so they neither take part in the softmax nor get gradients.
         return ClassifierOutput(logits[:, : len(self._classes)], features)
 
     def features(self, batch: Mapping[str, Any]) -> Tensor:
-        """The pooled texts of a batch [batch, features]: what herding and drift detectors look at."""
+        """The pooled texts of a batch [batch, features], used by herding and drift detectors."""
         output: ClassifierOutput = self(**_inputs(batch))
         return output.features
 
@@ -230,7 +237,8 @@ class SequenceClassificationModule(TransformerModule):
         """Label names as a target tensor: class numbers [batch], or with ``multi_label`` 0 and 1 [batch, classes].
 
         Raises:
-            ValueError: for a name that is not a class, or for lists of names without ``multi_label`` and the reverse.
+            ValueError: If a name is not a class, if an example has a list of names without ``multi_label``, or a single
+                name with it.
         """
         if self.multi_label:
             target = torch.zeros(len(labels), len(self._classes))
@@ -253,7 +261,7 @@ class SequenceClassificationModule(TransformerModule):
             ) from None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Replace label names by target tensors."""
+        """Replace label names with target tensors."""
         if not isinstance(batch, Mapping):
             return batch
         named = {key: batch[key] for key in TARGET_KEYS if key in batch and not isinstance(batch[key], Tensor)}
@@ -262,7 +270,7 @@ class SequenceClassificationModule(TransformerModule):
     # --- steps
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over a batch, in fp32: cross-entropy, or with ``multi_label`` a binary one for each class."""
+        """The mean loss of a batch in fp32: cross-entropy, or binary cross-entropy per class with ``multi_label``."""
         if not self.multi_label:
             return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
         smooth = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -293,7 +301,7 @@ class SequenceClassificationModule(TransformerModule):
     # --- predictions
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, float]]:
-        """The probability of each class for each text, the most probable first."""
+        """The probability of each class for each text, most probable first."""
         logits = self(**_inputs(batch)).logits.float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
         return [
@@ -304,17 +312,17 @@ class SequenceClassificationModule(TransformerModule):
     def predict(
         self, texts: Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, max_length: int | None = None
     ) -> list[dict[str, float]]:
-        """The probability of each class for each text, the most probable first.
+        """The probability of each class for each text, most probable first.
 
-        Loads the weights if need be. After a ZeRO-3 fit, call it on every rank.
+        Loads the weights if necessary. After a ZeRO-3 fit, call it on every rank.
 
         Args:
-            texts: texts, or pairs of them.
-            batch_size: how many are classified at a time.
-            max_length: tokens after which a text is cut; None for as many as the model takes.
+            texts: Texts, or pairs of texts.
+            batch_size: Number of texts per forward pass. Default: 32.
+            max_length: Maximum number of tokens; longer texts are truncated. None (default) uses the model's maximum.
 
         Raises:
-            TypeError: when ``texts`` is a single string.
+            TypeError: If ``texts`` is a single string.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list; for one text pass [text]")
@@ -343,7 +351,7 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_names(names: Sequence[str]) -> list[str]:
-    """The names without repetitions, in order."""
+    """The names without duplicates, in order."""
     if isinstance(names, str):
         raise TypeError(f"classes must be a list of names, got the string {names!r}")
     for name in names:

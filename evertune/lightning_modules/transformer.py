@@ -1,4 +1,4 @@
-"""The base of every module here: a pretrained transformer, its optimizer and its schedule."""
+"""Base class of the modules in this package: a pretrained transformer, its optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from evertune.utils.ranks import barrier, is_writer
 class TransformerModule(LightningModule):
     """A pretrained transformer that learns one update after another.
 
-    The weights are loaded in ``configure_model``, which Lightning calls in every ``fit`` and which loads once, so that
-    DeepSpeed ZeRO-3 never holds a whole model on one device. Outside a trainer, call it yourself. A subclass adds the
-    head in ``configure_head`` and the loss in ``training_step``.
+    The weights are loaded in ``configure_model``, which Lightning calls in every ``fit`` and which only loads once;
+    this way, DeepSpeed ZeRO-3 never holds a whole model on one device. Outside a trainer, call it yourself. A subclass
+    adds the head in ``configure_head`` and the loss in ``training_step``.
 
-    Each ``fit`` is an update with a schedule of its own: warm-up, then decay to 0. Weights train in fp32; pass
+    Each ``fit`` is one update with its own schedule: warm-up, then decay to 0. Weights train in fp32; pass
     ``precision="bf16-mixed"`` to the trainer for bf16.
 
     Args:
-        model_name_or_path: a name on the Hugging Face hub, a folder, or ``package:NAME/FOLDER`` (installed).
-        learning_rate: of AdamW, at the end of the warm-up. 5e-5 suits encoders of BERT's size; small ones such as
-            MiniLM, and short updates, take 1e-4 to 2e-4.
-        weight_decay: of AdamW; biases and norms are spared.
-        warmup_ratio: the part of an update that the warm-up takes.
-        schedule: ``linear`` or ``cosine`` decay, or ``constant``, the only one for a ``fit`` without an end.
-        freeze_layers: 0 trains everything, n freezes the embeddings and the first n layers, -1 freezes the whole
-            transformer and trains the head only.
-        dropout: replaces every dropout probability of the model; None keeps the model's own.
+        model_name_or_path: Name on the Hugging Face hub, folder, or ``package:NAME/FOLDER`` (in an installed package).
+        learning_rate: Peak learning rate of AdamW, reached at the end of the warm-up. 5e-5 (default) suits encoders of
+            BERT's size; small ones such as MiniLM, and short updates, need 1e-4 to 2e-4.
+        weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
+        warmup_ratio: Share of an update's steps used for the warm-up, in [0, 1). Default: 0.1.
+        schedule: ``linear`` (default) or ``cosine`` decay, or ``constant``, the only one for a ``fit`` without an end.
+        freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 freezes the
+            whole transformer and trains only the head.
+        dropout: Replaces every dropout probability of the model; None (default) keeps the model's own.
 
     Raises:
-        ValueError: for a value out of range, named with what is allowed.
+        ValueError: If an argument is out of range; the message names the allowed values.
     """
 
     backbone: Any
@@ -95,7 +95,7 @@ class TransformerModule(LightningModule):
     # --- the model
 
     def configure_model(self) -> None:
-        """Load the transformer and build the head; the second call does nothing."""
+        """Load the transformer and build the head. Later calls have no effect."""
         if self.backbone is not None:
             return
         with self._zero_3():
@@ -107,13 +107,13 @@ class TransformerModule(LightningModule):
             load_rest(self, self._saved)
 
     def configure_head(self) -> None:
-        """Build what is trained on top of ``self.backbone``. Nothing by default."""
+        """Build the layers on top of ``self.backbone``. By default there are none."""
 
     def encode(self, **inputs: Any) -> Any:
-        """Run the transformer on the inputs that it knows; other columns of a batch are left out.
+        """Run the transformer on the inputs that it accepts; other columns of a batch are ignored.
 
         Raises:
-            RuntimeError: before the weights are loaded.
+            RuntimeError: Before the weights are loaded.
         """
         if self.backbone is None:
             raise RuntimeError(f"{type(self).__name__} has no weights yet: call configure_model() first")
@@ -121,16 +121,16 @@ class TransformerModule(LightningModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer, loaded when first asked for; one without padding pads with its end token.
+        """The model's tokenizer, loaded on first access; without a padding token, it pads with its end token.
 
         Raises:
-            ValueError: when the model comes without one.
+            ValueError: If the model has no tokenizer.
         """
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
-            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when files are missing
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the fallback of transformers if files are missing
                 raise ValueError(f"{self.model_name_or_path} has no tokenizer files")
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
@@ -138,7 +138,7 @@ class TransformerModule(LightningModule):
         return self._tokenizer
 
     def _zero_3(self) -> Any:
-        """Lets transformers know, while it loads, that DeepSpeed partitions each weight as it is made."""
+        """A context in which transformers partitions each weight with DeepSpeed while loading it."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         if not (isinstance(strategy, either("DeepSpeedStrategy")) and strategy.zero_stage_3):
             return nullcontext()
@@ -153,7 +153,7 @@ class TransformerModule(LightningModule):
         """AdamW without decay on biases and norms, and a schedule that restarts with each ``fit``.
 
         Raises:
-            ValueError: when the schedule needs to know how long ``fit`` lasts and nobody can tell.
+            ValueError: If the schedule requires the length of ``fit`` and it is unknown.
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in trained if _n_dimensions(parameter) > 1]
@@ -165,7 +165,7 @@ class TransformerModule(LightningModule):
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
-            fused=self.device.type == "cpu",  # 5 times as fast there; on CUDA fp16 could not clip gradients with it
+            fused=self.device.type == "cpu",  # 5 times as fast; on CUDA, clipping in fp16 forbids it
         )
         n_steps = remaining_steps(self.trainer)
         if n_steps is None and self.schedule != "constant":
@@ -181,24 +181,25 @@ class TransformerModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Resume in the middle of an epoch, though the schedule has had the loaders set up before the checkpoint."""
+        """Resume in the middle of an epoch, although the schedule has set up the loaders before the checkpoint."""
         resume_loaders(self.trainer)
 
     # --- folders
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the module to a folder: safetensors and JSON, nothing that can run code. Call it on every rank.
+        """Write the module to a folder of safetensors and JSON, without executable content. Call on every rank.
 
-        The folder has the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
-        tokenizer, ``head.safetensors`` for all other weights, and ``evertune.json`` with the settings and a sha256 of
-        every file.
+        The folder contains the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
+        tokenizer, ``head.safetensors`` with all other weights, and ``evertune.json`` with the settings and the SHA-256
+        of every file.
 
         Raises:
-            RuntimeError: before the weights are loaded.
+            RuntimeError: Before the weights are loaded.
         """
         if self.backbone is None:
             raise RuntimeError(f"{type(self).__name__} has no weights to save yet: call configure_model() first")
         folder = Path(directory)
+        # Collective under ZeRO-3, so before the branch of the writing rank.
         state = whole_state(self)
         if is_writer():
             from safetensors.torch import save_file
@@ -212,22 +213,23 @@ class TransformerModule(LightningModule):
                 save_file(rest, folder / REST)
             self._save_tokenizer(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-            settings.pop("model_name_or_path")  # from now on the folder itself
+            settings.pop("model_name_or_path")  # replaced by the folder when it is loaded
             write_manifest(folder, type(self).__name__, settings)
         barrier()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, lazy: bool = False, **settings: Any) -> Self:
-        """Read a module from a folder that ``save_pretrained`` wrote, bit for bit.
+        """Load a module from a folder that ``save_pretrained`` wrote, with bit-identical weights.
 
         Args:
-            directory: the folder.
-            lazy: leave the loading of weights to ``configure_model``, so that ZeRO-3 partitions them as they come.
-            settings: replace arguments of the constructor, as in ``learning_rate=1e-5``.
+            directory: Folder that ``save_pretrained`` wrote.
+            lazy: Whether to leave loading the weights to ``configure_model``, so that ZeRO-3 partitions them while
+                loading. Default: False.
+            settings: Arguments of the constructor that replace the saved ones, as in ``learning_rate=1e-5``.
 
         Raises:
-            FileNotFoundError: when the folder or a file of it is missing.
-            ValueError: when a file is damaged, cut short or written by another kind of module.
+            FileNotFoundError: If the folder or one of its files is missing.
+            ValueError: If a file is damaged, truncated or written by another kind of module.
         """
         folder = Path(directory)
         manifest = read_manifest(folder)
@@ -239,20 +241,20 @@ class TransformerModule(LightningModule):
         return module
 
     def start_from(self, directory: str | Path) -> None:
-        """Take the weights from a folder that ``save_pretrained`` wrote, when ``configure_model`` loads them.
+        """Use the weights of a folder that ``save_pretrained`` wrote when ``configure_model`` loads the weights.
 
-        The settings and the tokenizer stay this module's. Call it on every rank, before the weights are loaded.
+        The settings and the tokenizer of this module are kept. Call on every rank, before the weights are loaded.
 
         Raises:
-            FileNotFoundError: when the folder or a file of it is missing.
-            RuntimeError: when the weights are loaded already.
-            ValueError: when a file is damaged, cut short or written by another kind of module.
+            FileNotFoundError: If the folder or one of its files is missing.
+            RuntimeError: If the weights are already loaded.
+            ValueError: If a file is damaged, truncated or written by another kind of module.
         """
         if self.backbone is not None:
             raise RuntimeError(f"{type(self).__name__} has its weights already: call start_from() before fit")
         folder = Path(directory)
         self._check_kind(folder, read_manifest(folder))
-        with suppress(OSError, ValueError):  # there may be none
+        with suppress(OSError, ValueError):  # the model may have no tokenizer
             self._tokenizer = self.tokenizer
         self.model_name_or_path = str(folder)
         self._saved = folder
@@ -270,5 +272,5 @@ class TransformerModule(LightningModule):
 
 
 def _n_dimensions(parameter: nn.Parameter) -> int:
-    """The number of dimensions of a parameter, also of one that ZeRO-3 has partitioned."""
+    """The number of dimensions of a parameter, including one partitioned by ZeRO-3 (which is stored flat)."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,4 +1,4 @@
-"""What is kept of the past: the replay memory and its selection policies."""
+"""The replay memory and its selection policies."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""One training example as bytes, and back, without pickle.
+"""Training examples as bytes and back, without pickle.
 
-The bytes are a magic number, a JSON header that describes the containers, and the raw buffers of tensors, arrays and
-long lists of numbers. Decoding never imports a module and never runs code that the bytes name: see
+The encoding is a magic number, a JSON header that describes the containers, and the raw buffers of tensors, arrays and
+long lists of numbers. Decoding never imports a module and never runs code named in the bytes: see
 :mod:`~evertune.memory.objects`.
 """
 
@@ -20,7 +20,7 @@ from evertune.memory.objects import MissingTypeError, put_together, take_apart
 
 _MAGIC = b"EVX1"
 _ALIGNMENT = 16
-_PACK_FROM = 8  # shorter lists of numbers stay in the header
+_PACK_FROM = 8  # length; shorter lists of numbers stay in the header
 _TORCH_DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -36,16 +36,16 @@ _SUPPORTED = (
 
 
 def encode(example: Any) -> bytes:
-    """Turn one example into bytes.
+    """Encode one example as bytes.
 
     Args:
-        example: tensors (any device and layout of memory; stored dense, on the CPU), numpy arrays and scalars,
-            ``str``, ``bytes``, ``int``, ``float``, ``bool``, ``date``, ``datetime``, ``timedelta`` and ``None``, nested
-            in ``dict``, ``OrderedDict``, ``list``, ``tuple`` and transformers' ``BatchEncoding`` (its ``encodings`` are
-            left out); namedtuples, dataclasses and enums whose class can be found by its module and name.
+        example: Tensors (any device and memory layout; stored dense, on the CPU), numpy arrays and scalars, ``str``,
+            ``bytes``, ``int``, ``float``, ``bool``, ``date``, ``datetime``, ``timedelta`` and ``None``, nested in
+            ``dict``, ``OrderedDict``, ``list``, ``tuple`` and transformers' ``BatchEncoding`` (its ``encodings`` are
+            left out). Also namedtuples, dataclasses and enums whose class can be found by its module and name.
 
     Raises:
-        TypeError: when something else is inside, with its type and where it is.
+        TypeError: If the example contains anything else; the message names its type and its place.
 
     Example:
         >>> decode(encode({"text": "hello", "ids": (1, 2), "x": torch.ones(2)}))
@@ -58,14 +58,15 @@ def encode(example: Any) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview) -> Any:
-    """Build the example that :func:`encode` described. Tensors and arrays own their memory and may be written to.
+    """Decode an example that :func:`encode` encoded. Tensors and arrays own their memory and are writable.
 
-    A dataclass gets back the attributes that it had; its ``__init__`` and ``__post_init__`` do not run again.
+    The attributes of a dataclass are restored; its ``__init__`` and ``__post_init__`` do not run again.
 
     Raises:
-        ValueError: when the bytes are not an encoded example, or are truncated.
-        MissingTypeError: when the example holds an object whose class this process has not imported.
+        ValueError: If the bytes are not an encoded example, or are truncated.
+        MissingTypeError: If the example holds an object whose class this process has not imported.
     """
+    # A writable copy: frombuffer would otherwise return read-only tensors that share the caller's bytes.
     memory = bytearray(data)
     try:
         if memory[:4] != _MAGIC:
@@ -81,14 +82,14 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
 
 
 class _Buffers:
-    """The raw bytes after the header, each chunk aligned."""
+    """The raw bytes after the header, with every chunk aligned."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
         self.size = 0
 
     def add(self, data: bytes) -> tuple[int, int]:
-        """Append ``data``; returns its offset and length."""
+        """Append ``data`` and return its offset and length."""
         padding = -self.size % _ALIGNMENT
         offset = self.size + padding
         self.chunks += [bytes(padding), data]
@@ -108,6 +109,7 @@ def _describe(value: Any, buffers: _Buffers, where: str) -> Any:  # noqa: PLR091
                 raise TypeError(f"cannot store {where}: a dict key of type {type(key).__name__}; {_SUPPORTED}")
         return ["dict", [[key, _describe(item, buffers, f"{where}[{key!r}]")] for key, item in value.items()]]
     if kind in (list, tuple):
+        # A list of token ids as JSON numbers would take several times the space and time.
         if kind is list and len(value) >= _PACK_FROM and (packed := _pack(value)) is not None:
             return ["numbers", packed.dtype.str, *buffers.add(packed.tobytes())]
         return [kind.__name__, [_describe(item, buffers, f"{where}[{index}]") for index, item in enumerate(value)]]
@@ -127,7 +129,7 @@ def _describe(value: Any, buffers: _Buffers, where: str) -> Any:  # noqa: PLR091
 
 
 def _pack(values: list[Any]) -> np.ndarray[Any, Any] | None:
-    """A list of only ints or only floats as an array; None when it is anything else."""
+    """A list of ints only or floats only as an array of the smallest type; None for any other list."""
     kinds = set(map(type, values))
     if kinds == {float}:
         return np.array(values, dtype="<f8")

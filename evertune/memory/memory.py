@@ -1,4 +1,4 @@
-"""The replay memory: a fixed number of examples of the past, over all ranks."""
+"""The replay memory: a fixed number of past examples, shared by all ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CHUNK = 4096
 
 
 class Examples(Protocol):
-    """What the memory learns from: anything with a length that gives an example by number."""
+    """The data that the memory learns from: anything with a length whose examples are read by index."""
 
     def __len__(self) -> int: ...
 
@@ -50,9 +50,9 @@ class Examples(Protocol):
 
 
 class MemoryView:
-    """What a memory held after one update: rows that never change, read from a memory-mapped file.
+    """A memory's content after one update: immutable rows, read from a memory-mapped file.
 
-    Loader workers open their own view of the file; nothing is copied between processes.
+    Loader workers open their own view of the file, so nothing is copied between processes.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -66,7 +66,7 @@ class MemoryView:
         """Memory-map a file that a :class:`ReplayMemory` wrote.
 
         Raises:
-            ValueError: when it is no Arrow file, or a truncated one.
+            ValueError: If the file is not an Arrow file, or is truncated.
         """
         try:
             return cls(pa.ipc.open_file(_mapped(Path(path))).read_all())
@@ -86,7 +86,7 @@ class MemoryView:
         return decode(self.encoded(slot))
 
     def encoded(self, slot: int) -> memoryview:
-        """The bytes of the example in ``slot``, not copied."""
+        """The bytes of the example in ``slot``, without a copy."""
         if not 0 <= slot < len(self):
             raise IndexError(f"slot {slot} of a memory that holds {len(self)} examples")
         return memoryview(self._data[slot].as_buffer())
@@ -103,20 +103,20 @@ class MemoryView:
 
     @property
     def labels(self) -> list[Label]:
-        """The class of every slot; None where it has none."""
+        """The class of every slot; None for an example without one."""
         return self._table.column("label").to_pylist()  # type: ignore[no-any-return]
 
     @property
     def experiences(self) -> list[str]:
-        """The experience that every slot's example came with."""
+        """The experience in which the example of every slot arrived."""
         return self._table.column("experience").to_pylist()  # type: ignore[no-any-return]
 
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
-        """The slots at these positions of the endless sequence of draws of one update.
+        """The slots at ``positions`` in the infinite sequence of draws of one update.
 
-        The sequence runs through all slots in a random order, then again in another order, and so on. It depends on
-        the memory's seed, the update and the position alone, so that ranks that share out the positions draw together
-        what one process draws alone. Takes time for the draw itself, plus a shuffle of the slots once a pass.
+        The sequence goes through all slots in a random order, then again in another order, and so on. It depends only
+        on the memory's seed, the update and the position, so ranks that share the positions together draw the same as a
+        single process. The cost is that of the draw itself, plus one shuffle of the slots per pass.
         """
         if len(self) == 0:
             return np.empty(0, dtype=np.int64)
@@ -129,29 +129,31 @@ class MemoryView:
 
     def _order(self, update: int, number: int) -> Indices:
         if self._pass is None or self._pass[0] != (update, number):
+            # A counter-based generator with its own seed per pass: any position can be reached without drawing those
+            # before it.
             stream = np.random.Philox(np.random.SeedSequence([self.settings.get("seed", 0), update, number]))
             self._pass = (update, number), np.random.Generator(stream).permutation(len(self))
         return self._pass[1]
 
 
 class ReplayMemory:
-    """At most ``memory_size`` examples of the past, chosen by a policy, in one memory-mapped file.
+    """At most ``memory_size`` past examples, chosen by a policy, in one memory-mapped file.
 
-    There is one logical memory whatever the number of processes: they all open the same file (one per node), and
-    which examples are in it depends only on the seed and the examples' ids. Examples are copied out of the dataset,
-    as bytes and never as pickle; no reference to the dataset is kept.
+    There is one logical memory regardless of the number of processes: they all open the same file (one per node), and
+    which examples are in it depends only on the seed and the examples' ids. Examples are copied out of the dataset, as
+    bytes and never as pickle; no reference to the dataset is kept.
 
     Args:
-        memory_size: how many examples to keep, over all ranks.
-        policy: ``"reservoir"`` (a uniform sample of everything seen), ``"class_balanced"``, ``"ring"`` (the newest of
-            each class), ``"herding"`` (nearest to the class means in feature space), or a
+        memory_size: Number of examples kept in memory, over all ranks.
+        policy: ``"reservoir"`` (default; a uniform sample of all examples seen), ``"class_balanced"``, ``"ring"`` (the
+            newest of each class), ``"herding"`` (nearest to the class means in feature space), or a
             :class:`~evertune.memory.policies.Policy`.
-        seed: decides what is chosen and the order of draws.
-        directory: where the working file lives, in a sub-folder that is deleted with this object; by default the
-            system's temporary folder. Use :meth:`save` to keep the memory.
+        seed: Seed of the selection and of the order of the draws. Default: 0.
+        directory: Folder for the working file, which is kept in a subfolder that is deleted with this object. By
+            default the system's temporary folder. Use :meth:`save` to keep the memory.
 
     Raises:
-        ValueError: when ``memory_size`` is not positive, or there is no such policy.
+        ValueError: If ``memory_size`` is not positive, ``seed`` is negative, or the policy is unknown.
 
     Example:
         >>> memory = ReplayMemory(memory_size=3)
@@ -175,7 +177,7 @@ class ReplayMemory:
         self.policy = make_policy(policy)
         self.seed = seed
         self.generation = 0
-        """Counts the files written; readers re-open when it changes."""
+        """Number of files written so far; readers reopen the file when it changes."""
         self._parent = directory
         self._directory: Path | None = None
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
@@ -184,7 +186,7 @@ class ReplayMemory:
 
     @property
     def view(self) -> MemoryView:
-        """The rows as they are now."""
+        """The current rows."""
         if self._view[0] != self.generation:
             self._view = self.generation, MemoryView.open(self.path(self.generation))
         return self._view[1]
@@ -202,7 +204,7 @@ class ReplayMemory:
 
     @property
     def labels(self) -> list[Label]:
-        """The class of every slot; None where it has none."""
+        """The class of every slot; None for an example without one."""
         return self.view.labels
 
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
@@ -210,7 +212,7 @@ class ReplayMemory:
         return self.view.draw(positions, update)
 
     def summary(self) -> dict[str, Any]:
-        """What a report shows: ``size``, ``capacity``, and the counts ``per_experience`` and ``per_class``."""
+        """Statistics for reports: ``size``, ``capacity``, and the counts ``per_experience`` and ``per_class``."""
         return {
             "size": len(self),
             "capacity": self.memory_size,
@@ -233,20 +235,20 @@ class ReplayMemory:
         """Offer every example of a dataset; only those that are kept are read and copied.
 
         Args:
-            dataset: gives examples by number.
-            experience: the name of what is being learned.
-            labels: the class of every example, or a function of an example. Policies that balance classes read every
-                example when it is a function, the others only those that are kept.
-            ids: names the examples, for :meth:`forget` and to tell the same example when it comes again: the newer
-                copy replaces the older. By default ``"<experience>:<number>"``.
-            features: one vector per example, ``[n, d]``, for ``herding``.
-            is_writer: whether this process writes the file; on the others of a node the call only moves on to the
-                file that the writer leaves (wait for it before reading).
+            dataset: Dataset that is read by index.
+            experience: Name of the experience being learned.
+            labels: Class of every example, or a function that returns the class of an example. With a function,
+                policies that balance classes read every example, the others only those that are kept.
+            ids: Ids of the examples, for :meth:`forget` and to recognise an example that arrives again: the newer copy
+                replaces the older. By default ``"<experience>:<number>"``.
+            features: One vector per example, ``[n, d]``, for ``herding``.
+            is_writer: Whether this process writes the file. On the other processes of a node, the call only switches to
+                the file that the writer writes (wait for the writer before reading). Default: True.
 
         Raises:
-            ValueError: when ``labels``, ``ids`` or ``features`` have another length than ``dataset``, or the policy
-                needs what is missing.
-            TypeError: when an example holds what cannot be stored.
+            ValueError: If ``labels``, ``ids`` or ``features`` differ in length from ``dataset``, or the policy needs
+                one that is missing.
+            TypeError: If an example contains something that cannot be stored.
         """
         if is_writer:
             self._check_lengths(dataset, labels, ids, features)
@@ -265,6 +267,8 @@ class ReplayMemory:
             stay = [slot for slot, id in enumerate(old.ids) if id not in fresh]
             come = list(fresh.values())
             table = old.table.take(pa.array(stay, pa.int64()))
+            # Old rows first, then the new ones: an index below len(stay) is a row to copy, any other an example to
+            # encode.
             chosen = self.policy.select(
                 np.concatenate([table.column("priority").to_numpy(), priorities[come]]),
                 [*table.column("id").to_pylist(), *fresh],
@@ -295,13 +299,14 @@ class ReplayMemory:
         labels: Callable[[Any], Label] | None = None,
         ids: Callable[[Any], str] | None = None,
     ) -> None:
-        """Offer examples one after another, as from a stream: they are read once and need no numbers.
+        """Offer examples one after another, as from a stream: each is read only once, and none needs an index.
 
         Args:
-            examples: may be endless only if you stop it.
-            experience: the name of what is being learned.
-            labels: the class of an example.
-            ids: the id of an example; by default a hash of its content, so that equal examples are one.
+            examples: Examples; an endless iterable must be stopped by the caller.
+            experience: Name of the experience being learned.
+            labels: Function that returns the class of an example.
+            ids: Function that returns the id of an example. By default a hash of its content, so that equal examples
+                are stored once.
         """
         identify = ids or (lambda example: content_id(encode(example)))
         iterator = iter(examples)
@@ -311,17 +316,17 @@ class ReplayMemory:
     def forget(self, ids: Iterable[str], is_writer: bool = True) -> int:
         """Erase examples: the file is rewritten without them, older files are deleted, and the new file is searched.
 
-        Folders written by :meth:`save` are yours: save again.
+        Folders written by :meth:`save` are not changed: save again.
 
         Args:
-            ids: what to erase; ids that the memory does not hold are passed over.
-            is_writer: as in :meth:`update`.
+            ids: Ids to erase; ids that the memory does not hold are ignored.
+            is_writer: As for :meth:`update`.
 
         Returns:
-            How many examples were erased.
+            The number of examples erased.
 
         Raises:
-            RuntimeError: when the bytes of an erased example are still in the file.
+            RuntimeError: If the bytes of an erased example are still in the file.
         """
         wanted, old = set(ids), self.view
         gone = [slot for slot, id in enumerate(old.ids) if id in wanted]
@@ -330,6 +335,7 @@ class ReplayMemory:
         if is_writer:
             stay = sorted(set(range(len(old))) - set(gone))
             erased = [bytes(old.encoded(slot)) for slot in gone]
+            # An example with identical content under another id may stay, so its bytes are no evidence of a failure.
             kept = {bytes(old.encoded(slot)) for slot in stay}
             self._write([old.table.take(pa.array(stay, pa.int64()))], old.settings["seen"])
             self._delete_older(than=self.generation + 1)
@@ -342,9 +348,9 @@ class ReplayMemory:
     # where it is kept
 
     def save(self, directory: str | Path) -> None:
-        """Write the memory to a folder: an Arrow file and ``memory.json``, which names it and its sha256.
+        """Write the memory to a folder: an Arrow file and ``memory.json``, which holds its name and SHA-256.
 
-        The folder holds the old memory or the new one, never half of each.
+        If interrupted, the folder holds either the old memory or the new one, never a mixture.
         """
         folder, data = Path(directory), self._file()
         folder.mkdir(parents=True, exist_ok=True)
@@ -358,13 +364,13 @@ class ReplayMemory:
                 stale.unlink(missing_ok=True)
 
     def load(self, directory: str | Path, is_writer: bool = True) -> None:
-        """Replace what this memory holds by what :meth:`save` wrote.
+        """Replace the content of this memory by that of a folder that :meth:`save` wrote.
 
-        A smaller ``memory_size`` keeps the best of it.
+        If this memory is smaller, the policy chooses what to keep.
 
         Raises:
-            FileNotFoundError: when there is no memory in the folder.
-            ValueError: when it is corrupt, truncated or a pickle, or was filled under another policy or seed.
+            FileNotFoundError: If the folder holds no memory.
+            ValueError: If the memory is corrupt, truncated or a pickle, or was filled under another policy or seed.
         """
         path = Path(directory) / _MANIFEST
         content = path.read_bytes()
@@ -383,7 +389,7 @@ class ReplayMemory:
         """The memory as plain tensors and strings, for a checkpoint.
 
         Args:
-            generation: the newest, or the one before it; by default the newest.
+            generation: Generation to save: the newest (default) or the one before it.
         """
         data = self._file(generation)
         return {
@@ -392,11 +398,11 @@ class ReplayMemory:
         }
 
     def load_state_dict(self, state: dict[str, Any], is_writer: bool = True) -> None:
-        """Replace what this memory holds by a :meth:`state_dict`. Raises as :meth:`load` does."""
+        """Replace the content of this memory by a :meth:`state_dict`. Raises the same errors as :meth:`load`."""
         self._adopt(pa.py_buffer(state["arrow"].numpy()), state["sha256"], "the memory in this checkpoint", is_writer)
 
     def path(self, generation: int) -> Path:
-        """The working file of a generation; the newest and the one before it exist."""
+        """The working file of a generation; only the newest and the one before it exist."""
         return working_file(self.directory, generation)
 
     @property
@@ -410,12 +416,12 @@ class ReplayMemory:
         return self._directory
 
     def share(self, directory: str | Path, generation: int, is_writer: bool) -> None:
-        """Work on the files in ``directory`` from now on, together with the other processes of this node.
+        """Switch to the files in ``directory``, together with the other processes of this node.
 
         Args:
-            directory: the same on all of them.
-            generation: the same on all of them.
-            is_writer: True on exactly one of them, which brings along what its memory holds.
+            directory: Folder, the same on all of these processes.
+            generation: Generation, the same on all of these processes.
+            is_writer: True on exactly one of them, which writes the content of its memory there.
         """
         data = self._file() if is_writer else None
         self._directory = Path(directory)
@@ -443,9 +449,10 @@ class ReplayMemory:
         return _mapped(self.path(generation))
 
     def _write(self, tables: list[pa.Table], seen: int) -> None:
-        """Leave the file of the next generation."""
+        """Write the file of the next generation."""
         table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
         write_atomically(self.path(self.generation + 1), _serialise(table, self._settings() | {"seen": seen}))
+        # The previous file stays: loader workers may still draw from it.
         self._delete_older(than=self.generation)
 
     def _delete_older(self, than: int) -> None:
@@ -502,12 +509,12 @@ class ReplayMemory:
 
 
 def working_file(directory: Path, generation: int) -> Path:
-    """Where a memory that works in ``directory`` leaves its file of a generation."""
+    """The path of a generation's file in the working folder of a memory."""
     return directory / f"memory-{generation}.arrow"
 
 
 def content_id(data: bytes) -> str:
-    """The id of an example that has no other: a hash of its encoded bytes."""
+    """The id of an example without its own: a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

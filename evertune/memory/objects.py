@@ -1,8 +1,8 @@
-"""Objects of common types as plain values, and back, without running code that a file names.
+"""Objects of common types as plain values and back, without running code named in a file.
 
-A namedtuple, a dataclass and an enum are rebuilt by the import path of their class. Importing a module runs its code,
-so a class is only ever looked up in modules that the process has imported already, must be of exactly the kind that was
-stored, and is filled without calling anything of its own: no ``__new__``, ``__init__`` or ``__post_init__``.
+Namedtuples, dataclasses and enums are rebuilt from the import path of their class. Importing a module runs its code, so
+a class is only looked up in modules that the process has already imported. It must be of exactly the kind that was
+stored, and its instances are filled without calling its own ``__new__``, ``__init__`` or ``__post_init__``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BATCH_ENCODING = ("transformers.tokenization_utils_base", "BatchEncoding")
 
 
 class MissingTypeError(ValueError):
-    """A stored object's class is not there, or is not of the kind that was stored."""
+    """The class of a stored object is missing, or is not of the kind that was stored."""
 
 
 def take_apart(value: Any) -> tuple[str, list[Any], Any] | None:  # noqa: PLR0911  (one return a type)
-    """An object as its kind, details that JSON can hold, and a plain value with what is inside it.
+    """Split an object into its kind, details as JSON values, and a plain value with its content.
 
     Returns:
-        None when it is not of a type that is known here.
+        None if the type is not supported.
     """
     cls = type(value)
     if cls is OrderedDict:
@@ -54,10 +54,10 @@ def take_apart(value: Any) -> tuple[str, list[Any], Any] | None:  # noqa: PLR091
 
 
 def put_together(kind: str, details: list[Any], inner: Any) -> Any:  # noqa: PLR0911  (one return a type)
-    """The object that :func:`take_apart` took apart.
+    """Rebuild an object that :func:`take_apart` split.
 
     Raises:
-        MissingTypeError: when the class of a namedtuple, dataclass or enum is not among the imported modules.
+        MissingTypeError: If the class of a namedtuple, dataclass or enum is not in an imported module.
     """
     match kind:
         case "ordered":
@@ -95,9 +95,10 @@ def put_together(kind: str, details: list[Any], inner: Any) -> Any:  # noqa: PLR
 
 
 def _find(module: str, qualname: str) -> type | None:
-    """A class of a module that has been imported, without asking the module or a class for anything."""
+    """A class of an imported module, found without triggering code of the module or of a class."""
     found: Any = sys.modules.get(module)
     for name in qualname.split("."):
+        # vars() instead of getattr(), which would call a module's or a metaclass's __getattr__.
         found = None if found is None else vars(found).get(name)
         if not isinstance(found, type):
             return None
@@ -105,10 +106,10 @@ def _find(module: str, qualname: str) -> type | None:
 
 
 def _kind(cls: type) -> str | None:
-    """What a class is, if it is one of those that can be filled without its own code."""
+    """The kind of a class, if its instances can be filled without running its code."""
     if isinstance(cls, enum.EnumMeta):
         return "enum"
-    if hasattr(cls, "__del__"):  # it would run when the object goes
+    if hasattr(cls, "__del__"):  # it would run when the object is deleted
         return None
     if cls.__bases__ == (tuple,) and isinstance(vars(cls).get("_fields"), tuple):
         return "namedtuple"
@@ -126,8 +127,9 @@ def _slots(cls: type) -> dict[str, MemberDescriptorType]:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """All attributes of an instance."""
+    """All attributes of an instance, including those in slots."""
     slots = {name: slot for name, slot in _slots(type(value)).items() if hasattr(value, name)}
+    # Bypasses a __getattribute__ of the class.
     attributes = object.__getattribute__(value, "__dict__") if type(value).__dictoffset__ else {}
     return {name: slot.__get__(value) for name, slot in slots.items()} | dict(attributes)
 
@@ -150,7 +152,7 @@ def _units(delta: datetime.timedelta) -> list[int]:
 
 
 def _zone(zone: datetime.tzinfo | None) -> list[Any] | None:
-    """A time zone as plain values; empty without one, None for a kind that is not known."""
+    """A time zone as plain values; empty for none, None for an unsupported kind."""
     if zone is None:
         return []
     if type(zone) is datetime.timezone:

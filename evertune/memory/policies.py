@@ -1,7 +1,7 @@
-"""Which examples of the past are kept when there is room for few.
+"""Selection policies: which past examples are kept when the memory is full.
 
-A policy gives every example a priority once, when it arrives, and the memory keeps the smallest. Priorities depend on
-the seed, the example's id, its class and its order of arrival, and on nothing else: not on batch size, number of
+A policy assigns every example a priority once, when it arrives, and the memory keeps the examples with the smallest.
+Priorities depend only on the seed, the example's id, its class and its order of arrival, not on batch size, number of
 processes or number of workers.
 """
 
@@ -20,12 +20,12 @@ Indices = NDArray[np.int64]
 
 
 class Policy(ABC):
-    """Subclass this for a policy of your own and pass an instance as ``policy=``.
+    """Base class of selection policies. Subclass it for a custom policy and pass an instance as ``policy=``.
 
     Attributes:
-        name: stored with the memory; a memory is only loaded under the policy that filled it.
-        needs_labels: whether every example must have a class.
-        needs_features: whether :meth:`priorities` needs a feature vector for every example.
+        name: Name stored with the memory; a memory can only be loaded under the policy that filled it.
+        needs_labels: Whether every example must have a class.
+        needs_features: Whether :meth:`priorities` needs a feature vector for every example.
     """
 
     name: ClassVar[str]
@@ -34,12 +34,12 @@ class Policy(ABC):
 
     @abstractmethod
     def priority(self, id: str, arrival: int, seed: int) -> float:
-        """The priority of one example as it arrives; examples with the smallest stay.
+        """The priority of one example when it arrives; the examples with the smallest are kept.
 
         Args:
-            id: names the example.
-            arrival: how many examples the memory had been offered before this one.
-            seed: the memory's seed.
+            id: Id of the example.
+            arrival: Number of examples offered to the memory before this one.
+            seed: Seed of the memory.
         """
 
     def priorities(
@@ -55,24 +55,25 @@ class Policy(ABC):
         """The priorities of the new examples of one update, shape ``[n]``.
 
         Args:
-            ids: their ids.
-            labels: their classes.
-            features: their feature vectors, ``[n, d]``, when ``needs_features``.
-            arrival: how many examples were offered before the first of them.
-            seed: the memory's seed.
-            size: how many examples the memory can hold: the order of those that come later does not matter.
+            ids: Ids of the examples.
+            labels: Classes of the examples.
+            features: Feature vectors ``[n, d]``, if ``needs_features``.
+            arrival: Number of examples offered to the memory before the first of these.
+            seed: Seed of the memory.
+            size: Capacity of the memory: the order of examples beyond it does not matter.
         """
         return np.array([self.priority(id, arrival + i, seed) for i, id in enumerate(ids)], dtype=np.float64)
 
     def group(self, label: str | None) -> str:
-        """Examples of one group compete with each other for room; by default all do."""
+        """The group in which an example competes for room; by default all examples are in one."""
         return ""
 
     def select(self, priorities: Floats, ids: Sequence[str], labels: Sequence[str | None], size: int) -> Indices:
-        """Which of the rows to keep: at most ``size``, in ascending order.
+        """The rows to keep: at most ``size``, in ascending order.
 
-        The room is divided evenly over the groups; what a small group leaves free goes to the others.
+        The room is divided evenly among the groups; what a small group does not use goes to the others.
         """
+        # Ties are broken by id, so that the result does not depend on the order of the rows.
         order = np.lexsort((np.array(ids, dtype=object).astype(str), priorities))
         members: dict[str, list[int]] = {}
         for row in order.tolist():
@@ -84,20 +85,20 @@ class Policy(ABC):
 class Reservoir(Policy):
     """A uniform random sample of everything seen, without replacement (Vitter 1985).
 
-    Each example gets a random number from its id and the seed, and the smallest stay (bottom-k sampling, Cohen & Kaplan
-    2007; the unweighted case of Efraimidis & Spirakis 2006), so that the sample does not depend on the order of
-    arrival and samples of parts merge exactly.
+    Each example gets a random number from its id and the seed, and the smallest are kept (bottom-k sampling, Cohen &
+    Kaplan 2007; the unweighted case of Efraimidis & Spirakis 2006). The sample therefore does not depend on the order
+    of arrival, and samples of parts merge exactly.
     """
 
     name = "reservoir"
 
     def priority(self, id: str, arrival: int, seed: int) -> float:
-        """A random number that only the id and the seed decide."""
+        """A random number that depends only on the id and the seed."""
         return uniform(id, seed)
 
 
 class ClassBalanced(Reservoir):
-    """As many examples of each class as room allows, each class a uniform sample of what was seen of it."""
+    """An equal number of examples per class as far as possible, each class a uniform sample of its examples."""
 
     name = "class_balanced"
     needs_labels = True
@@ -114,15 +115,15 @@ class Ring(ClassBalanced):
     name = "ring"
 
     def priority(self, id: str, arrival: int, seed: int) -> float:
-        """The later, the smaller."""
+        """Decreases with the order of arrival."""
         return float(-arrival)
 
 
 class Herding(ClassBalanced):
     """The examples of each class whose mean feature stays nearest to the class mean (Rebuffi et al. 2017, iCaRL).
 
-    Features are scaled to unit length. An example's priority is its rank in the greedy order of its class, so that a
-    class shrinks by dropping the last chosen, as in the paper.
+    Features are scaled to unit length. An example's priority is its rank in the greedy order of its class, so a class
+    shrinks by dropping the examples chosen last, as in the paper.
     """
 
     name = "herding"
@@ -154,10 +155,10 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Reservoi
 
 
 def make_policy(policy: str | Policy) -> Policy:
-    """The policy called ``policy``, or ``policy`` itself.
+    """The policy named ``policy``, or ``policy`` itself.
 
     Raises:
-        ValueError: when there is none of that name.
+        ValueError: If there is no policy of that name.
     """
     if isinstance(policy, Policy):
         return policy
@@ -167,18 +168,19 @@ def make_policy(policy: str | Policy) -> Policy:
 
 
 def uniform(id: str, seed: int) -> float:
-    """A number in [0, 1) that only the id and the seed decide.
+    """A number in [0, 1) that depends only on the id and the seed.
 
     Example:
         >>> uniform("a", seed=0) == uniform("a", seed=0) != uniform("a", seed=1)
         True
     """
     digest = hashlib.blake2b(id.encode(), digest_size=8, key=str(seed).encode()).digest()
+    # The upper 53 bits fit a double exactly, so the result is below 1 and the same on every machine.
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
 def herding_order(features: NDArray[Any], size: int) -> Indices:
-    """The rows of ``features`` ``[n, d]`` that herding chooses, first to last, at most ``size``.
+    """The rows of ``features`` ``[n, d]`` that herding chooses, in order, at most ``size``.
 
     Example:
         >>> herding_order(np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]), size=1)
@@ -190,7 +192,7 @@ def herding_order(features: NDArray[Any], size: int) -> Indices:
     left = np.ones(len(x), dtype=bool)
     order = []
     for count in range(1, min(len(x), size) + 1):
-        # |mean - (sum + x) / count|^2 without the terms that are the same for every x
+        # |mean - (sum + x) / count|^2 without the terms that do not depend on x
         distance = (square + 2 * to_sum) / count**2 - 2 * to_mean / count
         best = int(np.argmin(np.where(left, distance, np.inf)))
         left[best] = False
@@ -200,8 +202,9 @@ def herding_order(features: NDArray[Any], size: int) -> Indices:
 
 
 def _fair_shares(sizes: dict[str, int], room: int) -> dict[str, int]:
-    """Divide ``room`` evenly; no group gets more than it has, and what is left over is divided again."""
+    """Divide ``room`` evenly; no group gets more than it has, and the remainder is divided among the others."""
     shares: dict[str, int] = {}
+    # Smallest groups first: what they do not use raises the share of the larger ones.
     for position, group in enumerate(sorted(sizes, key=lambda name: (sizes[name], name))):
         shares[group] = min(sizes[group], room // (len(sizes) - position))
         room -= shares[group]

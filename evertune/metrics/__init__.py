@@ -1,4 +1,4 @@
-"""What was kept and what was lost: functions of the accuracy matrix, torchmetrics classes over them, the history."""
+"""Continual-learning metrics: functions of the accuracy matrix, torchmetrics classes, and the history of a run."""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
-"""What was learned, kept and lost, as pure functions of the accuracy matrix.
+"""Metrics of learning and forgetting, as pure functions of the accuracy matrix.
 
-``a[t, k]`` is the score on experience ``k`` after update ``t`` (evertune's own scores are in [0, 1]), NaN or None where
-it was not evaluated. Rows may be of unequal length (the rest was not evaluated). There may be fewer updates than
-experiences (``joint`` training has one) or more. Every function returns a Python float:
+``a[t, k]`` is the score on experience ``k`` after update ``t`` (evertune's own scores are in [0, 1]); NaN or None if
+not evaluated. Rows may be of unequal length (the rest was not evaluated). There may be fewer updates than experiences
+(``joint`` training has one) or more. Every function returns a Python float:
 
-- 0.0 where there is nothing to compare yet (one update cannot have forgotten anything);
-- NaN where there is something to compare, but it was not evaluated.
+- 0.0 if there is nothing to compare yet (after one update nothing can have been forgotten);
+- NaN if there is something to compare, but it was not evaluated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def as_matrix(a: MatrixLike) -> Tensor:
     """The accuracy matrix as a float64 tensor [updates, experiences] on the CPU, NaN where not evaluated.
 
     Raises:
-        ValueError: when ``a`` has no rows or columns, is not two-dimensional, or holds something that is not a number.
+        ValueError: If ``a`` has no rows or columns, is not two-dimensional, or contains something that is not a number.
 
     Example:
         >>> as_matrix([[0.5], [0.25, 1.0]])
@@ -60,12 +60,11 @@ def average_accuracy(a: MatrixLike, seen: int | None = None) -> float:
 
     Args:
         a: The accuracy matrix [updates, experiences].
-        seen: How many experiences (the first columns) count. Default: every one that the last row evaluates. Pass it
-            when experiences that are still to be learned are evaluated too.
+        seen: Number of experiences (the first columns) that count. By default all that the last row evaluates. Pass it
+            if experiences that are not learned yet are evaluated too.
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix, or ``seen`` is not between 1 and the number of
-            experiences.
+        ValueError: If ``a`` is not a valid accuracy matrix, or ``seen`` is not between 1 and the number of experiences.
 
     Example:
         >>> average_accuracy([[1.0], [0.5, 0.75]])
@@ -79,13 +78,13 @@ def average_accuracy(a: MatrixLike, seen: int | None = None) -> float:
 
 
 def forgetting(a: MatrixLike) -> float:
-    """How much was lost of the best there ever was (Chaudhry et al. 2018, "Riemannian Walk").
+    """The loss against the best earlier score (Chaudhry et al. 2018, "Riemannian Walk").
 
-    The mean over all but the last experience of ``max_{t < T-1} a[t, k] - a[T-1, k]``. Lower is better; negative when
-    old experiences got better.
+    The mean over all but the last experience of ``max_{t < T-1} a[t, k] - a[T-1, k]``. Lower is better; negative if old
+    experiences improved.
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix.
+        ValueError: If ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> forgetting([[0.5], [1.0, 1.0], [0.75, 0.5, 1.0]])   # (1.0 - 0.75 + 1.0 - 0.5) / 2
@@ -93,34 +92,37 @@ def forgetting(a: MatrixLike) -> float:
     """
     matrix = as_matrix(a)
     earlier = matrix[:-1]
+    # torch has no nan-ignoring maximum: -inf stands for NaN, and becomes NaN again where no earlier score exists.
     best = earlier.nan_to_num(nan=-torch.inf).amax(0) if len(earlier) else matrix[-1]
     best = torch.where(best.isinf(), torch.nan, best)
     return _mean_over_old(best - matrix[-1], matrix)
 
 
 def forgetting_first_minus_last(a: MatrixLike) -> float:
-    """How much was lost of what was first learned.
+    """The loss against the score when first learned.
 
-    The mean over all but the last experience of ``a[k, k] - a[T-1, k]``. Several libraries call this one forgetting. It
-    is minus the backward transfer, and on a fully evaluated matrix never more than ``forgetting``.
+    The mean over all but the last experience of ``a[k, k] - a[T-1, k]``. Several libraries call this forgetting. It is
+    the negative backward transfer, and on a fully evaluated matrix never larger than ``forgetting``.
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix.
+        ValueError: If ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> forgetting_first_minus_last([[0.5], [1.0, 1.0], [0.75, 0.5, 1.0]])   # (0.5 - 0.75 + 1.0 - 0.5) / 2
         0.125
     """
+    # Adding 0.0 turns -0.0 into 0.0.
     return -backward_transfer(a) + 0.0
 
 
 def backward_transfer(a: MatrixLike) -> float:
-    """What later updates did to earlier experiences (Lopez-Paz & Ranzato 2017, "Gradient Episodic Memory").
+    """The effect of later updates on earlier experiences (Lopez-Paz & Ranzato 2017, "Gradient Episodic Memory").
 
-    The mean over all but the last experience of ``a[T-1, k] - a[k, k]``. Higher is better; negative when forgotten.
+    The mean over all but the last experience of ``a[T-1, k] - a[k, k]``. Higher is better; negative if something was
+    forgotten.
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix.
+        ValueError: If ``a`` is not a valid accuracy matrix.
 
     Example:
         >>> backward_transfer([[1.0], [0.5, 1.0]])
@@ -132,16 +134,16 @@ def backward_transfer(a: MatrixLike) -> float:
 
 
 def forward_transfer(a: MatrixLike, baseline: VectorLike) -> float:
-    """What earlier updates did for experiences before they were learned (Lopez-Paz & Ranzato 2017).
+    """The effect of earlier updates on experiences before they are learned (Lopez-Paz & Ranzato 2017).
 
     The mean over all but the first experience of ``a[k-1, k] - baseline[k]``. Higher is better.
 
     Args:
-        a: The accuracy matrix [updates, experiences]; each experience evaluated once before it is learned.
-        baseline: The score of the untrained model on each experience [experiences].
+        a: The accuracy matrix [updates, experiences], with each experience evaluated before it is learned.
+        baseline: Score of the untrained model on each experience [experiences].
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix, ``baseline`` has another length, or no experience was
+        ValueError: If ``a`` is not a valid accuracy matrix, ``baseline`` has another length, or no experience was
             evaluated before it was learned.
 
     Example:
@@ -160,17 +162,16 @@ def forward_transfer(a: MatrixLike, baseline: VectorLike) -> float:
 
 
 def intransigence(a: MatrixLike, joint: VectorLike) -> float:
-    """How much worse each experience is learned than by a model that keeps all the data (Chaudhry et al. 2018).
+    """How much worse each experience is learned than by a model trained jointly on all data (Chaudhry et al. 2018).
 
-    The mean over the experiences learned of ``joint[k] - a[k, k]``. Lower is better; negative when the stream helped.
+    The mean over the learned experiences of ``joint[k] - a[k, k]``. Lower is better; negative if the stream helped.
 
     Args:
         a: The accuracy matrix [updates, experiences].
-        joint: The reference [experiences]: the score on experience ``k`` of a model trained on experiences 0..k at
-            once.
+        joint: Reference [experiences]: the score on experience ``k`` of a model trained on experiences 0..k at once.
 
     Raises:
-        ValueError: when ``a`` is not a valid accuracy matrix or ``joint`` has another length.
+        ValueError: If ``a`` is not a valid accuracy matrix or ``joint`` has another length.
 
     Example:
         >>> intransigence([[1.0], [0.5, 0.5]], joint=[1.0, 0.75])
@@ -182,16 +183,16 @@ def intransigence(a: MatrixLike, joint: VectorLike) -> float:
 
 
 def negative_flip_rate(old_correct: Tensor | Sequence[bool], new_correct: Tensor | Sequence[bool]) -> float:
-    """The share of all examples that the old version got right and the new one gets wrong (Yan et al. 2021).
+    """The share of all examples that the old version predicted correctly and the new one does not (Yan et al. 2021).
 
-    Two versions of equal accuracy may differ in many answers; the flips are what users notice.
+    Two versions of equal accuracy may differ in many predictions; the flips are what users notice.
 
     Args:
-        old_correct: Whether the old version is right on each example [examples].
-        new_correct: The same for the new version, on the same examples in the same order.
+        old_correct: Whether the old version is correct on each example [examples].
+        new_correct: Whether the new version is correct on the same examples, in the same order [examples].
 
     Raises:
-        ValueError: when there are no examples, the lengths differ, or a value is neither true nor false.
+        ValueError: If there are no examples, the lengths differ, or a value is neither true nor false.
 
     Example:
         >>> negative_flip_rate([True, True, False, False], [True, False, True, False])
@@ -224,7 +225,7 @@ def _mean_over_old(values: Tensor, matrix: Tensor) -> float:
 
 def _floats(values: Sequence[float | None], what: str) -> list[float]:
     try:
-        return [math.nan if value is None else float(value + 0) for value in values]  # a str has no + 0
+        return [math.nan if value is None else float(value + 0) for value in values]  # rejects str
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} must hold numbers, or None where not evaluated; got {values!r}") from error
 

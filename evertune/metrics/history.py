@@ -1,4 +1,4 @@
-"""What a run leaves behind: its accuracy matrix, its seconds, and what the report shows beside them."""
+"""The history of a run: its accuracy matrix, its duration, and further data for the report."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class History:
     Args:
         experiences: Names of the experiences, the columns of the matrix.
         accuracy_matrix: Row ``t`` holds the score in [0, 1] on each experience after update ``t``; NaN or None, or a
-            shorter row, where it was not evaluated. Any ``MatrixLike``; kept as full rows of floats with NaN.
-        seconds: Wall-clock time of the run.
-        drift: The drift score over time: ``{"step": int, "score": float, "alarm": bool, "threshold": float}`` each.
-        memory: What the replay memory holds at the end:
-            ``{"size": n, "capacity": n, "per_experience": {name: n}, "per_class": {name: n}}``. Empty without a memory.
-        examples: How many new examples the run was trained on, if it was counted.
+            shorter row, if not evaluated. Any ``MatrixLike``; stored as full rows of floats with NaN.
+        seconds: Wall-clock time of the run in seconds.
+        drift: Drift scores over time, each ``{"step": int, "score": float, "alarm": bool, "threshold": float}``.
+        memory: Content of the replay memory at the end: ``{"size": n, "capacity": n, "per_experience": {name: n},
+            "per_class": {name: n}}``. Empty without a memory.
+        examples: Number of new examples that the run was trained on, or None if not counted.
 
     Raises:
-        ValueError: when one of them does not have this form.
+        ValueError: If an argument does not have this form.
     """
 
     experiences: list[str]
@@ -55,7 +55,7 @@ class History:
 
     @property
     def average_accuracy(self) -> float:
-        """Mean score after the last update, over the experiences it was evaluated on."""
+        """Mean score after the last update, over the experiences that it was evaluated on."""
         return functional.average_accuracy(self.accuracy_matrix)
 
     @property
@@ -65,11 +65,11 @@ class History:
 
     @property
     def backward_transfer(self) -> float:
-        """The last score minus the one when first learned (Lopez-Paz & Ranzato 2017)."""
+        """The last score minus the score when first learned (Lopez-Paz & Ranzato 2017)."""
         return functional.backward_transfer(self.accuracy_matrix)
 
     def to_dict(self) -> dict[str, Any]:
-        """The history as strict JSON holds it: None for NaN, the metrics beside the matrix, no empty extras."""
+        """The history as values for strict JSON: None for NaN, the metrics next to the matrix, no empty extras."""
         extras = {"drift": self.drift, "memory": self.memory, "examples": self.examples}
         return {
             "experiences": list(self.experiences),
@@ -83,10 +83,10 @@ class History:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> History:
-        """The history from ``to_dict``'s form. The metrics in it are not read: they follow from the matrix.
+        """The history from the output of ``to_dict``. The metrics in it are ignored: they follow from the matrix.
 
         Raises:
-            ValueError: when a key is missing or a value does not have its form.
+            ValueError: If a key is missing or a value does not have its form.
         """
         _of_type(data, Mapping, "a run")
         missing = [key for key in ("experiences", "accuracy_matrix", "seconds") if key not in data]
@@ -97,14 +97,14 @@ class History:
 
 
 def save_history(path: str | os.PathLike[str], runs: Mapping[str, History]) -> Path:
-    """Write the histories of named runs as JSON, in one step: a reader never sees half a file.
+    """Write the histories of named runs as JSON, atomically: a reader never sees a partial file.
 
     Args:
-        path: The file to write; its folders are created.
-        runs: The history of each run, by name.
+        path: File to write; its folders are created.
+        runs: History of each run, by name.
 
     Raises:
-        ValueError: when there are no runs.
+        ValueError: If there are no runs.
     """
     if not runs:
         raise ValueError("there are no runs to save")
@@ -121,9 +121,9 @@ def load_history(path: str | os.PathLike[str]) -> dict[str, History]:
     """Read the histories that ``save_history`` wrote, by the name of the run.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when the file is empty, truncated, a pickle, not JSON or not a history; it names the file and the
-            problem.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is empty, truncated, a pickle, not JSON or not a history; the message names the file and
+            the problem.
     """
     path = Path(path)
     raw = path.read_bytes()

@@ -1,6 +1,6 @@
-"""torchmetrics classes over the accuracy matrix: they add up over batches and ranks.
+"""torchmetrics classes over the accuracy matrix, accumulated over batches and ranks.
 
-Each of them fills the same matrix and computes one function of it, so a ``MetricCollection`` keeps one copy of it.
+Each class fills the same matrix and computes one function of it, so a ``MetricCollection`` keeps only one copy.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from evertune.metrics.functional import VectorLike
 
 
 class AccuracyMatrix(Metric):
-    """The accuracy matrix ``a[t, k]``, added up over batches and ranks.
+    """The accuracy matrix ``a[t, k]``, accumulated over batches and ranks.
 
-    ``update`` takes the score of each example, ``compute`` gives the mean score of each cell [updates so far,
+    ``update`` takes the score of each example; ``compute`` returns the mean score of each cell [updates so far,
     experiences], NaN where nothing was evaluated.
 
     Example:
@@ -31,13 +31,12 @@ class AccuracyMatrix(Metric):
                 [0.5000, 1.0000]])
 
     Args:
-        n_experiences: Columns of the matrix.
-        n_updates: Rows of the matrix. Default: one for each experience.
-        kwargs: Passed to ``torchmetrics.Metric`` (such as ``dist_sync_on_step``).
+        n_experiences: Number of columns of the matrix.
+        n_updates: Number of rows of the matrix. By default one per experience.
+        kwargs: Arguments of ``torchmetrics.Metric`` (such as ``dist_sync_on_step``).
 
     Raises:
-        ValueError: when a number is not positive; in ``update``, when an index is out of range or a score not in
-            [0, 1].
+        ValueError: If a number is not positive. In ``update``, if an index is out of range or a score is not in [0, 1].
     """
 
     is_differentiable = False
@@ -62,9 +61,9 @@ class AccuracyMatrix(Metric):
         """Add examples of one experience, evaluated after one update.
 
         Args:
-            scores: Score of each example in [0, 1], or whether it is right [batch].
-            update: The row: how many updates came before.
-            experience: The column.
+            scores: Score of each example in [0, 1], or whether it is correct [batch].
+            update: Row: the number of updates before this one.
+            experience: Column: the number of experiences before this one.
         """
         for name, index, size in (
             ("update", update, self.n_updates),
@@ -79,7 +78,7 @@ class AccuracyMatrix(Metric):
         self.count[update, experience] += scores.numel()
 
     def matrix(self) -> Tensor:
-        """The mean score of each cell, up to the last row that holds one [updates so far, experiences]."""
+        """The mean score of each cell, up to the last evaluated row [updates so far, experiences]."""
         rows = self.count.sum(1).nonzero()
         done = int(rows.max()) + 1 if len(rows) else 0
         return (self.total / self.count)[:done]
@@ -143,9 +142,9 @@ class ForwardTransfer(AccuracyMatrix):
     """``forward_transfer`` of the matrix over a baseline; see ``AccuracyMatrix`` for the other arguments.
 
     Args:
-        baseline: The score of the untrained model on each experience [experiences].
-        n_updates: Rows of the matrix. Default: one for each experience.
-        kwargs: Passed to ``torchmetrics.Metric``.
+        baseline: Score of the untrained model on each experience [experiences].
+        n_updates: Number of rows of the matrix. By default one per experience.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = True
@@ -163,9 +162,9 @@ class Intransigence(AccuracyMatrix):
     """``intransigence`` of the matrix against joint training; see ``AccuracyMatrix`` for the other arguments.
 
     Args:
-        joint: The score on experience ``k`` of a model trained on experiences 0..k at once [experiences].
-        n_updates: Rows of the matrix. Default: one for each experience.
-        kwargs: Passed to ``torchmetrics.Metric``.
+        joint: Score on experience ``k`` of a model trained on experiences 0..k at once [experiences].
+        n_updates: Number of rows of the matrix. By default one per experience.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = False
@@ -180,7 +179,7 @@ class Intransigence(AccuracyMatrix):
 
 
 class NegativeFlipRate(Metric):
-    """``negative_flip_rate`` between two versions, added up over batches and ranks.
+    """``negative_flip_rate`` between two versions, accumulated over batches and ranks.
 
     Example:
         >>> metric = NegativeFlipRate()
@@ -189,7 +188,7 @@ class NegativeFlipRate(Metric):
         tensor(0.2500)
 
     Args:
-        kwargs: Passed to ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
@@ -205,7 +204,7 @@ class NegativeFlipRate(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, old_correct: Tensor, new_correct: Tensor) -> None:
-        """Add examples: whether the old and the new version are right on each [batch]."""
+        """Add examples: whether the old and the new version are correct on each [batch]."""
         flips, total = functional.count_negative_flips(old_correct, new_correct)
         self.flips += flips
         self.total += total

@@ -1,4 +1,4 @@
-"""Weights as each rank holds them, and the state that methods keep about them."""
+"""The weights as each rank holds them, and state about the weights."""
 
 from typing import TYPE_CHECKING
 

@@ -22,13 +22,13 @@ _FORMAT = "evertune-fragments"
 
 @dataclass
 class FragmentState:
-    """Named tensors over the trainable weights (say ``importance`` and ``anchor``), this rank's fragments of them.
+    """This rank's fragments of named tensors over the trainable weights, such as ``importance`` and ``anchor``.
 
     Args:
-        fragments: which elements this rank holds.
-        shapes: name to whole shape of every parameter, on every rank.
-        sharded: whether the ranks hold different fragments.
-        tensors: for each name, one flat tensor per fragment.
+        fragments: Elements that this rank holds.
+        shapes: Name to full shape of every parameter, the same on all ranks.
+        sharded: Whether the ranks hold different fragments.
+        tensors: For each name, one flat tensor per fragment.
     """
 
     fragments: list[Fragment]
@@ -38,14 +38,15 @@ class FragmentState:
 
     @classmethod
     def of(cls, shards: ParameterShards, tensors: dict[str, list[Tensor]]) -> FragmentState:
-        """State that lies as ``shards`` lie now."""
+        """State laid out as ``shards`` are now."""
         return cls(shards.fragments, shards.shapes, shards.sharded, tensors)
 
     def rearranged(self, shards: ParameterShards) -> FragmentState:
-        """The same state as ``shards`` lie now; see ``ParameterShards.rearrange``. Call on every rank."""
+        """The same state laid out as ``shards`` are now; see ``ParameterShards.rearrange``. Call on every rank."""
         moved = self.fragments != shards.fragments or self.shapes != shards.shapes or self.sharded != shards.sharded
+        # All ranks must rearrange if one has to: it is a collective.
         if not shards.sum_over_ranks(torch.tensor(float(moved))).item():
-            own = shards.values()  # a checkpoint leaves what it held on the CPU
+            own = shards.values()  # tensors from a checkpoint are on the CPU
             return FragmentState.of(
                 shards,
                 {
@@ -63,7 +64,7 @@ class FragmentState:
         return FragmentState.of(shards, tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state as tensors and shapes, for a checkpoint of one file. Not for sharded state."""
+        """The whole state as tensors and shapes, for a single-file checkpoint. Not for sharded state."""
         assert not self.sharded
         return {
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -75,19 +76,19 @@ class FragmentState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> FragmentState:
-        """What :meth:`state_dict` gave."""
+        """The state from :meth:`state_dict`."""
         shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
         fragments = [Fragment(name, shape, 0, shape.numel()) for name, shape in shapes.items()]
         tensors = {kind: [values[f.name] for f in fragments] for kind, values in state["tensors"].items()}
         return cls(fragments, shapes, False, tensors)
 
     def save(self, directory: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write a folder: one safetensors file per rank that holds something of its own, and a JSON index.
+        """Write a folder: one safetensors file per rank that holds its own part, and a JSON index.
 
-        Call on every rank; the folder must be the same for all. It loads at any world size.
+        Call on every rank, with the same folder. The result loads at any world size.
 
         Args:
-            directory: made if missing.
+            directory: Folder to write, created if missing.
             extra: JSON values to keep with the state.
         """
         from safetensors.torch import save_file
@@ -108,6 +109,7 @@ class FragmentState:
             digest = torch.tensor(list(bytes.fromhex(sha256(path))), dtype=torch.uint8)
         digests = [digest]
         if writers > 1:
+            # Only rank 0 writes the index, so it needs the digests of the other ranks' files.
             digest = where_ranks_meet(digest)
             digests = [torch.zeros_like(digest) for _ in range(writers)]
             dist.all_gather(digests, digest)
@@ -125,15 +127,15 @@ class FragmentState:
 
     @staticmethod
     def check(directory: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
-        """Read the index of a folder and compare its files with their digests; returns what was saved as ``extra``.
+        """Verify the files of a folder against the digests in its index. Returns the ``extra`` passed to :meth:`save`.
 
         Args:
-            directory: that :meth:`save` wrote.
-            share: (rank, world size) of processes that share out the files; by default all are compared.
+            directory: Folder that :meth:`save` wrote.
+            share: ``(rank, world size)`` of processes that share the verification. By default all files are verified.
 
         Raises:
-            FileNotFoundError: when the folder or one of its files is missing.
-            ValueError: when the index or a file is not what was written: truncated, edited, or of another format.
+            FileNotFoundError: If the folder or one of its files is missing.
+            ValueError: If the index or a file was truncated or edited, or is of another format.
         """
         index = _read_index(Path(directory))
         rank, world_size = share
@@ -154,19 +156,19 @@ class FragmentState:
         kinds: Collection[str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> FragmentState:
-        """Read the fragments that ``shards`` lie in from a folder, whatever the world size that wrote it.
+        """Read this rank's fragments as ``shards`` are laid out now, whatever world size wrote the folder.
 
-        Elements that the saved state does not have (a head that has grown since) are zero.
+        Elements that the saved state does not have (of a head that has grown since) are zero.
 
         Args:
-            directory: that :meth:`save` wrote.
-            shards: where the weights lie now.
-            kinds: which of the named tensors to read; by default all.
-            dtype: type of the tensors that are returned; by default that of the weights.
+            directory: Folder that :meth:`save` wrote.
+            shards: Current layout of the weights.
+            kinds: Names of the tensors to read. By default all.
+            dtype: Type of the returned tensors. By default that of the weights.
 
         Raises:
-            FileNotFoundError: when a file is missing.
-            ValueError: when the folder is not one that :meth:`save` wrote.
+            FileNotFoundError: If a file is missing.
+            ValueError: If :meth:`save` did not write the folder.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -178,6 +180,7 @@ class FragmentState:
             try:
                 with safe_open(directory / file_name, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118  (not a dict)
+                        # At most two splits: a parameter's name may contain the separator.
                         kind, start_text, name = key.split("|", 2)
                         if name in here and kind in tensors:
                             i, fragment = here[name]
@@ -190,21 +193,21 @@ class FragmentState:
 
 
 def saved_shapes(directory: str | Path) -> dict[str, torch.Size]:
-    """Name to whole shape of every parameter that a saved :class:`FragmentState` is about.
+    """Name to full shape of every parameter in a saved :class:`FragmentState`.
 
     Raises:
-        FileNotFoundError: when the folder or its index is missing.
-        ValueError: when the index is damaged.
+        FileNotFoundError: If the folder or its index is missing.
+        ValueError: If the index is damaged.
     """
     return {name: torch.Size(shape) for name, shape in _read_index(Path(directory))["shapes"].items()}
 
 
 def saved_kinds(directory: str | Path) -> list[str]:
-    """The names of the tensors in a folder that :meth:`FragmentState.save` wrote.
+    """Names of the tensors in a folder that :meth:`FragmentState.save` wrote.
 
     Raises:
-        FileNotFoundError: when the folder or its index is missing.
-        ValueError: when the index is damaged.
+        FileNotFoundError: If the folder or its index is missing.
+        ValueError: If the index is damaged.
     """
     return list(_read_index(Path(directory))["kinds"])
 

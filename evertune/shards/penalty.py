@@ -11,19 +11,19 @@ from torch import Tensor
 from evertune.shards.shards import Fragment, ParameterShards
 
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Elements worked on at a time: on CPU what stays in the caches between two operations."""
+"""Elements processed at a time; on CPU, as many as stay in the caches between two operations."""
 
 
 class QuadraticPenalty:
-    """Adds ``scale * importance * (weight - anchor)`` to the gradient, in place and with nothing allocated per step.
+    """Adds ``scale * importance * (weight - anchor)`` to the gradient, in place, without allocating memory per step.
 
-    A matrix of which most rows have no importance at all (the embeddings of words that were not seen) is worked on by
-    its other rows only.
+    A matrix in which most rows have no importance (such as the embeddings of tokens that were not seen) is processed
+    only on its other rows.
 
     Args:
-        shards: the weights.
-        importance: one tensor per fragment.
-        anchor: one tensor per fragment.
+        shards: The weights.
+        importance: One tensor per fragment.
+        anchor: One tensor per fragment.
     """
 
     def __init__(self, shards: ParameterShards, importance: Sequence[Tensor], anchor: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ class QuadraticPenalty:
         self._difference = torch.empty(self._chunk, device=device)
 
     def add_gradient(self, scale: float) -> None:
-        """Add the gradient of :meth:`value`, multiplied by the loss scale as the gradients are."""
+        """Add the gradient of :meth:`value`, multiplied by the current loss scale like the gradients."""
         scale *= self._shards.gradient_scale
         for i, (value, gradient) in enumerate(zip(self._shards.values(), self._shards.gradients(), strict=True)):
             rows = self._rows[i]
@@ -59,7 +59,7 @@ class QuadraticPenalty:
 
 
 class _Rows:
-    """The rows of a matrix (or of the whole rows in a fragment of it) that have any importance."""
+    """The rows of a matrix, or of the complete rows in a fragment of it, that have any importance."""
 
     def __init__(self, first: int, width: int, rows: Tensor, importance: Tensor, anchor: Tensor) -> None:
         self._first, self._width, self._rows = first, width, rows
@@ -69,7 +69,7 @@ class _Rows:
 
     @classmethod
     def of(cls, fragment: Fragment, importance: Tensor, anchor: Tensor) -> _Rows | None:
-        """None where it does not pay: for vectors, and where half of the rows or more have importance."""
+        """None if it does not pay off: for vectors, and if at least half of the rows have importance."""
         if len(fragment.shape) < 2 or fragment.numel == 0:
             return None
         width = math.prod(fragment.shape[1:])

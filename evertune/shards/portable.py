@@ -1,8 +1,8 @@
-"""A checkpoint of a ZeRO engine that loads on any number of processes and under any stage, without pickle.
+"""A checkpoint of a ZeRO engine that loads on any number of processes and at any stage, without pickle.
 
-Every rank writes its fragments of the fp32 masters and of the optimizer's state as safetensors, and of the weights that
-are not trained; rank 0 writes what all ranks hold alike as a file for ``torch.load(weights_only=True)``. No rank ever
-holds more than its own part.
+Every rank writes its fragments of the fp32 masters, of the optimizer's state and of the frozen weights as safetensors.
+Rank 0 writes the replicated state as a file for ``torch.load(weights_only=True)``. No rank ever holds more than its own
+part.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
     """Write a checkpoint. Call on every rank.
 
     Args:
-        trainer: in training.
-        checkpoint: Lightning's, whose weights and optimizer states are left out.
-        folder: the same on all ranks.
-        frozen: also write the weights that are not trained.
+        trainer: Trainer in training.
+        checkpoint: Lightning's checkpoint; its weights and optimizer states are left out.
+        folder: Folder to write, the same on all ranks.
+        frozen: Whether to write the frozen weights too. Default: True.
 
     Raises:
-        ValueError: when the optimizer's state cannot be moved to other ranks.
+        ValueError: If the optimizer's state cannot be moved to other ranks.
     """
     engine: Any = trainer.strategy.model
     shards = _shards(trainer)
@@ -57,23 +57,23 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
 
 
 def is_portable(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that :func:`save` wrote."""
+    """Whether :func:`save` wrote the checkpoint in a folder."""
     return (folder / REPLICATED).is_file()
 
 
 def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """Bring weights, optimizer and engine back to a checkpoint. Call on every rank, when the engine is built.
+    """Restore weights, optimizer and engine from a checkpoint. Call on every rank, once the engine is built.
 
     Args:
-        trainer: about to train, on any number of processes and under any stage of ZeRO.
-        folder: that :func:`save` wrote.
-        weights_only: as of ``torch.load``.
+        trainer: Trainer about to train, on any number of processes and at any ZeRO stage.
+        folder: Folder that :func:`save` wrote.
+        weights_only: As for ``torch.load``. Default: True.
 
     Returns:
         Lightning's part of the checkpoint.
 
     Raises:
-        ValueError: when a file is damaged, or the module has other weights than the one that was saved.
+        ValueError: If a file is damaged, or the module has other weights than the saved one.
     """
     engine: Any = trainer.strategy.model
     shards, still = _shards(trainer), _frozen(trainer)
@@ -93,6 +93,7 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
         still.set_values(FragmentState.load(folder / _FROZEN, still).tensors["value"])
     vars(_loss_scaler(engine)).update(told["loss_scaler"])
     engine.global_steps, engine.skipped_steps = told["engine"]["global_steps"], told["engine"]["skipped_steps"]
+    # DeepSpeed derives the accumulation boundary from micro_steps, which depend on the current accumulation.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
     lightning: dict[str, Any] = told["lightning"]
@@ -106,7 +107,7 @@ def _shards(trainer: pl.Trainer) -> ZeroShards:
 
 
 def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards:
-    """The weights that are not trained: sharded at stage 3, whole on every rank before."""
+    """The frozen weights: sharded at stage 3, replicated on every rank below."""
     engine: Any = trainer.strategy.model
     if engine.zero_optimization_stage() == 3:
         return FrozenZero3Shards(trainer.lightning_module, engine)
@@ -114,22 +115,23 @@ def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards:
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """The loss scaler, whose type follows from the configuration; something empty where there is none."""
+    """The loss scaler, whose type follows from the configuration; an empty namespace if there is none."""
     return getattr(engine.optimizer, "loss_scaler", SimpleNamespace())
 
 
 def _numbers(scaler: object) -> dict[str, Any]:
-    """What a loss scaler counts."""
+    """The counters and settings of a loss scaler."""
     return {name: value for name, value in vars(scaler).items() if isinstance(value, bool | int | float)}
 
 
 def _check_together(trainer: pl.Trainer, folder: Path) -> None:
-    """Compare the files with their digests, each on one rank; a rank that finds a damaged one stops all of them."""
+    """Verify the digests of the files, each on one rank; a damaged file is an error on all ranks."""
     problem = ""
     try:
         FragmentState.check(folder, rank_and_world_size())
     except (ValueError, FileNotFoundError) as error:
         problem = str(error)
+    # If only one rank raised, the others would hang in the collectives of the load.
     if not trainer.strategy.reduce_boolean_decision(not problem, all=True):
         raise ValueError(problem or f"a file of {folder} is damaged or missing: the message of another rank says which")
 

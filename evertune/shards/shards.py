@@ -1,4 +1,4 @@
-"""The trainable parameters as this rank holds them: one view for every strategy."""
+"""The trainable parameters as this rank holds them: one interface for every strategy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Fragment:
     """A contiguous run of one parameter's elements, held by this rank.
 
     Args:
-        name: the parameter's name in ``module.named_parameters()``.
-        shape: the shape of the whole parameter.
-        offset: where the run starts in the flattened parameter.
-        numel: how many elements it has.
+        name: Name of the parameter in ``module.named_parameters()``.
+        shape: Shape of the whole parameter.
+        offset: Index in the flattened parameter at which the run starts.
+        numel: Number of elements in the run.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Fragment:
     numel: int
 
     def slice(self, full: Tensor) -> Tensor:
-        """The elements of ``full`` (as large as the parameter, of any shape) that belong to this fragment, flat."""
+        """The elements of ``full`` (of the parameter's size, in any shape) that belong to this fragment, flat."""
         return full.reshape(-1)[self.offset : self.offset + self.numel]
 
 
 class ParameterShards(ABC):
     """The trainable parameters of a module as this rank holds them, under any strategy.
 
-    ``values()`` and ``gradients()`` give one flat tensor per entry of ``fragments``. A method in weight space reads
-    them and adds to the gradients; it never gathers a weight, and keeps state only as large as a fragment.
+    ``values()`` and ``gradients()`` return one flat tensor per entry of ``fragments``. A method in weight space reads
+    them and adds to the gradients; it never gathers a weight, and its state is only as large as the fragments.
 
     Example::
 
@@ -48,10 +48,10 @@ class ParameterShards(ABC):
         shards.add_to_gradient(weight_decay * value for value in shards.values())
 
     Attributes:
-        fragments: what this rank holds, in the order of ``named_parameters()``; a parameter of which it holds nothing
-            has no entry.
-        shapes: name to whole shape of every trainable parameter, the same on every rank.
-        sharded: whether each rank holds only a part (ZeRO). When False every rank holds everything (one device, DDP).
+        fragments: Elements that this rank holds, in the order of ``named_parameters()``. A parameter of which it holds
+            nothing has no entry.
+        shapes: Name to full shape of every trainable parameter, the same on all ranks.
+        sharded: Whether each rank holds only a part (ZeRO). If False, every rank holds everything (one device, DDP).
     """
 
     sharded: bool
@@ -62,10 +62,10 @@ class ParameterShards(ABC):
 
     @staticmethod
     def of(trainer: pl.Trainer) -> ParameterShards:
-        """The view that fits the trainer's strategy, which must be set up (from ``on_fit_start`` on).
+        """The shards for the trainer's strategy, which must be set up (from ``on_fit_start`` on).
 
         Raises:
-            ValueError: for a strategy evertune does not support.
+            ValueError: If evertune does not support the strategy.
         """
         from evertune.shards.support import check_strategy, is_deepspeed
 
@@ -78,41 +78,42 @@ class ParameterShards(ABC):
 
     @abstractmethod
     def values(self) -> list[Tensor]:
-        """The value of every fragment in full precision (the fp32 masters of mixed precision), flat. Do not edit."""
+        """The value of every fragment in full precision (the fp32 masters in mixed precision), flat. Do not modify."""
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The gradient of every fragment, flat, averaged over ranks and times ``gradient_scale``.
+        """The gradient of every fragment, flat, averaged over the ranks and multiplied by ``gradient_scale``.
 
-        Only between the backward pass that completes an accumulation and the optimizer's step.
+        Valid only between the backward pass that completes an accumulation and the optimizer's step.
         """
 
     def write_back(self) -> None:  # noqa: B027  (most strategies hand out the live storage)
         """Write edited gradients back where ``gradients()`` returned copies."""
 
     def add_to_gradient(self, terms: Iterable[Tensor]) -> None:
-        """Add one term per fragment to the gradients, multiplied by ``gradient_scale`` as the gradients are.
+        """Add one term per fragment to the gradients, multiplied by ``gradient_scale`` like the gradients.
 
         Args:
-            terms: One flat tensor per fragment. A generator needs room for one of them at a time.
+            terms: One flat tensor per fragment. With a generator, only one of them is in memory at a time.
         """
         for gradient, term in zip(self.gradients(), terms, strict=True):
             gradient.add_(term, alpha=self.gradient_scale)
         self.write_back()
 
     def release(self) -> None:  # noqa: B027  (only ZeRO-3 gathers)
-        """Let go of weights that were gathered for passes through the module outside of training steps."""
+        """Release weights that were gathered for passes through the module outside of training steps."""
 
     @property
     def gradient_scale(self) -> float:
-        """What the gradients are multiplied by at the moment: a loss scale in fp16 training, else 1.
+        """The current factor of the gradients: the loss scale in fp16 training, else 1.
 
-        DeepSpeed scales them until its own step, and so does Lightning where a fused optimizer takes the scale off.
+        With DeepSpeed the gradients are scaled until its own step, and in Lightning until a fused optimizer unscales
+        them.
         """
         return 1.0
 
     def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """One zero tensor per fragment, of the weights' own type by default."""
+        """One zero tensor per fragment, by default of the weights' type."""
         return [torch.zeros_like(value, dtype=dtype) for value in self.values()]
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -121,7 +122,7 @@ class ParameterShards(ABC):
         return self.sum_over_ranks(total) if self.sharded else total
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """All-reduce ``tensor`` in place by summation and return it."""
+        """All-reduce ``tensor`` in place by summation, and return it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sent = where_ranks_meet(tensor)
             dist.all_reduce(sent)
@@ -130,15 +131,15 @@ class ParameterShards(ABC):
         return tensor
 
     def rearrange(self, old: Mapping[str, tuple[int, Tensor]], *, old_sharded: bool) -> list[Tensor]:
-        """Fit tensors that were kept for other fragments to the present ones. Call on every rank.
+        """Move tensors kept for other fragments to the current ones. Call on every rank.
 
-        Fragments move when the head grows, and when the strategy changes between two fits. Elements are matched by
-        parameter name and position; a parameter that grew at its end keeps its old elements, the new ones are zero.
-        One parameter at a time is summed over the ranks, so nothing larger than the largest parameter is allocated.
+        Fragments change when the head grows, and when the strategy changes between two fits. Elements are matched by
+        parameter name and position; a parameter that grew at its end keeps its old elements, and the new ones are zero.
+        Parameters are summed over the ranks one at a time, so nothing larger than the largest parameter is allocated.
 
         Args:
-            old: for each parameter of which this rank held a fragment, its offset and values.
-            old_sharded: whether the ranks held different parts of them.
+            old: For each parameter of which this rank held a fragment, its offset and values.
+            old_sharded: Whether the ranks held different parts of them.
         """
         here = {fragment.name: fragment for fragment in self.fragments}
         device = self.values()[0].device if self.fragments else torch.device("cpu")
@@ -149,6 +150,7 @@ class ParameterShards(ABC):
                 offset, values = old[name]
                 kept = values[: max(0, shape.numel() - offset)]
                 full[offset : offset + kept.numel()] = kept.to(device)
+            # Every rank reaches this all-reduce for every parameter, also for those of which it held nothing.
             if old_sharded:
                 self.sum_over_ranks(full)
             if name in here:
@@ -157,7 +159,7 @@ class ParameterShards(ABC):
 
 
 class ReplicatedShards(ParameterShards):
-    """Every rank holds every weight: one device and DDP."""
+    """Every rank holds every weight: one device, or DDP."""
 
     sharded = False
 
@@ -172,6 +174,8 @@ class ReplicatedShards(ParameterShards):
 
     def gradients(self) -> list[Tensor]:
         for p in self._parameters.values():
+            # A weight that took no part in the loss must still receive the penalty; view(-1) below needs contiguous
+            # storage, since a copy would lose the added terms.
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
             elif not p.grad.is_contiguous():
@@ -184,21 +188,21 @@ class ReplicatedShards(ParameterShards):
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
-        """Replace the weights."""
+        """Overwrite the weights."""
         for p, value in zip(self._parameters.values(), values, strict=True):
             p.copy_(value.view(p.shape))
 
 
 @dataclass
 class OptimizerState:
-    """What the optimizer of a ZeRO engine holds, by parameter: good for any stage and any number of processes.
+    """The optimizer state of a ZeRO engine by parameter, valid for any stage and any number of processes.
 
     Args:
-        scalars: for each trainable parameter, on every rank: what is one number (say ``step``).
-        kinds: for each trainable parameter, on every rank: the names of what is as large as the parameter (say
-            ``exp_avg``).
-        groups: the settings of every parameter group (say ``lr``).
-        tensors: for each of those names, one flat tensor per fragment.
+        scalars: For each trainable parameter, on every rank, the state that is a single number (such as ``step``).
+        kinds: For each trainable parameter, on every rank, the names of the state tensors of the parameter's size (such
+            as ``exp_avg``).
+        groups: Settings of every parameter group (such as ``lr``).
+        tensors: For each name in ``kinds``, one flat tensor per fragment.
     """
 
     scalars: dict[str, dict[str, Any]]
@@ -208,9 +212,9 @@ class OptimizerState:
 
 
 class ZeroShards(ParameterShards):
-    """What the stages of ZeRO share: the fp32 masters of a rank are pieces of a few flat partitions.
+    """Common base of the ZeRO stages: the fp32 masters of a rank are slices of a few flat partitions.
 
-    The optimizer steps on the partitions, so its state is that of partitions too.
+    The optimizer updates the partitions, so its state belongs to partitions as well.
     """
 
     sharded = True
@@ -224,17 +228,17 @@ class ZeroShards(ParameterShards):
 
     @abstractmethod
     def _partitions(self) -> list[tuple[Tensor, list[str]]]:
-        """The flat partitions of this rank's masters, and the parameters that each is for, on all ranks together."""
+        """The flat partitions of this rank's masters, each with the parameters that it covers on all ranks together."""
 
     @abstractmethod
     def _masters_changed(self) -> None:
-        """Let the weights that the module computes with follow their masters. Call on every rank."""
+        """Update the weights that the module computes with from their masters. Call on every rank."""
 
     def optimizer_state(self) -> OptimizerState:
-        """What the optimizer holds, for :meth:`load`. The tensors are not copies.
+        """The state of the optimizer, for :meth:`load`. The tensors are not copies.
 
         Raises:
-            ValueError: when a part of it is neither a number nor as large as the weights.
+            ValueError: If a part of the state is neither a number nor a tensor of the weights' size.
         """
         states = [(self._optimizer.optimizer.state.get(flat, {}), flat, names) for flat, names in self._partitions()]
         found = OptimizerState({}, {}, [], {})
@@ -264,15 +268,15 @@ class ZeroShards(ParameterShards):
 
     @torch.no_grad()
     def load(self, read: Callable[[str], list[Tensor]], optimizer: OptimizerState) -> None:
-        """Replace the masters, the weights that follow from them and the optimizer's state. Call on every rank.
+        """Overwrite the masters, the weights derived from them and the optimizer's state. Call on every rank.
 
         Args:
-            read: gives one flat tensor per fragment: ``read("value")`` the masters, ``read(kind)`` a kind of the
-                optimizer's state. Called once for each, so that not more than one of them is in memory twice.
-            optimizer: everything but the tensors.
+            read: Function that returns one flat tensor per fragment: ``read("value")`` the masters, ``read(kind)`` a
+                kind of optimizer state. Called once for each, so that at most one of them is in memory twice.
+            optimizer: Everything but the tensors.
 
         Raises:
-            ValueError: when the optimizer has other parameter groups.
+            ValueError: If the optimizer has a different number of parameter groups.
         """
         base, partitions = self._optimizer.optimizer, self._partitions()
         self._copy(read("value"), [flat for flat, _ in partitions])
@@ -292,6 +296,7 @@ class ZeroShards(ParameterShards):
                 if name is not None and (optimizer.scalars[name] or optimizer.kinds[name])
             }
             for kind in sorted({kind for kinds in optimizer.kinds.values() for kind in kinds}):
+                # One kind at a time, so that only one of them is in memory twice.
                 into = [state["state"].get(number, {}).get(kind) for number in range(len(partitions))]
                 self._copy(read(kind), into)
             base.load_state_dict(state)
@@ -299,7 +304,7 @@ class ZeroShards(ParameterShards):
 
     @contextmanager
     def _lent_to_groups(self) -> Iterator[None]:
-        """Within it, the optimizer's parameter groups hold the partitions."""
+        """Within this context, the optimizer's parameter groups hold the partitions."""
         yield
 
     def _copy(self, pieces: list[Tensor], partitions: Sequence[Tensor | None]) -> None:
@@ -314,7 +319,7 @@ class ZeroShards(ParameterShards):
 
 
 class _Held(NamedTuple):
-    """A parameter of which this rank holds a fragment, and where: in which partition, from which element on."""
+    """A parameter of which this rank holds a fragment, and its place: number of the partition, first element."""
 
     parameter: Any
     fragment: Fragment
@@ -345,7 +350,7 @@ class Zero12Shards(ZeroShards):
         return gradients
 
     def _partitions(self) -> list[tuple[Tensor, list[str]]]:
-        if hasattr(self._optimizer, "bf16_groups"):  # stage 1 in bf16 that accumulates gradients in fp32
+        if hasattr(self._optimizer, "bf16_groups"):  # stage 1 in bf16, with gradients accumulated in fp32
             groups, partitions = self._optimizer.bf16_groups, self._optimizer.fp32_groups_flat_partition
         else:
             groups, partitions = self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups
@@ -378,6 +383,7 @@ class Zero3Shards(ZeroShards):
     def gradients(self) -> list[Tensor]:
         from deepspeed.utils import safe_get_local_grad
 
+        # safe_get_local_grad may return copies, so keep them until write_back.
         self._lent = [safe_get_local_grad(p).view(-1) for p in self._held]
         return [gradient[: fragment.numel] for gradient, (_, fragment) in zip(self._lent, self._pairs(), strict=True)]
 
@@ -414,7 +420,7 @@ class Zero3Shards(ZeroShards):
 
 
 class FrozenZero3Shards(ParameterShards):
-    """ZeRO-3 shards the weights that are not trained, too; they have no masters and no gradients."""
+    """The frozen weights under ZeRO-3, which shards them too; they have no masters and no gradients."""
 
     sharded = True
 
@@ -432,7 +438,7 @@ class FrozenZero3Shards(ParameterShards):
         raise ValueError("weights that are not trained have no gradients")
 
     def set_values(self, values: list[Tensor]) -> None:
-        """Replace the weights. Call on every rank."""
+        """Overwrite the weights. Call on every rank."""
         self._optimizer.checkpoint_event_prologue()
         for own, value in zip(self.values(), values, strict=True):
             own.copy_(value)
@@ -440,19 +446,19 @@ class FrozenZero3Shards(ParameterShards):
 
 
 def _partition_of(name: str, parameter: Any) -> Fragment | None:
-    """The part of a ZeRO-3 parameter that this rank holds; the last parts are padded, and may be padding alone."""
+    """This rank's part of a ZeRO-3 parameter; the last parts are padded, and may consist of padding alone."""
     offset = dist.get_rank() * parameter.ds_tensor.ds_numel
     numel = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - offset)
     return Fragment(name, parameter.ds_shape, offset, numel) if numel > 0 else None
 
 
 def where_ranks_meet(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy on the device on which the process group reduces: NCCL knows GPUs only."""
+    """The tensor, or a copy on the device of the process group: NCCL reduces on GPUs only."""
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
 def _scaler_until_step(trainer: pl.Trainer) -> Any:
-    """Lightning's loss scaler where a fused optimizer takes the scale off in its step, else None."""
+    """Lightning's loss scaler if a fused optimizer unscales the gradients inside its step, else None."""
     in_step = any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
     return getattr(trainer.precision_plugin, "scaler", None) if in_step else None
 

@@ -1,6 +1,6 @@
-"""State of which every rank has its own part, saved beside a DeepSpeed checkpoint.
+"""Per-rank state, saved in a folder inside a DeepSpeed checkpoint.
 
-Lightning keeps the callback state of one rank in a DeepSpeed checkpoint and restores it to all of them.
+In a DeepSpeed checkpoint, Lightning stores the callback state of one rank and restores it on all of them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ class SavesFolder(Protocol):
     """A callback with its own state on every rank."""
 
     def save(self, directory: str | Path) -> None:
-        """Write the folder; called on every rank."""
+        """Write the folder. Called on every rank."""
 
     def load(self, directory: str | Path) -> None:
-        """Read the folder; called on every rank."""
+        """Read the folder. Called on every rank."""
 
     @property
     def has_state(self) -> bool:
-        """Whether there is something to save; the same on every rank."""
+        """Whether there is anything to save; the same on all ranks."""
 
 
 def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -> None:
-    """From now on, let every checkpoint of this trainer's strategy hold the callback's folder too."""
+    """Make every later checkpoint of this trainer's strategy contain the callback's folder."""
     strategy = trainer.strategy
     save_checkpoint = strategy.save_checkpoint
 
@@ -35,13 +35,14 @@ def write_sidecar_with_checkpoints(trainer: pl.Trainer, callback: SavesFolder) -
     def save_with_sidecar(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, filepath, storage_options)
         if callback.has_state:
+            # The path may differ between ranks, so use that of rank 0.
             callback.save(_folder(strategy.broadcast(filepath), callback))
 
     replace_method(strategy, "save_checkpoint", save_with_sidecar)
 
 
 def read_sidecar(trainer: pl.Trainer, callback: SavesFolder) -> None:
-    """Load the callback's folder from the checkpoint the trainer resumes from, if it has one."""
+    """Load the callback's folder from the checkpoint that the trainer resumes from, if it has one."""
     folder = _folder(str(trainer.ckpt_path), callback)
     if folder.is_dir():
         callback.load(folder)

@@ -1,4 +1,4 @@
-"""Which strategies evertune's callbacks work with, checked before anything starts."""
+"""The strategies that evertune's callbacks support, checked before training starts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def is_deepspeed(trainer: pl.Trainer) -> bool:
 
 
 def is_step_boundary(trainer: pl.Trainer) -> bool:
-    """Whether ``on_before_optimizer_step`` really comes before a step: DeepSpeed calls it on every micro-batch."""
+    """Whether ``on_before_optimizer_step`` really precedes a step: DeepSpeed calls it on every micro-batch."""
     engine: Any = trainer.strategy.model
     return not is_deepspeed(trainer) or bool(engine.is_gradient_accumulation_boundary())
 
 
 def check_strategy(trainer: pl.Trainer, who: str) -> None:
-    """Refuse what cannot work, by name; call it in ``setup``.
+    """Reject unsupported strategies by name. Call it in ``setup``.
 
     Args:
-        trainer: with its strategy chosen, set up or not.
-        who: the callback that asks, named in the messages.
+        trainer: Trainer with its strategy chosen, set up or not.
+        who: Name of the callback, used in the messages.
 
     Raises:
-        ValueError: for strategies whose weights evertune cannot see (FSDP and others), ZeRO stage 0, launchers that
-            copy the process (what a callback learns there would be lost), and ``round_robin_gradients``.
+        ValueError: If the strategy hides its weights from evertune (FSDP and others), the ZeRO stage is 0, the launcher
+            copies the process (what a callback learns there would be lost), or ``round_robin_gradients`` is enabled.
     """
     strategy = trainer.strategy
     name = _name_of(strategy)

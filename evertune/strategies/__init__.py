@@ -1,4 +1,4 @@
-"""Where an update runs: DeepSpeed on CPU and GPU."""
+"""Strategies that run an update: DeepSpeed on CPU and GPU."""
 
 from evertune.utils.lazy import face
 

@@ -1,4 +1,4 @@
-"""DeepSpeed on CPU and GPU, fit after fit: Lightning's strategy with what it gets wrong put right."""
+"""DeepSpeed for consecutive fits on CPU and GPU: Lightning's strategy with several corrections."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
 
     EvertuneDeepSpeedStrategy: type[EvertuneDeepSpeed]
 else:
-    DeepSpeedStrategy = object  # Lightning's, of one package or the other, joins in strategy_class()
+    DeepSpeedStrategy = object  # strategy_class() adds that of the Lightning in use
 
 
 class EvertuneDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed ZeRO-1, 2 and 3 for one update after another, on GPUs over NCCL and on CPUs over gloo.
 
-    Over Lightning's ``DeepSpeedStrategy`` it
+    Compared with Lightning's ``DeepSpeedStrategy``, it
 
     - runs on CPU;
-    - divides the loss by ``accumulate_grad_batches`` once, not twice;
-    - refuses epochs that do not hold a whole number of accumulations (DeepSpeed's step counter would drift);
-    - releases the engine at the end of a fit, so that the next one starts with its memory free;
+    - divides the loss by ``accumulate_grad_batches`` only once;
+    - rejects epochs that do not hold a whole number of accumulations (DeepSpeed's step counter would drift);
+    - releases the engine at the end of a fit, so that its memory is free for the next one;
     - carries the fp32 master weights from one fit to the next in 16-bit training;
-    - leaves the configuration it is given untouched.
+    - does not modify the configuration passed to it.
 
     It is registered as ``evertune_deepspeed_stage_1``, ``_2``, ``_3`` and, for offloading, ``_2_offload`` and
-    ``_3_offload``, with ``lightning`` and with ``pytorch_lightning``. The class to use is
-    ``EvertuneDeepSpeedStrategy``: this one, over the ``DeepSpeedStrategy`` of the Lightning in use.
+    ``_3_offload``, with both ``lightning`` and ``pytorch_lightning``. Use the class ``EvertuneDeepSpeedStrategy``: this
+    one, derived from the ``DeepSpeedStrategy`` of the Lightning in use.
 
     Args:
-        stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.
-        config: a DeepSpeed configuration or the path of one; replaces every other setting.
-        **settings: as in Lightning's ``DeepSpeedStrategy``.
+        stage: ZeRO stage: 1 shards the optimizer, 2 also the gradients, 3 also the weights. Default: 2.
+        config: DeepSpeed configuration or the path of one; it replaces all other settings.
+        **settings: Arguments of Lightning's ``DeepSpeedStrategy``.
 
     Raises:
-        ModuleNotFoundError: when DeepSpeed is not installed.
+        ModuleNotFoundError: If DeepSpeed is not installed.
 
     Example::
 
@@ -71,21 +71,21 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
 
     strategy_name = "evertune_deepspeed"
     portable = False
-    """Whether checkpoints that are saved now shall load on any number of processes, and without pickle, as those of
-    :class:`~evertune.callbacks.UpdateCheckpoint` do. They are for going on inside a fit, and for nothing else."""
+    """Whether checkpoints saved now must load on any number of processes and without pickle, like those of
+    :class:`~evertune.callbacks.UpdateCheckpoint`. They only serve to resume inside a fit."""
 
     def __init__(self, stage: int = 2, config: str | Path | dict[str, Any] | None = None, **settings: Any) -> None:
         _prepare_environment()
-        if not torch.cuda.is_available():  # nothing to overlap, and buckets for GPUs would take 800 MB of each rank
+        if not torch.cuda.is_available():  # the default buckets would take 800 MB per rank
             settings = {"overlap_comm": False, "reduce_bucket_size": 10_000_000, **settings}
             settings.setdefault("allgather_bucket_size", settings["reduce_bucket_size"])
         super().__init__(stage=stage, config=copy.deepcopy(config), **settings)
         if config is None and settings.get("offload_optimizer"):
             assert self.config is not None
-            self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW has a fused step on CPU of its own
+            self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW has its own fused step on CPU
 
     def setup_distributed(self) -> None:
-        """Join the process group without the check of CUDA device indices when on CPU."""
+        """Join the process group; on CPU, without the check of CUDA device indices."""
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:
@@ -93,11 +93,11 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
             self.set_world_ranks()
             load_extension()
             join_deepspeed(self)
-        atexit.unregister(leave)  # once, however many fits there are
+        atexit.unregister(leave)  # registered once, regardless of the number of fits
         atexit.register(leave)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Build the engine for this fit, on top of the fp32 masters the last one left."""
+        """Build the engine for this fit, with the fp32 masters that the last fit left."""
         check_strategy(trainer, type(self).__name__)
         super().setup(trainer)
         masters = masters_of(trainer.lightning_module)
@@ -106,10 +106,10 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
             masters.restore(ParameterShards.of(trainer), torch.bfloat16 if engine.bfloat16_enabled() else torch.float16)
 
     def on_train_start(self) -> None:
-        """Refuse an epoch whose last accumulation would be cut short.
+        """Reject an epoch whose last accumulation would be incomplete.
 
         Raises:
-            ValueError: when the batches of an epoch do not divide by ``accumulate_grad_batches``.
+            ValueError: If ``accumulate_grad_batches`` does not divide the number of batches in an epoch.
         """
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -126,10 +126,10 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Let every rank write its part of a checkpoint folder: DeepSpeed's own, or ours if it is to be ``portable``.
+        """Write a checkpoint folder, each rank its part: in DeepSpeed's format, or in evertune's if ``portable``.
 
         Raises:
-            RuntimeError: after the fit, when the engine has been released.
+            RuntimeError: If the engine has been released, after the fit.
         """
         if not hasattr(self.model, "save_checkpoint"):
             raise RuntimeError(
@@ -146,13 +146,13 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
 
     @property
     def can_be_portable(self) -> bool:
-        """Whether a checkpoint could be ``portable``: not where a part of the optimizer's state is out of memory."""
+        """Whether a checkpoint can be ``portable``: not if the optimizer is offloaded to NVMe or in part."""
         assert isinstance(self.config, dict)
         offload = self.config["zero_optimization"].get("offload_optimizer") or {}
         return offload.get("device") != "nvme" and offload.get("ratio", 1.0) == 1.0
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Let every rank read its part of a checkpoint folder, whichever of the two it is."""
+        """Read a checkpoint folder of either format, each rank its part."""
         if not portable.is_portable(Path(checkpoint_path)):
             return super().load_checkpoint(checkpoint_path, weights_only)
         assert self.lightning_module is not None
@@ -160,10 +160,11 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         return portable.load(trainer, Path(checkpoint_path), weights_only=weights_only is not False)
 
     def teardown(self) -> None:
-        """Release the engine, its hooks and its buffers; the module stays, its weights as this rank holds them."""
+        """Release the engine, its hooks and its buffers; the module keeps its weights as this rank holds them."""
         engine: Any = self.model
         module = self.lightning_module
         if module is not None and hasattr(engine, "destroy"):
+            # Copied before the engine that owns them is destroyed.
             if module.trainer.training and _masters_differ(engine):
                 leave_masters(module, LiveMasters(ParameterShards.of(module.trainer)))
             _release(engine)
@@ -173,7 +174,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         super().teardown()
 
     def training_engine(self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        """DeepSpeed's engine and its optimizer, on the device of this rank, which on CPU has no index."""
+        """DeepSpeed's engine and its optimizer, on this rank's device, which on CPU has no index."""
         import deepspeed
 
         engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
@@ -213,7 +214,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
 
 @cache
 def strategy_class(package: str) -> type[EvertuneDeepSpeed]:
-    """``EvertuneDeepSpeedStrategy`` over the ``DeepSpeedStrategy`` of one of the Lightnings.
+    """``EvertuneDeepSpeedStrategy``, derived from the ``DeepSpeedStrategy`` of a Lightning package.
 
     Args:
         package: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
@@ -229,7 +230,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _release(engine: Any) -> None:
-    """Destroy an engine, and undo what would keep it alive: its hooks, and the ways from the module's weights to it."""
+    """Destroy an engine and remove all references that would keep it alive: its hooks, and those of the weights."""
     optimizer = engine.optimizer
     engine.destroy()
     for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
@@ -238,8 +239,8 @@ def _release(engine: Any) -> None:
     for parameter in engine.module.parameters():
         vars(parameter).pop("_z3_optimizer", None)
     if hasattr(optimizer, "_backward_hook_state"):
-        optimizer._backward_hook_state = None  # it calls the engine back
-    engine.optimizer = None  # destroyed again with the engine, it would take the next one's fragments along
+        optimizer._backward_hook_state = None  # it refers to the engine
+    engine.optimizer = None  # else destroyed again with the engine, and the next engine's fragments with it
 
 
 def _masters_differ(engine: Any) -> bool:
@@ -247,7 +248,7 @@ def _masters_differ(engine: Any) -> bool:
 
 
 def _prepare_environment() -> None:
-    """Make DeepSpeed run where there is no GPU, and find the ninja that comes with it for its one small C++ op."""
+    """Let DeepSpeed run without a GPU, and put the installed ninja on the PATH for its one small C++ op."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if shutil.which("ninja") is None:
@@ -259,7 +260,7 @@ def _prepare_environment() -> None:
 
 
 def warn_about_stock_deepspeed(trainer: pl.Trainer, who: str) -> None:
-    """Say what Lightning's own DeepSpeed strategy gets wrong, when that is the one in use."""
+    """Warn about the defects of Lightning's own DeepSpeed strategy if it is in use."""
     if is_deepspeed(trainer) and not isinstance(trainer.strategy, EvertuneDeepSpeed):
         accumulation = trainer.accumulate_grad_batches
         divided = (

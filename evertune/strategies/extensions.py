@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled extension for CPUs: in a folder per environment, without hanging on stale locks."""
+"""DeepSpeed's compiled extension for CPUs: one folder per environment, without hanging on stale locks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NAME = "deepspeed_shm_comm"
 
 
 def load_extension() -> None:
-    """Load DeepSpeed's extension for all-reduces in shared memory, compiled when this environment has none yet.
+    """Load DeepSpeed's extension for all-reduces in shared memory, compiling it if this environment has none yet.
 
-    torch compiles again whenever the folder holds the extension of another environment, and waits for ever for the lock
-    file of a process that was killed while it compiled. Here each environment has its folder, and processes take turns
-    by a lock of the system, which ends with its process: who holds it removes what a killed one has left. A folder
-    that the user has set in ``TORCH_EXTENSIONS_DIR`` is used as it is.
+    torch recompiles whenever the folder holds the extension of another environment, and waits forever for the lock file
+    of a process that was killed while compiling. Here, each environment has its own folder, and processes take turns
+    with a lock of the operating system, which is released when its process ends; the holder removes the stale lock file
+    of a killed process. A folder set in ``TORCH_EXTENSIONS_DIR`` is used as it is.
     """
     from deepspeed.comm.torch import build_shm_op
 
@@ -29,7 +29,7 @@ def load_extension() -> None:
     with (folder / "evertune.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / _NAME / "lock").unlink(missing_ok=True)
-        build_shm_op()  # DeepSpeed keeps it for when it joins the process group
+        build_shm_op()  # DeepSpeed caches it and uses it when it joins the process group
 
 
 def _of_this_environment() -> Path:

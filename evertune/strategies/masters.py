@@ -1,9 +1,9 @@
-"""The fp32 master weights of 16-bit training between two fits: who owns them, and when they go.
+"""The fp32 master weights of 16-bit training between two fits: their owner and their lifetime.
 
-A new engine derives its masters from the 16-bit weights, which would round every weight once per update. So the
-strategy leaves them here when a fit ends, by module: they go with the module, or when its next fit under DeepSpeed
-leaves newer ones. They are a finer view of the module's weights and never replace them: a weight that has been changed
-since (loaded, trained elsewhere, a grown head) keeps its new value.
+A new engine derives its masters from the 16-bit weights, which would round every weight once per update. The strategy
+therefore stores them here when a fit ends, by module. They are dropped with the module, or when its next fit under
+DeepSpeed leaves newer ones. They only add precision to the module's weights and never replace them: a weight that has
+changed since (loaded, trained elsewhere, a grown head) keeps its new value.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from evertune.shards.shards import ParameterShards
 
 
 class Masters(Protocol):
-    """Masters that wait for the next fit."""
+    """Master weights that wait for the next fit."""
 
     def restore(self, shards: ParameterShards, dtype: torch.dtype) -> None:
-        """Write them into a new engine's masters, where the weights are still those. Call on every rank.
+        """Write them to a new engine's masters, for all weights that are unchanged. Call on every rank.
 
         Args:
-            shards: of the new engine.
-            dtype: in which the module holds its weights.
+            shards: Shards of the new engine.
+            dtype: Type in which the module holds its weights.
         """
 
 
 class LiveMasters:
-    """The masters of an engine that is about to be released, copied.
+    """A copy of the masters of an engine that is about to be released.
 
     Args:
-        shards: of that engine.
+        shards: Shards of that engine.
     """
 
     def __init__(self, shards: ParameterShards) -> None:
@@ -59,7 +59,7 @@ class SavedMasters:
     """The masters in a folder, for the first fit of a process, on any number of ranks.
 
     Args:
-        directory: that :meth:`LiveMasters.save` wrote.
+        directory: Folder that :meth:`LiveMasters.save` wrote.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,15 +74,16 @@ _waiting: WeakKeyDictionary[nn.Module, Masters] = WeakKeyDictionary()
 
 
 def masters_of(module: nn.Module) -> Masters | None:
-    """The masters that wait for the next fit of a module."""
+    """The masters that wait for the next fit of a module, or None."""
     return _waiting.get(module)
 
 
 def leave_masters(module: nn.Module, masters: Masters) -> None:
-    """Let masters wait for the next fit of a module, in place of older ones."""
+    """Store masters for the next fit of a module, replacing older ones."""
     _waiting[module] = masters
 
 
 def _write(state: FragmentState, shards: ParameterShards, dtype: torch.dtype) -> None:
     for value, master in zip(shards.values(), state.tensors["master"], strict=True):
+        # A master is valid only if it rounds to the weight that the module holds now.
         value.copy_(torch.where(master.to(dtype) == value.to(dtype), master, value))

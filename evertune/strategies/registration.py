@@ -1,4 +1,4 @@
-"""The names under which Lightning finds the strategies; the strategies themselves are loaded when one is asked for."""
+"""Registers the strategies with Lightning by name; the strategies themselves are imported on first use."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _VARIANTS = {
 
 
 def register_strategies(package: str) -> None:
-    """Register the strategies with a Lightning, so that ``Trainer(strategy="evertune_deepspeed_stage_3")`` works.
+    """Register the strategies with a Lightning package, so that ``strategy="evertune_deepspeed_stage_3"`` works.
 
     Args:
-        package: ``"lightning.pytorch"`` or ``"pytorch_lightning"``, which has been imported.
+        package: ``"lightning.pytorch"`` or ``"pytorch_lightning"``, already imported.
     """
     registry = import_module(f"{package}.strategies").StrategyRegistry
     for name, settings in _VARIANTS.items():

@@ -1,4 +1,4 @@
-"""Experiences, streams of them, and the batches they become."""
+"""Experiences, streams of experiences, and their batches."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""From an experience to batches: tokenised once, padded to the longest of the batch, dealt evenly to the ranks."""
+"""The batches of an experience: tokenised once, padded to the longest of the batch, dealt evenly to the ranks."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ from evertune.tasks.base import Task
 class ExperienceDataModule(LightningDataModule):
     """The batches of one experience.
 
-    Training batches are shuffled by ``(seed, epoch)``, put together from texts of similar length, and dealt to the
-    ranks so that an optimizer step sees the same examples on any number of them (see :class:`BucketSampler`); a run
-    that is resumed in the middle of an epoch continues with the next batch. Validation and test batches are in order.
+    Training batches are shuffled by ``(seed, epoch)``, composed of texts of similar length, and dealt to the ranks so
+    that an optimizer step uses the same examples on any number of them (see :class:`BucketSampler`). A run that resumes
+    in the middle of an epoch continues with the next batch. Validation and test batches are in order.
 
     Args:
-        experience: its examples are dicts with the columns below; without a tokenizer they may be anything.
-        tokenizer: of transformers; the texts are tokenised once, when first needed, and kept in memory as int32. None:
-            the examples go to the collate function as they are (images, tensors).
-        text: the column with the text, or a pair of columns (premise and hypothesis, question and passage).
-        label: the column with the label's name (or list of names), or None for data without labels.
-        batch_size: training examples in a batch, on each rank.
-        eval_batch_size: validation and test examples in a batch; no gradients are kept, so it may be larger.
-        max_length: longer texts are cut to this many tokens.
-        num_workers: processes that load batches. With tokens in memory there is little to load.
-        seed: of the order of the training examples; the same on all ranks.
-        collate_fn: joins examples to a batch; by default the task's, or torch's without a tokenizer.
-        bucketed: put texts of similar length together, which saves padding.
-        drop_last: leave out the training examples that do not fill a step, instead of filling it with others.
-        id_column: a column kept in each tokenised example as ``id``, so that a memory can forget it by name.
-        task: makes the tokenised examples and the collate function; by default the labels stay what they are. Pass
-            ``module.task`` for a module that has one.
+        experience: Experience whose examples are dicts with the columns below; without a tokenizer they may be
+            anything.
+        tokenizer: Tokenizer of transformers. The texts are tokenised once, on first use, and kept in memory as int32.
+            With None (default), the examples are passed to the collate function as they are (images, tensors).
+        text: Column with the text, or a pair of columns (premise and hypothesis, question and passage). Default:
+            ``"text"``.
+        label: Column with the label's name (or list of names), or None for data without labels. Default: ``"label"``.
+        batch_size: Training examples per batch and rank. Default: 32.
+        eval_batch_size: Validation and test examples per batch; may be larger, since no gradients are kept. Default:
+            64.
+        max_length: Maximum number of tokens; longer texts are truncated. Default: 128.
+        num_workers: Number of processes that load batches. Default: 0, since tokens are in memory.
+        seed: Seed of the order of the training examples, the same on all ranks. Default: 0.
+        collate_fn: Function that collates examples into a batch. By default the task's, or torch's without a tokenizer.
+        bucketed: Whether to batch texts of similar length together, which saves padding. Default: True.
+        drop_last: Whether to leave out the training examples that do not fill a step, instead of filling the step with
+            others. Default: False.
+        id_column: Column kept in each tokenised example as ``id``, so that a memory can forget it by name. Default:
+            None.
+        task: Task that makes the tokenised examples and the collate function; by default labels are kept as they are.
+            Pass ``module.task`` for a module that has one.
 
     Raises:
-        ValueError: when a size is not positive, a column is missing, or the tokenizer cannot pad.
+        ValueError: If a size is not positive, a column is missing, or the tokenizer cannot pad.
 
     Example:
         >>> import torch
@@ -116,9 +121,10 @@ class ExperienceDataModule(LightningDataModule):
         return self._datasets[split]
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled batches, equally many on all ranks."""
+        """Shuffled batches, the same number on all ranks."""
         dataset = self.dataset("train")
         assert dataset is not None
+        # The sampler deals whole optimizer steps, so it must know the ranks and the accumulation.
         ranks, accumulated = {"num_replicas": 1, "rank": 0}, 1
         if self.trainer is not None:
             ranks = self.trainer.distributed_sampler_kwargs or ranks
@@ -142,11 +148,11 @@ class ExperienceDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in order; none if there is no validation data."""
+        """Batches in order; empty without validation data."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in order; none if there is no test data."""
+        """Batches in order; empty without test data."""
         return self._eval_loader("test")
 
     def _eval_loader(self, split: Literal["val", "test"]) -> DataLoader[Any] | list[Any]:
@@ -159,42 +165,43 @@ class ExperienceDataModule(LightningDataModule):
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # evaluating leaves the global random state alone
+            generator=torch.Generator().manual_seed(self.seed),  # does not touch the global random state
         )
 
 
 class StreamDataModule(LightningDataModule):
-    """A stream and its batches, described by plain values: what a command line or a YAML file can say.
+    """A stream and its batches, described by plain values that a command line or a YAML file can hold.
 
     Args:
-        source: a path, a list of paths, a dict of paths by split, a folder of ``<label>/*.txt``, or a name on the
-            Hugging Face hub ("name" or "name:configuration").
-        scenario: how the source is cut into experiences.
-        n_experiences: how many (class- and data-incremental).
-        classes_per_experience: or how many classes each brings (class-incremental).
-        class_order: the order in which classes arrive (class-incremental); by default shuffled with ``seed``.
-        domain: the column that names the domain (domain-incremental).
-        date: the column with the date (time-incremental).
+        source: Path, list of paths, dict of paths by split, folder of ``<label>/*.txt``, or name on the Hugging Face
+            hub ("name" or "name:configuration").
+        scenario: How the source is divided into experiences.
+        n_experiences: Number of experiences (class- and data-incremental).
+        classes_per_experience: Number of classes of each experience, instead of ``n_experiences`` (class-incremental).
+        class_order: Order in which classes arrive (class-incremental). By default shuffled with ``seed``.
+        domain: Column with the name of the domain (domain-incremental).
+        date: Column with the date (time-incremental).
         period: "year", "quarter", "month", "week" or "day" (time-incremental).
-        label: the column with the label, or null.
-        text: the column with the text, or a pair of columns.
-        splits: shares of train, validation and test where the source has no splits of its own.
-        split_column: the column that names the split, if there is one.
-        on_bad_row: "raise" at rows that cannot be used, or "skip" and keep them in a side file.
-        on_unseen_label: "raise" at validation and test labels that were in no train by then, or "drop" their examples.
-        batch_size: training examples in a batch, on each rank.
-        eval_batch_size: validation and test examples in a batch.
-        max_length: longer texts are cut to this many tokens.
-        num_workers: processes that load batches.
-        bucketed: put texts of similar length together.
-        drop_last: leave out the training examples that do not fill a step.
-        id_column: a column kept in each example as ``id``.
-        seed: of the splits, the order of the classes and the order of the examples.
-        task: what a label may be. By default the module's, where ``evertune fit`` or a ContinualTrainer reads the
+        label: Column with the label, or null. Default: ``"label"``.
+        text: Column with the text, or a pair of columns. Default: ``"text"``.
+        splits: Shares of train, validation and test if the source has no splits of its own. Default: (0.6, 0.2, 0.2).
+        split_column: Column with the name of the split, if there is one.
+        on_bad_row: "raise" (default) at rows that cannot be used, or "skip" and keep them in a side file.
+        on_unseen_label: "raise" (default) at validation and test labels that no training data had so far, or "drop"
+            their examples.
+        batch_size: Training examples per batch and rank. Default: 32.
+        eval_batch_size: Validation and test examples per batch. Default: 64.
+        max_length: Maximum number of tokens; longer texts are truncated. Default: 128.
+        num_workers: Number of processes that load batches. Default: 0.
+        bucketed: Whether to batch texts of similar length together. Default: True.
+        drop_last: Whether to leave out the training examples that do not fill a step. Default: False.
+        id_column: Column kept in each example as ``id``. Default: None.
+        seed: Seed of the splits, the order of the classes and the order of the examples. Default: 0.
+        task: Task that defines the labels. By default the module's, if ``evertune fit`` or a ContinualTrainer reads the
             stream.
 
     Raises:
-        ValueError: when a setting does not belong to the scenario.
+        ValueError: If a setting does not belong to the scenario.
 
     Example:
         >>> from evertune.streams import StreamDataModule
@@ -284,7 +291,7 @@ class StreamDataModule(LightningDataModule):
 
     @property
     def stream(self) -> ExperienceStream:
-        """The stream; the source is read when it is first asked for."""
+        """The stream; the source is read on first access."""
         if self._stream is None:
             self._stream = getattr(scenarios, self.scenario)(self.source, task=self.task, **self._cut)
         return self._stream

@@ -1,4 +1,4 @@
-"""An experience is what arrived between two updates; a stream is a sequence of them."""
+"""Experiences, the data that arrive between two updates, and streams, sequences of experiences."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from evertune.utils.examples import Examples, column_of
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """One chunk of a stream: the data of one update, and what is known about them.
+    """One chunk of a stream: the data of one update and their metadata.
 
     Args:
-        name: what tables and plots call it.
-        train: the examples to learn, a map-style dataset. For text an example is a dict with a text and a label
-            (the label's name, or a list of names for multi-label data); for anything else whatever your module reads.
-        val: examples to validate on while learning, or None.
-        test: examples that score what was learned and, later, what was kept, or None.
-        classes: names of the classes found in ``train``. A module with a growing head adds those that are new to it.
-        domain: where the data come from, if the stream is split by domain.
-        time_range: first and last day of the data (ISO dates, both included), if the stream is split by time.
+        name: Name in tables and plots.
+        train: Training examples, a map-style dataset. For text, an example is a dict with a text and a label (the
+            label's name, or a list of names for multi-label data); otherwise whatever the module accepts.
+        val: Examples for validation during training, or None.
+        test: Examples that score what was learned and, later, what was retained, or None.
+        classes: Names of the classes in ``train``. A module with a growing head adds the new ones.
+        domain: Origin of the data, if the stream is split by domain.
+        time_range: First and last day of the data (ISO dates, both included), if the stream is split by time.
 
     Raises:
-        ValueError: when ``train`` is empty or has no length, or a class is named twice.
+        ValueError: If ``train`` is empty or has no length, or a class is named twice.
 
     Example:
         >>> from evertune.streams import Experience
@@ -68,17 +68,17 @@ class ExperienceStream(Sequence[Experience]):
     """A finite sequence of experiences over the same kind of data.
 
     Args:
-        experiences: in the order in which they are learned; their names must differ.
-        label: the column that holds the labels. With it, every label of ``val`` and ``test`` must have been in the
-            ``train`` of the same or of an earlier experience. None: labels are not looked at.
-        text: the column, or the pair of columns, that holds the text. None: the data are not text.
-        known_classes: classes learned before the stream starts.
-        bad_rows: what was left out when the source was read (see ``on_bad_row``).
-        task: says which classes a label names; by default a string or a list of strings are their names.
+        experiences: Experiences in the order in which they are learned; their names must differ.
+        label: Column with the labels. Every label of ``val`` and ``test`` must then occur in the ``train`` of the same
+            or an earlier experience. With None, labels are not checked.
+        text: Column with the text, or the pair of columns. None if the data are not text.
+        known_classes: Classes learned before the stream starts.
+        bad_rows: Rows left out when the source was read (see ``on_bad_row``).
+        task: Task that defines which classes a label names. By default a string or a list of strings are their names.
 
     Raises:
-        ValueError: when there are no experiences, two have one name, or ``val`` or ``test`` have a label that no
-            ``train`` had by then.
+        ValueError: If there are no experiences, two have the same name, or ``val`` or ``test`` have a label that no
+            ``train`` had so far.
 
     Example:
         >>> from evertune.streams import Experience, ExperienceStream
@@ -132,11 +132,11 @@ class ExperienceStream(Sequence[Experience]):
 
     @property
     def classes(self) -> list[str]:
-        """The names of all classes, in the order in which they appear."""
+        """The names of all classes, in order of appearance."""
         return list(dict.fromkeys(name for experience in self for name in experience.classes))
 
     def joint(self) -> Experience:
-        """All experiences as one: what a model would reach if it saw everything at once, the ceiling."""
+        """All experiences as one, to train a reference model on all data at once (the upper bound)."""
         return Experience(
             "joint",
             train=_concatenate([experience.train for experience in self]),
@@ -158,6 +158,7 @@ class ExperienceStream(Sequence[Experience]):
         if not isinstance(index, slice):
             return self._experiences[index]
         before = self._experiences[: index.indices(len(self))[0]]
+        # The classes of the experiences cut off in front still count as seen.
         known = self.known_classes + [name for experience in before for name in experience.classes]
         return ExperienceStream(
             self._experiences[index], label=self.label, text=self.text, known_classes=known, task=self.task
@@ -168,7 +169,7 @@ class ExperienceStream(Sequence[Experience]):
 
 
 def class_names(labels: Iterable[Any]) -> list[str]:
-    """The different names among labels (single names, or lists of names), in order of appearance."""
+    """The distinct names among labels (single names or lists of names), in order of appearance."""
     names: dict[str, None] = {}
     for label in labels:
         names.update(dict.fromkeys([label] if isinstance(label, str) else label))
@@ -176,7 +177,7 @@ def class_names(labels: Iterable[Any]) -> list[str]:
 
 
 def _concatenate(parts: Sequence[Examples]) -> Any:
-    """One dataset after the other; Hugging Face datasets stay Hugging Face datasets."""
+    """The concatenation of datasets; Hugging Face datasets stay Hugging Face datasets."""
     if not parts:
         return None
     if all(hasattr(part, "column_names") for part in parts):

@@ -1,4 +1,4 @@
-"""One order of the examples for all ranks, with examples of similar length side by side."""
+"""A sampler with one order of the examples for all ranks, which batches examples of similar length."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class BucketSampler(DistributedSampler[Any]):
-    """Deals the examples of every optimizer step to the ranks, in an order that does not depend on how many there are.
+    """Deals the examples of every optimizer step to the ranks, in an order that does not depend on their number.
 
-    An epoch is one flat sequence: a permutation by ``(seed, epoch)``, sorted by length within chunks of 50 steps, the
-    steps shuffled. Rank ``r`` of ``n`` takes ``sequence[r::n]``. So at the same ``step_size`` the examples of a step
-    are the same on any number of ranks, at any accumulation, and all ranks get equally many batches.
+    An epoch is one flat sequence: a permutation by ``(seed, epoch)``, sorted by length within chunks of 50 steps, with
+    the steps shuffled. Rank ``r`` of ``n`` takes ``sequence[r::n]``. For the same ``step_size``, the examples of a step
+    are therefore the same on any number of ranks and at any accumulation, and all ranks get the same number of batches.
 
-    It is a ``DistributedSampler``, so Lightning leaves it in place and calls its ``set_epoch``.
+    It is a ``DistributedSampler``, so Lightning does not replace it and calls its ``set_epoch``.
 
     Args:
-        dataset: what is sampled; only its length is looked at.
-        step_size: examples in one optimizer step: batch size x ranks x accumulated batches.
-        lengths: the length of each example; None shuffles only.
-        num_replicas: how many ranks there are.
-        rank: which of them this is.
-        seed: of the order; the same on all ranks.
-        drop_last: leave out the examples that do not fill a step. By default the last step is filled with others of the
-            epoch, drawn at random, so that every step has the same size.
+        dataset: Dataset to sample; only its length is used.
+        step_size: Examples in one optimizer step: batch size x ranks x accumulated batches.
+        lengths: Length of each example; None (default) only shuffles.
+        num_replicas: Number of ranks. Default: 1.
+        rank: Rank of this process. Default: 0.
+        seed: Seed of the order, the same on all ranks. Default: 0.
+        drop_last: Whether to leave out the examples that do not fill a step. By default the last step is filled with
+            others of the epoch, drawn at random, so that every step has the same size.
 
     Raises:
-        ValueError: when the step does not divide among the ranks, or ``drop_last`` leaves nothing.
+        ValueError: If the number of ranks does not divide the step size, or ``drop_last`` leaves nothing.
 
     Example:
         >>> from evertune.streams import BucketSampler
@@ -73,31 +73,33 @@ class BucketSampler(DistributedSampler[Any]):
         self.start = 0
 
     def sequence(self) -> np.ndarray:
-        """The epoch's examples in order, for all ranks together."""
+        """The examples of the epoch in order, for all ranks together."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = np.resize(generator.permutation(self.n_examples), self.total_size)  # wraps, or cuts
+        order = np.resize(generator.permutation(self.n_examples), self.total_size)  # repeats or truncates
         if self.lengths is None:
             return order
         chunk = self.chunk_steps * self.step_size
         chunks = [order[start : start + chunk] for start in range(0, len(order), chunk)]
+        # Sorted within chunks only, not over the epoch, so that which examples form a step still changes with every
+        # epoch.
         steps = [part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step_size) for part in chunks]
         return generator.permutation(np.concatenate(steps)).ravel()
 
     def __iter__(self) -> Iterator[int]:
-        """The rank's examples, from its ``start``-th on."""
+        """The rank's examples, starting with the one at index ``start``."""
         return iter(self.sequence()[self.rank :: self.num_replicas][self.start :].tolist())
 
 
 class ResumableLoader(DataLoader[Any]):
     """A ``DataLoader`` over a :class:`BucketSampler` that Lightning can save and resume in the middle of an epoch.
 
-    The state is the epoch and the batches given out in it. Its iterator starts to work at the first batch, when the
+    Its state is the epoch and the number of batches yielded in it. Its iterator starts at the first batch, when the
     epoch is known, and draws nothing from the global random generator.
 
     Args:
-        dataset: map-style.
-        sampler: a :class:`BucketSampler`: which examples, in which order.
-        **kwargs: as of ``DataLoader``.
+        dataset: Map-style dataset.
+        sampler: :class:`BucketSampler` that chooses and orders the examples.
+        **kwargs: Arguments of ``DataLoader``.
     """
 
     def __init__(self, dataset: Dataset[Any], *, sampler: Any, **kwargs: Any) -> None:
@@ -108,7 +110,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler, batch_size = self.sampler, self.batch_size
-        if not isinstance(sampler, BucketSampler):  # `Trainer(overfit_batches=...)` puts a sequential one in its place
+        if not isinstance(sampler, BucketSampler):  # `Trainer(overfit_batches=...)` replaces it
             yield from super().__iter__()
             return
         assert batch_size is not None and self.generator is not None
@@ -125,14 +127,14 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The next batch: its epoch and its index in it."""
+        """The position of the next batch: its epoch and its index in the epoch."""
         epoch, batch = self._position
         if batch == len(self):
             epoch, batch = epoch + 1, 0
         return {"epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there, if it is over the same epoch."""
+        """Start the next pass at this position, if it is over the same epoch."""
         self._position = self._resume_at = (state["epoch"], state["batch"])
         if isinstance(self.sampler, BucketSampler):
             self.sampler.set_epoch(state["epoch"])

@@ -1,4 +1,4 @@
-"""The ways to cut a source into a stream: by class, by domain, by time, or just into parts.
+"""Ways to split a source into a stream: by class, by domain, by time, or into random parts.
 
 The names are those of van de Ven and Tolias (2019), "Three scenarios for continual learning".
 """
@@ -25,26 +25,27 @@ Period = Literal["year", "quarter", "month", "week", "day", "YE", "Y", "QE", "Q"
 
 
 class SourceOptions(TypedDict, total=False):
-    """How a source is read and split into training, validation and test data: the same for every kind of stream.
+    """Options for reading a source and splitting it into training, validation and test data, for every kind of stream.
 
     Args:
-        label: the column with the labels: a name, or for multi-label data a list of names. Whole numbers become names;
-            those of a Hugging Face ``ClassLabel`` become the names they stand for. None: the data have no labels.
-            Default "label".
-        text: the column with the text, or a pair of columns. None: the data are not text. Default "text".
-        splits: the shares of train, validation and test, stratified by label, where the source has no splits of its
-            own. Default (0.6, 0.2, 0.2).
-        split_column: the column that says "train", "val" (or "valid", "validation", "dev") or "test", if there is one.
-            A ``DatasetDict`` or a dict of paths by split needs none.
-        seed: of the split and of the order of the classes. Default 0.
-        on_bad_row: what to do with a row that cannot be used (undecodable, no text, no label, ...): "raise" (default)
-            names it, "skip" leaves it out, counts it in a warning and in ``stream.bad_rows``, and keeps what came from
-            a file in ``<path>.bad.jsonl`` with row number and reason.
-        on_unseen_label: what to do with a validation or test example whose label no training example had by then:
+        label: Column with the labels: a name, or for multi-label data a list of names. Whole numbers become names;
+            those of a Hugging Face ``ClassLabel`` become the names they stand for. None if the data have no labels.
+            Default: "label".
+        text: Column with the text, or a pair of columns. None if the data are not text. Default: "text".
+        splits: Shares of train, validation and test, stratified by label, if the source has no splits of its own.
+            Default: (0.6, 0.2, 0.2).
+        split_column: Column with "train", "val" (or "valid", "validation", "dev") or "test", if there is one. Not
+            needed for a ``DatasetDict`` or a dict of paths by split.
+        seed: Seed of the split and of the order of the classes. Default: 0.
+        on_bad_row: What to do with a row that cannot be used (undecodable, no text, no label, ...). "raise" (default)
+            reports it; "skip" leaves it out, counts it in a warning and in ``stream.bad_rows``, and stores rows of a
+            file in ``<path>.bad.jsonl`` with row number and reason.
+        on_unseen_label: What to do with a validation or test example whose label no training example had so far:
             "raise" (default) or "drop".
-        bad_rows_file: another place for the side file of skipped rows.
-        task: what a label may be, and which classes it names (:class:`~evertune.tasks.Task`). By default a class or
-            several. A label that names no class, as in a regression, is not stratified by and always seen.
+        bad_rows_file: Another path for the side file of skipped rows.
+        task: Task that defines which labels are valid and which classes they name (:class:`~evertune.tasks.Task`). By
+            default a label is one class or several. A label that names no class, as in a regression, is not used for
+            stratification and always counts as seen.
     """
 
     label: str | None
@@ -69,14 +70,14 @@ def class_incremental(
     """Each experience brings classes that no other has.
 
     Args:
-        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
-        n_experiences: how many; if the classes do not divide, the first experiences get one more.
-        classes_per_experience: or how many classes each one brings, e.g. ``[2, 2, 1]``.
-        class_order: the order in which classes arrive; by default shuffled with ``seed``, since results depend on it.
-        **options: see :class:`SourceOptions`.
+        source: A dataset, a DataFrame, paths, a folder or a hub name; see :mod:`evertune.streams.tables`.
+        n_experiences: Number of experiences. If it does not divide the number of classes, the first ones get one more.
+        classes_per_experience: Number of classes of each experience, instead of ``n_experiences``, e.g. ``[2, 2, 1]``.
+        class_order: Order in which classes arrive. By default shuffled with ``seed``, since results depend on it.
+        **options: See :class:`SourceOptions`.
 
     Raises:
-        ValueError: when the numbers do not fit the classes found, or the source cannot be read (see ``SourceOptions``).
+        ValueError: If the numbers do not match the classes found, or the source cannot be read (see ``SourceOptions``).
 
     Example:
         >>> from evertune.streams import class_incremental
@@ -111,16 +112,16 @@ def domain_incremental(
     domain_order: Sequence[str] | None = None,
     **options: Unpack[SourceOptions],
 ) -> ExperienceStream:
-    """Each experience comes from another domain: the same task, other inputs.
+    """Each experience comes from another domain: the same task with different inputs.
 
     Args:
-        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
-        domain: the column that names the domain.
-        domain_order: the order in which domains arrive; by default that of their first row.
-        **options: see :class:`SourceOptions`.
+        source: A dataset, a DataFrame, paths, a folder or a hub name; see :mod:`evertune.streams.tables`.
+        domain: Column with the name of the domain. Default: "domain".
+        domain_order: Order in which domains arrive. By default the order of their first rows.
+        **options: See :class:`SourceOptions`.
 
     Raises:
-        ValueError: when ``domain_order`` does not name the domains found, or the source cannot be read.
+        ValueError: If ``domain_order`` does not name exactly the domains found, or the source cannot be read.
 
     Example:
         >>> from evertune.streams import domain_incremental
@@ -141,16 +142,18 @@ def time_incremental(
     period: Period = "year",
     **options: Unpack[SourceOptions],
 ) -> ExperienceStream:
-    """Each experience holds what a period of time brought, in order of time; periods without data are left out.
+    """Each experience holds the data of one period of time, in chronological order; periods without data are left out.
 
     Args:
-        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
-        date: the column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates.
-        period: "year", "quarter", "month", "week" (ISO, from Monday) or "day"; pandas' "YE", "QE", "ME", "W", "D" too.
-        **options: see :class:`SourceOptions`.
+        source: A dataset, a DataFrame, paths, a folder or a hub name; see :mod:`evertune.streams.tables`.
+        date: Column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates. Default:
+            "date".
+        period: "year" (default), "quarter", "month", "week" (ISO, from Monday) or "day"; also pandas' "YE", "QE", "ME",
+            "W", "D".
+        **options: See :class:`SourceOptions`.
 
     Raises:
-        ValueError: when the period is unknown, or the source cannot be read.
+        ValueError: If the period is unknown, or the source cannot be read.
 
     Example:
         >>> from evertune.streams import time_incremental
@@ -171,18 +174,18 @@ def time_incremental(
 
 
 def data_incremental(source: Any, *, n_experiences: int, **options: Unpack[SourceOptions]) -> ExperienceStream:
-    """The same task and the same inputs in parts, as when data simply keep coming.
+    """The same task and the same inputs in parts, as when data keep arriving.
 
-    The parts are drawn at random and stratified by label; where a label's examples do not divide, the first parts get
-    one more.
+    The parts are drawn at random and stratified by label. If the number of parts does not divide a label's examples,
+    the first parts get one more.
 
     Args:
-        source: what :mod:`evertune.streams.tables` reads: a dataset, a DataFrame, paths, a folder, a hub name.
-        n_experiences: how many parts.
-        **options: see :class:`SourceOptions`.
+        source: A dataset, a DataFrame, paths, a folder or a hub name; see :mod:`evertune.streams.tables`.
+        n_experiences: Number of parts.
+        **options: See :class:`SourceOptions`.
 
     Raises:
-        ValueError: when there are fewer examples than parts, or the source cannot be read.
+        ValueError: If there are fewer examples than parts, or the source cannot be read.
 
     Example:
         >>> from evertune.streams import data_incremental
@@ -202,7 +205,7 @@ def data_incremental(source: Any, *, n_experiences: int, **options: Unpack[Sourc
 
 
 class _Data:
-    """The rows of a source with the options they were read with."""
+    """The rows of a source with the options that they were read with."""
 
     def __init__(
         self,
@@ -232,7 +235,7 @@ class _Data:
         options: SourceOptions,
         label_of: Normaliser | None = None,
     ) -> _Data:
-        """Check the options, read the source, check its rows; by default a label is what the task says."""
+        """Check the options, read the source and check its rows; by default the task checks the labels."""
         unknown = set(options) - set(SourceOptions.__annotations__)
         if unknown:
             raise TypeError(f"unknown option {sorted(unknown)[0]!r}; there are {sorted(SourceOptions.__annotations__)}")
@@ -263,7 +266,7 @@ class _Data:
         return len(self.dataset)
 
     def strata(self) -> list[Hashable]:
-        """What each row is stratified by: the classes that its label names."""
+        """The stratum of each row: the classes that its label names."""
         if self.labels is None:
             return [()] * len(self)
         return [tuple(sorted(self.task.label_names(label))) for label in self.labels]
@@ -303,7 +306,7 @@ class _Data:
 
 
 def _shuffled_groups(keys: Sequence[Hashable], seed: int) -> Iterable[np.ndarray]:
-    """The positions of each different key, shuffled, in the order in which the keys appear."""
+    """The positions of each distinct key, shuffled, in order of appearance of the keys."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for position, key in enumerate(keys):
         groups[key].append(position)
@@ -315,10 +318,10 @@ def _shuffled_groups(keys: Sequence[Hashable], seed: int) -> Iterable[np.ndarray
 def _stratified_split(keys: Sequence[Hashable], shares: Sequence[float], seed: int) -> list[str]:
     """ "train", "val" or "test" for each row: the shares hold for each key, and for all rows together.
 
-    What rounding takes from or gives to one key is made good by the next, and a key's first example always trains.
+    Rounding errors of one key are compensated by the next ones, and the first example of a key is always for training.
     """
     split = ["train"] * len(keys)
-    owed = {"val": 1e-9, "test": 0.5}  # apart by a half, so that a small key does not give to both
+    owed = {"val": 1e-9, "test": 0.5}  # offset by a half, so that a small key does not give to both
     for rows in _shuffled_groups(keys, seed):
         left = list(rows[1:])
         for part, share in (("test", shares[2]), ("val", shares[1])):
@@ -332,7 +335,7 @@ def _stratified_split(keys: Sequence[Hashable], shares: Sequence[float], seed: i
 
 
 def _ordered(found: list[str], order: Sequence[str] | None, kind: str) -> list[str]:
-    """The order asked for, if it names each of those found once."""
+    """The given order, if it contains each name found exactly once."""
     if order is None:
         return found
     missing, extra = set(found) - set(order), set(order) - set(found)
@@ -369,7 +372,7 @@ def _class_counts(n_classes: int, n_experiences: int | None, given: Sequence[int
 
 
 def _date_value(value: Any) -> str:
-    """An ISO date or time, as text."""
+    """An ISO date or time as text."""
     if value is None:
         raise ValueError("no date")
     text = value.isoformat() if isinstance(value, Date) else str(value).strip()
@@ -385,7 +388,7 @@ def _quarter(day: Date) -> int:
 
 
 _PERIODS: dict[str, tuple[Callable[[Date], Date], int, Callable[[Date], str]]] = {
-    # the first day of the period that a day is in; more days than a period can have, fewer than two; its name
+    # first day of a day's period; number of days that leads from there into the next period; name of the period
     "year": (lambda day: day.replace(month=1, day=1), 370, lambda start: f"{start:%Y}"),
     "quarter": (
         lambda day: day.replace(month=3 * _quarter(day) - 2, day=1),

@@ -1,9 +1,8 @@
-"""Reading examples from where they are, and keeping the bad rows apart with their reason.
+"""Reading examples from any source, with bad rows set aside together with their reason.
 
-A source is a Hugging Face ``Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, a list of dicts, the path of a
-JSONL, CSV or Parquet file (also ``.gz``), a list of such paths, a dict of paths by split, a folder of
-``<label>/*.txt``, or the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data
-that come with an installed package.
+A source is a Hugging Face ``Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, a list of dicts, the path of a JSONL,
+CSV or Parquet file (also ``.gz``), a list of such paths, a dict of paths by split, a folder of ``<label>/*.txt``, or
+the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data in an installed package.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from evertune.sources.values import is_utf8, label_value
 from evertune.utils.locate import locate
 
 Normaliser = Callable[[Any], Any]
-"""Turns a value of a column into what the stream uses, or raises ValueError with the reason why it is bad."""
+"""Converts a value of a column to the form that the stream uses, or raises ValueError with the reason."""
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-"""The names a split may have in a source, and its name here."""
+"""Names that a split may have in a source, with its canonical name."""
 
 _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 
@@ -39,11 +38,11 @@ class BadRow:
     """A row that could not be used.
 
     Args:
-        source: the file (or kind of object) it came from.
-        row: its number, from 1: the line of a JSONL file, the record of a CSV or Parquet file (the header not
-            counted), the row of a table.
-        reason: why it could not be used.
-        raw: the row as read, as text.
+        source: File, or kind of object, that the row came from.
+        row: Number of the row, from 1: the line of a JSONL file, the record of a CSV or Parquet file (not counting the
+            header), or the row of a table.
+        reason: Why the row could not be used.
+        raw: The row as read, as text.
     """
 
     source: str
@@ -54,13 +53,13 @@ class BadRow:
 
 @dataclass
 class Rows:
-    """Every good row of a source.
+    """All good rows of a source.
 
     Args:
-        dataset: the rows, a Hugging Face ``Dataset``.
-        values: the normalised values of the columns asked for, one a row.
-        split: "train", "val" or "test" for each row, or None when the source has no splits of its own.
-        bad_rows: what was left out.
+        dataset: The rows, a Hugging Face ``Dataset``.
+        values: Normalised values of the requested columns, one per row.
+        split: "train", "val" or "test" for each row, or None if the source has no splits of its own.
+        bad_rows: Rows that were left out.
     """
 
     dataset: Any
@@ -71,7 +70,7 @@ class Rows:
 
 @dataclass
 class _Part:
-    """The rows of one origin (dicts, or a ``Dataset``), their numbers there, and what never became a row."""
+    """The rows of one origin (dicts, or a ``Dataset``), their numbers there, and the records that failed to parse."""
 
     origin: str
     rows: Any
@@ -96,7 +95,7 @@ class _Part:
         return list(values)
 
     def dataset(self, good: Sequence[int], checked: Mapping[str, list[Any]]) -> Any:
-        """The good rows as a ``Dataset`` that holds the checked values."""
+        """The good rows as a ``Dataset`` with the checked values."""
         if isinstance(self.rows, list):
             rows = [self.rows[position] for position in good]
             columns = {column: [row.get(column) for row in rows] for column in self.columns()}
@@ -115,20 +114,21 @@ def read_rows(
     on_bad_row: Literal["raise", "skip"] = "raise",
     bad_rows_file: str | Path | None = None,
 ) -> Rows:
-    """Read a source whole, checking the columns asked for in every row.
+    """Read a whole source, checking the requested columns in every row.
 
     Args:
-        source: see the module's docstring.
-        columns: what each column that is needed must hold.
-        split_column: the column that says "train", "val" or "test", if there is one.
-        on_bad_row: "raise" at the first bad row, or "skip" the bad rows: they are counted in a warning, returned, and
-            those of a file are kept in a side file.
-        bad_rows_file: the side file of skipped rows, JSON lines; by default ``<path>.bad.jsonl`` for each path read.
+        source: See the module's docstring.
+        columns: Requested columns, each with the function that checks its values.
+        split_column: Column with "train", "val" or "test", if there is one.
+        on_bad_row: "raise" (default) at the first bad row, or "skip" the bad rows: they are counted in a warning and
+            returned, and those of a file are stored in a side file.
+        bad_rows_file: Side file for the skipped rows, as JSON lines. By default ``<path>.bad.jsonl`` for each path
+            read.
 
     Raises:
-        ValueError: when the source cannot be read, lacks a column, has a bad row (file, row number and reason), or has
-            no good row at all.
-        FileNotFoundError: when a path does not exist.
+        ValueError: If the source cannot be read, lacks a column, has a bad row (reported with file, row number and
+            reason), or has no good row at all.
+        FileNotFoundError: If a path does not exist.
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f'on_bad_row must be "raise" or "skip", got {on_bad_row!r}')
@@ -163,7 +163,7 @@ def read_rows(
 
 
 def name_value(value: Any) -> str:
-    """One name: of a label where only one is allowed, or of a domain."""
+    """A single name: of a label if only one is allowed, or of a domain."""
     name = label_value(value)
     if not isinstance(name, str):
         raise ValueError(f"one name is expected, got {name!r}")
@@ -178,7 +178,7 @@ def split_name(value: Any) -> str:
 
 
 def _check(part: _Part, columns: Mapping[str, Normaliser]) -> tuple[list[int], dict[str, list[Any]]]:
-    """The positions of the good rows and their normalised values; bad rows join ``part.bad``."""
+    """The positions of the good rows and their normalised values; bad rows are appended to ``part.bad``."""
     present = part.columns()
     absent = [column for column in columns if column not in present]
     if absent and len(part.rows):
@@ -207,14 +207,14 @@ def _normalised(normaliser: Normaliser, column: str, value: Any) -> Any:
 
 
 def _keep_bad_rows(parts: Sequence[_Part], bad_rows_file: str | Path | None) -> str:
-    """Write the side files, each whole or not at all; returns where they are, for the warning."""
+    """Write the side files atomically; returns their paths for the warning."""
     files: dict[Path, list[BadRow]] = {}
     for part in parts:
         if part.bad and (bad_rows_file or part.path):
             path = Path(bad_rows_file) if bad_rows_file else Path(f"{part.path}.bad.jsonl")
             files.setdefault(path, []).extend(part.bad)
     for path, rows in files.items():
-        draft = path.with_name(f"{path.name}.{uuid4().hex}.part")  # every rank writes the same file
+        draft = path.with_name(f"{path.name}.{uuid4().hex}.part")  # every rank replaces the same file
         try:
             draft.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
             draft.replace(path)
@@ -282,7 +282,7 @@ def _path_parts(source: str) -> Iterator[_Part]:
 
 
 def _load_from_hub(source: str) -> Any:
-    """``load_dataset`` of a hub name, with the configuration after a colon if there is one ("glue:sst2")."""
+    """``load_dataset`` for a hub name, with the configuration, if any, after a colon ("glue:sst2")."""
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
@@ -296,7 +296,7 @@ def _load_from_hub(source: str) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say which file is corrupt, whichever library found out."""
+    """Name the corrupt file in the error, whichever library detects it."""
     import pyarrow as pa
 
     try:
@@ -339,8 +339,9 @@ def _read_csv(path: Path) -> _Part:
     records: list[Mapping[str, Any]] = []
     numbers: list[int] = []
     bad: list[BadRow] = []
-    limit = csv.field_size_limit(2**31 - 1)  # documents may be longer than the 128 KiB that csv allows
+    limit = csv.field_size_limit(2**31 - 1)  # fields may be longer than csv's default limit of 128 KiB
     try:
+        # Undecodable bytes become surrogates, so that a bad row is reported instead of ending the whole file.
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, [])
@@ -371,7 +372,7 @@ def _read_parquet(path: Path) -> _Part:
 
 
 def _read_folder(path: Path) -> _Part:
-    """Documents in ``<label>/*.txt``: columns ``text``, ``label`` and ``file``. UTF-8, or else Windows-1252."""
+    """Documents in ``<label>/*.txt``, with columns ``text``, ``label`` and ``file``. UTF-8, or else Windows-1252."""
     records = []
     for file in sorted(path.glob("*/*.txt")):
         raw = file.read_bytes()
@@ -386,7 +387,7 @@ def _read_folder(path: Path) -> _Part:
 
 
 def _table(columns: Mapping[str, list[Any]], origin: str) -> Any:
-    """Columns as a Hugging Face dataset."""
+    """A Hugging Face dataset from columns."""
     import pyarrow as pa
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""What learns, seen from outside: what a label, a score, a prediction and a record are."""
+"""Tasks: what a label, a score, a prediction and a record are for a module."""
 
 from typing import TYPE_CHECKING
 

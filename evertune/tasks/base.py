@@ -1,4 +1,4 @@
-"""The task of a module: the one object that everything else asks about labels, scores, batches and records."""
+"""The task of a module: one object that defines labels, scores, batches and records for everything else."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 IGNORED = -100
-"""The target of a position that counts for nothing, as in ``torch.nn.functional.cross_entropy``."""
+"""The target of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a module says about a batch, as an importance estimator or a score needs it.
+    """A module's output for a batch, in the form that importance estimators and scores need.
 
     Args:
-        logits: ``[batch, ..., classes]``; for ``"bernoulli"`` one logit per yes-or-no, for ``"gaussian"`` the means.
-        targets: ``[batch, ...]`` class numbers for ``"categorical"``; for the others a tensor of the logits' shape;
-            -100 wherever a position counts for nothing. None where the batch has none.
-        likelihood: what the logits parametrise. An example's log-likelihood is the sum over its positions.
+        logits: Logits ``[batch, ..., classes]``; one logit per binary label for ``"bernoulli"``, the means for
+            ``"gaussian"``.
+        targets: Class numbers ``[batch, ...]`` for ``"categorical"``, a tensor of the logits' shape otherwise; -100 at
+            positions that do not count. None if the batch has no targets.
+        likelihood: What the logits parametrise. An example's log-likelihood is the sum over its positions.
     """
 
     logits: Tensor
@@ -44,15 +45,15 @@ class Outputs:
 
     @classmethod
     def of(cls, logits: Tensor, targets: Any, likelihood: Likelihood | None = None) -> Outputs:
-        """Read the likelihood, where it is not given, from the shapes and the targets.
+        """Infer the likelihood, if it is not given, from the shapes and the targets.
 
-        Class numbers of shape ``[batch, ...]`` make it categorical. Targets of the logits' own shape (or one for a
-        single logit) are yes-or-no where all are between 0 and 1, for a single logit exactly 0 or 1, and else the
-        numbers of a regression.
+        Class numbers of shape ``[batch, ...]`` make it categorical. Targets of the logits' own shape (or one target per
+        single logit) are binary labels if all are between 0 and 1 (for a single logit, exactly 0 or 1), and otherwise
+        the numbers of a regression.
 
         Raises:
-            ValueError: when the shapes do not fit, and without targets where only they can say what the logits are:
-                for a single logit, and for logits at many positions, some of which may be padding.
+            ValueError: If the shapes do not match, or there are no targets and only they could determine what the
+                logits are: for a single logit, and for logits at many positions, some of which may be padding.
         """
         if logits.ndim == 1:
             logits = logits.unsqueeze(-1)
@@ -77,7 +78,7 @@ class Outputs:
 
     @property
     def counts(self) -> Tensor:
-        """Which targets count, bools: ``[batch, ...]``, of the logits' shape unless the likelihood is categorical."""
+        """Which targets count, bool: ``[batch, ...]`` if the likelihood is categorical, else of the logits' shape."""
         if self.targets is None:
             shape = self.logits.shape[:-1] if self.likelihood == "categorical" else self.logits.shape
             return torch.ones(shape, dtype=torch.bool, device=self.logits.device)
@@ -85,14 +86,14 @@ class Outputs:
 
 
 class Task:
-    """What evertune must know of a task. A LightningModule carries its own as ``module.task``.
+    """What evertune needs to know about a task. A LightningModule carries its own as ``module.task``.
 
-    This base class is the task of any module that carries none: it finds logits and targets in the usual places
-    (:mod:`evertune.utils.batches`). Its methods about records and texts are those of a task that learns from records;
-    only the live path and ``ExperienceDataModule`` with a tokenizer call them.
+    This base class is the task of any module without one: it finds logits and targets in the usual places
+    (:mod:`evertune.utils.batches`). Its methods about records and texts are for tasks that learn from records; only the
+    live path and ``ExperienceDataModule`` with a tokenizer call them.
 
     Args:
-        likelihood: what the logits parametrise; by default read from the targets (:meth:`Outputs.of`). Say
+        likelihood: What the logits parametrise. By default inferred from the targets (:meth:`Outputs.of`). Pass
             ``"gaussian"`` for a regression whose targets may all be 0 or 1.
 
     Example:
@@ -106,10 +107,10 @@ class Task:
     # --- an example, as the dataset gives it to the collate function
 
     def label(self, example: Any) -> str | None:
-        """The class of an example, by which memories balance and splits are stratified; None where it has none.
+        """The class of an example, used to balance memories and to stratify splits; None if it has none.
 
-        By default its ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels are
-        one class together.
+        By default its ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels
+        together count as one class.
         """
         return name_of(targets_of(example)) if has_targets(example) else None
 
@@ -118,12 +119,12 @@ class Task:
     def outputs(self, module: pl.LightningModule, batch: Any) -> Outputs:
         """Logits and targets of a batch, of any leading shape.
 
-        The outputs of transformers' causal language models are shifted, so that each position is scored on the token
-        after it. Other logits belong to the target at their own position.
+        The outputs of transformers' causal language models are shifted, so that each position is scored on the next
+        token. Other logits belong to the target at their own position.
 
         Raises:
-            TypeError: when no logits can be found.
-            ValueError: when logits and targets do not fit.
+            TypeError: If no logits can be found.
+            ValueError: If logits and targets do not match.
         """
         output = output_of(module, batch)
         logits = logits_in(output, module)
@@ -134,15 +135,15 @@ class Task:
         return Outputs.of(logits, targets, self.likelihood)
 
     def score(self, module: pl.LightningModule, batch: Any) -> Tensor:
-        """How well the module does on each example, higher is better: a float tensor ``[batch]``.
+        """The score of each example, higher is better: float ``[batch]``.
 
-        The share of an example's positions that are right (:func:`accuracies`); its negative squared error for a
-        regression; and where there are no logits or no targets to compare them with, its negative training loss
-        (:func:`~evertune.tasks.losses.negative_losses`). NaN for an example in which no position counts.
+        The share of an example's positions that are correct (:func:`accuracies`); for a regression, its negative
+        squared error; without logits or targets to compare them with, its negative training loss
+        (:func:`~evertune.tasks.losses.negative_losses`). NaN for an example without positions that count.
 
         Raises:
-            TypeError: when neither logits with targets nor a loss can be found.
-            ValueError: when logits and targets do not fit.
+            TypeError: If neither logits with targets nor a loss can be found.
+            ValueError: If logits and targets do not match.
         """
         try:
             outputs = self.outputs(module, batch) if has_targets(batch) else None
@@ -162,23 +163,23 @@ class Task:
         id_column: str | None,
         max_length: int,
     ) -> Dataset[dict[str, Any]]:
-        """The examples of a split, tokenised once; labels stay what they are."""
+        """The examples of a split, tokenised once; labels are kept as they are."""
         return TokenizedDataset(data, tokenizer, text=text, label=label, id_column=id_column, max_length=max_length)
 
     def collator(self, tokenizer: Any) -> Callable[[list[Any]], Any]:
-        """What joins tokenised examples to a batch."""
+        """The function that collates tokenised examples into a batch."""
         return pad_collator(tokenizer)
 
     # --- records
 
     def check_label(self, value: Any) -> Any:
-        """The label of a record as it is kept: a JSON value. By default a name or a list of names.
+        """The label of a record as it is stored: a JSON value. By default a name or a list of names.
 
         A task whose labels are not classes, such as a regression, overrides this method, :meth:`label` and
         :meth:`score`.
 
         Raises:
-            ValueError: when this task cannot learn it, with the reason.
+            ValueError: If this task cannot learn the label, with the reason.
 
         Example:
             >>> Task().check_label(3), Task().check_label(["sport", "law"])
@@ -187,10 +188,10 @@ class Task:
         return label_value(value)
 
     def label_names(self, value: Any) -> list[str]:
-        """The names of the classes in a record's label: what a head grows by, and what label drift counts.
+        """The names of the classes in a record's label, by which a head grows and which label drift counts.
 
-        By default a string and a list of strings are names, and anything else has none: then the checks that need
-        classes do not apply.
+        By default, a string is a name, a list of strings are names, and anything else has no names; checks that need
+        classes then do not apply.
 
         Example:
             >>> Task().label_names("sport"), Task().label_names(0.5)
@@ -209,24 +210,24 @@ class Task:
         batch_size: int,
         max_length: int,
     ) -> Predictions:
-        """What a module says about records, in their order.
+        """The module's predictions for records, in their order.
 
-        By default a module with ``classes``, names in the order of its logits, gives the most probable class of each
-        record (with ``multi_label``, all classes above one half) and its probability. Any other module gives the
+        By default, a module with ``classes`` (names in the order of its logits) predicts the most probable class of
+        each record (with ``multi_label``, all classes above one half) and its probability. Any other module yields the
         :meth:`score` of each record, which must be in [0, 1].
 
-        It is called in evaluation mode, without gradients, with all weights whole.
+        Called in evaluation mode, without gradients, with all weights gathered.
 
         Args:
-            module: The module, with a ``tokenizer``.
+            module: Module with a ``tokenizer``.
             rows: Records of the journal: ``id`` and ``record``, its fields.
-            text: The field with the text, or the two fields of a pair.
-            label: The field with the label, as :meth:`check_label` gave it.
-            batch_size: Records that are predicted at a time.
-            max_length: Tokens after which a text is cut.
+            text: Field with the text, or the two fields of a pair.
+            label: Field with the label, in the form returned by :meth:`check_label`.
+            batch_size: Records per forward pass.
+            max_length: Maximum number of tokens; longer texts are truncated.
 
         Raises:
-            ValueError: when a score is not in [0, 1].
+            ValueError: If a score is not in [0, 1].
         """
         if getattr(module, "classes", None):
             return predict_classes(module, rows, text, label, batch_size, max_length)
@@ -240,14 +241,14 @@ def task_of(module: Any) -> Task:
 
 
 def accuracies(outputs: Outputs) -> Tensor:
-    """The share of right positions of each example, those that count for nothing left out: float32 ``[batch]``.
+    """The share of correct positions of each example, among those that count: float32 ``[batch]``.
 
-    A class is right where its logit is the largest. Yes-or-no labels of one position (the last dimension) count only
-    when all of them are right (a logit above 0 is a yes). For numbers, the negative mean squared error. NaN for an
-    example in which nothing counts.
+    A class is correct if its logit is the largest. The binary labels of one position (the last dimension) are correct
+    only if all of them are (a logit above 0 means yes). For a regression, the negative mean squared error. NaN for an
+    example without positions that count.
 
     Raises:
-        ValueError: without targets.
+        ValueError: If there are no targets.
 
     Example:
         >>> logits = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])

@@ -1,4 +1,4 @@
-"""What a module says about records: the names of classes with their probabilities, or a score for each record."""
+"""Predictions for records: class names with their probabilities, or a score per record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def columns_of(rows: Sequence[Row], text: str | Sequence[str]) -> list[list[str]
 
 
 def answers(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> Tensor:
-    """The logits of texts, in fp64 on the CPU, so that what follows is the same on every machine."""
+    """The logits of texts, in fp64 on the CPU, so that the following steps give the same result on every machine."""
     tokens = module.tokenizer(
         *map(list, columns), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
     )
@@ -34,7 +34,7 @@ def predict_classes(
 ) -> Predictions:
     """The most probable class of each record, or with ``module.multi_label`` all classes above one half.
 
-    Needs ``module.classes``, the names in the order of the logits.
+    Requires ``module.classes``, the names in the order of the logits.
     """
     columns = columns_of(rows, text)
     labels: list[Label] = [row["record"][label] for row in rows]
@@ -60,7 +60,7 @@ def predict_scores(
     batch_size: int,
     max_length: int,
 ) -> Predictions:
-    """``task.score`` of each record, by way of ``task.dataset`` and ``task.collator``."""
+    """``task.score`` of each record, using ``task.dataset`` and ``task.collator``."""
     scores = np.empty(len(rows))
     if rows:
         tokenizer = module.tokenizer
@@ -78,7 +78,7 @@ def predict_scores(
 
 
 def _batches(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list[int]]:
-    """The places of records, long texts first: texts of similar length need little padding."""
+    """The positions of records, longest texts first: texts of similar length need little padding."""
     n_rows = len(columns[0])
     order = sorted(range(n_rows), key=lambda row: -sum(len(column[row]) for column in columns))
     for start in range(0, n_rows, batch_size):
@@ -86,7 +86,7 @@ def _batches(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list
 
 
 def _one(logits: Tensor, classes: list[str], labels: list[Any]) -> tuple[list[Label], Any, Any]:
-    """The class, its probability and that of the label, for texts with one label each."""
+    """The class, its probability and that of the label, for texts with exactly one label."""
     numbers = {name: number for number, name in enumerate(classes)}
     known = torch.tensor([numbers.get(label, -1) for label in labels])
     probabilities = logits.softmax(-1)
@@ -96,7 +96,7 @@ def _one(logits: Tensor, classes: list[str], labels: list[Any]) -> tuple[list[La
 
 
 def _several(logits: Tensor, classes: list[str], labels: list[Any]) -> tuple[list[Label], Any, Any]:
-    """The classes above one half and the probability of the whole answer, for texts with any number of labels."""
+    """The classes above one half and the probability of the whole prediction, for texts with any number of labels."""
     probabilities = logits.sigmoid()
     yes = probabilities > 0.5
     said: list[Label] = [[name for name, one in zip(classes, row, strict=True) if one] for row in yes.tolist()]

@@ -1,4 +1,4 @@
-"""Texts with one label each, or several."""
+"""Text classification with exactly one label per text, or any number of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from evertune.tasks.base import Task
 
 
 class SequenceClassificationTask(Task):
-    """Texts with one label each, or with any number of them.
+    """Texts with exactly one label, or with any number of labels.
 
     Args:
-        multi_label: whether a text has any number of labels (a Bernoulli likelihood for each class) instead of exactly
-            one (a categorical likelihood).
+        multi_label: Whether a text has any number of labels (a Bernoulli likelihood per class) instead of exactly one
+            (a categorical likelihood). Default: False.
     """
 
     def __init__(self, multi_label: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Texts as tokens: tokenised once, padded to the longest of a batch."""
+"""Tokenised texts: tokenised once, padded to the longest of a batch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils.data import Dataset
 from evertune.utils.examples import Examples, column_of
 
 _PADDING = {"token_type_ids": 0}
-"""What fills up each kind of tokens besides ``input_ids``."""
+"""Padding value of each kind of tokens other than ``input_ids``."""
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):
-    """The texts of a dataset as tokens, in flat arrays.
+    """The tokenised texts of a dataset, in flat arrays.
 
-    An example is a dict: ``input_ids`` (and ``token_type_ids`` where the tokenizer makes them), int64 ``[length]``;
-    ``labels``, the label's name or list of names, and ``id``, where the dataset has those columns.
+    An example is a dict: ``input_ids`` (and ``token_type_ids`` if the tokenizer returns them), int64 ``[length]``;
+    ``labels`` (the label's name or list of names) and ``id``, if the dataset has those columns.
 
     Args:
-        data: the examples, dicts.
-        tokenizer: of transformers.
-        text: the column with the text, or the pair of columns.
-        label: the column with the label, or None.
-        id_column: the column that identifies an example, or None.
-        max_length: longer texts are cut to this many tokens.
+        data: Examples, as dicts.
+        tokenizer: Tokenizer of transformers.
+        text: Column with the text, or the pair of columns.
+        label: Column with the label, or None.
+        id_column: Column that identifies an example, or None.
+        max_length: Maximum number of tokens; longer texts are truncated.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # Supports negative indices, and raises IndexError out of range.
         index = range(len(self))[index]
         run = slice(self.starts[index], self.starts[index + 1])
         tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
@@ -70,11 +71,11 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
 
 
 class PadCollator:
-    """Joins tokenised examples to a batch: each kind of tokens padded to the longest example, and their names.
+    """Collates tokenised examples, padding each kind of tokens to the longest example; labels become lists.
 
     Args:
-        pad_token_id: fills up ``input_ids``.
-        side: where it goes, "right" or "left".
+        pad_token_id: Token id that pads ``input_ids``.
+        side: Side on which padding is added, ``"right"`` (default) or ``"left"``.
     """
 
     def __init__(self, pad_token_id: int, side: Literal["right", "left"] = "right") -> None:
@@ -82,10 +83,10 @@ class PadCollator:
         self.side = side
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Join examples to a batch.
+        """Collate examples into a batch.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``; ``labels``: a list
+            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``. ``labels``: a list
             of label names (or of lists of them), if the examples have labels.
         """
         mask = [torch.ones_like(example["input_ids"]) for example in examples]
@@ -105,10 +106,10 @@ class PadCollator:
 
 
 def pad_collator(tokenizer: Any) -> PadCollator:
-    """A collator that pads as a tokenizer does, with the end token where there is no padding token.
+    """A collator that pads like a tokenizer does, with the end token if there is no padding token.
 
     Raises:
-        ValueError: when it has neither.
+        ValueError: If the tokenizer has neither.
     """
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if token is None:

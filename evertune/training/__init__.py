@@ -1,4 +1,4 @@
-"""Running updates: the trainer, a run's folder and its checkpoints."""
+"""Running updates: the trainer, the folder of a run, and its checkpoints."""
 
 from typing import TYPE_CHECKING
 

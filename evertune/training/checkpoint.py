@@ -1,4 +1,4 @@
-"""Checkpoints inside an update: killed at any time, it resumes from the last one, with a bit-identical result."""
+"""Checkpoints inside an update: a killed fit resumes from the last one, with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STATE = "update.ckpt"
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint that :class:`UpdateCheckpoint` left in a folder, for ``fit(ckpt_path=...)``.
+    """The newest complete checkpoint of :class:`UpdateCheckpoint` in a folder, for ``fit(ckpt_path=...)``, or None.
 
     Example:
         >>> latest("there/is/none")
@@ -53,28 +53,29 @@ class UpdateCheckpoint(Checkpoint):
 
     Every ``every_n_steps`` optimizer steps, all ranks write everything that the rest of the fit depends on: weights,
     optimizer, learning-rate schedule, position in the data, state of the callbacks, and the state of the random
-    generators of every rank. A checkpoint is scratch, for the same version of the code; published versions are saved
-    differently. Writes are atomic: a checkpoint gets its final name once it is completely on disk, and only then is the
-    previous one removed. No random numbers are drawn: a fit with checkpoints is bit-identical to one without.
+    generators of every rank. A checkpoint is temporary, and only for the same version of the code; published versions
+    are saved differently. Writes are atomic: a checkpoint gets its final name once it is completely on disk, and only
+    then is the previous one removed. No random numbers are drawn: a fit with checkpoints is bit-identical to one
+    without.
 
-    **On a different number of processes** (a node was lost, or came back), a fit resumes in the same optimizer steps:
-    each sees the examples that it would have seen, if the step size (processes x ``batch_size`` x
+    **On a different number of processes** (a node was lost, or came back), a fit resumes with the same optimizer steps:
+    each uses the examples that it would have used, if the step size (processes x ``batch_size`` x
     ``accumulate_grad_batches``; see :func:`evertune.training.elastic.layout`) stays the same and the loader is that of
     ``ExperienceDataModule``. The weights are then equal up to rounding. The random generators of all ranks but the
     first are reseeded deterministically, so dropout differs. If ``replay_ratio`` does not give a whole number of
     examples per batch, up to one example per rank is replayed twice or not at all. Under
     ``evertune_deepspeed_stage_...`` the stage may change, too.
 
-    No checkpoint is written at the end of an epoch or right before validation: it is written a step later. Metrics that
-    are averaged over an epoch start over when a fit resumes in the middle of it.
+    No checkpoint is written at the end of an epoch or right before validation: it is written one step later. Metrics
+    averaged over an epoch start over when a fit resumes in the middle of it.
 
     A bit-identical result requires a loader that resumes with the next batch, as that of ``ExperienceDataModule`` does,
     and examples that are not changed at random in worker processes.
 
-    Checkpoints hold safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. The
-    exception are Lightning's own DeepSpeed strategy, and optimizers offloaded to NVMe or in part: these use DeepSpeed's
-    checkpoints, which need the same number of processes and the same stage, and are read with pickle, so do not resume
-    from a folder that others can write to.
+    Checkpoints consist of safetensors, JSON and files for ``torch.load(weights_only=True)``, each with its SHA-256. The
+    exceptions are Lightning's own DeepSpeed strategy, and optimizers offloaded to NVMe or in part: they use DeepSpeed's
+    checkpoints, which require the same number of processes and the same stage, and are read with pickle, so do not
+    resume from a folder that others can write to.
 
     Args:
         directory: Folder of a single update, shared by all nodes. A fit that does not resume from its checkpoint
@@ -115,6 +116,7 @@ class UpdateCheckpoint(Checkpoint):
             folder = Path(checkpoint_path).parent
             if not (folder / MANIFEST).is_file():
                 return load_checkpoint(checkpoint_path, weights_only=weights_only)
+            # Before loading, so that a damaged or foreign checkpoint changes no weights.
             self._resumed, self._saved = folder, read_manifest(folder)
             _check_strategy(folder, self._saved, trainer)
             _check_files(folder, self._saved["files"], trainer)
@@ -178,6 +180,7 @@ class UpdateCheckpoint(Checkpoint):
         whole = self.directory / f"{_NAME}{trainer.global_step}"
         draft = _hidden(whole)
         draft.mkdir(parents=True, exist_ok=True)
+        # Collective: under DeepSpeed every rank writes its part of the folder.
         self._write_state(trainer, draft / _STATE)
         own = draft / _rank_name(trainer.global_rank)
         own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
@@ -188,6 +191,8 @@ class UpdateCheckpoint(Checkpoint):
             files = {str(path.relative_to(draft)): sha256(path) for path in alike}
             files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}
             write_atomically(draft / MANIFEST, json.dumps(_layout(trainer) | {"files": files}, indent=1).encode())
+            # Data first, then the rename, then the folder's entry: a power failure leaves the old or the new checkpoint
+            # complete.
             sync_tree(draft)
             draft.rename(whole)
             sync_folder(self.directory)
@@ -247,7 +252,7 @@ def _layout(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _check_strategy(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Refuse a checkpoint whose weights this fit cannot read."""
+    """Reject a checkpoint whose weights this fit cannot read."""
     here = _layout(trainer)
     what = ["weights"] if here["weights"] != "deepspeed" else ["weights", "processes", "zero_stage"]
     if any(saved[key] != here[key] for key in what):
@@ -279,7 +284,7 @@ def _check_files(folder: Path, files: dict[str, str], trainer: pl.Trainer) -> No
 
 
 def _check_steps(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Refuse to resume if the optimizer steps would see other examples."""
+    """Reject a checkpoint if the optimizer steps would use other examples."""
     here = _layout(trainer)
     if all(saved[key] == here[key] for key in ("processes", "batch_size", "accumulation")):
         return

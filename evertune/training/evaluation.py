@@ -1,4 +1,4 @@
-"""What was kept and what was lost: the accuracy matrix, one row after each update."""
+"""Evaluation over all experiences: the accuracy matrix, one row after each update."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _FILE = "evaluation.json"
 class ContinualEvaluation(ContinualCallback):
     """Fills the accuracy matrix: after each experience, the score on every experience seen so far.
 
-    ``accuracy_matrix[t][k]`` is the mean score on experience k after update t. The number is the same on one process
-    and on many: each rank scores its share of the examples and the sums are added.
+    ``accuracy_matrix[t][k]`` is the mean score on experience k after update t. The value does not depend on the number
+    of processes: each rank scores its share of the examples, and the sums are added.
 
-    Experience k is the k-th one added with :meth:`add_experience`. When experience t ends and no such loader was
-    added, the loader of the current ``fit`` is kept as experience t: the test loader of the datamodule or module, or
-    else the validation loader. Training is left as it was: no random number is drawn from the global generators, and
-    every submodule returns to its mode.
+    Experience k is the k-th one added with :meth:`add_experience`. If experience t ends and no loader was added for it,
+    the loader of the current ``fit`` is kept as experience t: the test loader of the datamodule or module, or else the
+    validation loader. Training is not affected: no random number is drawn from the global generators, and the mode of
+    every submodule is restored.
 
     Example::
 
@@ -48,15 +48,17 @@ class ContinualEvaluation(ContinualCallback):
         []
 
     Args:
-        score: ``(module, batch) -> tensor [batch]``, each example's score in [0, 1]. By default the score of the
-            module's task (:meth:`evertune.tasks.Task.score`): the share of an example's positions that are right, or
-            where there are no logits, its negative loss. An example in which nothing counts (NaN) is left out.
-        on: which loader of the ``fit`` to keep when none was added: ``"test"`` (the validation loader where there is
-            no test loader) or ``"val"``.
-        evaluate_unseen: also score the experiences added but not yet learned (for forward transfer).
+        score: Function ``(module, batch) -> tensor [batch]`` that returns each example's score in [0, 1]. By default
+            the score of the module's task (:meth:`evertune.tasks.Task.score`): the share of an example's positions that
+            are correct, or its negative loss if there are no logits. An example without positions that count (NaN) is
+            left out.
+        on: Loader of the ``fit`` to keep if none was added: ``"test"`` (default; the validation loader if there is no
+            test loader) or ``"val"``.
+        evaluate_unseen: Whether to score experiences that were added but not learned yet (for forward transfer).
+            Default: False.
 
     Raises:
-        ValueError: when ``fit`` starts and there is nothing to evaluate on, a loader cannot be evaluated, or its first
+        ValueError: When ``fit`` starts, if there is nothing to evaluate on, a loader cannot be evaluated, or its first
             examples cannot be scored.
     """
 
@@ -81,17 +83,17 @@ class ContinualEvaluation(ContinualCallback):
         return [row + [math.nan] * (len(self.experiences) - len(row)) for row in self._rows]
 
     def add_experience(self, name: str, loader: DataLoader[Any], classes: Sequence[str] = ()) -> None:
-        """Add the next experience, or give a known one its loader (as after a restart).
+        """Add the next experience, or set the loader of a known one (after a restart).
 
         Args:
-            name: unique; the column's name.
-            loader: a ``DataLoader`` over a map-style dataset. Only its dataset, batch size and ``collate_fn`` are
-                used: examples are read in order, each exactly once.
-            classes: the names of its classes. As long as a module with ``classes`` of its own lacks one of them, as a
-                head that is still to grow does, the score is NaN.
+            name: Unique name of the experience; the name of its column.
+            loader: ``DataLoader`` over a map-style dataset. Only its dataset, batch size and ``collate_fn`` are used:
+                examples are read in order, each exactly once.
+            classes: Names of its classes. While a module with its own ``classes`` lacks one of them (because its head
+                has not grown yet), the score is NaN.
 
         Raises:
-            ValueError: when the loader is of another kind, or empty.
+            ValueError: If the loader is of another kind, or empty.
         """
         _check_loader(name, loader)
         if name not in self.experiences:
@@ -100,16 +102,16 @@ class ContinualEvaluation(ContinualCallback):
         self._classes[name] = set(classes)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse, by name, a strategy that this callback cannot work with."""
+        """Reject, by name, a strategy that this callback does not support."""
         check_strategy(trainer, "ContinualEvaluation")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the previous fit's loader."""
+        """Discard the previous fit's loader."""
         self._fit_loader = None
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, before the first step, a fit after which nothing could be evaluated."""
+        """Reject, before the first step, a fit after which nothing could be evaluated."""
         if len(self.experiences) <= len(self._rows):
             self._fit_loader = self._find_loader(trainer)
             if self._fit_loader is None and not self.experiences:
@@ -139,7 +141,7 @@ class ContinualEvaluation(ContinualCallback):
             ParameterShards.of(trainer).release()
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Score the module on the experiences seen, add a row to the matrix, and log it."""
+        """Score the module on the experiences seen, add a row to the matrix and log it."""
         update = len(self._rows)
         if len(self.experiences) <= update:
             self._fit_loader = self._fit_loader or self._find_loader(trainer)
@@ -150,7 +152,7 @@ class ContinualEvaluation(ContinualCallback):
         self._log(trainer)
 
     def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, names: list[str]) -> list[float]:
-        scores: dict[int, float] = {}  # by loader: experiences that a drift trigger split off one fit share theirs
+        scores: dict[int, float] = {}  # by loader: experiences split by a drift trigger share one
         row = []
         with _evaluating(trainer, module):
             for name in names:
@@ -161,7 +163,7 @@ class ContinualEvaluation(ContinualCallback):
         return row
 
     def _knows(self, module: pl.LightningModule, name: str) -> bool:
-        """Whether the module has a score for every class of an experience, as far as both say."""
+        """Whether the module has a score for every class of an experience, as far as both declare their classes."""
         known = getattr(module, "classes", None)
         return known is None or self._classes.get(name, set()) <= set(known)
 
@@ -170,6 +172,7 @@ class ContinualEvaluation(ContinualCallback):
         total, n_scored, seen = 0.0, 0, 0
         for batch in share:
             scores = self._score(trainer, module, to_device(trainer, batch))
+            # The share is padded at its end; the padding is scored but not counted.
             own = scores[: max(n_real - seen, 0)].double()
             total += own.nansum().item()
             n_scored += int((~own.isnan()).sum())
@@ -180,7 +183,7 @@ class ContinualEvaluation(ContinualCallback):
         return (sums[0] / sums[1]).item()
 
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
-        """The scores of a batch, checked."""
+        """The validated scores of a batch."""
         score = self.score or task_of(module).score
         with trainer.precision_plugin.val_step_context():
             scores = score(module, batch)
@@ -205,7 +208,7 @@ class ContinualEvaluation(ContinualCallback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def _find_loader(self, trainer: pl.Trainer) -> DataLoader[Any] | None:
-        """The one loader of this fit to evaluate on, or None."""
+        """The only loader of this fit to evaluate on, or None."""
         if self.on == "test":
             for owner in (_datamodule(trainer), trainer.lightning_module):
                 if owner is not None and is_overridden("test_dataloader", owner):
@@ -222,7 +225,7 @@ class ContinualEvaluation(ContinualCallback):
         return f"experience_{len(self.experiences)}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The matrix and its names; the loaders belong to the process."""
+        """The matrix and its names; the loaders are not saved."""
         return {
             "experience_index": self.experience_index,
             "experiences": list(self.experiences),
@@ -230,7 +233,7 @@ class ContinualEvaluation(ContinualCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; loaders added under other names come after the restored ones."""
+        """Restore :meth:`state_dict`; loaders added under other names come after the restored ones."""
         restored = list(state_dict["experiences"])
         self.experience_index = state_dict["experience_index"]
         self.experiences = restored + [name for name in self.experiences if name not in restored]
@@ -248,7 +251,7 @@ class ContinualEvaluation(ContinualCallback):
         """Read what :meth:`save` wrote. Call on every rank.
 
         Raises:
-            ValueError: when the file is not such a JSON file.
+            ValueError: If the file is not a JSON file that :meth:`save` wrote.
         """
         path = Path(directory) / _FILE
         try:
@@ -263,9 +266,9 @@ class ContinualEvaluation(ContinualCallback):
 
 @contextmanager
 def _evaluating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, also for what asks the trainer, and everything back as it was."""
+    """Evaluation mode for the module and for the trainer's state; both are restored afterwards."""
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # user hooks that ask `trainer.training` (augmentation) hear no
+    trainer.state.stage = RunningStage.VALIDATING  # `trainer.training` is False for user hooks (augmentation)
     try:
         with evaluation_mode(module):
             yield
@@ -274,7 +277,7 @@ def _evaluating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
 
 
 def _share(loader: DataLoader[Any], trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
-    """This rank's examples and how many of them count: padded, so that all ranks run as many batches."""
+    """This rank's examples and how many of them count. Padded, so that all ranks run the same number of batches."""
     batch_size = _batch_size(loader)
     assert batch_size is not None
     n_examples = len(loader.dataset)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ class Preemption(Checkpoint):
         # Lightning's own SIGTERM handler would start a collective and end the fit without saving.
         if signal.SIGTERM in self.signals:
             keep_signals(trainer)
-        if folder := os.environ.get("EVERTUNE_NODE_DIR"):  # who started this process was asked before it could be
+        if folder := os.environ.get("EVERTUNE_NODE_DIR"):  # the launcher was asked before this handler existed
             self._asked |= (Path(folder) / f"asked-{os.environ.get('LOCAL_RANK', '0')}").exists()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -178,11 +178,11 @@ class ContinualTrainer(Trainer):
             self.experience = None
 
     def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
-        """A trainer with the settings of this one, whose callbacks remember nothing that this one has not yet learned.
+        """A trainer with the settings of this one, and copies of its callbacks with what they have learned so far.
 
         Args:
-            callbacks: more callbacks, after copies of this one's.
-            settings: replace those of this one.
+            callbacks: Callbacks to add after the copies of this trainer's callbacks.
+            settings: Settings that replace those of this trainer.
         """
         kept = _kept(self._settings)
         copies = [copy.deepcopy(callback) for callback in kept["callbacks"]]

@@ -1,4 +1,4 @@
-"""The weights of a user's own module, whole, in one file."""
+"""All weights of a user's module, gathered in one file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from evertune.utils.ranks import barrier, is_writer
 def save_weights(trainer: pl.Trainer, path: str | Path) -> None:
     """Write all weights and buffers of a trainer's module to one safetensors file. Call on every rank.
 
-    Works during a fit and after it, on one device, DDP and ZeRO-1, 2 and 3; ZeRO-3 leaves each rank with a part of the
+    Works during and after a fit, on one device, DDP and ZeRO-1, 2 and 3. Under ZeRO-3 each rank holds a part of the
     weights, which are gathered one at a time. They are written in the precision in which the module holds them, and
-    weights that are shared are written once, under their first name. The file is there on every rank's return (on a
-    file system that all of them see).
+    shared weights are written once, under their first name. The file exists when the call returns on any rank (on a
+    file system that all of them share).
 
     Args:
-        trainer: That has fitted the module, or is fitting it.
-        path: Of the file; its folder is made if missing. ``safetensors.torch.load_model(module, path)`` reads it.
+        trainer: Trainer that has fitted the module, or is fitting it.
+        path: File to write; its folder is created if missing. ``safetensors.torch.load_model(module, path)`` reads it.
 
     Raises:
-        ValueError: When the trainer has no module yet.
+        ValueError: If the trainer has no module yet.
 
     Example::
 

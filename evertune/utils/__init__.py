@@ -1,1 +1,1 @@
-"""Small things that every room shares."""
+"""Small helpers used by all packages."""

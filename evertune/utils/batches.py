@@ -1,4 +1,4 @@
-"""Where inputs, targets and logits usually are in the batches and modules of a project."""
+"""Where inputs, targets and logits are usually found in the batches and modules of a project."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from evertune._lightning import pl
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
-"""The names under which a batch may hold its targets, in order of preference."""
+"""Keys under which a batch may hold its targets, in order of preference."""
 
 _PASS_LOGITS = "pass logits=, a callable (module, batch) -> tensor"
 
 
 class NoLogitsError(TypeError):
-    """A module gives nothing in which logits can be found."""
+    """A module's output contains no logits."""
 
 
 def output_of(module: pl.LightningModule, batch: Any) -> Any:
-    """What a module gives for the inputs of a batch.
+    """The output of a module for the inputs of a batch.
 
-    A mapping is passed as keyword arguments: those that ``forward`` knows, the targets only where it cannot do without
-    them (an argument without a default; an encoder-decoder of transformers without ``decoder_input_ids``). The fields
-    of a dataclass or a named tuple are passed the same way. Of a tuple or list all items but the last are passed as
-    positional arguments. A ``forward`` with one argument that is not in the batch by name takes the batch as a whole.
+    A mapping is passed as keyword arguments: those that ``forward`` accepts, with the targets only if it requires them
+    (an argument without a default; an encoder-decoder of transformers without ``decoder_input_ids``). The fields of a
+    dataclass or a named tuple are passed the same way. All items but the last of a tuple or list are passed as
+    positional arguments. A ``forward`` with a single argument that is not a key of the batch gets the whole batch.
 
     Raises:
-        NoLogitsError: when the module has no ``forward``.
+        NoLogitsError: If the module has no ``forward``.
     """
     if type(module).forward.__qualname__ in ("LightningModule.forward", "_forward_unimplemented"):
         raise NoLogitsError(f"{type(module).__name__} has no forward to find logits by; {_PASS_LOGITS}")
@@ -59,16 +59,16 @@ def output_of(module: pl.LightningModule, batch: Any) -> Any:
 
 
 def logits_of(module: pl.LightningModule, batch: Any) -> Tensor:
-    """Class scores of a batch: the output of :func:`output_of`, or ``logits`` in it as an attribute or a key.
+    """Class scores of a batch: the output of :func:`output_of`, or its attribute or key ``logits``.
 
     Raises:
-        NoLogitsError: a TypeError, when no logits can be found in the output; pass your own ``logits=`` callable then.
+        NoLogitsError: If the output contains no logits (a TypeError); then pass a custom ``logits=`` callable.
     """
     return logits_in(output_of(module, batch), module)
 
 
 def logits_in(output: Any, module: pl.LightningModule) -> Tensor:
-    """The logits in what a module gave, as :func:`logits_of` looks for them."""
+    """The logits in a module's output, as :func:`logits_of` looks for them."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
@@ -84,7 +84,7 @@ def targets_of(batch: Any) -> Any:
     Mappings, dataclasses and named tuples are searched by name.
 
     Raises:
-        TypeError: when there are none.
+        TypeError: If there are none.
     """
     named = _by_name(batch)
     for key in TARGET_KEYS:
@@ -98,14 +98,14 @@ def targets_of(batch: Any) -> Any:
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """A collated batch as a training step gets it: through the module's transfer hooks, on its device."""
+    """A collated batch as a training step receives it: after the module's transfer hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_transfer(trainer.lightning_module, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def has_targets(batch: Any) -> bool:
-    """Whether :func:`targets_of` finds any."""
+    """Whether :func:`targets_of` finds targets."""
     try:
         targets_of(batch)
     except TypeError:
@@ -114,7 +114,7 @@ def has_targets(batch: Any) -> bool:
 
 
 def name_of(value: Any) -> str | None:
-    """A string for what names a class or an example; None for what does not (a vector, a fraction).
+    """A string for a value that names a class or an example; None for other values (a vector, a fraction).
 
     Example:
         >>> name_of(torch.tensor(3)), name_of(["b", "a"]), name_of(0.5)
@@ -130,10 +130,10 @@ def name_of(value: Any) -> str | None:
 
 
 def batch_size_of(batch: Any) -> int:
-    """How many examples a batch holds: the length of the first tensor found in it.
+    """The number of examples in a batch: the length of the first tensor in it.
 
     Raises:
-        TypeError: when it holds no tensor.
+        TypeError: If the batch contains no tensor.
 
     Example:
         >>> batch_size_of({"texts": ["a", "b"], "x": torch.zeros(2, 7)})
@@ -146,9 +146,9 @@ def batch_size_of(batch: Any) -> int:
 
 
 def take(batch: Any, rows: list[int], size: int) -> Any:
-    """Pick examples of a batch, or of any collection: the given rows of every tensor that has ``size`` of them.
+    """Select examples of a batch or any collection: the given rows of every tensor with ``size`` rows.
 
-    Lists of ``size`` strings, numbers or mappings have one item for each example, so their items are picked too.
+    Lists of ``size`` strings, numbers or mappings have one item per example, so their items are selected too.
 
     Example:
         >>> take({"texts": ["a", "b"], "x": torch.tensor([5, 6])}, [1], 2)
@@ -164,6 +164,7 @@ def take(batch: Any, rows: list[int], size: int) -> Any:
         return [batch[row] for row in rows]
     if isinstance(batch, list | tuple):
         items = [take(item, rows, size) for item in batch]
+        # A namedtuple takes its fields as separate arguments.
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     named = _by_name(batch)
     if named is None:
@@ -175,7 +176,7 @@ def take(batch: Any, rows: list[int], size: int) -> Any:
 
 
 def _by_name(batch: Any) -> Mapping[str, Any] | None:
-    """The parts of a batch by name, where they have names."""
+    """The parts of a batch by name, or None if they have no names."""
     if isinstance(batch, Mapping):
         return batch
     if is_dataclass(batch) and not isinstance(batch, type):
@@ -198,7 +199,7 @@ def _leaves(batch: Any) -> Iterator[Any]:
 
 
 def _takes_the_batch(parameters: list[inspect.Parameter], named: Mapping[str, Any] | None) -> bool:
-    """Whether ``forward`` has one argument, for the whole batch."""
+    """Whether ``forward`` has a single argument, for the whole batch."""
     if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return False
     return parameters[0].name == "batch" or (named is not None and parameters[0].name not in named)

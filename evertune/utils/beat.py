@@ -1,4 +1,4 @@
-"""The heartbeat of a rank: a few numbers in a small file that is mapped into memory."""
+"""The heartbeat of a rank: a few numbers in a small memory-mapped file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 
 class Beat(ctypes.Structure):
-    """Where a rank is, written by the rank itself and read by the supervisor of its node.
+    """The progress of a rank, written by the rank itself and read by the supervisor of its node.
 
-    Every number is eight bytes in one place, so a reader never sees half of one. Writing is a store in memory: no
-    system call, and nothing is lost to the reader when the process is stopped or killed.
+    Every number is eight bytes at a fixed place, so a reader never sees a partial one. Writing is a store to memory: it
+    needs no system call, and the reader still sees it after the process is stopped or killed.
 
     Attributes:
-        pid: of the process.
-        marks: how many times it has made progress; ranks of one run count alike, so the smallest is furthest behind.
-        step: optimizer steps so far.
-        in_step: 1 inside a training step, 0 elsewhere.
-        begun: when the current training step began, by the system's monotonic clock.
-        time: when it last made progress, by the same clock.
-        longest_step: seconds of the longest training step so far; 0 before the first is done.
+        pid: Id of the process.
+        marks: Number of times the rank has made progress. Ranks of one run count alike, so the smallest is furthest
+            behind.
+        step: Number of optimizer steps so far.
+        in_step: 1 inside a training step, else 0.
+        begun: Start of the current training step, in seconds of the system's monotonic clock.
+        time: Time of the last progress, on the same clock.
+        longest_step: Duration of the longest training step so far, in seconds; 0 before the first has ended.
     """
 
     pid: int
@@ -46,37 +47,39 @@ class Beat(ctypes.Structure):
 
     @classmethod
     def create(cls, path: Path) -> Beat:
-        """A new file, and this process's view of it."""
+        """Create the file of this process and map it."""
         draft = path.with_name(f".{path.name}")
         draft.write_bytes(bytes(ctypes.sizeof(cls)))
         with draft.open("r+b") as file:
             beat = cls.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(cls)))
         beat.pid, beat.time = os.getpid(), time.monotonic()
+        # Renamed last, so that a reader never sees a file without a pid.
         draft.replace(path)
         return beat
 
     @classmethod
     def read(cls, path: Path) -> Beat | None:
-        """What a rank has written last; None when it has written nothing yet."""
+        """The last state written by a rank; None if it has not written any."""
         try:
             return cls.from_buffer_copy(path.read_bytes())
         except FileNotFoundError:
             return None
 
     def mark(self, step: int) -> None:
-        """Progress has been made."""
+        """Record progress."""
         self.step = step
         self.marks += 1
         self.time = time.monotonic()
 
     def begin_step(self, step: int) -> None:
-        """A training step begins."""
+        """Record the start of a training step."""
         self.mark(step)
         self.begun = self.time
+        # Last: the reader must never combine in_step with the start of an earlier step.
         self.in_step = 1
 
     def end_step(self, step: int) -> None:
-        """A training step has ended, or what follows is none."""
+        """Record the end of a training step, or progress outside of one."""
         self.mark(step)
         if self.in_step:
             self.in_step = 0
@@ -85,7 +88,7 @@ class Beat(ctypes.Structure):
 
 @cache
 def own_beat() -> Beat | None:
-    """The beat of this process, where a supervisor reads it; None when none has started this process."""
+    """The heartbeat of this process, for its supervisor; None if it was not started by one."""
     folder, local_rank = os.environ.get("EVERTUNE_NODE_DIR"), os.environ.get("LOCAL_RANK")
     if folder is None or local_rank is None:
         return None

@@ -1,4 +1,4 @@
-"""Look at what a module does without leaving a trace in it."""
+"""Evaluating a module without side effects on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evertune._lightning import isolate_rng
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each submodule's mode and all random states are what they were.
+    """Evaluation mode without gradients; every submodule's mode and all random states are restored afterwards.
 
     The random states are those of Python, NumPy, torch and the GPUs.
 
@@ -37,14 +37,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trial(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever fails inside into a message that says what was tried and what to do.
+    """Turn any failure inside the context into an error that says what was tried and what to do.
 
     Args:
-        what: what cannot be done, as in ``"EWC cannot ..."``.
-        advice: what to pass instead; left out where the error already says so.
+        what: What cannot be done, as in ``"EWC cannot ..."``.
+        advice: What to pass instead; left out if the error already says so.
 
     Raises:
-        ValueError: when anything fails but the memory of a GPU.
+        ValueError: If anything fails, except for lack of GPU memory.
     """
     try:
         yield

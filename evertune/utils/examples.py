@@ -1,4 +1,4 @@
-"""Datasets as evertune reads them: by index, or by column where they have columns."""
+"""Datasets as evertune reads them: by index, or by column if they have columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Examples(Protocol):
 
 
 def column_of(data: Examples, column: str) -> list[Any]:
-    """What all examples hold under one key, read by column where the dataset has columns."""
+    """The values of all examples under one key, read by column if the dataset has columns."""
     if hasattr(data, "column_names"):
         return list(data[column])  # type: ignore[index]
     return [data[index][column] for index in range(len(data))]

@@ -1,4 +1,4 @@
-"""What the sources that read from a server share: their library and their secrets."""
+"""Importing optional libraries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def library(module: str, extra: str) -> Any:
-    """An optional library, or how to install it.
+    """An optional library, or an error with the command that installs it.
 
     Raises:
-        ModuleNotFoundError: with the command that installs it.
+        ModuleNotFoundError: If the library is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)

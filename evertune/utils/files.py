@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a saved file is known by."""
+"""Atomic and durable writes, and hashes of files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal; read piece by piece, however large it is."""
+    """The SHA-256 of a file in hexadecimal, read in chunks regardless of its size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, data: Any) -> None:
-    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a part.
+    """Write a file atomically: a reader, also after a power failure, sees the old content or the new, never a part.
 
     Args:
-        path: the file; its folder must exist.
-        data: bytes, or anything else with their buffer.
+        path: File to write; its folder must exist.
+        data: Bytes, or any object with a buffer of bytes.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -37,7 +37,7 @@ def write_atomically(path: Path, data: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can: some network mounts cannot."""
+    """Make the entries of a folder durable, if the file system supports it: some network mounts do not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder and all that is in it durable."""
+    """Make a folder and everything in it durable."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)

@@ -1,4 +1,4 @@
-"""Package faces that load a module only when one of its names is asked for."""
+"""Packages that import a module only when one of its names is accessed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def face(package: str, homes: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """What a package's ``__init__`` needs to hand names on lazily.
+    """The attributes that a package's ``__init__`` needs to export names lazily.
 
     Args:
-        package: The ``__name__`` of the package.
-        homes: Modules, each with the names that it defines, separated by spaces.
+        package: ``__name__`` of the package.
+        homes: Names of modules, each with the names that it defines, separated by spaces.
 
     Returns:
         ``(__all__, __getattr__, __dir__)`` of the package.
@@ -32,6 +32,7 @@ def face(package: str, homes: Mapping[str, str]) -> tuple[list[str], Callable[[s
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(home[name]), name)
+        # Cached: Python calls a module's __getattr__ only for names that are missing.
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,4 +1,4 @@
-"""Models and data that come with an installed package."""
+"""Models and data inside an installed package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _SCHEME = "package:"
 
 
 def locate(name_or_path: str) -> str:
-    """The path behind ``package:NAME/FOLDER``; any other name is returned as it is.
+    """Resolve ``package:NAME/FOLDER`` to a path; any other name is returned unchanged.
 
     Args:
         name_or_path: ``package:`` and the import name of a package, then a path inside it.
 
     Raises:
-        FileNotFoundError: when the package is not installed, or has nothing under that path.
+        FileNotFoundError: If the package is not installed, or the path does not exist in it.
 
     Example:
         >>> locate("bert-base-uncased")

@@ -1,4 +1,4 @@
-"""What other packages add to evertune by entry point: launchers, sources, triggers and methods."""
+"""Extensions of evertune by other packages, through entry points: launchers, sources, triggers and methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 CLASSES = ("sources", "triggers", "methods")
-"""The kinds that are classes, to be named in YAML; the fourth kind is ``launchers``."""
+"""Kinds of entry points that are classes, which YAML can name; the fourth kind is ``launchers``."""
 
 
 def plugins(kind: str) -> dict[str, EntryPoint]:
@@ -16,12 +16,12 @@ def plugins(kind: str) -> dict[str, EntryPoint]:
 
 
 def load(point: EntryPoint) -> Any:
-    """What an entry point names; None, and a line on stderr with its name and the reason, when it cannot be used."""
+    """The object of an entry point; None, and a line on stderr with its name and the reason, if it cannot be used."""
     try:
         found = point.load()
         if point.group.removeprefix("evertune.") in CLASSES and getattr(found, "__name__", None) != point.name:
             raise ValueError(f"{point.value} is not a class of that name: name the entry point after its class")
-    except Exception as error:  # whatever a module of another package raises must not break the others
+    except Exception as error:  # a broken package must not break the others
         package = f" of {point.dist.name}" if point.dist else ""
         reason = f"{type(error).__name__}: {error}"
         print(

@@ -1,4 +1,4 @@
-"""Facts about processes that Python does not tell, and processes that end together."""
+"""Process state that Python does not expose, and processes that end together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 PREEMPTED = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved; it resumes when it is started again."""
+"""Exit code (EX_TEMPFAIL) of a run that saved a checkpoint on request; it resumes when it is started again."""
 
 SUPERVISOR = "EVERTUNE_SUPERVISOR"
-"""The environment variable with the pipe that closes when the watch ends."""
+"""Environment variable with the file descriptor of the pipe that closes when the watch ends."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -26,11 +26,11 @@ def _kill_all() -> None:
 
 
 def end_with_supervisor(end: Callable[[], None] = _kill_all) -> None:
-    """Let this process end when the ``evertune watch`` that runs it dies; by default it and its group are killed.
+    """End this process when the ``evertune watch`` that runs it dies; by default, kill it and its process group.
 
-    Called first by ``evertune update``; does nothing in a process that no watch has started.
+    Called first by ``evertune update``. Has no effect in a process that was not started by a watch.
     """
-    pipe = os.environ.pop(SUPERVISOR, None)  # not for the processes that this one starts
+    pipe = os.environ.pop(SUPERVISOR, None)  # not inherited by child processes
 
     def wait() -> None:
         assert pipe is not None
@@ -42,13 +42,13 @@ def end_with_supervisor(end: Callable[[], None] = _kill_all) -> None:
 
 
 def die_with_parent() -> None:
-    """Let this process be killed when its parent ends, however that happens. Only Linux can."""
+    """Have this process killed when its parent ends for any reason. Linux only."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """A process's state (``R`` runs, ``S`` sleeps, ``T`` stopped, ``Z`` ended) and its parent; ``("", 0)`` if gone.
+    """A process's state (``R`` running, ``S`` sleeping, ``T`` stopped, ``Z`` zombie) and parent; ``("", 0)`` if gone.
 
     Example:
         >>> process_state(os.getpid())[1] == os.getppid()
@@ -56,13 +56,13 @@ def process_state(pid: int) -> tuple[str, int]:
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:  # it is gone; or a system without /proc, where nobody knows
+    except OSError:  # it has ended, or the system has no /proc
         return ("", 0)
-    state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may have anything in it
+    state, parent = stat.rpartition(")")[2].split()[:2]  # the name in parentheses may contain anything
     return (state, int(parent))
 
 
 def kill_group(pid: int) -> None:
-    """Kill a process that leads a group, with all that it has started in it."""
+    """Kill the leader of a process group and all processes in the group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

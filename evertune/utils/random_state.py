@@ -1,4 +1,4 @@
-"""The global random generators of a process, as state that can be kept and brought back."""
+"""The state of a process's global random generators, to save and restore."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, and of the device's where it is a GPU."""
+    """The state of Python's, NumPy's and torch's generators, and of the device's if it is a GPU."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -20,7 +20,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Bring back what :func:`random_state` gave."""
+    """Restore the state from :func:`random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

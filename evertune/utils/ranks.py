@@ -1,4 +1,4 @@
-"""Which of the processes this is."""
+"""The rank of this process, and synchronisation with the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The rank of this process and how many there are; (0, 1) outside of a process group."""
+    """The rank of this process and the number of ranks; ``(0, 1)`` without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -19,8 +19,9 @@ def rank_and_world_size() -> tuple[int, int]:
 def leave() -> None:
     """Leave the process group, if this process is in one. Call it when all work is done.
 
-    Python may end before a thread of the group has let go of the last tensor it sent, and the process then aborts. Left
-    groups end their threads, but not where weights of ZeRO-3 refer to the group: such threads get a moment.
+    If Python exits before a thread of the group has released the last tensor it sent, the process aborts. Destroying
+    the group ends its threads, unless weights of ZeRO-3 still refer to the group: a short pause lets such threads
+    finish.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -28,24 +29,24 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank has come here. Without a process group there is nothing to wait for."""
+    """Wait until every rank has reached this call. No effect without a process group."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 
 def is_writer() -> bool:
-    """Whether this process writes what all ranks hold alike: rank 0 of the process group, or alone.
+    """Whether this process writes replicated state: rank 0 of the process group, or any process without a group.
 
-    Before there is a process group, every process is alone: see :func:`is_leader`.
+    Before the process group exists, this is True in every process: see :func:`is_leader`.
     """
     return rank_and_world_size()[0] == 0
 
 
 def is_leader() -> bool:
-    """Whether this process is rank 0 of its launch, read from the environment: before there is a process group.
+    """Whether this process is rank 0 of its launch, read from the environment, before there is a process group.
 
-    Understands torchrun, SLURM, and the processes that Lightning starts itself. Where torchrun gives a rank, that alone
-    counts: rank 0 may be on any node.
+    Supports torchrun, SLURM, and processes that Lightning starts itself. If torchrun sets a rank, only that counts:
+    rank 0 may be on any node.
     """
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
@@ -54,21 +55,22 @@ def is_leader() -> bool:
 
 
 def started_together() -> bool:
-    """Whether a launcher (torchrun) has started all ranks at once, so that they can find each other."""
+    """Whether a launcher (torchrun) started all ranks at once, so that they can find each other."""
     return "RANK" in os.environ and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def tell_all(message: bytes | None) -> bytes:
-    """Rank 0 sends the others something before training, by a process group that is gone afterwards.
+    """Send bytes from rank 0 to all ranks before training, over a temporary process group.
 
     Args:
-        message: on rank 0; None on the others, which wait for it.
+        message: Bytes on rank 0; None on the other ranks, which wait for them.
 
     Returns:
         The message, on every rank.
     """
     dist.init_process_group("gloo")
     try:
+        # The other ranks must allocate the buffer before they receive the content.
         length = torch.tensor([len(message or b"")])
         dist.broadcast(length, src=0)
         content = torch.zeros(int(length), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Secrets: filled in from the environment, and never shown."""
+"""Secrets: read from the environment and never shown."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 
 
 def fill_in(setting: str) -> str:
-    """A setting with each ``${NAME}`` replaced by that environment variable: so no configuration holds a password.
+    """A setting with each ``${NAME}`` replaced by that environment variable, so that configurations need no passwords.
 
     Raises:
-        ValueError: when the variable is not set.
+        ValueError: If the variable is not set.
 
     Example:
         >>> os.environ["REDIS_PASSWORD"] = "secret"
@@ -27,7 +27,7 @@ def fill_in(setting: str) -> str:
 
 
 def place_of(url: str) -> str:
-    """Where a URL leads, whoever asks: without user, password and options.
+    """The address in a URL, without user, password and options.
 
     Example:
         >>> place_of("redis://evertune:p@ss?word@localhost:6379/0?password=secret")
@@ -37,7 +37,7 @@ def place_of(url: str) -> str:
 
 
 def without_secrets(words: str) -> str:
-    """The words with the passwords in URLs blotted out.
+    """Text with the passwords and tokens in URLs masked.
 
     Example:
         >>> without_secrets("redis://feed:p@ss@broker:6379 and https://host/x?a=1&token=secret do not answer")

@@ -1,4 +1,4 @@
-"""JSON objects as dataclasses: read with every field checked, written back as plain values."""
+"""Dataclasses from JSON objects, with every field checked, and back to plain values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """A dataclass from a parsed JSON object.
+    """Parse a dataclass from a decoded JSON object.
 
     A field is a ``str``, ``int``, ``float``, ``bool``, ``datetime`` (ISO 8601), ``Literal``, dataclass or ``Any``, a
-    ``list`` or ``dict`` of these, or one of them or None. Keys without a field are ignored: a later version may have
-    written them.
+    ``list`` or ``dict`` of these, or an optional one of them. Keys without a field are ignored, since a later version
+    may have written them.
 
     Raises:
-        ValueError: when a field is missing or has another type; the message names it by its path.
+        ValueError: If a field is missing or has another type; the message names it by its path.
 
     Example:
         >>> from dataclasses import dataclass
@@ -100,6 +100,7 @@ def _object(kind: Any, value: Mapping[str, Any], path: str) -> Any:
 
 
 def _checked(kind: type, value: Any, path: str, words: str) -> Any:
+    # Not isinstance: a bool is an int.
     if type(value) is not kind:
         raise ValueError(f"{repr(path) if path else 'it'} must be {words}, got {value!r}")
     return value

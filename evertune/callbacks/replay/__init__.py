@@ -1,4 +1,4 @@
-"""Replay: examples of the past join the new ones in each batch."""
+"""Experience replay: past examples are mixed into every training batch."""
 
 from typing import TYPE_CHECKING
 

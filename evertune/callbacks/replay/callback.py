@@ -1,4 +1,4 @@
-"""Experience replay: examples of the past join every batch."""
+"""Experience replay: past examples are mixed into every training batch."""
 
 from __future__ import annotations
 
@@ -57,48 +57,50 @@ _STATE = "replay.json"
 
 
 class Replay(ContinualCallback):
-    """Rehearse the past while learning the new: every batch gets examples of a memory (experience replay).
+    """Mixes examples of a memory into every training batch (experience replay).
 
-    Examples join before they are collated: the ``collate_fn`` of the training loader is called with the new examples
-    first and the old ones after them, so that padding, tuples and your own batch types work, also in worker processes.
-    Your loader and your module are not changed. When ``fit`` completes, the memory takes in the new experience; a
-    ``fit`` that fails leaves it as it was. During the first experience there is nothing to replay.
+    Examples are added before collation: the ``collate_fn`` of the training loader is called with the new examples
+    followed by the replayed ones, so padding, tuples and custom batch types work, including in worker processes. The
+    loader and the module are not modified. When ``fit`` completes, the memory takes in the new experience; a ``fit``
+    that fails leaves it as it was. During the first experience there is nothing to replay.
 
-    Rehearsal is strong for its price (Chaudhry et al. 2019, "On tiny episodic memories"; Rolnick et al. 2019).
+    Replay is a strong and cheap baseline (Chaudhry et al. 2019, "On tiny episodic memories"; Rolnick et al. 2019).
 
-    One memory is shared by all ranks. The draws of an update are one sequence that the ranks share out, and which
-    examples are kept depends on their ids and the seed: with the same global batch the result is the same on any number
-    of processes, and after a resume.
+    All ranks share one memory. The draws of an update are one sequence distributed over the ranks, and which examples
+    are kept depends only on their ids and the seed: with the same global batch, the result is the same on any number of
+    processes, and after a resume.
 
-    From a map-style dataset the memory is filled by index, from everything that the sampler can give. It is filled
-    from the examples as they pass the ``collate_fn`` (each is encoded once, in the process that loads it) when the
-    dataset is iterable, the sampler or batch sampler is one of your own, or a ``DriftTrigger`` ends experiences in
-    the middle of a ``fit``.
+    With a map-style dataset, the memory is filled by index, from everything that the sampler can yield. It is filled
+    from the examples as they pass the ``collate_fn`` (each is encoded once, in the process that loads it) if the
+    dataset is iterable, the sampler or batch sampler is a custom one, or a ``DriftTrigger`` ends experiences in the
+    middle of a ``fit``.
 
     Args:
-        memory_size: how many examples to keep, over all ranks.
-        policy: what to keep: ``"reservoir"`` (a uniform sample of all that was seen), ``"class_balanced"``, ``"ring"``
-            (the newest of each class), ``"herding"`` (nearest to the class means of ``features``), or a ``Policy``.
-        replay_ratio: examples of the memory per new one in a batch. 1: as many old as new, which makes a batch twice
-            as large; 0.05 is common in continued training of language models.
-        label: the class of an example: a function, or a key (of a dict) or position (in a tuple). By default that of
-            the module's task, which is its ``labels``, ``label``, ``targets`` or ``target``, or the last item of a
-            tuple. Several labels are one class together.
-        id: names an example, for :meth:`forget`: a function, key or position. By default the number of the experience
-            and the index in the dataset, or a hash of the content if there is no index.
-        features: ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if there is such
-            a method, else the logits.
+        memory_size: Number of examples kept in memory, over all ranks.
+        policy: Selection policy: ``"reservoir"`` (default; a uniform sample of all examples seen),
+            ``"class_balanced"``, ``"ring"`` (the newest of each class), ``"herding"`` (nearest to the class means of
+            ``features``), or a ``Policy``.
+        replay_ratio: Replayed examples per new one in a batch. 1 (default) doubles the batch; 0.05 is common in
+            continued training of language models.
+        label: The class of an example: a function, a key (of a dict) or a position (in a tuple). By default that of the
+            module's task: ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels
+            together count as one class.
+        id: The id of an example, for :meth:`forget`: a function, a key or a position. By default the number of the
+            experience and the index in the dataset, or a hash of the content if there is no index.
+        features: Function ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if the
+            module has such a method, else its logits.
         loader: With several training loaders (a dict, a list or a ``CombinedLoader``), the key or position of the one
-            whose batches are joined; the others are left alone. Its examples are kept as they pass.
-        seed: decides what is kept and the order of the draws.
-        directory: where the working file lives (:class:`~evertune.memory.ReplayMemory`).
+            whose batches get replayed examples; the others are left alone. Its examples are kept as they pass.
+        seed: Seed of the selection and of the order of the draws. Default: 0.
+        directory: Folder for the working file (:class:`~evertune.memory.ReplayMemory`). By default the system's
+            temporary folder.
 
     Raises:
-        ValueError: when ``memory_size`` or ``replay_ratio`` is not positive; at ``setup``, under a strategy that is not
-            supported or next to a second ``Replay``; before training, with several training loaders and no
+        ValueError: If ``memory_size`` or ``replay_ratio`` is not positive. In ``setup``, if the strategy is not
+            supported or there is a second ``Replay``. Before training, if there are several training loaders and no
             ``loader``.
-        TypeError: before training, when the loader is no ``DataLoader`` or does not collate, or an example holds what
-            cannot be stored.
+        TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate, or an example contains
+            something that cannot be stored.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -129,24 +131,22 @@ class Replay(ContinualCallback):
         self.id_of = None if id is None else IdReader(id)
         self.features = features or default_features
         self.loader = loader
-        self._names: list[str] = []  # of the training loaders whose turn to be set up is still to come
+        self._names: list[str] = []  # of the training loaders that are still to be set up
         self._trainer: pl.Trainer | None = None
         self._loader: DataLoader[Any] | None = None
-        self._unwrapped: DataLoader[Any] | None = None  # as it was before examples joined it
+        self._unwrapped: DataLoader[Any] | None = None  # the user's loader
         self._schedule = Schedule()
         self._is_writer = True
-        self._set_up_early = False  # whether the loader was, before Lightning had read its own part of the checkpoint
-        self._experience_start = 0  # the number of the experience's first batch in the fit
-        self._update_start = 0  # the number of the first batch with this update's draws, not before
-        self._before: tuple[int, int] | None = (
-            None  # where the update before it in the same fit started, and its number
-        )
+        self._set_up_early = False  # before Lightning read its part of the checkpoint
+        self._experience_start = 0  # number of the experience's first batch in the fit
+        self._update_start = 0  # number of the first batch with this update's draws
+        self._before: tuple[int, int] | None = None  # first batch and number of the previous update in the same fit
         self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
-        self._captured = b""  # from that checkpoint
-        self._tried = False  # whether the features of this fit's first batch were looked at
+        self._captured = b""  # records from that checkpoint
+        self._tried = False  # whether the features of this fit's first batch were checked
 
     def __repr__(self) -> str:
-        """What the memory holds, of which budget, by which policy, and of how many experiences."""
+        """The size, the policy and the number of experiences of the memory."""
         memory = self.memory
         return (
             f"{type(self).__name__}({len(memory)} of {memory.memory_size} examples, policy={memory.policy.name!r}, "
@@ -156,7 +156,7 @@ class Replay(ContinualCallback):
     # --- the loader
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, find the other ranks, and wait for the training loader."""
+        """Check the requirements, agree on a memory with the other ranks, and intercept the training loader."""
         if stage != "fit":
             return
         check_strategy(trainer, "Replay")
@@ -167,6 +167,7 @@ class Replay(ContinualCallback):
         self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
         self._is_writer = trainer.local_rank == 0
         if trainer.world_size > 1:
+            # All ranks of a node work on the files of rank 0; on other nodes, local rank 0 writes its own copy of them.
             directory, generation = trainer.strategy.broadcast((str(self.memory.directory), self.memory.generation))
             if directory != str(self.memory.directory):
                 self.memory.share(directory, generation, self._is_writer)
@@ -176,6 +177,8 @@ class Replay(ContinualCallback):
         source, process = train_data_source(trainer), trainer.strategy.process_dataloader
         request = source.dataloader
 
+        # Lightning processes the loaders one at a time and without their names. Remember the names when it requests the
+        # loaders, then take the next name each time it processes one.
         def request_and_choose() -> object:
             loaders = request()
             self._names = self._check_names(loaders)
@@ -191,10 +194,10 @@ class Replay(ContinualCallback):
         replace_method(trainer.strategy, "process_dataloader", process_and_wrap)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The loader learns of the experience that starts now when it is set up, which may have been before this."""
+        """Override the start of an experience: it is announced when the loader is set up, possibly before this hook."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start again with a loader that was set up before the checkpoint was read."""
+        """Restart a loader that was set up before the checkpoint was read."""
         if self._resumed and self._set_up_early:
             reset_loaders(trainer)  # no worker may be at work now
             self._start_schedule(trainer)
@@ -204,7 +207,7 @@ class Replay(ContinualCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Try ``features`` on the first batch, so that nothing fails after hours of training."""
+        """Compute ``features`` on the first batch, so that nothing fails after hours of training."""
         if not self._tried and self.memory.policy.needs_features:
             advice = "pass features=, a callable (module, batch) -> tensor [batch, d]"
             what = f"Replay cannot compare examples by the features of {type(pl_module).__name__}"
@@ -217,7 +220,7 @@ class Replay(ContinualCallback):
         self._tried = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning makes a new iterator over the loader right after this, except in the first epoch of a fit."""
+        """Announce the new iterator that Lightning makes right after this, except in the first epoch of a fit."""
         loop = trainer.fit_loop
         if trainer.current_epoch == 0 or loop.is_resuming or loop.epoch_loop.restarting:
             return
@@ -228,15 +231,15 @@ class Replay(ContinualCallback):
         self._start_iterator(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
+        """Restore the trainer."""
         if self._trainer is trainer:
             self._detach()
-            for spool in self._spools():  # this rank's own, which only the trainer can tell
+            for spool in self._spools():  # of this rank, which is known only while the trainer is
                 spool.unlink()
             self._trainer, self._loader, self._unwrapped = None, None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was; nothing is consolidated."""
+        """Restore the trainer; nothing is consolidated."""
         self._detach()
 
     def _detach(self) -> None:
@@ -252,7 +255,7 @@ class Replay(ContinualCallback):
         return "" if self.loader is None else str(self.loader)
 
     def _check_names(self, loaders: object) -> list[str]:
-        """The names of the training loaders in the order of their setup; a single one has the name ``""``."""
+        """The names of the training loaders in the order of their setup; a single loader has the name ``""``."""
         mode = combined_mode(loaders)
         paths, _ = tree_flatten_with_path(getattr(loaders, "iterables", loaders))
         names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
@@ -268,7 +271,7 @@ class Replay(ContinualCallback):
         return names
 
     def _wrap(self, loader: object) -> DataLoader[Any]:
-        """A copy of the training loader that replays."""
+        """A copy of the training loader that replays examples."""
         trainer = self._trainer
         assert trainer is not None
         if not isinstance(loader, DataLoader):
@@ -279,9 +282,11 @@ class Replay(ContinualCallback):
         by_index = reads_by_index(trainer, loader)
         if by_index:
             self._check_example(loader.dataset)
-        by_index = by_index and self.loader is None  # of several, one may not come to its end
+        by_index = by_index and self.loader is None  # with several loaders, this one may not be read to its end
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        # Batches may be loaded but never trained on, so a spool keeps more candidates than the memory has room for.
         room = (batch_size or 1024) * (self._batches_ahead() + 1)
+        # The shallow copy shares the persistent workers of the original, which use its collate_fn.
         self._loader._iterator = None
         self._loader.collate_fn = ReplayCollate(
             loader.collate_fn,
@@ -312,7 +317,7 @@ class Replay(ContinualCallback):
         return self._loader
 
     def _start_schedule(self, trainer: pl.Trainer) -> None:
-        """Tell the loader which batch is its first, and which memory it draws from."""
+        """Set the number of the loader's first batch and the memory that it draws from."""
         if not self._resumed:
             self._experience_start = self._update_start = _batches_done(trainer)
             self._before = None
@@ -330,7 +335,7 @@ class Replay(ContinualCallback):
         self._schedule.start_iterator(_batches_done(trainer))
 
     def _check_example(self, dataset: Any) -> None:
-        """See that an example can be stored and read before hours are spent on training."""
+        """Check that an example can be stored and its label read, before hours are spent on training."""
         with isolate_rng():
             example = dataset[0]
         encode(example)
@@ -346,8 +351,10 @@ class Replay(ContinualCallback):
     # --- experiences
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """In the middle of a fit: let the loader processes switch to the new memory, all at the same batch."""
+        """In the middle of a fit: switch the loader processes to the new memory, all at the same batch."""
         accumulated = trainer.accumulate_grad_batches
+        # The switch comes after all batches that may be loaded already, rounded up to whole optimizer steps: a step
+        # must not mix the draws of two memories.
         steps = -(-self._batches_ahead() // accumulated)
         self._before = self._update_start, self.experience_index - 1
         self._experience_start = _batches_done(trainer)
@@ -383,25 +390,26 @@ class Replay(ContinualCallback):
         trainer.strategy.barrier("replay memory")
 
     def forget(self, ids: Sequence[str]) -> int:
-        """Erase examples from the memory, and prove it (:meth:`evertune.memory.ReplayMemory.forget`).
+        """Erase examples from the memory and verify it (:meth:`evertune.memory.ReplayMemory.forget`).
 
-        With several processes, call it on all of them.
+        With several processes, call it on every rank.
 
         Raises:
-            RuntimeError: during ``fit``, when the examples may be in a batch that is on its way.
+            RuntimeError: During ``fit``, when batches already loaded may contain the examples.
         """
         if self._trainer is not None and not self._trainer.interrupted:
             raise RuntimeError("forget examples before or after fit, not during it")
         held = set(self.memory.ids).intersection(ids)
-        barrier()  # every rank has read the file that is about to go
+        barrier()  # every rank must have read the file that is about to be deleted
         erased = self.memory.forget(held, is_writer=self._is_writer)
         barrier()
         return erased
 
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
-        """The examples of the experience that may be kept, of all ranks, in the order in which they last arrived.
+        """The candidate examples of the experience from all ranks, in the order in which they last arrived.
 
-        As many of each group as the memory has room for: how many more a spool holds depends on the processes.
+        At most as many of each group as the memory has room for: how many more a spool holds depends on the number of
+        processes.
         """
         own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
         parts = gather_bytes(serialize_records(own), trainer)
@@ -416,13 +424,15 @@ class Replay(ContinualCallback):
         return sorted((record for group in best.values() for record in group), key=lambda r: (r.arrival, r.id))
 
     def _features_of(self, dataset: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """One vector for each example, computed by all ranks together."""
+        """One feature vector per example, computed by all ranks together."""
         assert self._loader is not None
         rank, world = trainer.global_rank, trainer.world_size
         size = self._loader.batch_size or 32
         collate = self._loader.collate_fn
         assert isinstance(collate, ReplayCollate)
         total = len(dataset)
+        # Equally many examples on every rank (the last one repeated), since forward passes and all_gather must match;
+        # the surplus rows are cut off at the end.
         mine = np.minimum(np.arange(rank, -(-total // world) * world, world), total - 1)
         chunks = []
         with evaluation_mode(module):
@@ -438,14 +448,14 @@ class Replay(ContinualCallback):
     # --- what is saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, strings and numbers only: a checkpoint with it loads with ``weights_only=True``."""
+        """Tensors, strings and numbers only: a checkpoint with it loads under ``weights_only=True``."""
         captured, before = b"", {}
         if self._trainer is not None and self._loader is not None:
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
                 captured = serialize_records(self._candidates(self._trainer))
             if self._before is not None and _batches_done(self._trainer) < self._update_start:
-                start, update = self._before  # batches that are already loaded are still to come from that memory
+                start, update = self._before  # its draws still have batches to come
                 memory = self.memory.state_dict(self.memory.generation - 1)
                 before = {"memory": memory, "update_start": start, "experience_index": update}
         return {
@@ -459,7 +469,7 @@ class Replay(ContinualCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, on any number of ranks and at any accumulation."""
+        """Resume from :meth:`state_dict`, on any number of ranks and with any accumulation."""
         saved = state_dict["accumulation"]
         here = saved if self._trainer is None else self._trainer.accumulate_grad_batches
         before = state_dict["before"]
@@ -486,8 +496,8 @@ class Replay(ContinualCallback):
         """Read what :meth:`save` wrote, at any world size. Call on every rank.
 
         Raises:
-            FileNotFoundError: when there is no memory in the folder.
-            ValueError: when it is corrupt, truncated or a pickle, or was filled under another policy or seed.
+            FileNotFoundError: If the folder holds no memory.
+            ValueError: If the memory is corrupt, truncated or a pickle, or was filled under another policy or seed.
         """
         path = Path(directory) / _STATE
         try:
@@ -506,7 +516,7 @@ class Replay(ContinualCallback):
         return sorted(self.memory.directory.glob(f"{rank}-*.spool"))
 
     def _batches_ahead(self) -> int:
-        """How far the loader may be ahead of training: all batches from there on are not collated yet."""
+        """Upper bound on how many batches the loader is ahead of training: later ones are not collated yet."""
         assert self._loader is not None
         try:
             length: int | None = len(self._loader)
@@ -518,8 +528,8 @@ class Replay(ContinualCallback):
     def _end_batch(self, trainer: pl.Trainer) -> int:
         """The number after that of the last batch trained on.
 
-        When an iterable dataset has come to its end, all batches are trained on, and those of workers with more data
-        than the others may have higher numbers than there were batches.
+        When an iterable dataset is exhausted, all its batches have been trained on, and workers with more data than the
+        others may have given theirs numbers above the count of batches.
         """
         progress, limit = trainer.fit_loop.epoch_loop.batch_progress, trainer.limit_train_batches
         between_batches = progress.current.ready == n_processed(progress.current)
@@ -537,8 +547,8 @@ class LabelReader:
     """The class of an example as a string, or None.
 
     Args:
-        source: a function of the example, its key or position; None for what the task says.
-        task: by default the one that looks in the usual places.
+        source: Function of the example, its key or its position; None uses the task's labels.
+        task: Task that reads the label. By default one that looks in the usual places.
 
     Example:
         >>> read = LabelReader(None)
@@ -551,7 +561,7 @@ class LabelReader:
         self.task = task or Task()
 
     def __call__(self, example: Any) -> str | None:
-        """The class."""
+        """The class, or None."""
         return self.task.label(example) if self.source is None else name_of(_read(example, self.source, "label"))
 
 
@@ -559,7 +569,7 @@ class IdReader:
     """The id of an example as a string.
 
     Args:
-        source: a function of the example, its key or position.
+        source: Function of the example, its key or its position.
     """
 
     def __init__(self, source: Callable[[Any], Any] | str | int) -> None:
@@ -574,7 +584,7 @@ class IdReader:
 
 
 class Encoded(Sequence[Any]):
-    """The examples of records, decoded when they are read."""
+    """The examples of records, decoded when accessed."""
 
     def __init__(self, records: list[Record]) -> None:
         self._records = records

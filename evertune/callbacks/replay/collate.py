@@ -1,4 +1,4 @@
-"""What happens in the processes that load batches: examples of the past join those of the present."""
+"""The part of replay that runs in the loader processes: past examples are added to the present ones."""
 
 from __future__ import annotations
 
@@ -17,55 +17,58 @@ _NEVER = 1 << 62
 
 
 class Schedule:
-    """What the training process shares with its loader processes, in shared memory.
+    """State that the training process shares with its loader processes, in shared memory.
 
-    Batches are numbered over the whole fit. An iterator over the loader starts at a number, and so does an update. An
-    update is announced before any loader process can reach its first batch, so that all of them switch at the same one.
+    Batches are numbered over the whole fit. Each iterator over the loader and each update has a first batch. An update
+    is announced before any loader process can reach its first batch, so that all of them switch at the same one.
     """
 
     def __init__(self) -> None:
-        # the iterator's count and first batch; then twice: an update's first batch, its number, its memory's generation
+        # iterator: count, first batch; then two updates: first batch, number, generation of the memory
         self._cells = torch.tensor([0, 0, _NEVER, 0, 0, _NEVER, 0, 0], dtype=torch.int64)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
-        """Forget the updates. There must be no iterator at work."""
+        """Clear the updates. No iterator may be running."""
         self._cells[2] = self._cells[5] = _NEVER
 
     def start_iterator(self, first_batch: int) -> None:
-        """From now on the loader's iterator is a new one. There must be no other at work."""
+        """Announce a new iterator over the loader. No other may be running."""
+        # The count is written last: it is what tells a worker to read the first batch.
         self._cells[1] = first_batch
         self._cells[0] += 1
 
     def start_update(self, first_batch: int, update: int, generation: int) -> None:
-        """From this batch on examples come from this memory, by the draws of this update."""
+        """From ``first_batch`` on, draw from the memory of ``generation`` in the order of ``update``."""
         cells = self._cells.tolist()
+        # Overwrite the older of the two updates: loader processes may still need the newer one.
         row = 2 if cells[2] == _NEVER or (cells[5] != _NEVER and cells[2] < cells[5]) else 5
+        # Disable the row while it is changed: a worker must never see a first batch with another update's numbers.
         self._cells[row] = _NEVER
         self._cells[row + 1], self._cells[row + 2] = update, generation
         self._cells[row] = first_batch
 
     def iterator(self) -> tuple[int, int]:
-        """Which iterator this is, and its first batch."""
+        """The number of the current iterator, and its first batch."""
         count, first, *_ = self._cells.tolist()
         return count, first
 
     def update_at(self, batch: int) -> tuple[int, int, int] | None:
-        """The first batch, the number and the generation of the update that a batch belongs to."""
+        """The first batch, number and generation of the update that a batch belongs to."""
         cells = self._cells.tolist()
         begun = [tuple(cells[row : row + 3]) for row in (2, 5) if cells[row] <= batch]
         return max(begun) if begun else None
 
 
 def restarting(loader: DataLoader[Any], schedule: Schedule) -> None:
-    """Let a loader that is combined with others count its batches: a mode that cycles starts it again in mid-epoch.
+    """Count the batches of a loader that is combined with others, which may restart it in the middle of an epoch.
 
-    The schedule has announced the first iterator of an epoch. Batches of another one are numbered on from where the one
-    before it ended.
+    The schedule announces the first iterator of an epoch. The batches of further ones continue the numbering of the
+    previous iterator.
     """
 
     class Restarting(type(loader)):  # type: ignore[misc]
-        announced, given = 0, 0  # which iterator the schedule had announced, and the batches that came of it
+        announced, given = 0, 0  # the last iterator announced, and its number of batches
 
         def __iter__(self) -> Iterator[Any]:
             count, first = schedule.iterator()
@@ -76,6 +79,7 @@ def restarting(loader: DataLoader[Any], schedule: Schedule) -> None:
                 self.given += 1
                 yield batch
 
+    # Python looks up __iter__ on the class, so it cannot be replaced on the instance.
     loader.__class__ = Restarting
 
 
@@ -87,14 +91,14 @@ class ReplayCollate:
     ranks' and the accumulated batches' draws together are those of one process with one large batch.
 
     Args:
-        collate_fn: the loader's own.
-        schedule: shared with the training process.
-        directory: of the memory's working files.
-        batch_size: the loader's; None if it varies, each batch then draws far from the others.
-        ratio: examples of the memory per new one.
-        rank: of this process.
-        world_size: how many ranks share the draws.
-        capture: keeps candidates for the memory as they pass; None when it is filled from the dataset.
+        collate_fn: The loader's own ``collate_fn``.
+        schedule: Schedule shared with the training process.
+        directory: Folder of the memory's working files.
+        batch_size: The loader's batch size; None if it varies, in which case consecutive batches draw far apart.
+        ratio: Replayed examples per new one.
+        rank: Rank of this process.
+        world_size: Number of ranks that share the draws.
+        capture: How to keep candidates for the memory as they pass; None if the memory is filled from the dataset.
     """
 
     def __init__(
@@ -119,14 +123,14 @@ class ReplayCollate:
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a loader process gets: not what this one has opened."""
+        """The state for a loader process, without the files that this process has opened."""
         return self.__dict__ | {"_spool": None, "_view": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_view": (0, MemoryView.empty())})
 
     def __call__(self, examples: Any) -> Any:
-        """Join and collate."""
+        """Add replayed examples and collate."""
         if not isinstance(examples, list):
             raise TypeError(
                 f"Replay cannot join examples to a {type(examples).__name__}: the dataset gave whole batches, "
@@ -158,6 +162,7 @@ class ReplayCollate:
             if self.capture is not None:
                 name = f"{self.rank}-{worker.id if worker else 0}.spool"
                 self._spool = Spool(self.capture.directory / name, self.capture)
+        # torch assigns batches to workers round-robin.
         batch = first + (worker.id + self._calls * worker.num_workers if worker else self._calls)
         self._calls += 1
         return batch
@@ -170,6 +175,7 @@ class ReplayCollate:
         if self._view[0] != generation:
             self._view = generation, MemoryView.open(working_file(self.directory, generation))
         start = (batch - first) * self.stride
+        # Truncated differences: over the batches, fractional ratios add up exactly, without keeping any state.
         own = np.arange(int(start * self.ratio), int((start + n_new) * self.ratio), dtype=np.int64)
         view = self._view[1]
         return [view[slot] for slot in view.draw(own * self.world_size + self.rank, update).tolist()]

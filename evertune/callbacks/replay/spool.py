@@ -1,7 +1,8 @@
 """Candidates for the memory among the examples that a loader process has put into batches, in a file.
 
-The file is an Arrow IPC stream without its end marker: a schema, then one record batch for each batch of examples. So a
-process appends to it without reading it, and a reader takes what is whole when the process dies while it writes.
+The file is an Arrow IPC stream without its end marker: a schema, then one record batch per batch of examples. A process
+can therefore append without reading, and a reader gets every complete record batch even if the process died while
+writing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SCHEMA = pa.schema(
 
 
 class Record(NamedTuple):
-    """An example that has been in a batch: a candidate for the memory."""
+    """An example that was in a batch: a candidate for the memory."""
 
     batch: int
     arrival: int
@@ -42,12 +43,12 @@ class Record(NamedTuple):
 
 
 def serialize_records(records: Sequence[Record]) -> bytes:
-    """Records as an Arrow IPC stream; no bytes for no records."""
+    """Records as an Arrow IPC stream; empty bytes for no records."""
     return _SCHEMA.serialize().to_pybytes() + _message(records) if records else b""
 
 
 def parse_records(content: bytes) -> Iterator[Record]:
-    """The records of an Arrow IPC stream; a record batch that was cut off while it was written is left out."""
+    """The records of an Arrow IPC stream; an incomplete last record batch is left out."""
     try:
         stream = pa.ipc.open_stream(pa.py_buffer(content))
         if stream.schema != _SCHEMA:
@@ -55,7 +56,7 @@ def parse_records(content: bytes) -> Iterator[Record]:
         for batch in stream:
             batch.validate(full=True)
             yield from map(Record, *batch.to_pydict().values())
-    except (pa.ArrowInvalid, OSError):  # the end of what is whole
+    except (pa.ArrowInvalid, OSError):  # a record batch cut off while it was written
         return
 
 
@@ -67,7 +68,7 @@ def _message(records: Sequence[Record]) -> bytes:
 
 
 def read_records(paths: Iterable[Path], first_batch: int, end_batch: int) -> list[Record]:
-    """The records of the batches from ``first_batch`` to before ``end_batch``."""
+    """The records of batches ``first_batch <= batch < end_batch``."""
     return [
         record
         for path in paths
@@ -77,7 +78,7 @@ def read_records(paths: Iterable[Path], first_batch: int, end_batch: int) -> lis
 
 
 def prune_records(path: Path, end_batch: int) -> None:
-    """Leave only the records of the batches before ``end_batch``. There must be no process at work on the file."""
+    """Keep only the records of the batches before ``end_batch``. No process may be writing to the file."""
     _replace(path, read_records([path], 0, end_batch))
 
 
@@ -92,13 +93,13 @@ class Capture:
     """How passing examples are kept as candidates for the memory.
 
     Args:
-        directory: of the spool files.
-        policy: of the memory.
-        seed: of the memory.
-        limit: how many candidates to keep of each group of the policy: the size of the memory, and room for the
-            batches that are loaded but not yet trained on.
-        label: the class of an example.
-        id: the id of an example; None for a hash of its content.
+        directory: Folder of the spool files.
+        policy: Policy of the memory.
+        seed: Seed of the memory.
+        limit: Candidates kept per group of the policy: the size of the memory plus room for batches that are loaded but
+            not yet trained on.
+        label: Function that returns the class of an example.
+        id: Function that returns the id of an example; None for a hash of its content.
     """
 
     directory: Path
@@ -113,8 +114,8 @@ class Spool:
     """The candidates among the examples that one process has put into batches, in a file.
 
     Args:
-        path: of the file; what is in it is taken up.
-        capture: which to keep.
+        path: Spool file. Records of an existing file are kept as candidates.
+        capture: Which examples to keep.
     """
 
     def __init__(self, path: Path, capture: Capture) -> None:
@@ -127,7 +128,7 @@ class Spool:
             _replace(path, [record for record in records if self._admit(record.id, record.label, record.priority)])
 
     def offer(self, batch: int, arrivals: Iterable[int], examples: list[Any]) -> None:
-        """Keep those examples of a batch that may end up in the memory."""
+        """Keep the examples of a batch that may end up in the memory."""
         capture, records = self.capture, []
         for arrival, example in zip(arrivals, examples, strict=True):
             data = None if capture.id else encode(example)
@@ -143,7 +144,7 @@ class Spool:
 
     def _admit(self, id: str, label: str | None, priority: float) -> bool:
         group = self._groups.setdefault(self.capture.policy.group(label), [])
-        entry = (-priority, id)  # the worst is on top of the heap
+        entry = (-priority, id)  # negated: the worst candidate is on top of the heap
         known = self._kept.get(id)
         if known is not None:
             if known != entry:
@@ -160,7 +161,7 @@ class Spool:
         return True
 
     def _compact(self) -> None:
-        """Leave the last two records of each candidate: the very last may be of a batch that is never trained on."""
+        """Keep the last two records per candidate: the last one may be of a batch that is never trained on."""
         records: dict[str, list[Record]] = {}
         for record in parse_records(self.path.read_bytes()):
             if record.id in self._kept:
