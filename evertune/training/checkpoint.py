@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 from functools import wraps
@@ -27,8 +26,9 @@ from evertune.shards.portable import REPLICATED
 from evertune.shards.support import check_strategy
 from evertune.strategies.deepspeed import EvertuneDeepSpeed
 from evertune.streams.sampler import BucketSampler
+from evertune.training.manifest import MANIFEST, CheckpointManifest, Layout
 from evertune.utils.collectives import gather_bytes
-from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
+from evertune.utils.files import sha256, sync_folder, sync_tree
 from evertune.utils.loaders import resume_loaders
 from evertune.utils.random_state import random_state, set_random_state
 from evertune.utils.ranks import is_writer
@@ -99,7 +99,7 @@ class UpdateCheckpoint(Checkpoint):
         self.directory = Path(directory)
         self.every_n_steps = every_n_steps
         self._resumed: Path | None = None  # the folder of the checkpoint that this fit resumes from
-        self._saved: dict[str, Any] = {}  # the manifest of that checkpoint
+        self._saved: Layout | None = None  # the layout of the fit that wrote it
         self._last_step = 0
         self._saved_step: int | None = None  # the step of the newest checkpoint
 
@@ -117,12 +117,14 @@ class UpdateCheckpoint(Checkpoint):
             if not (folder / MANIFEST).is_file():
                 return load_checkpoint(checkpoint_path, weights_only=weights_only)
             # Before loading, so that a damaged or foreign checkpoint changes no weights.
-            self._resumed, self._saved = folder, read_manifest(folder)
-            _check_strategy(folder, self._saved, trainer)
-            _check_files(folder, self._saved["files"], trainer)
+            manifest = CheckpointManifest.read(folder)
+            saved = manifest.layout
+            self._resumed, self._saved = folder, saved
+            _check_strategy(folder, saved, Layout.of(trainer))
+            _check_files(folder, manifest.files, trainer)
             checkpoint = load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
             _set_buffers(decode(self._rank_file(trainer).read_bytes())["buffers"], pl_module)
-            return _recounted(checkpoint, self._saved["accumulation"], trainer.accumulate_grad_batches)
+            return _recounted(checkpoint, saved.accumulation, trainer.accumulate_grad_batches)
 
         replace_method(trainer.strategy, "load_checkpoint", check_and_load)
 
@@ -130,9 +132,10 @@ class UpdateCheckpoint(Checkpoint):
         """Restore the random generators. The loader's iterator exists by now, but no batch has been read yet."""
         resume_loaders(trainer)
         if self._resumed is not None:
+            assert self._saved is not None
             _check_steps(self._resumed, self._saved, trainer)
             content = self._rank_file(trainer).read_bytes()
-            if self._saved["processes"] == trainer.world_size or is_writer():  # all ranks share the draws of rank 0
+            if self._saved.processes == trainer.world_size or is_writer():  # all ranks share the draws of rank 0
                 set_random_state(decode(content)["random"], trainer.strategy.root_device)
             else:
                 _reseed(content, trainer)
@@ -172,7 +175,8 @@ class UpdateCheckpoint(Checkpoint):
     def _rank_file(self, trainer: pl.Trainer) -> Path:
         """The file with this rank's own state; on a different number of processes, that of rank 0."""
         assert self._resumed is not None
-        same = self._saved["processes"] == trainer.world_size
+        assert self._saved is not None
+        same = self._saved.processes == trainer.world_size
         return self._resumed / _rank_name(trainer.global_rank if same else 0)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -190,7 +194,7 @@ class UpdateCheckpoint(Checkpoint):
             alike = [draft / _STATE] if (draft / _STATE).is_file() else _written_by_rank_0(draft / _STATE)
             files = {str(path.relative_to(draft)): sha256(path) for path in alike}
             files |= {_rank_name(rank): digest for rank, digest in enumerate(digests)}
-            write_atomically(draft / MANIFEST, json.dumps(_layout(trainer) | {"files": files}, indent=1).encode())
+            CheckpointManifest(Layout.of(trainer), files).write(draft)
             # Data first, then the rename, then the folder's entry: a power failure leaves the old or the new checkpoint
             # complete.
             sync_tree(draft)
@@ -233,41 +237,16 @@ def _written_by_rank_0(state: Path) -> list[Path]:
     return [path for path in (state / REPLICATED, *state.rglob("index.json")) if path.is_file()]
 
 
-def _layout(trainer: pl.Trainer) -> dict[str, Any]:
-    """How the weights and the examples of a step are distributed over the processes."""
-    strategy = trainer.strategy
-    stage, weights = 0, "replicated"
-    if isinstance(strategy, either("DeepSpeedStrategy")):
-        assert isinstance(strategy.config, dict)
-        stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
-        if isinstance(strategy, EvertuneDeepSpeed) and strategy.can_be_portable:
-            weights = "portable"
-    return {
-        "processes": trainer.world_size,
-        "weights": weights,
-        "zero_stage": stage,
-        "batch_size": getattr(trainer.train_dataloader, "batch_size", None),
-        "accumulation": trainer.accumulate_grad_batches,
-    }
-
-
-def _check_strategy(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
+def _check_strategy(folder: Path, saved: Layout, here: Layout) -> None:
     """Reject a checkpoint whose weights this fit cannot read."""
-    here = _layout(trainer)
-    what = ["weights"] if here["weights"] != "deepspeed" else ["weights", "processes", "zero_stage"]
-    if any(saved[key] != here[key] for key in what):
+    if not here.can_read(saved):
         raise ValueError(
-            f"the checkpoint {folder} was written by {_in_words(saved)}, this fit has {_in_words(here)}. Inside an "
-            "update the kind of strategy must stay the same, and where checkpoints are DeepSpeed's own the number of "
-            "processes and the stage too: resume with the same settings (ZeRO works on one process), or delete the "
-            "checkpoint and restart the update from the previous version. Between two updates they may change"
+            f"the checkpoint {folder} was written by {saved.describe_processes()}, this fit has "
+            f"{here.describe_processes()}. Inside an update the kind of strategy must stay the same, and where "
+            "checkpoints are DeepSpeed's own the number of processes and the stage too: resume with the same settings "
+            "(ZeRO works on one process), or delete the checkpoint and restart the update from the previous version. "
+            "Between two updates they may change"
         )
-
-
-def _in_words(layout: dict[str, Any]) -> str:
-    processes, stage = layout["processes"], layout["zero_stage"]
-    own = " and DeepSpeed's own checkpoints" * (layout["weights"] == "deepspeed")
-    return f"{processes} process{'es' * (processes > 1)} {f'with ZeRO-{stage}{own}' if stage else 'without ZeRO'}"
 
 
 def _check_files(folder: Path, files: dict[str, str], trainer: pl.Trainer) -> None:
@@ -283,27 +262,23 @@ def _check_files(folder: Path, files: dict[str, str], trainer: pl.Trainer) -> No
             )
 
 
-def _check_steps(folder: Path, saved: dict[str, Any], trainer: pl.Trainer) -> None:
+def _check_steps(folder: Path, saved: Layout, trainer: pl.Trainer) -> None:
     """Reject a checkpoint if the optimizer steps would use other examples."""
-    here = _layout(trainer)
-    if all(saved[key] == here[key] for key in ("processes", "batch_size", "accumulation")):
+    here = Layout.of(trainer)
+    if here.has_same_batches(saved):
         return
-    if step_size_of(saved) != step_size_of(here):
+    if saved.step_size != here.step_size:
         raise ValueError(
-            f"the checkpoint {folder} was written in optimizer steps of {_step_in_words(saved)} examples, this fit has "
-            f"{_step_in_words(here)}: keep the product, as evertune.training.elastic.layout does, or delete the "
+            f"the checkpoint {folder} was written in optimizer steps of {saved.describe_step()} examples, this fit has "
+            f"{here.describe_step()}: keep the product, as evertune.training.elastic.layout does, or delete the "
             "checkpoint and restart the update from scratch"
         )
     if not isinstance(getattr(trainer.train_dataloader, "sampler", None), BucketSampler):
         raise ValueError(
-            f"the checkpoint {folder} was written by {_step_in_words(saved)} examples a step, this fit has "
-            f"{_step_in_words(here)}: only loaders of ExperienceDataModule deal the same examples to another number of "
+            f"the checkpoint {folder} was written by {saved.describe_step()} examples a step, this fit has "
+            f"{here.describe_step()}: only loaders of ExperienceDataModule deal the same examples to another number of "
             "processes. Use one, or resume with the same settings"
         )
-
-
-def _step_in_words(layout: dict[str, Any]) -> str:
-    return f"{layout['processes']} (processes) x {layout['batch_size']} (batch_size) x {layout['accumulation']}"
 
 
 def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, Any]:
@@ -352,32 +327,3 @@ def _reseed(content: bytes, trainer: pl.Trainer) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-MANIFEST = "checkpoint.json"
-
-
-def step_size_of(manifest: dict[str, Any]) -> int | None:
-    """Examples in an optimizer step of the fit that wrote a checkpoint; None if its loader has no batch size."""
-    batch_size = manifest["batch_size"]
-    return None if batch_size is None else int(manifest["processes"] * batch_size * manifest["accumulation"])
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint: the layout of the fit that wrote it, and the digests of its files.
-
-    Args:
-        folder: Folder of the checkpoint's step.
-
-    Raises:
-        ValueError: If the manifest is damaged or of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        missing = {"processes", "weights", "zero_stage", "batch_size", "accumulation", "files"} - manifest.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete the checkpoint and restart the update") from None
-    if missing:
-        raise ValueError(f"{path} is damaged or of another version: {sorted(missing)} are missing")
-    return manifest  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evertune.training.checkpoint import read_manifest, step_size_of
+from evertune.training.manifest import CheckpointManifest
 
 
 def share_out(step_size: int, processes: int, at_most: int) -> tuple[int, int]:
@@ -78,8 +78,7 @@ def layout(
         ((16, 1), (16, 4))
     """
     if checkpoint is not None:
-        saved = read_manifest(Path(checkpoint).parent)
-        step_size = step_size_of(saved)
+        step_size = CheckpointManifest.read(Path(checkpoint).parent).layout.step_size
     if step_size is None or step_size == processes * batch_size * accumulation:
         return batch_size, accumulation
     return share_out(step_size, processes, batch_size)

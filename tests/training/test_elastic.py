@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
 from evertune.memory.codec import decode
-from evertune.training.checkpoint import UpdateCheckpoint, latest, read_manifest
+from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.elastic import layout, share_out
+from evertune.training.manifest import CheckpointManifest, Layout
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.resume_worker import elastic, first
@@ -215,9 +216,8 @@ def test_nothing_in_a_checkpoint_under_zero_needs_pickle(killed: Path) -> None:
     assert {path.suffix for path in files} == read.keys()
     for path in files:
         read[path.suffix](path)
-    manifest = read_manifest(killed / "checkpoints" / "step-12")
-    kept = ("processes", "weights", "zero_stage", "batch_size", "accumulation")
-    assert [manifest[key] for key in kept] == [2, "portable", 2, 2, 2]
+    manifest = CheckpointManifest.read(killed / "checkpoints" / "step-12")
+    assert manifest.layout == Layout(2, "portable", zero_stage=2, batch_size=2, accumulation=2)
 
 
 def edit(path: Path, damage: str) -> None:
