@@ -104,6 +104,7 @@ def _card_length(candidate: str) -> int:
 
 
 def _is_card(digits: str) -> bool:
+    # The Luhn algorithm: every second digit from the right is doubled, and its digits are added.
     luhn = sum(map(int, digits[-1::-2])) + sum(_DOUBLED[int(digit)] for digit in digits[-2::-2])
     return luhn % 10 == 0 and _CARD.fullmatch(digits) is not None
 
@@ -115,6 +116,7 @@ def _iban_length(candidate: str) -> int:
         return 0
     end = places[length - 1] + 1
     account = "".join(candidate[place] for place in places[:length])
+    # ISO 7064: the first four characters go to the end, letters become two digits, and the remainder must be 1.
     number = int("".join(str(int(char, 36)) for char in account[4:] + account[:4]))
     return end if number % 97 == 1 and not candidate[end : end + 1].isalnum() else 0
 
