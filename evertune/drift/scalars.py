@@ -239,7 +239,7 @@ class HDDM(_RiverDetector):
         binary = library("river.drift", "drift").binary
         river = binary.HDDMA(_CUT_CONFIDENCE, _CUT_CONFIDENCE, two_sided_test=True)
         mean = river._z
-        mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's generic clone() is slow
+        mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's own takes 15 microseconds
         return river
 
     def _statistic(self) -> float:
