@@ -64,7 +64,7 @@ class Check:
 class Verdict:
     """The decision of the gate, with its reasons.
 
-    The same predictions give the same verdict, and :meth:`to_dict` the same JSON, byte by byte.
+    The same predictions give the same verdict, and :meth:`to_dict` the same JSON, byte for byte.
 
     Args:
         passed: Whether all checks passed.

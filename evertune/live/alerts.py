@@ -122,7 +122,7 @@ class Webhook(Alert):
             message = self._waiting.get()
             try:
                 self._deliver(message)
-            except Exception as error:  # whatever it is, the next event may get through
+            except Exception as error:  # whatever the error, the next event may be delivered
                 self._dropped(message["event"], type(error).__name__)
             self._waiting.task_done()
 

@@ -69,7 +69,7 @@ class Telemetry:
             "evertune_update_seconds", "How long updates took", buckets=_SECONDS, registry=self.registry
         )
 
-    # --- what happens
+    # --- events
 
     def beat(self) -> None:
         """Note that the loop is alive."""
@@ -123,7 +123,7 @@ class Telemetry:
             self._source_up.set(1)
             self._facts["source"] = "ok"
 
-    # --- what is seen
+    # --- state and endpoints
 
     @property
     def health(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def train(
     start = time.perf_counter()
     checkpoints = staging / CHECKPOINTS
     callbacks: list[pl.Callback] = [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)]
-    if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher's supervisor looks after this process
+    if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher supervises this process
         callbacks += [Preemption(), Heartbeat()]
     learner = trainer.anew(
         callbacks,

@@ -219,7 +219,7 @@ class Updater:
         self.staging = Path(work_dir) if work_dir is not None else self.registry.store.local("staging")
         self._backlog = Backlog(self.registry, self.journal, self.staging, self._config_digest())
 
-    # --- what there is to do
+    # --- pending work
 
     def intake(self) -> IntakeReport:
         """Take the records that have arrived from the source into the journal. Requires the registry's lease.
@@ -482,7 +482,7 @@ class Updater:
         words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {_reasons(verdict)}"
         return Outcome(status, words, version.number, verdict, {**version.manifest.seconds, **seconds})
 
-    # --- what the plan rests on
+    # --- planning and its inputs
 
     def _plan(self) -> Plan | Outcome:
         self.intake()

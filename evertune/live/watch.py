@@ -312,7 +312,7 @@ class Watch:
         reader.join(5)
         return process.returncode
 
-    # --- what goes wrong
+    # --- failures, reports and alerts
 
     def _try(self, trouble: _Trouble, step: Callable[[], _T]) -> _T | None:
         """Run one step of the loop unless it is backing off; any error is reported, and the loop continues."""

@@ -165,7 +165,7 @@ class Registry:
     def __repr__(self) -> str:
         return f"Registry({self.store.root!r})"
 
-    # --- what there is
+    # --- reading
 
     def versions(self) -> list[Version]:
         """All versions, oldest first. A version whose manifest is damaged is left out, with a warning."""
@@ -221,7 +221,7 @@ class Registry:
             numbers.pop()  # left by an interrupted publication: the number is used again
         return numbers[-1] + 1 if numbers else 1
 
-    # --- what changes it
+    # --- writing
 
     def lease(self, owner: str | None = None, ttl: float = 60.0) -> Lease:
         """The exclusive right to write, as a context manager.
@@ -371,7 +371,7 @@ class Registry:
             state.events.append(event | ({"discard": now} if discard else {}))
         return version
 
-    # --- whether it is sound
+    # --- checking and comparing
 
     def verify(self, which: int | str | None = None) -> list[str]:
         """The defects of a version, or of all versions and the aliases, as messages; see :meth:`inspect`.
@@ -455,7 +455,7 @@ class Registry:
             "size": [sum(size.values()) for size in sizes],
         }
 
-    # --- what it no longer needs
+    # --- garbage collection
 
     def garbage(self, keep: int = 5, stale_days: float = 7.0) -> list[Garbage]:
         """The files and folders that :meth:`gc` would delete, in that order.
@@ -517,7 +517,7 @@ class Registry:
                 self.store.delete(name)
         return names
 
-    # --- inside
+    # --- internals
 
     def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
         """The segments of records that every retained version has learned, but never the newest."""
@@ -672,7 +672,7 @@ def _event(action: str, old: int | None, new: int, reason: str, by: str | None) 
 def _who() -> str:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a list of users
+    except (KeyError, OSError):  # a container whose user has no entry in /etc/passwd
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 

@@ -118,7 +118,7 @@ class FolderSource(Source):
         self._max_line_bytes = max_line_bytes
         self._warned = False
         self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None  # where the last chunk ended
-        self._listed: tuple[Offset, dict[str, _Info]] | None = None  # what a full chunk has left
+        self._listed: tuple[Offset, dict[str, _Info]] | None = None  # files that a full chunk has left unread
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         """The next records, at most ``limit`` of them, file by file.

@@ -21,7 +21,7 @@ _Line = tuple[int, bytes, bool]  # its length in the file, its text, and whether
 
 _BLOCK = 1 << 20  # bytes read at once
 _WINDOW = 4096  # bytes at either end that a fingerprint covers
-_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # of a Parquet file, decoded at once
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # maximum rows and bytes of a Parquet file decoded at once
 _MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 

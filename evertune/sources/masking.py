@@ -138,9 +138,9 @@ def _digits(text: str) -> str:
 
 
 _AT = re.compile("@")
-_NUMBER = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}", re.ASCII)  # what cards, accounts and phones have at least
+_NUMBER = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}", re.ASCII)  # the digits that any card, account or phone has
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_BEFORE = r"(?<![\w+.,:/-])"  # what an American or local phone number does not follow on
+_BEFORE = r"(?<![\w+.,:/-])"  # an American or local phone number must not follow these
 _PATTERNS: dict[str, list[_Pattern]] = {
     "url_credentials": [_Pattern(_AT, re.compile(r"://[^\s/?#]*@"), "://<CREDENTIALS>@")],
     "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]*+@[\w-]++(?:\.[\w-]++)++"), "<EMAIL>")],
@@ -236,9 +236,9 @@ class PatternMasker(Masker):
 
             - ``"email"`` becomes ``<EMAIL>``;
             - ``"phone"`` becomes ``<PHONE>``;
-            - ``"credit_card"`` (13 to 19 digits of the card schemes' numbers with a right check digit) becomes
+            - ``"credit_card"`` (13 to 19 digits of the card schemes' numbers with a valid check digit) becomes
               ``<CREDIT_CARD>``;
-            - ``"iban"`` (of the country's length, with right check digits) becomes ``<IBAN>``;
+            - ``"iban"`` (of the country's length, with valid check digits) becomes ``<IBAN>``;
             - ``"ip"`` (IPv4 and IPv6) becomes ``<IP>``;
             - ``"url_credentials"``: ``https://user:password@host`` becomes ``https://<CREDENTIALS>@host``;
             - ``"secret"`` (what has a well-known form: keys of AWS, GitHub, GitLab, Google, OpenAI, Slack and Stripe,
@@ -331,7 +331,7 @@ class PresidioMasker(Masker):
             if result.start >= done:
                 parts += [text[done : result.start], name]
                 best = result.score
-            elif result.score > best:  # it overlaps with the one before: one name for both
+            elif result.score > best:  # overlaps with the one before: the name with the higher score stands for both
                 parts[-1], best = name, result.score
             done = max(done, result.end)
         return "".join(parts) + text[done:]

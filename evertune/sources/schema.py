@@ -179,7 +179,7 @@ class RecordSchema:
             ValueError: If the record does not fit the schema. The message gives the reasons and names the fields.
         """
         checked = self._validated(value)
-        if not self._made:  # the fields of a model made here cannot hold such values
+        if not self._made:  # a model made from ``fields`` cannot hold such values
             _refuse_unwritable(self._as_json(checked, "python"))
         record = self._as_json(checked, "json")
         field = ""

@@ -89,7 +89,7 @@ class Schedule(Trigger):
     def _newest(self, moment: datetime) -> datetime:
         """The latest scheduled time that is not after ``moment``."""
         croniter = library("croniter", "live").croniter
-        after = moment.astimezone(self.timezone) + timedelta(milliseconds=1)  # get_prev means strictly before
+        after = moment.astimezone(self.timezone) + timedelta(milliseconds=1)  # get_prev() is strictly before
         found: datetime = croniter(self.cron, after).get_prev(datetime)
         return found
 

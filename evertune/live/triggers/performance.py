@@ -66,9 +66,9 @@ class PerformanceDrop(Trigger):
         self._version: int | None = None
         self._scored = False
         self._held_out: _Answers = _NONE
-        self._said: dict[tuple[int | str, ...], _Answers] = {}  # in a window, by its place and its records' ids
-        self._windows: tuple[int, list[_Answers]] = (0, [])  # pending records, and what was said in the newest windows
-        self._confidence: dict[tuple[str, str], float] = {}  # in texts that wait, by their ids and origins
+        self._said: dict[tuple[int | str, ...], _Answers] = {}  # answers by a window's position and ids
+        self._windows: tuple[int, list[_Answers]] = (0, [])  # number of pending records, and the newest answers
+        self._confidence: dict[tuple[str, str], float] = {}  # confidence on texts that wait, by their ids and origins
 
     def reason(self, situation: Situation) -> str | None:
         if situation.production is None or situation.production.number != self._version:
@@ -177,7 +177,7 @@ def fisher(before: int, n_before: int, now: int, n_now: int) -> float:
         return np.asarray(log_factorial[n] - log_factorial[k] - log_factorial[n - k])
 
     k = np.arange(max(0, successes - n_before), now + 1)
-    # In logarithms: the binomial coefficients themselves overflow at a few hundred records.
+    # In logarithms: the binomial coefficients themselves overflow at about a thousand records.
     terms = log_choose(n_now, k) + log_choose(n_before, successes - k) - log_choose(total, successes)
     return min(1.0, float(np.exp(terms).sum()))
 
