@@ -1,4 +1,4 @@
-"""When the world has changed: featurisers that never learn, and detectors with a stated false-alarm rate."""
+"""Drift detection: featurisers that never learn, and detectors with a stated false-alarm rate."""
 
 from typing import TYPE_CHECKING
 

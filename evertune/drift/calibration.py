@@ -1,9 +1,9 @@
-"""Thresholds that keep a stated average run length, found from a reference alone.
+"""Thresholds for a stated average run length, calibrated from a reference alone.
 
-A run starts when a detector is armed and ends with an alarm, while nothing has changed. Its length has two sources of
-chance: the records to come, and the reference, which is one sample of many that the user might have had. Both are
-imitated: the reference is resampled to make other references and other streams (the bootstrap; Efron 1979), and the
-threshold is chosen so that the mean run length over both is the one asked for.
+A run starts when a detector is armed and ends with an alarm, while nothing has changed. Its length is random for two
+reasons: the records to come are random, and so is the reference, which is one of many samples that the user might have
+had. Both are simulated: the reference is resampled to make other references and other streams (the bootstrap; Efron
+1979), and the threshold is chosen so that the mean run length over both is the requested one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 def resample(n: int, shape: tuple[int, ...], block_size: int, generator: torch.Generator) -> Tensor:
     """Positions in a reference of ``n`` records, drawn with replacement in blocks of consecutive ones.
 
-    The circular block bootstrap (Politis & Romano 1992): blocks keep the correlation of records that are near in time,
-    and the reference is a ring, so that every record is drawn as often.
+    The circular block bootstrap (Politis & Romano 1992): blocks preserve the correlation of records that are close in
+    time, and the reference is treated as a ring, so that every record is drawn equally often.
 
     Args:
-        n: records in the reference.
-        shape: of the result; the last dimension is time.
-        block_size: records that are drawn together; 1 for records that are independent.
-        generator: what is drawn depends on nothing else.
+        n: Number of records in the reference.
+        shape: Shape of the result; the last dimension is time.
+        block_size: Number of consecutive records that are drawn together; 1 for independent records.
+        generator: Source of all randomness.
 
     Returns:
-        Integers below ``n`` of the shape asked for.
+        Integers below ``n``, of the given shape.
 
     Example:
         >>> resample(10, (2, 6), 3, torch.Generator().manual_seed(0)).shape
@@ -41,24 +41,24 @@ def resample(n: int, shape: tuple[int, ...], block_size: int, generator: torch.G
 
 
 def resample_windows(n: int, count: int, window_size: int, block_size: int, generator: torch.Generator) -> Tensor:
-    """Positions of windows of a reference of ``n`` records, none twice in a window.
+    """Positions of windows of a reference of ``n`` records, with no record twice in a window.
 
-    New records seldom repeat, so a window that holds the same one twice would be too far from the others: with many
-    features, where all records are about equally far from each other, by much. The blocks of the reference are shuffled
-    and dealt to as many windows as they fill, again and again.
+    New records seldom repeat, so that a window which contains the same record twice would be too far from the others;
+    with many features, where all records are about equally far from each other, much too far. The blocks of the
+    reference are therefore shuffled and dealt to as many windows as they fill, repeatedly.
 
-    A window of ``w`` records without repetition is nearer to the mean of all than a new one, by a factor of
-    ``sqrt(1 - w / n)`` (the finite population correction): see :func:`apart`.
+    A window of ``w`` records without repetition is closer to the mean of the reference than a window of new records, by
+    a factor of ``sqrt(1 - w / n)`` (the finite population correction): see :func:`apart`.
 
     Args:
-        n: records in the reference.
-        count: windows.
-        window_size: a multiple of ``block_size``, and at most half of ``n``.
-        block_size: records that are drawn together; where the first block starts is drawn, too.
-        generator: what is drawn depends on nothing else.
+        n: Number of records in the reference.
+        count: Number of windows.
+        window_size: Number of records in a window: a multiple of ``block_size``, and at most half of ``n``.
+        block_size: Number of consecutive records that are drawn together; the start of the first block is random, too.
+        generator: Source of all randomness.
 
     Returns:
-        Integers below ``n``: ``[count, window_size]``.
+        Integers below ``n``, ``[count, window_size]``.
 
     Example:
         >>> windows = resample_windows(8, 4, 4, 2, torch.Generator().manual_seed(0))
@@ -75,8 +75,8 @@ def resample_windows(n: int, count: int, window_size: int, block_size: int, gene
 
 
 def apart(n: int, window_size: int) -> float:
-    """What the distance of a resampled window from the mean of the reference has to be multiplied by to be that of a
-    new one; see :func:`resample_windows`."""
+    """The factor that corrects the distance of a resampled window from the mean of the reference to that of a window of
+    new records; see :func:`resample_windows`."""
     return math.sqrt(n / (n - window_size))
 
 
@@ -88,16 +88,17 @@ def threshold_of_tests(scores: Tensor, run_length: float) -> float:
     bias where alarms are rare.
 
     Args:
-        scores: ``[tests, references]``, of resampled tests against resampled references.
-        run_length: the mean number of tests up to a false alarm.
+        scores: Scores of resampled tests against resampled references, ``[tests, references]``.
+        run_length: Mean number of tests up to a false alarm.
 
     Returns:
-        The smallest of the scores that keeps the run length, where alarms are scores above it.
+        The smallest score that keeps the run length, if scores above it are alarms.
 
     Raises:
-        ValueError: when there are too few tests to tell such a rate.
+        ValueError: If there are too few tests to estimate such a rate.
     """
     n, references = scores.shape
+    # Only the tail matters: ten times the expected number of alarms is kept, which saves sorting all scores.
     largest = scores.topk(min(n, math.ceil(10 * n / run_length)), 0).values
     ordered = largest.flip(0).T.contiguous()  # [references, tests], ascending
 
@@ -109,22 +110,22 @@ def threshold_of_tests(scores: Tensor, run_length: float) -> float:
 
 
 def threshold_of_paths(maxima: Tensor, times: Tensor, run_length: float) -> float:
-    """The threshold for scores that follow each other in time, from paths of them.
+    """The threshold for scores that follow each other in time, from simulated paths.
 
-    Runs that are longer than the paths are counted by the time that they lasted: the mean run length of a reference is
-    the time watched, divided by the number of alarms. (Of run lengths that are exponentially distributed, as those of
-    rare alarms are, that is the maximum likelihood estimate; with one alarm more, its bias is removed.)
+    Runs that are longer than the paths are censored: the mean run length of a reference is the total time watched,
+    divided by the number of alarms. (If run lengths are exponentially distributed, as those of rare alarms are, this is
+    the maximum likelihood estimate; counting one more alarm removes its bias.)
 
     Args:
-        maxima: ``[moments, paths, references]``: the largest score of each path up to each moment.
-        times: ``[moments]``: how long a path has lasted at each moment, in records; ascending.
-        run_length: the mean number of records up to a false alarm.
+        maxima: Largest score of each path up to each moment, ``[moments, paths, references]``.
+        times: Length of a path at each moment, in records, ascending, ``[moments]``.
+        run_length: Mean number of records up to a false alarm.
 
     Returns:
-        The smallest of the last maxima that keeps the run length, where alarms are scores above it.
+        The smallest of the final maxima that keeps the run length, if scores above it are alarms.
 
     Raises:
-        ValueError: when the paths are too few or too short to tell such a rate.
+        ValueError: If the paths are too few or too short to estimate such a rate.
     """
     moments, paths, _ = maxima.shape
     before = torch.cat([torch.zeros(1), times.double()])
@@ -146,6 +147,7 @@ def _smallest(scores: Tensor, mean_run_length: Callable[[Tensor], float], asked:
         raise ValueError(
             f"{scores.shape[0]} resampled runs can calibrate run lengths up to {longest:.3g}, not {asked:.3g}"
         )
+    # The mean run length grows with the threshold, so that a binary search finds the smallest one.
     while low < high:
         middle = (low + high) // 2
         if mean_run_length(candidates[middle]) >= asked:

@@ -1,4 +1,4 @@
-"""A classifier that tries to tell the new records from the old."""
+"""A classifier that tries to distinguish new records from the reference."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.nn.functional import embedding_bag
 from evertune.drift.calibration import resample, resample_windows
 from evertune.drift.windows import _REFERENCES, WindowDetector
 
-_COMPONENTS = 64  # random directions that more features are reduced to: their covariance is known from a few hundred
-_RIDGE = 0.05  # of the average variance, added to each
+_COMPONENTS = 64  # random directions that more features are reduced to: a few hundred records give their covariance
+_RIDGE = 0.05  # share of the average variance that is added to each variance
 _PART = 64  # windows scored at once
 
 
 class ClassifierTest(WindowDetector):
-    """Trains a small classifier to tell each window from the reference: if it can, the world has changed.
+    """Trains a small classifier to distinguish each window from the reference; if it can, the data has drifted.
 
     The classifier two-sample test (Lopez-Paz & Oquab 2017; Kim, Ramdas, Singh & Wasserman 2021) with a linear
-    discriminant: learned from all folds of the window but one, with the reference's covariance, it ranks the records of
-    the one left out; each fold in turn. The score is the area under the ROC curve: how often a new record is ranked
-    above an old one, 0.5 for chance and 1 when every record gives the change away (both as if normal, with the spread
-    of the new ones along the direction that was learned: Green & Swets 1966). It sees changes of the mean of the
-    features; :attr:`weights` say which.
+    discriminant: it is learned from all folds of the window but one, with the reference's covariance, and ranks the
+    records of the fold left out; each fold in turn. The score is the area under the ROC curve: how often a new record
+    is ranked above an old one, 0.5 by chance and 1 if every record reveals the change. (It is computed as if both were
+    normal, with the spread of the new records along the learned direction: Green & Swets 1966.) The test detects
+    changes in the mean of the features; :attr:`weights` shows which features have changed.
 
-    False alarms come once in ``arl`` records, on average over references and streams: the whole procedure is repeated
+    False alarms occur once in ``arl`` records, on average over references and streams: the whole procedure is repeated
     on resampled windows and references (see :class:`~evertune.drift.windows.WindowDetector`), so that what a classifier
-    learns from chance is not an alarm. Above 64 features it works in 64 random directions.
+    learns by chance is not an alarm. More than 64 features are projected on 64 random directions.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -41,22 +41,22 @@ class ClassifierTest(WindowDetector):
         (True, 0.73, 1)
 
     Args:
-        arl: average run length: how many records, on average, from one false alarm to the next.
-        reference_size: records in the reference.
-        window_size: records in a test.
-        block_size: records resampled together: many times the stretch over which they are correlated, or what is
-            learned from a record that is near helps with the next more than it does in resampled windows. Must divide
-            both sizes.
-        n_folds: parts of a window, consecutive records each. Must divide ``window_size``.
-        seed: of the random directions and the resampling.
+        arl: Average run length: the mean number of records from one false alarm to the next. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 512.
+        window_size: Number of records in a test. Default: 64.
+        block_size: Number of consecutive records that are resampled together: many times the stretch over which they
+            are correlated, as otherwise what is learned from a record helps to rank its neighbours more than it does in
+            resampled windows. Must divide both sizes. Default: 1, for independent records.
+        n_folds: Number of folds of a window, of consecutive records each. Must divide ``window_size``. Default: 4.
+        seed: Seed of the random directions and the resampling.
 
     Attributes:
-        weights: ``[n_features]``, the discriminant of the last test (of the first alarm, where the last ``update``
-            raised one); the records that came score higher than those of the reference. Empty before the first test.
+        weights: The discriminant of the last test (of the first alarm, if the last ``update`` raised one),
+            ``[n_features]``; new records score higher than those of the reference. Empty before the first test.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named).
+        ValueError: If a setting is out of its range, or the reference is too small for the false-alarm rate (the
+            message names the size needed).
     """
 
     _kept = ("_mean", "_null", "_window", "_filled", "_whiten", "_centre", "weights")
@@ -90,6 +90,7 @@ class ClassifierTest(WindowDetector):
             directions = torch.linalg.qr(torch.randn(n_features, _COMPONENTS, generator=generator).double()).Q
         records = (reference - self._centre) @ directions
         values, vectors = torch.linalg.eigh(records.T @ records / len(records))
+        # The ridge keeps directions in which the reference hardly varies from dominating the discriminant.
         values = values.clamp(min=0) + _RIDGE * values.mean()
         self._whiten = directions @ vectors / torch.where(values > 0, values, 1.0).sqrt()
 
@@ -107,13 +108,15 @@ class ClassifierTest(WindowDetector):
         scores = torch.empty(n_tests, _REFERENCES)
         for part in torch.arange(n_tests).split(_PART):
             windows = records[resample_windows(n, len(part), size, self.block_size, generator)]
-            # Records that are drawn without repetition lean away from each other; a mean of their own brings that back.
+            # Records drawn without repetition are negatively correlated; moving each window to the mean of another
+            # resampled reference restores the variance of its mean.
             moved = others[torch.randint(_REFERENCES, (len(part), 1), generator=generator)] - records.mean(0)
             scores[part] = self._areas(windows + moved, references)
         self._calibrate(scores)
 
     def _areas(self, windows: Tensor, references: Tensor) -> Tensor:
-        """Areas under the ROC curve: ``[windows, window_size, n_map]``, ``[references, n_map]`` to both's number."""
+        """Areas under the ROC curve: ``[windows, window_size, n_map]`` and ``[references, n_map]`` to ``[windows,
+        references]``."""
         folds = windows.unflatten(1, (self.n_folds, -1))
         learned = self._learnt(folds)
         # (x - r) . (a - r) / |a - r|, for a record x left out, the mean a of the others, and the reference's mean r
@@ -127,12 +130,13 @@ class ClassifierTest(WindowDetector):
         return areas
 
     def _learnt(self, folds: Tensor) -> Tensor:
-        """The mean of the records outside of each fold: ``[windows, folds, records, n_map]`` to all but records."""
+        """The mean of the records outside each fold: ``[windows, folds, records, n_map]`` to ``[windows, folds,
+        n_map]``."""
         sums = folds.sum(2)
         return (sums.sum(1, keepdim=True) - sums) / (self.window_size - folds.shape[2])
 
     def sums(self, records: Tensor, positions: Tensor, count: int) -> None:
-        """None: the records themselves are needed, see :meth:`update`."""
+        """Always None, as the records themselves are needed; see :meth:`update`."""
 
     def _watch(self, records: Tensor) -> None:
         kept = torch.cat([self._window, self._map(records)])

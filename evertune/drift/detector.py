@@ -1,4 +1,4 @@
-"""What every drift detector is: records go in one after the other, and now and then it says that the world changed."""
+"""The interface of all drift detectors: they take records one after the other, and raise an alarm when these change."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor
 class Detector(ABC):
     """Watches a stream of feature vectors and detects a change of their distribution.
 
-    Only the order of the records matters, never how they are cut into batches. Bad input is refused before it changes
-    anything. Memory is bounded. A subclass writes :meth:`_observe`, :meth:`_clear`, :meth:`state_dict` and
+    Only the order of the records matters, not how they are split into batches. Bad input is refused before it changes
+    anything. Memory is bounded. A subclass implements :meth:`_observe`, :meth:`_clear`, :meth:`state_dict` and
     :meth:`load_state_dict`.
 
     Attributes:
-        drift_detected: whether a record of the last :meth:`update` completed a test that raised the alarm.
-        score: the statistic of the last test (of the first alarm, where the last :meth:`update` raised one); the
-            larger, the more has changed. NaN before the first test.
-        threshold: an alarm is a score above it. NaN until the detector is armed.
-        p_value: the p-value of the same test; NaN before the first, and for detectors that have none.
-        n_seen: records seen since the start or the last :meth:`reset`.
-        n_tests: tests made since then.
+        drift_detected: Whether a record of the last :meth:`update` completed a test that raised an alarm.
+        score: Statistic of the last test (of the first alarm, if the last :meth:`update` raised one); the larger, the
+            more has changed. NaN before the first test.
+        threshold: Scores above it are alarms. NaN until the detector is armed.
+        p_value: P-value of the same test; NaN before the first test, and for detectors without p-values.
+        n_seen: Number of records seen since the start or the last :meth:`reset`.
+        n_tests: Number of tests made since then.
         detected_at: ``n_seen`` at the last alarm (the record that raised it is number ``detected_at - 1``), or None.
     """
 
@@ -35,15 +35,15 @@ class Detector(ABC):
         self.reset()
 
     def update(self, x: Any) -> None:
-        """Look at one record or several.
+        """Process one or several records.
 
         Args:
-            x: a number; one record ``[n_features]``; or several in order ``[records, n_features]``. A tensor, an array
-                or nested lists; they are detached and used as float32 on the CPU.
+            x: A number, one record ``[n_features]``, or several records in order ``[records, n_features]``: a tensor,
+                an array or nested lists. They are detached and used as float32 on the CPU.
 
         Raises:
-            ValueError: for an empty batch, NaN or infinite features, another number of features than before, or more
-                than two dimensions. The detector is left as it was.
+            ValueError: If the batch is empty, features are NaN or infinite, their number differs from before, or there
+                are more than two dimensions. The detector is left unchanged.
         """
         records = self.validated(x)
         self.n_features = records.shape[1]
@@ -51,7 +51,7 @@ class Detector(ABC):
         self._observe(records)
 
     def reset(self) -> None:
-        """Forget everything seen: the next records are the new reference."""
+        """Forget everything seen: the next records become the new reference."""
         self.drift_detected = False
         self.score = self.threshold = self.p_value = math.nan
         self.n_seen = self.n_tests = 0
@@ -66,29 +66,30 @@ class Detector(ABC):
 
     @abstractmethod
     def _observe(self, records: Tensor) -> None:
-        """Take valid records ``[records, n_features]``; keep ``n_seen`` and the attributes of a test up to date."""
+        """Process valid records ``[records, n_features]``; keep ``n_seen`` and the attributes of a test up to date."""
 
     @abstractmethod
     def _clear(self) -> None:
-        """Drop what :meth:`_observe` has gathered."""
+        """Drop everything that :meth:`_observe` has gathered."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to resume mid-stream: tensors, numbers and strings only."""
+        """The state for resuming in the middle of a stream: tensors, numbers and strings only."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`: no later decision differs.
+        """Resume from :meth:`state_dict`, with the same decisions as without the interruption.
 
         Raises:
-            ValueError: when the state was saved by a detector with other settings.
+            ValueError: If the state was saved by a detector with other settings.
         """
 
     def validated(self, x: Any) -> Tensor:
-        """Records as :meth:`update` takes them, ``[records, n_features]``, float32 on the CPU; nothing is looked at.
+        """Records as :meth:`update` takes them, ``[records, n_features]`` in float32 on the CPU, without processing
+        them.
 
         Raises:
-            ValueError: as :meth:`update` does.
+            ValueError: As for :meth:`update`.
         """
         records = torch.as_tensor(x).detach().to("cpu", torch.float32)
         if records.ndim > 2:
@@ -111,7 +112,7 @@ class Detector(ABC):
         return records
 
     def _test(self, score: float, p_value: float) -> None:
-        """Record one test, made after record number ``n_seen``; the first alarm of an update stands."""
+        """Record one test, made after record number ``n_seen``. The first alarm of an update is kept."""
         self.n_tests += 1
         if not self.drift_detected:
             self.score, self.p_value = score, p_value
@@ -122,7 +123,7 @@ class Detector(ABC):
 def settings_of(configured: object) -> dict[str, float | str]:
     """The arguments of an object's constructor, read from its attributes of the same names.
 
-    What a state is saved with: numbers and strings only, so None becomes 0, and several numbers become text.
+    They are saved with a state, as numbers and strings only: None becomes 0, and several numbers become text.
     """
 
     def plain(value: Any) -> float | str:
@@ -136,7 +137,7 @@ def check_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Refuse a state that was saved with other settings.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: If a setting differs. The message names the first.
     """
     for name, value in own.items():
         if saved.get(name) != value:

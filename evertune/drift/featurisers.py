@@ -1,4 +1,4 @@
-"""From a batch to one vector per example, by something that never learns: else learning would look like drift."""
+"""Featurisers, from a batch to one vector per example; they never learn, as learning would look like drift."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _MIX = (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85)  # odd multipliers below 2**63
 class HashedNgrams:
     """Counts of n-grams, hashed into a vector of unit length: no model, microseconds per text.
 
-    Of token numbers (the ``input_ids`` of a batch, padding left out) or of words (a list of strings, or such a list
-    under ``key``). Each n-gram is added to or subtracted from one feature, so that collisions cancel on average
-    (Weinberger et al. 2009).
+    The n-grams are of token numbers (the ``input_ids`` of a batch, without padding) or of words (a list of strings, or
+    such a list under ``key``). Each n-gram is added to or subtracted from one feature, so that collisions cancel on
+    average (Weinberger et al. 2009).
 
     Example:
         >>> features = HashedNgrams(n_features=64)(["the cat sat", "the cat sat", "a dog ran away"])
@@ -31,15 +31,15 @@ class HashedNgrams:
         (torch.Size([3, 64]), True, False)
 
     Args:
-        n_features: length of the vector.
-        max_order: longest n-gram; 2 counts single tokens and pairs.
-        key: where a mapping batch holds the token numbers or strings.
-        mask_key: where it holds the mask (0: padding); without one every token counts.
-        seed: another seed hashes differently.
+        n_features: Length of the vector. Default: 256.
+        max_order: Length of the longest n-gram. The default of 2 counts single tokens and pairs.
+        key: Key of a mapping batch that holds the token numbers or strings.
+        mask_key: Key of a mapping batch that holds the mask (0 for padding); without a mask every token counts.
+        seed: Seed of the hash function.
 
     Raises:
-        ValueError: when a size is not positive.
-        TypeError: when a batch holds neither token numbers nor strings.
+        ValueError: If a size is not positive.
+        TypeError: If a batch holds neither token numbers nor strings.
     """
 
     def __init__(
@@ -56,15 +56,17 @@ class HashedNgrams:
         self.n_features, self.max_order, self.key, self.mask_key, self.seed = n_features, max_order, key, mask_key, seed
 
     def __call__(self, batch: Any) -> Tensor:
-        """One vector per example: ``[examples, n_features]``, on the batch's device."""
+        """One vector per example, ``[examples, n_features]``, on the batch's device."""
         ids, mask = self._tokens(batch)
         counts = torch.zeros(len(ids), self.n_features, device=ids.device)
         grams, whole = torch.zeros_like(ids) + self.seed, torch.ones_like(mask)
         for order in range(min(self.max_order, ids.shape[1])):
             end = ids.shape[1] - order
+            # The hash of an n-gram is built from that of its prefix, one token at a time.
             grams = _mixed(grams[:, :end] * _MIX[0] + ids[:, order:] + order + 1)
             whole = whole[:, :end] & mask[:, order:]
             sign = ((grams >> 40) & 1) * 2 - 1
+            # Bit 40 decides the sign and the low bits the feature: they must be independent for collisions to cancel.
             counts.scatter_add_(1, (grams & 0x7FFFFFFF) % self.n_features, (sign * whole).float())
         return nn.functional.normalize(counts)
 
@@ -86,7 +88,7 @@ class HashedNgrams:
 
 
 class FrozenEncoder:
-    """The embedding that a pretrained encoder gives a text, of its own copy of the weights, never trained.
+    """The embedding of a text by a pretrained encoder, with its own copy of the weights, which is never trained.
 
     Example::
 
@@ -94,18 +96,18 @@ class FrozenEncoder:
         trigger = DriftTrigger(featuriser=featuriser)
 
     Args:
-        model_name_or_path: a hub name or a folder that ``transformers.AutoModel`` loads.
-        key: where a mapping batch holds its strings, which the encoder's own tokenizer reads. A batch without it must
-            hold ``input_ids`` (and ``attention_mask``) made by the same tokenizer.
-        max_length: Longer texts are truncated to this many tokens.
-        pooling: ``mean`` of the tokens' embeddings, padding left out (what most sentence encoders are trained for), or
-            ``cls``: the first token's, for encoders that were trained to put the sentence there.
-        normalize: scale each vector to length 1. Lengths then say nothing; the directions of most encoders carry the
-            meaning.
+        model_name_or_path: Hub name or folder that ``transformers.AutoModel`` can load.
+        key: Key of a mapping batch that holds its strings, which the encoder's own tokenizer reads. A batch without it
+            must hold ``input_ids`` (and ``attention_mask``) made by the same tokenizer.
+        max_length: Longer texts are truncated to this many tokens. Default: 128.
+        pooling: ``"mean"`` of the tokens' embeddings without padding (which most sentence encoders are trained for), or
+            ``"cls"``, the embedding of the first token, for encoders that are trained to represent the sentence there.
+        normalize: Whether to scale each vector to length 1. Lengths are then ignored; most encoders express the meaning
+            by the direction.
 
     Raises:
-        ValueError: for another ``pooling``.
-        TypeError: when a batch holds neither strings nor token numbers.
+        ValueError: If ``pooling`` is neither.
+        TypeError: If a batch holds neither strings nor token numbers.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def __call__(self, batch: Any) -> Tensor:
-        """One vector per example: ``[examples, hidden_size]``."""
+        """One vector per example, ``[examples, hidden_size]``."""
         texts = batch.get(self.key) if isinstance(batch, Mapping) else batch
         if isinstance(texts, Sequence) and texts and all(isinstance(text, str) for text in texts):
             batch = self.tokenizer(
@@ -160,9 +162,9 @@ class SentenceEncoder(FrozenEncoder):
         trigger = DriftTrigger(featuriser=SentenceEncoder("sentence-transformers/all-MiniLM-L6-v2"))
 
     Args:
-        model_name_or_path: a hub name or a folder that ``transformers.AutoModel`` loads.
-        key: where a mapping batch holds its strings; see :class:`FrozenEncoder`.
-        max_length: Longer texts are truncated to this many tokens.
+        model_name_or_path: Hub name or folder that ``transformers.AutoModel`` can load.
+        key: Key of a mapping batch that holds its strings; see :class:`FrozenEncoder`.
+        max_length: Longer texts are truncated to this many tokens. Default: 128.
     """
 
     def __init__(self, model_name_or_path: str, key: str = "text", max_length: int = 128) -> None:
@@ -172,11 +174,11 @@ class SentenceEncoder(FrozenEncoder):
 def check_frozen(featuriser: Featuriser, module: nn.Module) -> None:
     """Refuse a featuriser that reads weights which ``module`` trains.
 
-    Looks at the featuriser itself, its attributes, the object a method is bound to, the arguments of a partial, and
-    the variables a function refers to.
+    Searches the featuriser itself, its attributes, the object that a method is bound to, the arguments of a partial,
+    and the variables that a function refers to.
 
     Raises:
-        ValueError: naming the first such weight.
+        ValueError: If it reads such a weight. The message names the first.
     """
     trained = {id(value): name for name, value in module.named_parameters() if value.requires_grad}
     for reached in _modules_of(featuriser, depth=3):
@@ -210,7 +212,7 @@ def _modules_of(thing: Any, depth: int) -> Iterator[nn.Module]:
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Load a model whole while another is being sharded: ZeRO-3 would also shard this one, and never gather it."""
+    """Load a model unsharded while another is being sharded: ZeRO-3 would also shard this one, and never gather it."""
     from transformers.integrations import deepspeed
 
     active = deepspeed._hf_deepspeed_config_weak_ref
@@ -222,6 +224,7 @@ def _whole_weights() -> Iterator[None]:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Spread every bit of 64-bit numbers over all (multiplications wrap around)."""
+    """Spread every bit of 64-bit numbers over all bits; multiplications wrap around."""
+    # The masks make the shifts logical, as torch shifts signed numbers arithmetically.
     x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _MIX[1]
     return x ^ ((x >> 29) & 0x7FFFFFFFF)

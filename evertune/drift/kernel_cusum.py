@@ -1,4 +1,4 @@
-"""Windows of several lengths at once, looked at every few records."""
+"""A detector that tests windows of several lengths at once, every few records."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from evertune.drift.mmd import fourier_features, frequencies_for
 from evertune.drift.sums import SumDetector
 from evertune.drift.windows import _MIN_WINDOWS, _REFERENCES, reference_needed
 
-_ALARMS = 100  # of the resampled streams, were all as long as asked for: their number is then known to 10%
-_MAX_STRIDES = 1_000_000  # resampled; a rate that leaves fewer than a tenth of the alarms is refused
-_POOL = 2_048  # resampled strides that the streams are put together of
-_PART = 8_192  # strides of streams looked at together
-_MOMENTS = 64  # of a stream, at which its largest score so far is noted
-_LONGEST_WINDOWS = 8  # in a resampled stream, at least: its start, with windows not yet full, then counts for little
-_EXACT = 4_096  # a longer reference has few such records that it matters
-_GROUPS = 4  # of resampled references
-_NOTHING = 1e-6  # a score below it is rounding: the reference is constant
+_ALARMS = 100  # alarms expected in all resampled streams together: enough for a rate that is accurate to 10%
+_MAX_STRIDES = 1_000_000  # resampled strides; a rate that leaves fewer than a tenth of the alarms is refused
+_POOL = 2_048  # resampled strides from which the streams are composed
+_PART = 8_192  # strides of streams that are scored at once
+_MOMENTS = 64  # moments of a stream at which its largest score so far is recorded
+_LONGEST_WINDOWS = 8  # minimum length of a resampled stream in longest windows, so that its start matters little
+_EXACT = 4_096  # in a longer reference, a record meets itself too seldom to matter
+_GROUPS = 4  # groups of resampled references
+_NOTHING = 1e-6  # scores below this are rounding errors of a constant reference
 
 
 class KernelCUSUM(SumDetector):
-    """Finds sharp changes at once and faint ones in time, at a stated rate of false alarms.
+    """Detects sharp changes at once and faint ones in time, at a stated rate of false alarms.
 
-    After each ``stride`` records, windows of several lengths that end there are compared with the reference: the
-    squared maximum mean discrepancy times the window's length, in units of its standard deviation above its mean,
-    while nothing changes. The largest over the lengths is the score (the online kernel CUSUM of Wei & Xie 2022; with
-    ``kernel="linear"`` the window-limited likelihood ratio of Lai 1995, for a shift of unknown size). Short windows
-    find large changes within a few records, long ones gather the evidence for small changes. Only sums of the feature
-    map are kept: one for each stride of the longest window.
+    After each ``stride`` records, windows of several lengths that end there are compared with the reference. Each is
+    scored by its squared maximum mean discrepancy times its length, standardised by the mean and standard deviation of
+    this value while nothing changes; the score of the detector is the largest over the lengths (the online kernel CUSUM
+    of Wei & Xie 2022; with ``kernel="linear"``, the window-limited likelihood ratio of Lai 1995 for a shift of unknown
+    size). Short windows detect large changes within a few records, long ones gather the evidence for small changes.
+    Only sums of the feature map are kept: one for each stride of the longest window.
 
-    False alarms come once in ``arl`` records, on average over references and streams: whole streams are resampled and
+    False alarms occur once in ``arl`` records, on average over references and streams: whole streams are resampled and
     scored against resampled references, up to their first alarm (see
-    :func:`~evertune.drift.calibration.threshold_of_paths`). There is no p-value: neighbouring windows overlap.
+    :func:`~evertune.drift.calibration.threshold_of_paths`). There is no p-value, as neighbouring windows overlap.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -54,22 +54,25 @@ class KernelCUSUM(SumDetector):
         1016
 
     Args:
-        arl: average run length: how many records, on average, from arming to a false alarm.
-        reference_size: records in the reference.
-        window_sizes: lengths of the windows in records, multiples of ``stride`` and at least twice ``block_size``.
-            Default: 2, 4, 8, ... strides (or blocks, where those are larger), up to a quarter of the reference (a
-            longer window is not known better than the reference).
-        stride: records from one test to the next.
-        block_size: records resampled together: several times the stretch over which they are correlated. Must divide
-            ``stride`` or be a multiple of it, and divide ``reference_size``.
-        kernel: ``"gaussian"`` sees any change of the distribution; ``"linear"`` changes of the mean, and those better
-            where features are few: each feature is divided by its standard deviation in the reference.
-        n_frequencies: random frequencies of the Gaussian kernel; each gives two features (a cosine and a sine).
-        seed: of the frequencies and the resampling.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 512.
+        window_sizes: Lengths of the windows in records, multiples of ``stride`` and at least twice ``block_size``.
+            Default: 2, 4, 8, ... strides (or blocks, if those are larger), up to a quarter of the reference, whose own
+            accuracy limits that of longer windows.
+        stride: Number of records from one test to the next. Default: 8.
+        block_size: Number of consecutive records that are resampled together: several times the stretch over which they
+            are correlated. Must divide ``stride`` or be a multiple of it, and divide ``reference_size``. Default: 1,
+            for independent records.
+        kernel: ``"gaussian"`` detects any change of the distribution. ``"linear"`` detects only changes of the mean,
+            but these better if there are few features; each feature is divided by its standard deviation in the
+            reference.
+        n_frequencies: Number of random frequencies of the Gaussian kernel; each gives two features, a cosine and a
+            sine. Default: 128.
+        seed: Seed of the frequencies and the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the windows or the false-alarm rate
-            (the size needed is named).
+        ValueError: If a setting is out of its range, or the reference is too small for the windows or the false-alarm
+            rate (the message names the size needed).
     """
 
     _kept = (*SumDetector._kept, "_ring", "_map_by", "_usual")
@@ -121,7 +124,7 @@ class KernelCUSUM(SumDetector):
     def _clear(self) -> None:
         super()._clear()
         self._ring = torch.empty(0)  # centred sums of the last strides: [longest window / stride, n_map]
-        self._map_by = torch.empty(0)  # frequencies [n_features, n_frequencies], or what each feature is multiplied by
+        self._map_by = torch.empty(0)  # frequencies [n_features, n_frequencies], or the factor of each feature
         self._usual = torch.empty(2, 0)  # mean and standard deviation of the distances of each length, [2, lengths]
 
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
@@ -142,7 +145,7 @@ class KernelCUSUM(SumDetector):
         centred = (mapped - self._mean).float()
         wider = [_cut_off(centred, self.block_size, size) for size in self.window_sizes]
         references = resample(len(centred), (_GROUPS * _REFERENCES, len(centred)), self.block_size, generator)
-        together = max(self.block_size // self.stride, 1)  # strides that come out of one block
+        together = max(self.block_size // self.stride, 1)  # strides that come from one block
         shape = (_POOL // together, together * self.stride)
         pool = resample(len(centred), shape, self.block_size, generator).view(-1, self.stride)
         own, products, crossed, far = _products(centred, pool, references, self.block_size, together)
@@ -150,10 +153,11 @@ class KernelCUSUM(SumDetector):
         step = math.ceil(max(self.arl, _LONGEST_WINDOWS * self.window_sizes[-1]) / self.stride / _MOMENTS)
         length = step * _MOMENTS
         n_paths = math.ceil(min(math.ceil(_ALARMS * self.arl / self.stride), _MAX_STRIDES) / length / _GROUPS) * _GROUPS
+        # Streams are composed of strides from a pool, so that the products of the pool's strides serve all of them.
         starts = torch.randint(shape[0], (n_paths, math.ceil(length / together), 1), generator=generator)
         streams = (starts * together + torch.arange(together)).flatten(1)[:, :length]
         largest = []
-        for group, part in enumerate(streams.tensor_split(_GROUPS)):  # each has streams and references of its own
+        for group, part in enumerate(streams.tensor_split(_GROUPS)):  # each group has its own streams and references
             columns = slice(group * _REFERENCES, (group + 1) * _REFERENCES)
             scores = [
                 self._best(few, own, products, crossed[:, columns], far[columns], wider)
@@ -170,19 +174,20 @@ class KernelCUSUM(SumDetector):
     ) -> Tensor:
         """The score after each stride of resampled streams, against each of the resampled references.
 
-        The square of a window's sum is that of the window which ended a stride earlier and was one shorter, and twice
-        the products of its newest stride with the others: so its cost does not depend on the size of the feature map.
+        The squared sum of a window is computed from that of the window which ended a stride earlier and was a stride
+        shorter, plus the square of its newest stride and twice the products of that stride with the others. The cost
+        therefore does not depend on the size of the feature map.
 
         Args:
-            streams: strides of the pool, ``[streams, length]``.
-            own: squares of the pool's strides.
-            products: of the pool's strides with each other.
-            crossed: of the pool's strides with the references' means.
-            far: the squares of those.
-            wider: what the distances of each length are multiplied by.
+            streams: Positions in the pool of the strides of each stream, ``[streams, length]``.
+            own: Squared sums of the pool's strides, ``[strides]``.
+            products: Products of the pool's strides with each other, ``[strides, strides]``.
+            crossed: Products of the pool's strides with the references' means, ``[strides, references]``.
+            far: Squared means of the references, ``[references]``.
+            wider: Correction factor of the distances for each window length.
 
         Returns:
-            ``[streams, length, references]``; minus infinity as long as no window is full.
+            Scores ``[streams, length, references]``; minus infinity until the shortest window is full.
         """
         totals = pad(crossed[streams].cumsum(1), (0, 0, 1, 0))
         best = torch.full((*streams.shape, len(far)), -math.inf)
@@ -211,6 +216,7 @@ class KernelCUSUM(SumDetector):
         self._window = sums[complete].clone()
         seen = self.n_seen + count
         if complete:
+            # Sums are centred by the reference's mean, so that the squared sum of a window is its distance from it.
             strides = torch.cat([self._ring, sums[:complete] - self.stride * self._mean])
             self._ring = strides[-self.window_sizes[-1] // self.stride :].clone()
             for i, score in enumerate(self._scores(strides)[-complete:].tolist()):
@@ -220,7 +226,7 @@ class KernelCUSUM(SumDetector):
         self.n_seen = seen
 
     def _scores(self, strides: Tensor) -> Tensor:
-        """The score after each stride, minus infinity as long as no window is full."""
+        """The score after each stride; minus infinity until the shortest window is full."""
         totals = pad(strides.cumsum(0), (0, 0, 1, 0))
         best = torch.full((len(strides),), -math.inf, dtype=torch.float64)
         for size, (mean, spread) in zip(self.window_sizes, self._usual.T.tolist(), strict=True):
@@ -233,18 +239,19 @@ class KernelCUSUM(SumDetector):
 def _products(
     centred: Tensor, pool: Tensor, references: Tensor, block_size: int, together: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squares of resampled strides, their products with each other and with resampled references, those' squares.
+    """Squares of resampled strides, their products with each other and with resampled references, and the latter's
+    squares.
 
-    A record is drawn again and again, and its product with itself is far larger than with any other, as is that with
-    its neighbours in a block: distances would spread more than those of records that are new. So such products count
-    as zero, but within a block.
+    The same record is drawn repeatedly, and its product with itself is far larger than with any other record, as is
+    that with its neighbours in a block: distances would vary more than those of new records. Such products therefore
+    count as zero, except within a block.
 
     Args:
-        centred: the reference in the feature map.
-        pool: positions of the records of each stride, ``[strides, stride]``.
-        references: those of each reference.
-        block_size: records drawn together.
-        together: strides that come out of one block.
+        centred: The centred reference in the feature map, ``[records, n_map]``.
+        pool: Positions in the reference of the records of each stride, ``[strides, stride]``.
+        references: Positions of the records of each resampled reference, ``[references, records]``.
+        block_size: Number of consecutive records that are drawn together.
+        together: Number of strides that come from one block.
     """
     n = len(centred)
     sums, means = embedding_bag(pool, centred, mode="sum"), embedding_bag(references, centred, mode="mean")
@@ -255,24 +262,25 @@ def _products(
         apart = (torch.arange(n)[:, None] - torch.arange(n)).abs()
         near = records * (torch.minimum(apart, n - apart) < block_size)
         usual = near.sum() / n**2
+        # ``usual`` restores the mean that is lost by setting the products to zero.
         records += usual - near
         of_records = embedding_bag(pool, records, mode="sum").T.contiguous()  # [n, strides]
         crossed = embedding_bag(references, of_records, mode="mean").T.contiguous()
         same = torch.arange(len(pool)) // together
         apart_products = embedding_bag(pool, of_records, mode="sum")
         products = torch.where(same[:, None] == same, products, apart_products)
-        if together == 1:  # a stride holds blocks: of records in different ones, too, none meets itself
+        if together == 1:  # a stride consists of blocks: the correction also applies to records of different blocks
             blocks = embedding_bag(pool.reshape(-1, block_size), centred, mode="sum").square().sum(1)
             own = blocks.view(len(pool), -1).sum(1) + apart_products.diagonal() - usual * pool.shape[1] * block_size
     return own, products.fill_diagonal_(0), crossed, far
 
 
 def _cut_off(centred: Tensor, block_size: int, window_size: int) -> float:
-    """How much larger squared sums over a window of the stream are than those over windows of resampled blocks.
+    """How much larger squared sums over a window of a real stream are than those over windows of resampled blocks.
 
-    Blocks miss the correlation across their ends, taken to fade as that of an autoregression of order one (a share of
-    ``2 rho / (1 - rho^2) / block_size`` of the variance), and what the reference's own mean takes away. The largest
-    sums are those of windows that have as few ends in them as they can.
+    Blocks miss the correlation across their ends, which is assumed to decay as in an autoregression of order one (a
+    share of ``2 rho / (1 - rho^2) / block_size`` of the variance), and the variance that subtracting the reference's
+    own mean removes. The largest sums are those of windows with as few block ends as possible.
     """
     if block_size == 1:
         return 1.0

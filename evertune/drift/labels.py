@@ -1,4 +1,4 @@
-"""How often each class comes."""
+"""A detector of changes in the shares of classes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from evertune.drift.windows import WindowDetector
 class LabelShift(WindowDetector):
     """Detects a change in the shares of classes: of labels, or of a model's predictions.
 
-    Pearson's chi-squared statistic (1900) of the classes in a window, given their shares in the reference. A class
-    expected less than once in a window counts as expected once: rare classes make no alarm by a single record. Classes
-    that the reference does not know count together. The threshold is resampled, not chi-squared's: it holds for small
-    windows, rare classes, and a reference that is a sample, too.
+    The score is Pearson's chi-squared statistic (1900) of the classes in a window, given their shares in the reference.
+    A class that is expected less than once in a window counts as expected once, so that a single record of a rare class
+    raises no alarm. Classes that are not in the reference count as one. The threshold is resampled and not taken from
+    the chi-squared distribution: it also holds for small windows, for rare classes, and for a reference that is itself
+    a sample.
 
-    What is guaranteed is what :class:`~evertune.drift.windows.WindowDetector` guarantees: false alarms come once in
-    ``arl`` records, on average over references and streams.
+    The guarantee is that of :class:`~evertune.drift.windows.WindowDetector`: false alarms occur once in ``arl``
+    records, on average over references and streams.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -32,17 +33,19 @@ class LabelShift(WindowDetector):
         544
 
     Args:
-        arl: average run length: the mean number of records from arming to a false alarm.
-        n_classes: classes numbered from 0; larger numbers count together. Default: up to the largest number in the
-            reference.
-        reference_size: records in the reference.
-        window_size: records in a test. Small windows react fast, large ones find small changes.
-        block_size: records that are resampled together; over more of them, records should not depend on each other.
-        seed: of the resampling and nothing else.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        n_classes: Number of classes, numbered from 0; larger numbers count as one more class. Default: up to the
+            largest number in the reference.
+        reference_size: Number of records in the reference. Default: 512.
+        window_size: Number of records in a test. Small windows react fast, large ones detect small changes. Default:
+            32.
+        block_size: Number of consecutive records that are resampled together. Records that are further apart should be
+            independent. Default: 1.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named); from :meth:`update`, for what is not a class number.
+        ValueError: If a setting is out of its range, or the reference is too small for the false-alarm rate (the
+            message names the size needed). From :meth:`update`, if a value is not a class number.
     """
 
     _kept: tuple[str, ...] = (*WindowDetector._kept, "_known")
@@ -66,7 +69,7 @@ class LabelShift(WindowDetector):
 
     def _clear(self) -> None:
         super()._clear()
-        self._known = 0  # classes; one more place is for all others
+        self._known = 0  # number of classes; one more place is for all others
 
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
         self._known = self.n_classes or int(reference.max()) + 1
@@ -76,8 +79,8 @@ class LabelShift(WindowDetector):
         return torch.nn.functional.one_hot(records[:, 0].clamp(max=self._known).long(), self._known + 1).double()
 
     def _distance(self, windows: Tensor, references: Tensor) -> Tensor:
-        # The expected shares are those of each reference, as they will be in tests: where they are too small, changes
-        # look too large.
+        # The expected shares are those of each resampled reference, as in a test: if they are too small by chance,
+        # changes look too large, and the threshold must allow for that.
         shares = references + self._mean.to(references.dtype)
         weight = self.window_size / shares.clamp(min=1 / self.window_size)
         squares = windows.square() @ weight.T + (weight * references.square()).sum(1)

@@ -1,4 +1,4 @@
-"""Least-squares density difference."""
+"""A detector based on the least-squares density difference."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class LSDD(WindowDetector):
     """Detects any change in the distribution of feature vectors by the squared difference of the two densities.
 
     The difference ``p - q`` of the densities of a window and of the reference is fitted directly, as a sum of Gaussian
-    kernels, by regularised least squares; the statistic estimates the integral of ``(p - q) ** 2`` (Sugiyama et al.
-    2013; on streams: Bu, Alippi & Zhao 2018), up to a factor. The kernels are as wide as the median distance within the
-    reference. Their centres are its first ``n_centers`` records, which then take no other part: a record at a centre
-    looks like no record to come, and would spoil the threshold. Compared with :class:`~evertune.drift.MMD`,
-    directions in which the kernels overlap weigh more.
+    kernels, by regularised least squares; the statistic estimates the integral of ``(p - q) ** 2``, up to a factor
+    (Sugiyama et al. 2013; on streams: Bu, Alippi & Zhao 2018). The width of the kernels is the median distance within
+    the reference. Their centres are its first ``n_centers`` records, which are not used otherwise: a record that is
+    itself a centre does not look like a new record, and would distort the threshold. Compared with
+    :class:`~evertune.drift.MMD`, directions in which the kernels overlap have more weight.
 
-    What is guaranteed is what :class:`~evertune.drift.windows.WindowDetector` guarantees: false alarms come once in
-    ``arl`` records, on average over references and streams.
+    The guarantee is that of :class:`~evertune.drift.windows.WindowDetector`: false alarms occur once in ``arl``
+    records, on average over references and streams.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -35,18 +35,20 @@ class LSDD(WindowDetector):
         544
 
     Args:
-        arl: average run length: the mean number of records from arming to a false alarm.
-        reference_size: records in the reference.
-        window_size: records in a test. Small windows react fast, large ones find small changes.
-        block_size: records that are resampled together; over more of them, records should not depend on each other.
-        n_centers: kernels; more follow a finer difference.
-        regularization: added to the diagonal of the kernels' overlaps (which are 1 there). Less weighs the directions
-            up in which kernels hardly differ; there, noise is most of what is seen.
-        seed: of the resampling and nothing else.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        reference_size: Number of records in the reference, including the centres. Default: 512.
+        window_size: Number of records in a test. Small windows react fast, large ones detect small changes. Default:
+            32.
+        block_size: Number of consecutive records that are resampled together. Records that are further apart should be
+            independent. Default: 1.
+        n_centers: Number of kernels; more of them can fit a finer difference. Default: 64.
+        regularization: Value that is added to the diagonal of the kernels' overlaps (which are 1 there). A smaller
+            value gives more weight to directions in which kernels hardly differ, where noise dominates. Default: 0.1.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named).
+        ValueError: If a setting is out of its range, or the reference is too small for the false-alarm rate (the
+            message names the size needed).
     """
 
     _kept: tuple[str, ...] = (*WindowDetector._kept, "_centers", "_weights", "_width")
@@ -94,6 +96,8 @@ class LSDD(WindowDetector):
         self._weights = vectors * ((values + 2 * self.regularization).sqrt() / (values + self.regularization))
 
     def _map(self, records: Tensor) -> Tensor:
-        """Kernels ``[records, n_centers]``, turned so that the statistic is a squared distance."""
+        """Kernels ``[records, n_centers]``, transformed so that the statistic is a squared distance."""
+        # The direct computation: with a matrix product, a distance would depend slightly on the batch it is computed
+        # in.
         distances = torch.cdist(records.double(), self._centers, compute_mode="donot_use_mm_for_euclid_dist")
         return (-distances.square() / (2 * self._width**2)).exp() @ self._weights

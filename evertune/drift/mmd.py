@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy with random Fourier features."""
+"""A detector based on the maximum mean discrepancy with random Fourier features."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from evertune.drift.windows import WindowDetector
 class MMD(WindowDetector):
     """Detects any change in the distribution of feature vectors, at a stated rate of false alarms.
 
-    The first ``reference_size`` records are the reference. From then on, each ``window_size`` records make one test:
-    the squared maximum mean discrepancy between them and the reference (Gretton et al. 2012), in a Gaussian kernel
-    whose width is the median distance within the reference, through random Fourier features (Rahimi & Recht 2007), so
-    that only the reference's mean is kept and a record costs one small matrix product.
+    The first ``reference_size`` records are the reference. From then on, every ``window_size`` records are tested by
+    the squared maximum mean discrepancy between them and the reference (Gretton et al. 2012), with a Gaussian kernel
+    whose width is the median distance within the reference. The kernel is approximated by random Fourier features
+    (Rahimi & Recht 2007), so that only the reference's mean is kept and a record costs one small matrix product.
 
-    **What is guaranteed, and what is not.** False alarms come once in ``arl`` records, on average over references and
-    streams (see :class:`~evertune.drift.windows.WindowDetector`). Tests of one reference share its luck: some
-    references alarm more often and others less; a larger one narrows that. Records that are alike when they arrive
-    together (batches sorted by length, an hour's news) alarm too often, unless ``block_size`` covers the stretch over
-    which they are alike: whole blocks are resampled then.
+    **What is guaranteed, and what is not.** False alarms occur once in ``arl`` records, on average over references and
+    streams (see :class:`~evertune.drift.windows.WindowDetector`). All tests share one reference: by chance, some
+    references cause more alarms and others fewer; a larger reference reduces this variation. Records that are similar
+    if they arrive together (batches sorted by length, an hour's news) cause too many alarms, unless ``block_size``
+    covers the stretch over which they are similar, so that whole blocks are resampled.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -38,18 +38,18 @@ class MMD(WindowDetector):
         1024
 
     Args:
-        arl: average run length: how many records, on average, from one false alarm to the next.
-        reference_size: records in the reference.
-        window_size: records in a test. A change is found one to two windows after it; a larger window finds
-            smaller changes.
-        block_size: records resampled together: several times the stretch over which they are correlated. Must divide
-            both sizes.
-        n_frequencies: random frequencies; each gives two features (a cosine and a sine).
-        seed: of the frequencies and the resampling.
+        arl: Average run length: the mean number of records from one false alarm to the next. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 256.
+        window_size: Number of records in a test. A change is detected one to two windows after it; a larger window
+            detects smaller changes. Default: 32.
+        block_size: Number of consecutive records that are resampled together: several times the stretch over which they
+            are correlated. Must divide both sizes. Default: 1, for independent records.
+        n_frequencies: Number of random frequencies; each gives two features, a cosine and a sine. Default: 128.
+        seed: Seed of the frequencies and the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference too small for the false-alarm rate (the size needed
-            is named).
+        ValueError: If a setting is out of its range, or the reference is too small for the false-alarm rate (the
+            message names the size needed).
     """
 
     _kept = (*WindowDetector._kept, "_frequencies")
@@ -81,21 +81,21 @@ class MMD(WindowDetector):
 
 
 def frequencies_for(reference: Tensor, n_frequencies: int, generator: torch.Generator) -> Tensor:
-    """Random frequencies ``[n_features, n_frequencies]`` of a Gaussian kernel as wide as the median distance."""
+    """Random frequencies, ``[n_features, n_frequencies]``, of a Gaussian kernel as wide as the median distance."""
     normal = torch.randn(reference.shape[1], n_frequencies, generator=generator)
     return normal.double() / median_distance(reference)
 
 
 def fourier_features(records: Tensor, frequencies: Tensor) -> Tensor:
-    """Random Fourier features ``[records, 2 * n_frequencies]``: their dot product approximates the kernel."""
+    """Random Fourier features, ``[records, 2 * n_frequencies]``, whose dot product approximates the kernel."""
     angles = records.double() @ frequencies
     return torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(frequencies.shape[1])
 
 
 def median_distance(records: Tensor) -> float:
-    """The median distance between two different records of at most 1,000.
+    """The median distance between different records, of at most the first 1,000.
 
-    Of records that are all equal, but for rounding: their length, or 1 where that is 0.
+    If all records are equal up to rounding, their length, or 1 if that is 0.
     """
     records = records[:1_000]
     length = records.norm(dim=1).max().item()

@@ -1,6 +1,6 @@
-"""What River's detectors of one number would do on many streams at once: how their thresholds are found.
+"""Simulates River's detectors of single numbers on many streams at once, to find their thresholds.
 
-Each class repeats one detector of River, step by step, for arrays of streams; a test holds it to the original.
+Each class repeats one detector of River step by step on arrays of streams; a test compares it with the original.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from evertune.drift.calibration import resample, threshold_of_paths
 
 Array = NDArray[np.float64]
 
-_REFERENCES, _STREAMS = 64, 4  # resampled references, and streams for each
-_LENGTH = 3  # of a stream, in run lengths: the chance of an alarm changes with time
-_MOMENTS = 64  # at which it is looked whether there has been an alarm
+_REFERENCES, _STREAMS = 64, 4  # number of resampled references, and of streams for each
+_LENGTH = 3  # length of a stream in run lengths, as the probability of an alarm changes with time
+_MOMENTS = 64  # moments at which alarms are checked for
 
 
 class Paths(ABC):
-    """The statistics of one detector on streams that are watched side by side."""
+    """The statistics of one detector on several streams in parallel."""
 
     @abstractmethod
     def feed(self, values: Array, largest: Array | None = None) -> None:
-        """Take the next records, ``[records, streams]``.
+        """Process the next records, ``[records, streams]``.
 
         Args:
-            values: as the detector of River is given them.
-            largest: the largest statistic of each stream so far, ``[streams]``, is raised in place. None while the
+            values: Values as River's detector would be given them.
+            largest: Largest statistic of each stream so far, ``[streams]``, which is updated in place. None while the
                 detector is not yet armed.
         """
 
 
 class PageHinkleyPaths(Paths):
-    """The Page-Hinkley test in both directions, that forgets nothing: sums of deviations above their lowest point."""
+    """The Page-Hinkley test in both directions without forgetting: sums of deviations above their lowest value."""
 
     def __init__(self, streams: int, delta: float) -> None:
         self._delta, self._n = delta, 0
@@ -59,12 +59,13 @@ class PageHinkleyPaths(Paths):
 
 
 class HoeffdingPaths(Paths):
-    """HDDM_A: the mean of all records against that up to a cut, in Hoeffding's bound; gives its exponent."""
+    """HDDM_A: compares the mean of all records with that up to a cut; its statistic is the exponent in Hoeffding's
+    bound."""
 
     def __init__(self, streams: int, cut_exponent: float) -> None:
         self._exponent, self._n = cut_exponent, 0
         self._mean = np.zeros(streams)
-        self._bound = np.full((2, streams), np.inf)  # the lowest upper bound of the mean so far is where the cut is
+        self._bound = np.full((2, streams), np.inf)  # lowest upper bound of the mean so far, which sets the cut
         self._before = np.zeros((2, streams))  # mean up to the cut
         self._cut = np.ones((2, streams))  # records up to the cut
 
@@ -85,9 +86,9 @@ class HoeffdingPaths(Paths):
 
 
 class AdaptiveWindowPaths(Paths):
-    """ADWIN up to its first cut: until then all its windows have the same buckets, one for each power of two.
+    """ADWIN up to its first cut: until then, all its windows have the same buckets, with sizes that are powers of two.
 
-    Gives the negative logarithm of the largest ``delta`` that would not have cut.
+    Its statistic is the negative logarithm of the largest ``delta`` that would not have cut.
     """
 
     def __init__(self, streams: int, clock: int, max_buckets: int, min_window_length: int) -> None:
@@ -124,14 +125,15 @@ class AdaptiveWindowPaths(Paths):
         difference = np.abs(sums / before - (self._mean * self._n - sums) / after)
         size = 1 / (before - self._min_length + 1) + 1 / (after - self._min_length + 1)
         spread = 2 * size * self._squares / self._n
-        # A cut needs a difference above sqrt(spread * u^2) + 2/3 * size * u^2 with u^2 = log(2 log(n) / delta).
+        # A cut needs a difference above sqrt(spread * u^2) + 2/3 * size * u^2 with u^2 = log(2 log(n) / delta): this
+        # quadratic equation is solved for u.
         root = (np.sqrt(spread + 8 / 3 * size * difference) - np.sqrt(spread)) / (4 / 3 * size)
         exponent: Array = np.square(root).max(0) - math.log(2 * math.log(self._n))
         return exponent
 
 
 def _both(x: Array) -> Array:
-    """For rises, and mirrored for falls: ``[2, streams]``."""
+    """The values for rises, and mirrored for falls, ``[2, streams]``."""
     return np.stack([x, -x])
 
 
@@ -143,20 +145,21 @@ def threshold_of_detector(
     block_size: int,
     generator: torch.Generator,
 ) -> float:
-    """The threshold that holds a run length for a detector which is given standardised records.
+    """The threshold that keeps a run length, for a detector that is given standardised records.
 
     References and streams are resampled from the reference, and each stream is standardised by its own resampled
-    reference, as the real one will be. With correlated records the statistics grow with the variance of sums, which a
-    reference shows only roughly: they are divided by it (:func:`inflation`) for each resampled reference, so that the
-    threshold knows how roughly (the studentised bootstrap; Hall 1988).
+    reference, as the real stream will be by the real one. If records are correlated, the statistics grow with the
+    variance of sums, which a reference shows only approximately. They are therefore divided by its estimate
+    (:func:`inflation`) from each resampled reference, so that the threshold accounts for the error of this estimate
+    (the studentised bootstrap; Hall 1988).
 
     Args:
-        reference: ``[records]``.
-        paths: The number of new streams.
-        transform: from standardised records to what the detector is given.
-        arl: the mean number of records up to a false alarm.
-        block_size: records that are resampled together.
-        generator: what is drawn depends on nothing else.
+        reference: The reference, ``[records]``.
+        paths: Function from a number of streams to the new :class:`Paths` that simulates the detector on them.
+        transform: Function from standardised records to the values that the detector is given.
+        arl: Mean number of records up to a false alarm.
+        block_size: Number of consecutive records that are resampled together.
+        generator: Source of all randomness.
 
     Returns:
         The threshold for the detector's statistic.
@@ -184,15 +187,16 @@ def threshold_of_detector(
 
 
 def standard(records: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the last dimension; the latter is 1 where all the records are equal."""
+    """Mean and standard deviation over the last dimension; the latter is 1 if all records are equal."""
     scale = records.std(-1, correction=0)
     return records.mean(-1), torch.where(scale > 0, scale, 1.0)
 
 
 def inflation(records: Tensor, block_size: int) -> Tensor:
-    """How many times the variance of sums is what it were, would the records (last dimension) not be correlated.
+    """The factor by which correlation of the records (last dimension) increases the variance of their sums.
 
-    From the means of all blocks, also those that wrap around to the beginning (1 for blocks of one record).
+    It is estimated from the means of all blocks, including those that wrap around to the beginning (1 for blocks of one
+    record).
 
     Example:
         >>> inflation(torch.arange(8.0).repeat_interleave(4), block_size=4)

@@ -1,4 +1,4 @@
-"""The accuracy of a classifier while its labels are still to come."""
+"""Estimates the accuracy of a classifier whose labels arrive late."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from evertune.drift.detector import check_settings, settings_of
 
-_BINS = 100  # of confidences, equally wide
+_BINS = 100  # bins of confidence, of equal width
 _COUNTERS = ("n_seen", "n_labelled", "n_unknown", "n_repeated", "n_expired")
 _TENSORS = ("_seen", "_seen_squares", "_labelled", "_labelled_squares", "_correct")
 
 
 class PerformanceEstimator:
-    """Estimates how accurate a classifier is on recent records, from its confidences and labels that come late.
+    """Estimates how accurate a classifier is on recent records, from its confidences and from labels that arrive late.
 
-    A confidence that is calibrated is the probability of being right, so that the mean of calibrated confidences is the
+    A calibrated confidence is the probability of being right, so that the mean of calibrated confidences is the
     expected accuracy: confidence-based performance estimation (NannyML's CBPE; related: Guillory et al. 2021, who use
     differences of mean confidence, and Garg et al. 2022, who count confidences above a learned threshold). The map from
-    confidence to accuracy is learned from the records whose labels have come: it never decreases (isotonic regression
-    by pooling adjacent violators, on 100 bins; Ayer et al. 1955), and old labels are forgotten, so that it is corrected
-    when the meaning of a confidence changes.
+    confidence to accuracy is learned from the records whose labels have arrived. It never decreases (isotonic
+    regression by pooling adjacent violators, on 100 bins; Ayer et al. 1955), and old labels are forgotten, so that it
+    follows changes in the meaning of a confidence.
 
-    **What it sees, and what it does not.** A change of the inputs that moves records between confidences is seen at
-    once, without labels. That the same confidence is right less often is seen only as labels come. Records that are
-    labelled should be like the others of the same confidence: where only doubtful cases are labelled, it holds; where
-    only complaints are, it does not.
+    **What it detects, and what it does not.** A change of the inputs that moves records between confidences shows at
+    once, without labels. A loss of accuracy at the same confidence shows only as labels arrive. Labelled records must
+    be like the others of the same confidence: this holds if only doubtful cases are labelled, but not if only
+    complaints are.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -44,21 +44,24 @@ class PerformanceEstimator:
         (0.66, 0.66)
 
     Args:
-        half_life: the weight of a record in the estimate halves after this many more records.
-        label_half_life: the weight of a label in the map halves after this many more labels.
-        min_labels: labels before there is an estimate.
-        max_pending: records kept until their labels come. The oldest beyond it are set aside, and counted.
-        level: the probability that the interval is made for.
+        half_life: Number of further records after which the weight of a record in the estimate has halved. Default:
+            1,000.
+        label_half_life: Number of further labels after which the weight of a label in the map has halved. Default:
+            1,000.
+        min_labels: Minimum number of labels before there is an estimate. Default: 100.
+        max_pending: Maximum number of records kept until their labels arrive. Beyond it, the oldest are dropped, and
+            counted. Default: 100,000.
+        level: Coverage probability of the interval. Default: 0.95.
 
     Attributes:
-        n_seen: records given to :meth:`update`.
-        n_labelled: labels used.
-        n_unknown: labels for ids that are not waiting for one: never seen, set aside, or labelled before.
-        n_repeated: records whose id was waiting for a label already. The first stands.
-        n_expired: records set aside without a label.
+        n_seen: Number of records given to :meth:`update`.
+        n_labelled: Number of labels used.
+        n_unknown: Number of labels for ids that are not waiting for one: never seen, dropped, or labelled before.
+        n_repeated: Number of records whose id was already waiting for a label; the first record counts.
+        n_expired: Number of records dropped without a label.
 
     Raises:
-        ValueError: for a setting out of its range.
+        ValueError: If a setting is out of its range.
     """
 
     def __init__(
@@ -88,15 +91,15 @@ class PerformanceEstimator:
         )
 
     def update(self, ids: Sequence[int | str], confidences: Any) -> None:
-        """Take records that have been predicted.
+        """Add records that have been predicted.
 
         Args:
-            ids: numbers or strings, by which the labels will name the records.
-            confidences: ``[records]``, the probability that the classifier gave to the class it chose.
+            ids: Numbers or strings by which the labels will name the records.
+            confidences: Probability that the classifier gave to the class it chose, ``[records]``.
 
         Raises:
-            ValueError: for a confidence that is NaN or outside [0, 1], or another number of them than of ids; nothing
-                is taken then.
+            ValueError: If a confidence is NaN or outside [0, 1], or their number differs from that of the ids. Nothing
+                is added then.
         """
         values = torch.as_tensor(confidences).detach().to("cpu", torch.float64).reshape(-1)
         _same_length(ids, values, "confidences")
@@ -123,14 +126,14 @@ class PerformanceEstimator:
         _add(self._seen_squares, places, self._kept**2)
 
     def labels(self, ids: Sequence[int | str], correct: Any) -> None:
-        """Take labels that have come: whether the predictions were right.
+        """Add labels that have arrived: whether the predictions were right.
 
         Args:
-            ids: of the records, in any order.
-            correct: ``[records]``, booleans (or 0 and 1).
+            ids: Ids of the records, in any order.
+            correct: Whether each prediction was right, ``[records]``, booleans or 0 and 1.
 
         Raises:
-            ValueError: for other values than 0 and 1, or another number of them than of ids; nothing is taken then.
+            ValueError: If a value is not 0 or 1, or their number differs from that of the ids. Nothing is added then.
         """
         values = torch.as_tensor(correct).detach().to("cpu", torch.float64).reshape(-1)
         _same_length(ids, values, "labels")
@@ -157,20 +160,21 @@ class PerformanceEstimator:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the accuracy on recent records lies with probability ``level``; NaN before ``min_labels`` labels.
+        """The interval of the accuracy on recent records at probability ``level``; NaN before ``min_labels`` labels.
 
-        A normal approximation that adds two variances: of the map, which comes from a limited number of labels, and of
-        the records, each of which is right or wrong by chance. It does not know of what labels yet to come would tell.
+        A normal approximation that adds two variances: that of the map, which is learned from a limited number of
+        labels, and that of the records, each of which is right or wrong by chance. It does not cover changes that only
+        later labels would reveal.
         """
         value, variance = self._estimated()
         margin = self._deviations * math.sqrt(variance)
         return max(value - margin, 0.0), min(value + margin, 1.0)
 
     def calibrated(self, confidences: Any) -> Tensor:
-        """The accuracy that confidences stand for, by the labels so far: same shape as ``confidences``, float64.
+        """The accuracy that confidences stand for, by the labels so far: float64, in the shape of ``confidences``.
 
         Raises:
-            ValueError: before the first label.
+            ValueError: If no label has arrived yet.
         """
         if not self.n_labelled:
             raise ValueError("no label has come yet: confidences cannot be calibrated")
@@ -186,7 +190,8 @@ class PerformanceEstimator:
         accuracies, blocks = self._map()
         value = (self._seen * accuracies).sum() / total
         outcomes = (self._seen_squares * accuracies * (1 - accuracies)).sum() / total**2
-        # Of each block: its share of the records, and the variance of its accuracy (Jeffreys' for none or all right).
+        # The share of each block in the records, and the variance of its accuracy, with Jeffreys' prior, as it would be
+        # zero if none or all were right.
         shares, labelled, squares, correct = (
             torch.zeros(_BINS, dtype=torch.float64).index_add(0, blocks, weights)
             for weights in (self._seen / total, self._labelled, self._labelled_squares, self._correct)
@@ -202,17 +207,18 @@ class PerformanceEstimator:
         blocks: list[list[float]] = []  # labels, right ones, bins
         for labels, right in zip(self._labelled[filled].tolist(), self._correct[filled].tolist(), strict=True):
             blocks.append([labels, right, 1])
+            # Pooling adjacent violators: compares accuracies without dividing.
             while len(blocks) > 1 and blocks[-2][1] * blocks[-1][0] >= blocks[-1][1] * blocks[-2][0]:
                 last = blocks.pop()
                 blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
         numbers = torch.arange(len(blocks)).repeat_interleave(torch.tensor([int(block[2]) for block in blocks]))
-        # A bin without labels is like the nearest with some.
+        # A bin without labels is treated like the nearest one with labels.
         nearest = (torch.arange(_BINS)[:, None] - filled).abs().argmin(1)
         accuracies = torch.tensor([right / labels for labels, right, _ in blocks], dtype=torch.float64)
         return accuracies[numbers[nearest]], numbers[nearest]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to resume: tensors, numbers and strings only."""
+        """The state for resuming: tensors, numbers and strings only."""
         return {
             "config": dict(self._config),
             **{name: getattr(self, name) for name in _COUNTERS},
@@ -222,10 +228,10 @@ class PerformanceEstimator:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Resume from :meth:`state_dict`.
 
         Raises:
-            ValueError: when the state was saved by an estimator with other settings.
+            ValueError: If the state was saved by an estimator with other settings.
         """
         check_settings(self._config, state_dict["config"])
         for name in _COUNTERS:
@@ -236,7 +242,7 @@ class PerformanceEstimator:
 
 
 def _add(weights: Tensor, places: Tensor, kept: float, values: Tensor | None = None) -> None:
-    """Add records in their order to weights by bin; all that was there before fades with each."""
+    """Add records in their order to the weights of the bins; every record decays all earlier weights."""
     n = len(places)
     faded = kept ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
     weights *= kept**n

@@ -1,4 +1,4 @@
-"""Detectors that take the first records as their picture of the past, and resume mid-stream from their state."""
+"""Detectors that take the first records as their reference, and resume in the middle of a stream from their state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COUNTERS = ("n_features", "n_seen", "n_tests", "detected_at", "drift_detected",
 
 
 class ReferenceDetector(Detector):
-    """Gathers a reference, is armed with it, and then watches.
+    """Gathers a reference, is armed with it, and then watches the records that follow.
 
-    A subclass writes :meth:`_arm` and :meth:`_watch`, lists what they keep in :attr:`_kept`, and creates it in
-    :meth:`_clear`. It keeps each argument of its constructor in an attribute of the same name before it calls this
-    constructor: these are its settings, and a state that was saved with other settings is refused.
+    A subclass implements :meth:`_arm` and :meth:`_watch`, lists the attributes of its state in :attr:`_kept`, and
+    creates them in :meth:`_clear`. It stores each argument of its constructor in an attribute of the same name before
+    it calls this constructor: these are its settings, and a state that was saved with other settings is refused.
 
     Args:
         arl: Average run length: the mean number of records from arming to a false alarm.
@@ -32,7 +32,7 @@ class ReferenceDetector(Detector):
     """
 
     _kept: tuple[str, ...] = ()
-    """Names of attributes: tensors, numbers or strings."""
+    """Names of the attributes that are part of the state: tensors, numbers or strings."""
     _reference: Tensor
 
     def __init__(self, arl: float, reference_size: int, block_size: int, seed: int) -> None:
@@ -67,23 +67,23 @@ class ReferenceDetector(Detector):
 
     @abstractmethod
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
-        """Learn what is needed from the reference ``[reference_size, n_features]``, and set the threshold."""
+        """Learn from the reference ``[reference_size, n_features]``, and set the threshold."""
 
     @abstractmethod
     def _watch(self, records: Tensor) -> None:
-        """Take at least one record after the reference; count it in ``n_seen``, and call ``_test``."""
+        """Process at least one record after the reference; count it in ``n_seen``, and call ``_test``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to resume mid-stream: tensors, numbers and strings only."""
+        """The state for resuming in the middle of a stream: tensors, numbers and strings only."""
         kept = {name: getattr(self, name) for name in ("_reference", *self._kept)}
         kept = {name.lstrip("_"): value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
         return {"config": dict(self._config), **{name: getattr(self, name) for name in _COUNTERS}, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`: no later decision differs.
+        """Resume from :meth:`state_dict`, with the same decisions as without the interruption.
 
         Raises:
-            ValueError: when the state was saved by a detector with other settings.
+            ValueError: If the state was saved by a detector with other settings.
         """
         check_settings(self._config, state_dict["config"])
         for name in _COUNTERS:

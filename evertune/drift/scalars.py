@@ -1,4 +1,4 @@
-"""River's detectors of one number a record (a loss, a confidence, a length), with a stated rate of false alarms."""
+"""River's detectors of one number per record (a loss, a confidence, a length), with a stated false-alarm rate."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from evertune.drift.reference import ReferenceDetector
 from evertune.utils.extras import library
 
 _CUT_CONFIDENCE = 0.001  # River's default: where HDDM sets its cuts
-_MIN_BLOCKS = 50  # fewer independent records tell too little of how a sum varies
-_MIN_RUN = 10  # blocks up to a false alarm
+_MIN_BLOCKS = 50  # fewer independent blocks show too little of how a sum varies
+_MIN_RUN = 10  # minimum average run length in blocks
 
 
 class _RiverDetector(ReferenceDetector):
-    """What the detectors below have in common.
+    """The base class of the detectors below.
 
-    The reference is standardised and fed to River's detector, so that it knows the past; the records that follow are
-    standardised in the same way. River's detector never resets itself: its flag is cleared after an alarm.
+    The reference is standardised and fed to River's detector as its past; the records that follow are standardised in
+    the same way. River's detector resets itself after an alarm unless its flag is cleared, which is done here.
     """
 
     _kept: tuple[str, ...] = ("_centre", "_scale", "_numbers")
@@ -58,7 +58,7 @@ class _RiverDetector(ReferenceDetector):
 
     def _clear(self) -> None:
         super()._clear()
-        self._centre, self._scale = 0.0, 1.0  # of the reference
+        self._centre, self._scale = 0.0, 1.0  # mean and standard deviation of the reference
         self._river: Any = None
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
@@ -89,7 +89,7 @@ class _RiverDetector(ReferenceDetector):
 
     @property
     def _numbers(self) -> Tensor:
-        """River's detector."""
+        """The state of River's detector."""
         return torch.empty(0) if self._river is None else self._saved()
 
     @_numbers.setter
@@ -100,11 +100,11 @@ class _RiverDetector(ReferenceDetector):
 
     @abstractmethod
     def _paths(self, streams: int) -> Paths:
-        """The same detector for many streams."""
+        """A simulation of the same detector on many streams."""
 
     @abstractmethod
     def _new(self) -> Any:
-        """River's detector as it starts."""
+        """River's detector in its initial state."""
 
     @abstractmethod
     def _statistic(self) -> float:
@@ -112,24 +112,24 @@ class _RiverDetector(ReferenceDetector):
 
     @abstractmethod
     def _saved(self) -> Tensor:
-        """River's detector as numbers."""
+        """The state of River's detector as numbers."""
 
     @abstractmethod
     def _load(self, numbers: Tensor) -> None:
-        """Bring a new detector of River to where :meth:`_saved` left another."""
+        """Bring a new detector of River into the state that :meth:`_saved` returned."""
 
 
 class PageHinkley(_RiverDetector):
-    """Detects that the mean of one number has moved, up or down, at a stated rate of false alarms: the quickest here.
+    """Detects a shift of the mean of one number, up or down, at a stated false-alarm rate; the quickest of the three.
 
-    The Page-Hinkley test (Page 1954), as River does it: the sum of what records are above (below) the mean of all
-    records, less ``delta`` each, and how far it has risen from its lowest point. Of the settings of River's class, the
-    threshold is found from the reference, and nothing is forgotten (``alpha=1``): with River's own ``alpha`` false
-    alarms become more and more frequent.
+    The Page-Hinkley test (Page 1954) as implemented by River: it sums by how much records are above (below) the mean of
+    all records, minus ``delta`` each, and measures how far the sum has risen from its lowest value. The threshold of
+    River's class is calibrated from the reference, and nothing is forgotten (``alpha=1``): with River's default
+    ``alpha``, false alarms become more and more frequent.
 
-    The reference is resampled to imitate what else might have been the reference, and what may follow, and the
-    threshold is the one that keeps the mean run length over both. What needs to hold: that quiet records are like
-    those of the reference, in the same order or in any (``block_size=1``).
+    The reference is resampled to simulate other references and the streams that may follow, and the threshold keeps the
+    mean run length over both. This assumes that records before a change are like those of the reference, in the same
+    order or, with ``block_size=1``, in any order.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -142,18 +142,19 @@ class PageHinkley(_RiverDetector):
         (True, 409)
 
     Args:
-        arl: average run length: how many records, on average, from arming to a false alarm.
-        reference_size: records in the reference.
-        block_size: records resampled together: a few times the stretch over which they are correlated, and fewer than
-            the ``threshold / delta`` records over which a sum builds up, as a reference holds few blocks and seldom an
-            extreme one. It must hold 50. 1: records are independent.
-        delta: half the shift that is found the quickest, in standard deviations of the reference. 0.25 is made for
-            shifts from a half to one.
-        seed: of what is resampled.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 500.
+        block_size: Number of consecutive records that are resampled together: a few times the stretch over which they
+            are correlated, but fewer than the ``threshold / delta`` records over which a sum builds up, as a reference
+            contains few blocks and seldom an extreme one. The reference must contain at least 50 blocks. Default: 1,
+            for independent records.
+        delta: Half the shift that is detected the quickest, in standard deviations of the reference. The default of
+            0.25 suits shifts between a half and one.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
-        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 
     def __init__(
@@ -194,16 +195,16 @@ class PageHinkley(_RiverDetector):
 
 
 class HDDM(_RiverDetector):
-    """Detects that the mean of one number has moved, up or down, by a bound on means, at a stated rate of false alarms.
+    """Detects a shift of the mean of one number, up or down, by a bound on means, at a stated false-alarm rate.
 
-    The drift detection method based on Hoeffding's bounds (HDDM_A; Frias-Blanco et al. 2015), as River does it. It
-    compares the mean of the records up to a cut, which is set where the mean was lowest (highest) by its confidence
-    bound, with the mean of all. The bounds are for values in [0, 1]: records are standardised by the reference and go
-    through a logistic function, so that outliers count for little. ``score`` is the exponent of the bound: the
-    logarithm of two over the confidence at which River's detector would have alarmed. The confidence of the cuts is
-    River's default.
+    The drift detection method based on Hoeffding's bounds (HDDM_A; Frias-Blanco et al. 2015) as implemented by River.
+    It compares the mean of the records up to a cut, which is set where the mean was lowest (highest) by its confidence
+    bound, with the mean of all records. The bounds are for values in [0, 1]: records are standardised by the reference
+    and passed through a logistic function, so that outliers have little influence. ``score`` is the exponent of the
+    bound: the logarithm of two over the confidence at which River's detector would have raised an alarm. The confidence
+    of the cuts is River's default.
 
-    The threshold is found as in :class:`PageHinkley`, with the same conditions.
+    The threshold is calibrated as in :class:`PageHinkley`, under the same assumptions.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -214,14 +215,14 @@ class HDDM(_RiverDetector):
         (True, 412)
 
     Args:
-        arl: average run length: how many records, on average, from arming to a false alarm.
-        reference_size: records in the reference.
-        block_size: records resampled together; see :class:`PageHinkley`.
-        seed: of what is resampled.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 500.
+        block_size: Number of consecutive records that are resampled together; see :class:`PageHinkley`.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
-        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 
     def __init__(self, arl: float = 10_000, *, reference_size: int = 500, block_size: int = 1, seed: int = 0) -> None:
@@ -238,7 +239,7 @@ class HDDM(_RiverDetector):
         binary = library("river.drift", "drift").binary
         river = binary.HDDMA(_CUT_CONFIDENCE, _CUT_CONFIDENCE, two_sided_test=True)
         mean = river._z
-        mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's takes 15 microseconds
+        mean.clone = lambda **_: type(mean)._from_state(mean.n, mean.get())  # River's own takes 15 microseconds
         return river
 
     def _statistic(self) -> float:
@@ -264,15 +265,15 @@ class HDDM(_RiverDetector):
 
 
 class ADWIN(_RiverDetector):
-    """Detects that the mean of one number has moved, and adapts to it, at a stated rate of false alarms.
+    """Detects a shift of the mean of one number, and adapts to it, at a stated false-alarm rate.
 
-    Adaptive windowing (Bifet & Gavalda 2007), as River does it: a window of past records, compressed, is cut where its
-    older part has another mean than the newer one. Slower to detect than :class:`PageHinkley`; but the window continues
-    from the cut, without a new reference, and tests again when it has grown beyond ``reference_size`` records.
+    Adaptive windowing (Bifet & Gavalda 2007) as implemented by River: a compressed window of past records is cut where
+    the means of its older and newer parts differ. It is slower than :class:`PageHinkley`, but the window continues from
+    the cut without a new reference, and is tested again once it has grown beyond ``reference_size`` records.
 
-    ``delta`` of River is found from the reference, as the threshold of :class:`PageHinkley` is, with the same
-    conditions; it holds for the first alarm. ``score`` is how far the mean of what is left of the window is from that
-    of the reference, in standard deviations, where River has cut, and 0 where it has not; the threshold is 0.
+    River's ``delta`` is calibrated from the reference like the threshold of :class:`PageHinkley`, under the same
+    assumptions; it holds for the first alarm. If River has cut the window, ``score`` is the distance between the mean
+    of the rest and that of the reference, in standard deviations; otherwise it is 0. The threshold is 0.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -283,15 +284,15 @@ class ADWIN(_RiverDetector):
         (True, 408)
 
     Args:
-        arl: average run length: how many records, on average, from arming to a false alarm.
-        reference_size: records in the reference.
-        block_size: records resampled together; see :class:`PageHinkley`.
-        clock: records from one test to the next.
-        seed: of what is resampled.
+        arl: Average run length: the mean number of records from arming to a false alarm. Default: 10,000.
+        reference_size: Number of records in the reference. Default: 500.
+        block_size: Number of consecutive records that are resampled together; see :class:`PageHinkley`.
+        clock: Number of records from one test to the next. Default: 8.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: for a setting out of its range, or a reference that is too small (the size needed is named).
-        ModuleNotFoundError: without River (``pip install "evertune[drift]"``).
+        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 
     _kept = ("_centre", "_scale", "_delta", "_numbers")
@@ -338,6 +339,7 @@ class ADWIN(_RiverDetector):
         return abs(self._river.estimation) if self._river._drift_detected else 0.0
 
     def _saved(self) -> Tensor:
+        # The window is a compiled object: its pickled bytes are saved as a tensor of numbers.
         return torch.frombuffer(bytearray(self._river._helper.__getstate__()), dtype=torch.uint8)
 
     def _load(self, numbers: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A detector run over data that are already there."""
+"""Runs a detector over a sequence of batches that is already complete."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from evertune.drift.featurisers import Featuriser
 
 
 def scan(batches: Iterable[Any], detector: Detector, featuriser: Featuriser) -> list[dict[str, Any]]:
-    """Tell where a sequence of batches changes, without training on it.
+    """Find where a sequence of batches changes, without training on it.
 
-    After an alarm the detector takes a new reference, from the data that follow.
+    After an alarm, the detector takes a new reference from the data that follow.
 
     Args:
-        batches: in the order in which the records arrived.
-        detector: starts where it stands; pass a new one for a new sequence.
-        featuriser: ``batch -> tensor [batch, features]``.
+        batches: Batches in the order in which the records arrived.
+        detector: Detector to run, from its present state; pass a new one for a new sequence.
+        featuriser: Function from a batch to features, ``batch -> tensor [batch, n_features]``.
 
     Returns:
-        One entry for each test, as ``History.drift`` holds them: ``step`` (records seen by then), ``score``,
+        One entry for each test, as in ``History.drift``: ``step`` (number of records seen by then), ``score``,
         ``threshold`` and ``alarm``.
 
     Example:

@@ -1,4 +1,4 @@
-"""Detectors that need no more of the records than sums of a feature map, which ranks can add up."""
+"""Detectors that need only sums of a feature map over the records, which ranks can add up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _CHUNK = 2_048  # records mapped at once
 
 
 class SumDetector(ReferenceDetector):
-    """Sums a feature map over stretches of a fixed number of records, and tests by the sums.
+    """Sums a feature map over stretches of a fixed number of records, and tests the sums.
 
-    A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_take`.
+    A subclass implements :meth:`_fit`, :meth:`_map` and :meth:`_take`.
 
     Args:
         stretch: Number of records in a sum.
@@ -33,9 +33,9 @@ class SumDetector(ReferenceDetector):
 
     def _clear(self) -> None:
         super()._clear()
-        self._mean = torch.empty(0)  # of the reference, in the feature map
-        self._window = torch.empty(0)  # sum over the records of the stretch begun
-        self._filled = 0  # records in it
+        self._mean = torch.empty(0)  # mean of the reference in the feature map
+        self._window = torch.empty(0)  # sum over the records of the unfinished stretch
+        self._filled = 0  # number of records in it
 
     @abstractmethod
     def _fit(self, reference: Tensor, generator: torch.Generator) -> None:
@@ -45,11 +45,12 @@ class SumDetector(ReferenceDetector):
     def _map(self, records: Tensor) -> Tensor:
         """The feature map: ``[records, n_map]`` in float64.
 
-        In double precision the cutting of records into batches shows far below any difference between scores.
+        In double precision, the effect of splitting records into batches is far below any difference between scores.
         """
 
     def _mapped(self, reference: Tensor, generator: torch.Generator) -> Tensor:
-        """Choose the feature map by the reference and take its mean; the reference mapped, ``[records, n_map]``."""
+        """Choose the feature map and store the reference's mean in it; returns the mapped reference ``[records,
+        n_map]``."""
         self._fit(reference, generator)
         mapped = torch.cat([self._map(part) for part in reference.split(_CHUNK)])
         self._mean = mapped.mean(0)
@@ -57,22 +58,22 @@ class SumDetector(ReferenceDetector):
         return mapped
 
     def sums(self, records: Tensor, positions: Tensor, count: int) -> Tensor | None:
-        """What some of the next ``count`` records add to the stretches that those will fill.
+        """The contribution of some of the next ``count`` records to the sums of the stretches that these will fill.
 
-        Ranks that hold different records of the same stream add up what each of them gets, and give the sum to
-        :meth:`update_sums`: then all decide as one process would that sees every record.
+        Ranks that hold different records of the same stream add up their results and pass the total to
+        :meth:`update_sums`. All ranks then make the same decision as a single process that sees every record.
 
         Args:
-            records: ``[records, n_features]``, in any order; none is fine, too.
-            positions: the place of each among the ``count`` next records of the stream.
-            count: of all ranks.
+            records: Records ``[records, n_features]`` in any order; may be empty.
+            positions: Position of each record among the next ``count`` records of the stream.
+            count: Number of the next records on all ranks together.
 
         Returns:
-            ``[stretches, n_map]`` in float64, or None as long as the reference is not complete: then :meth:`update`
-            needs the records themselves.
+            Sums ``[stretches, n_map]`` in float64; None until the reference is complete, as :meth:`update` needs the
+            records themselves then.
 
         Raises:
-            ValueError: as :meth:`update` does.
+            ValueError: As for :meth:`update`.
         """
         if not self.armed:
             return None
@@ -87,7 +88,7 @@ class SumDetector(ReferenceDetector):
         return sums
 
     def update_sums(self, sums: Tensor, count: int) -> None:
-        """Look at the next ``count`` records by their :meth:`sums`."""
+        """Process the next ``count`` records, given their :meth:`sums`."""
         self.drift_detected = False
         self._take(sums, count)
 
@@ -96,4 +97,4 @@ class SumDetector(ReferenceDetector):
 
     @abstractmethod
     def _take(self, sums: Tensor, count: int) -> None:
-        """Take the :meth:`sums` of the next ``count`` records; count them in ``n_seen``, and call ``_test``."""
+        """Process the :meth:`sums` of the next ``count`` records; count them in ``n_seen``, and call ``_test``."""

@@ -11,25 +11,25 @@ from torch.nn.functional import embedding_bag
 from evertune.drift.calibration import apart, resample, resample_windows, threshold_of_tests
 from evertune.drift.sums import SumDetector
 
-_MAX_TESTS = 200_000  # resampled windows
+_MAX_TESTS = 200_000  # maximum number of resampled windows
 _MIN_TESTS = 2_000
-_TESTS_ABOVE = 100  # of the resampled windows, above the threshold: their number is then known to 10%
-_REFERENCES = 32  # resampled references
-_MIN_WINDOWS = 4  # a shorter reference is too noisy a picture of the past, whatever the false-alarm rate
-_PART = 8_192  # resampled windows looked at together
-_JITTER = 1e-6
-_ROUNDING = 1e-12  # of the squared length of the mapped records: of records that are all alike, nothing else is left
+_TESTS_ABOVE = 100  # resampled windows expected above the threshold: enough for a rate that is accurate to 10%
+_REFERENCES = 32  # number of resampled references
+_MIN_WINDOWS = 4  # a shorter reference is too noisy, whatever the false-alarm rate
+_PART = 8_192  # resampled windows that are scored at once
+_JITTER = 1e-6  # relative noise that breaks ties between equal scores
+_ROUNDING = 1e-12  # rounding error relative to the squared length of the mapped records, for a constant reference
 
 
 class WindowDetector(SumDetector):
-    """Tests each ``window_size`` records by the distance of their mean from the reference's, in a feature map.
+    """Tests every ``window_size`` records by the distance of their mean from the reference's, in a feature map.
 
-    A window is kept as a sum alone. The threshold comes from the reference: resampled windows are compared with
-    resampled references, so that the mean number of records up to a false alarm, over references and streams, is
-    ``arl`` (see :mod:`evertune.drift.calibration`). The p-value of a test is ``(k + 1) / (n + 1)``, where ``k``
-    of ``n`` resampled windows are as far away.
+    Only the sum of a window is kept. The threshold is calibrated from the reference: resampled windows are compared
+    with resampled references, so that the mean number of records up to a false alarm, over references and streams, is
+    ``arl`` (see :mod:`evertune.drift.calibration`). The p-value of a test is ``(k + 1) / (n + 1)``, where ``k`` of
+    ``n`` resampled windows are at least as far away.
 
-    A subclass writes :meth:`_fit`, :meth:`_map` and :meth:`_distance`.
+    A subclass implements :meth:`_fit`, :meth:`_map` and :meth:`_distance`.
 
     Args:
         arl: Average run length: the mean number of records from arming to a false alarm.
@@ -45,11 +45,11 @@ class WindowDetector(SumDetector):
 
     _kept: tuple[str, ...] = (*SumDetector._kept, "_null")
     _lattice = False
-    """Whether scores repeat, as those of counts do: equal ones are then told apart by chance, so that any rate of
-    alarms can be met."""
+    """Whether scores repeat, as those of counts do. Ties are then broken at random, so that any false-alarm rate can be
+    met."""
     _distinct = True
-    """Whether resampled windows hold no record twice (see ``resample_windows``). Where features are looked at one by
-    one, repetitions do no harm, and without them the tails would be a little too light."""
+    """Whether resampled windows contain no record twice (see ``resample_windows``). If features are tested one by one,
+    repetitions do no harm, and without them the tails would be slightly too light."""
 
     def __init__(self, arl: float, reference_size: int, window_size: int, block_size: int, seed: int) -> None:
         self.window_size = window_size
@@ -73,7 +73,7 @@ class WindowDetector(SumDetector):
             )
 
     def _distance(self, windows: Tensor, references: Tensor) -> Tensor:
-        """How far apart means are: ``[windows, n_map]`` and ``[references, n_map]`` to ``[windows, references]``.
+        """The distances of means: ``[windows, n_map]`` and ``[references, n_map]`` to ``[windows, references]``.
 
         Default: the squared Euclidean distance.
         """
@@ -107,11 +107,11 @@ class WindowDetector(SumDetector):
         self.threshold = max(self.threshold, rounding)
 
     def _n_resampled(self) -> int:
-        """How many windows to resample."""
+        """The number of windows to resample."""
         return min(max(_MIN_TESTS, math.ceil(_TESTS_ABOVE / self.level)), _MAX_TESTS)
 
     def _calibrate(self, scores: Tensor) -> None:
-        """Set the threshold, and what p-values are read from, by resampled ``scores`` ``[windows, references]``."""
+        """Set the threshold and the null distribution of p-values from resampled scores ``[windows, references]``."""
         self.threshold = threshold_of_tests(scores, 1 / self.level)
         self._null = scores.flatten().sort().values[_REFERENCES // 2 :: _REFERENCES].double().contiguous()
 
@@ -136,11 +136,12 @@ class WindowDetector(SumDetector):
                 self._test(score, self._p_value(score))
 
     def _generator_of_test(self) -> torch.Generator:
+        # Derived from the number of the test: a resumed detector breaks ties in the same way.
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.n_tests)
 
 
 def reference_needed(level: float, window_size: int, block_size: int) -> int:
-    """The smallest reference with enough different windows to tell a p-value of ``level``, and windows enough."""
+    """The smallest reference that has enough windows, and enough different ones for a p-value of ``level``."""
     in_window = window_size // block_size
     n_blocks = _MIN_WINDOWS * in_window
     while math.comb(n_blocks, in_window) + 1 < 1 / level:

@@ -1,4 +1,4 @@
-"""Whether a new version may replace the one in production: paired tests in plain numpy."""
+"""Decides whether a new version may replace the one in production, by paired tests in plain numpy."""
 
 from typing import TYPE_CHECKING
 

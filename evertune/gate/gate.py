@@ -1,4 +1,4 @@
-"""The gate: a new version goes to production only if it is no worse than the one that is there."""
+"""The gate: a new version goes into production only if it is not worse than the one that is there."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ Unit = Literal["share", "records", "ms", "bytes", "agreement"]
 
 POOLED = "all past slices"
 _FEWEST = 20
-"""With fewer records than that a share says nothing: what rests on a share alone is not judged."""
+"""Number of records below which a share is too noisy: checks that rest on a share alone are skipped."""
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that the gate looked at.
+    """The result of one check of the gate.
 
     Args:
-        name: what was checked.
-        slice: the slice it was checked on; empty where there is none.
-        champion: the value of the version in production, None where it has none.
-        challenger: the value of the new version, or of the data.
-        limit: what the gate allows.
-        p_value: the probability of such a result by chance, None where chance plays no part.
-        passed: whether it is within the limit.
-        words: the facts in a sentence.
-        stage: ``"data"``: of the records, before training; ``"model"``: of the new version.
-        unit: what the values are.
-        applicable: False where the limit is set but the task has no classes to check it on. It counts as passed.
+        name: Name of the check.
+        slice: Slice that was checked; empty if the check is not about a slice.
+        champion: Value of the version in production; None if it has none.
+        challenger: Value of the new version, or of the data.
+        limit: Limit of the gate.
+        p_value: Probability of such a result by chance; None if chance plays no part.
+        passed: Whether the value is within the limit.
+        words: The facts, as a message.
+        stage: ``"data"`` for a check of the records before training, ``"model"`` for one of the new version.
+        unit: Unit of the values.
+        applicable: False if the limit is set but the task has no classes to check it on; the check then counts as
+            passed.
     """
 
     name: str
@@ -61,13 +62,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided, and why.
+    """The decision of the gate, with its reasons.
 
     The same predictions give the same verdict, and :meth:`to_dict` the same JSON, byte for byte.
 
     Args:
-        passed: whether every check passed.
-        checks: all that was looked at.
+        passed: Whether all checks passed.
+        checks: All checks that were made.
     """
 
     passed: bool
@@ -75,7 +76,7 @@ class Verdict:
 
     @classmethod
     def of(cls, checks: Iterable[Check]) -> Verdict:
-        """The verdict that follows from checks.
+        """The verdict that follows from a list of checks.
 
         >>> Verdict.of([]).words()
         'passed: nothing was checked'
@@ -89,7 +90,7 @@ class Verdict:
         return [check for check in self.checks if not check.passed]
 
     def words(self) -> str:
-        """The decision in plain words: why it was refused, or what the new version is like."""
+        """The decision as a message: why the new version was refused, or how it compares."""
         if not self.passed:
             return "refused: " + "; ".join(check.words for check in self.failed)
         told = [check.words for check in self.checks if check.name in ("new records", "forgetting", "accuracy")][-2:]
@@ -115,15 +116,15 @@ class Verdict:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The verdict as JSON values."""
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
-        """What :meth:`to_dict` gave.
+        """The verdict that :meth:`to_dict` returned.
 
         Raises:
-            ValueError: when something is missing or unknown.
+            ValueError: If a key is missing or unknown.
         """
         try:
             return cls(values["passed"], [Check(**check) for check in values["checks"]])
@@ -134,50 +135,56 @@ class Verdict:
 class Gate:
     """Compares a new version (the challenger) with the one in production (the champion), and decides.
 
-    Before training, :meth:`judge_data` looks at the records. After it, :meth:`judge` looks at what both versions say
-    about held-out records: the past ones, slice by slice and pooled, and the new ones.
+    Before training, :meth:`judge_data` checks the records. Afterwards, :meth:`judge` compares the predictions of both
+    versions on held-out records: the past ones, slice by slice and pooled, and the new ones.
 
-    A limit on a difference of accuracy is broken when what was measured exceeds it **and** chance is ruled out at
-    ``alpha`` by a test that compares the two versions on the same examples. So a small slice cannot refuse a good
-    version by bad luck, and a large one cannot refuse it for a loss that nobody would notice. Chance gets ``alpha``
-    once for all past slices together (Holm 1979), and once for each other kind of check.
+    A limit on a difference of accuracy is exceeded if the measured difference is larger **and** chance is ruled out at
+    level ``alpha`` by a test that compares the two versions on the same examples. A small slice therefore cannot refuse
+    a good version by bad luck, and a large one cannot refuse it for a loss that nobody would notice. The family-wise
+    error rate over all past slices together is ``alpha`` (Holm 1979), and so is that of each other kind of check.
 
-    Labels that are wrong at random do little harm to a pretrained model at first, so its accuracy does not show them.
-    :func:`~evertune.gate.label_noise.label_noise` does. Its power comes from the number of new records: in
-    simulations a tenth of wrong labels is found in 99 % of updates of 300 records and more, if those trained on are
-    shown too (``trained`` in :meth:`judge`) and production is right on 85 % or more (in 93 % at 75 %). Of clean updates
-    1 % are refused, and 4 % of those of 300 records from a domain where production is right on 65 % only.
+    Labels that are wrong at random do little harm to a pretrained model at first, so that its accuracy does not reveal
+    them; :func:`~evertune.gate.label_noise.label_noise` does. Its power depends on the number of new records: in
+    simulations, 10 % of wrong labels are detected in 99 % of the updates with 300 or more records, if the records
+    trained on are checked too (``trained`` in :meth:`judge`) and production is right on 85 % or more (in 93 % of the
+    updates at 75 %). Of updates without wrong labels, 1 % are refused, and 4 % of those with 300 records from a domain
+    where production is right on only 65 %.
 
-    A module that cannot do its task yet (a test's random one) is refused by ``min_new_agreement`` only if it can do the
-    past's.
+    A module that cannot do its task yet, such as a random one in a test, is refused by ``min_new_agreement`` only if it
+    can do the task on past records.
 
-    Every limit may be None: not checked.
+    Every limit may be None, which skips the check.
 
     Args:
-        max_forgetting: accuracy that may be lost on a past slice, on all of them together, and on the new records.
-        max_drop: accuracy that may be lost on a past slice of 50 records or more whatever the test says.
-        max_negative_flips: the share of past records that production has right and the new version wrong (Yan et al.
-            2021): what users notice as a regression even where the accuracy is the same.
-        max_calibration_error_increase: of the expected calibration error on past records (Guo et al. 2017).
-        max_label_noise: the share of wrong labels among the new records, beyond what the past ones show.
-        min_new_agreement: the agreement of predictions and labels on new records, corrected for chance (Cohen's kappa,
-            1960), as a part of that on past ones: far below, the texts do not tell the labels (garbage).
-        min_accuracy: on all held-out records together; also for a first version.
-        min_new_accuracy: on the held-out records of the update.
-        max_latency_ratio: the time of a prediction, as a multiple of production's.
-        max_size_ratio: the bytes of the weights, as well.
-        max_bad_share: the share of records that did not fit the schema.
-        max_duplicate_share: the share of records whose text was there before in the same update.
-        max_class_share: the share of the records that one known class may have; more teach the model to say nothing
-            else. A new class may come alone. Raise it for streams that are as one-sided by nature.
-        min_records: fewer are not trained on.
-        slice_by: a field of the records; both versions are also compared on each of its values.
-        alpha: the probability with which chance alone may break a limit.
-        test: ``"mcnemar"``, exact, or ``"bootstrap"``, paired, with 10,000 resamples.
-        seed: of the bootstrap.
+        max_forgetting: Maximum loss of accuracy on a past slice, on all past slices together, and on the new records.
+            Default: 0.02, two points.
+        max_drop: Maximum loss of accuracy on a past slice of 50 records or more, whatever the test says. Default: 0.15.
+        max_negative_flips: Maximum share of past records that production has right and the new version wrong (Yan et
+            al. 2021): users notice them as regressions even if the accuracy is the same. Default: 0.1.
+        max_calibration_error_increase: Maximum increase of the expected calibration error on past records (Guo et al.
+            2017). Default: 0.1.
+        max_label_noise: Maximum share of wrong labels among the new records in excess of that among the past ones.
+            Default: 0.04.
+        min_new_agreement: Minimum agreement of predictions and labels on new records, corrected for chance (Cohen's
+            kappa, 1960), relative to that on past records. If it is far lower, the labels cannot be predicted from the
+            texts (garbage). Default: 0.3.
+        min_accuracy: Minimum accuracy on all held-out records together; also applies to a first version.
+        min_new_accuracy: Minimum accuracy on the held-out records of the update.
+        max_latency_ratio: Maximum time of a prediction, as a multiple of production's. Default: 1.5.
+        max_size_ratio: Maximum size of the weights in bytes, as a multiple of production's. Default: 1.5.
+        max_bad_share: Maximum share of records that did not fit the schema. Default: 0.1.
+        max_duplicate_share: Maximum share of records that repeat a text of the same update. Default: 0.5.
+        max_class_share: Maximum share of one known class among the records; beyond it, the model would learn to predict
+            nothing else. A new class may come alone. Raise the limit for streams that are naturally one-sided. Default:
+            0.9.
+        min_records: Minimum number of records to train on. Default: 20.
+        slice_by: Name of a field of the records; the versions are also compared on each of its values.
+        alpha: Probability with which chance alone may exceed a limit. Default: 0.01.
+        test: ``"mcnemar"`` (exact) or ``"bootstrap"`` (paired, with 10,000 resamples).
+        seed: Seed of the random resampling.
 
     Raises:
-        ValueError: for a setting out of range, named with what is allowed.
+        ValueError: If a setting is out of range. The message names the setting and what is allowed.
 
     Example:
         >>> ids, labels = [str(i) for i in range(200)], ["sport"] * 200
@@ -270,17 +277,17 @@ class Gate:
         n_read: int = 0,
         names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else list(label),
     ) -> list[Check]:
-        """Look at the records of an update before anything is trained; it costs no model.
+        """Check the records of an update before anything is trained; this needs no model.
 
         Args:
-            records: the good ones.
-            text: the field with the text, or the two fields of a pair.
-            label: the field with the label: a name, or a list of names.
-            known_classes: those of the version in production; empty for the first version, which needs two classes.
-            n_bad: how many records went to quarantine.
-            n_read: how many were read in all.
-            names: gives the names of the classes in a label; none where labels are not classes. By default a label
-                is a name or a list of names. See :meth:`evertune.tasks.Task.label_names`.
+            records: The records that fit the schema.
+            text: Name of the field with the text, or of the two fields of a pair.
+            label: Name of the field with the label: a name, or a list of names.
+            known_classes: Classes of the version in production; empty for the first version, which needs two classes.
+            n_bad: Number of records that went to quarantine.
+            n_read: Number of records that were read in all.
+            names: Function that returns the names of the classes in a label; none if labels are not classes. By default
+                a label is a name or a list of names. See :meth:`evertune.tasks.Task.label_names`.
         """
         checks = []
         rows = [row["record"] for row in records]
@@ -302,6 +309,7 @@ class Gate:
             checks.append(_at_most("duplicates", copies / len(rows), self.max_duplicate_share, words))
         if self.max_class_share is not None and rows:
             classes = Counter(tuple(sorted(names(row[label]))) for row in rows)
+            # The largest class, and the first by name among equals, so that the verdict is deterministic.
             name, count = min(classes.items(), key=lambda item: (-item[1], item[0]))
             if classes.keys() == {()} and not all(isinstance(row[label], list) for row in rows):
                 return [*checks, _not_applicable("one class", "data")]
@@ -314,7 +322,7 @@ class Gate:
         return checks
 
     def groups(self, rows: Iterable[Row]) -> dict[str, str]:
-        """The value of ``slice_by`` of each record, by id; empty without ``slice_by``. A record may lack the field."""
+        """The value of ``slice_by`` by the id of each record that has the field; empty without ``slice_by``."""
         if self.slice_by is None:
             return {}
         field = self.slice_by
@@ -335,18 +343,18 @@ class Gate:
         """Compare two versions.
 
         Args:
-            champion: what the version in production says, by slice; None when there is none yet. Where it was asked
-                about other records of a slice, those that both were asked about count.
-            challenger: what the new version says about the same slices.
-            new: the slice with the held-out records of this update; all others are the past.
-            costs: the champion's and the challenger's.
-            data_checks: of :meth:`judge_data`, to be part of the verdict.
-            trained: the slice, if there is one, with records of this update that the challenger was trained on. They
-                count for the label noise only. As many as make 500 with the held-out ones are enough.
-            groups: of :meth:`groups`.
+            champion: Predictions of the version in production by slice; None if there is no such version yet. If it was
+                asked about other records of a slice, the records that both versions were asked about count.
+            challenger: Predictions of the new version on the same slices.
+            new: Name of the slice with the held-out records of this update; all other slices are the past.
+            costs: Costs of the champion and of the challenger; None skips their comparison.
+            data_checks: Results of :meth:`judge_data`, to be part of the verdict.
+            trained: Name of the slice, if there is one, with records of this update that the challenger was trained on.
+                They count only for the label noise; enough to make 500 together with the held-out ones suffice.
+            groups: Result of :meth:`groups`.
 
         Raises:
-            ValueError: when a slice is missing on one side, or no record of it was predicted by both versions.
+            ValueError: If a slice is missing on one side, or no record of it was predicted by both versions.
         """
         if new not in challenger:
             raise ValueError(f"there are no predictions for the new slice {new!r}; there are {list(challenger)}")
@@ -380,13 +388,13 @@ class Gate:
         return Verdict.of(checks)
 
     def _compared(self, name: str, pairs: Mapping[str, tuple[Predictions, Predictions]]) -> list[Check]:
-        """Paired tests on some slices, with one ``alpha`` for all of them together."""
+        """Paired tests on some slices, with the family-wise error rate ``alpha`` over all of them together."""
         if self.max_forgetting is None:
             return []
         p_values = statistics.holm([self._p_value(old, now) for old, now in pairs.values()])
         checks = []
         for (slice_name, (old, now)), p_value in zip(pairs.items(), p_values, strict=True):
-            drop = round(old.accuracy - now.accuracy, 9)
+            drop = round(old.accuracy - now.accuracy, 9)  # 0.9 - 0.88 must not exceed a limit of 0.02
             broken = drop > self.max_forgetting and p_value < self.alpha
             collapsed = self.max_drop is not None and drop > self.max_drop and len(now) >= 50
             limit = self.max_drop if collapsed and not broken and self.max_drop is not None else self.max_forgetting
@@ -433,7 +441,7 @@ class Gate:
             return []
         before, after = (statistics.calibration_error(one.confidence, one.correct) for one in (old, now))
         p_value = None
-        if after - before > limit:
+        if after - before > limit:  # the bootstrap is slow, and is needed only if the limit is exceeded
             p_value = statistics.calibration_test(
                 (old.confidence, now.confidence), (old.correct, now.correct), self.seed
             )
@@ -468,11 +476,11 @@ class Gate:
         shown: tuple[Predictions, Predictions] | None,
         past: list[tuple[Predictions, Predictions]],
     ) -> list[Check]:
-        """Tests of the held-out records, and of all that were given.
+        """Tests of the held-out records, and of all records that were given.
 
-        If the challenger could learn most of what the champion contradicts, as far as held-out records show, the world
-        has changed: then labels are wrong only where the challenger contradicts even what it was trained on. If not,
-        the champion's word is enough, and what the challenger has learned by heart hides nothing.
+        If the challenger predicts most of the held-out labels that the champion contradicts, the data has changed: a
+        label then counts as wrong only if the challenger contradicts it although it was trained on it. Otherwise the
+        champion alone decides, so that labels which the challenger has memorised are not hidden.
         """
         limit = self.max_label_noise
         if limit is None:
@@ -528,10 +536,10 @@ class Gate:
 def aligned(
     name: str, champion: Mapping[str, Predictions], challenger: Mapping[str, Predictions]
 ) -> tuple[Predictions, Predictions]:
-    """The predictions of two versions about the records of a slice that both were asked about, in one order.
+    """The predictions of two versions on the records of a slice that both were asked about, in the same order.
 
     Raises:
-        ValueError: when one has no predictions for the slice, there is no common record, or a label differs.
+        ValueError: If a version has no predictions for the slice, there is no common record, or a label differs.
     """
     for who, said in (("the version in production", champion), ("the new version", challenger)):
         if name not in said:
@@ -559,6 +567,7 @@ def aligned(
 def pool(parts: Iterable[Predictions]) -> Predictions:
     """Several slices as one; a record that is in two of them counts twice."""
     slices = list(parts)
+    # Numbered, as ids must be unique: the same record may be in several slices.
     ids = [f"{number}/{one}" for number, part in enumerate(slices) for one in part.ids]
     return Predictions(
         ids,
@@ -573,15 +582,15 @@ def pool(parts: Iterable[Predictions]) -> Predictions:
 
 
 def _noise_p_value(now: Noise, then: Noise) -> float:
-    """The probability of as many contradictions at the rate of the past, which is taken one higher (Laplace's rule):
-    a few past records without any do not prove that there are none."""
+    """The probability of at least as many contradictions at the past rate, smoothed by Laplace's rule: a few past
+    records without a contradiction do not prove that there are none."""
     return statistics.binomial_tail(now.contradicted, now.sure, (then.contradicted + 1) / (then.sure + 2))
 
 
 def _grouped(
     pairs: Sequence[tuple[Predictions, Predictions]], groups: Mapping[str, str], field: str
 ) -> dict[str, tuple[Predictions, Predictions]]:
-    """The predictions about the records of each group, from all slices."""
+    """The predictions on the records of each group, from all slices."""
     made = {}
     for value in sorted(set(groups.values())):
         chosen = [[place for place, one in enumerate(old.ids) if groups.get(one) == value] for old, _ in pairs]
@@ -610,13 +619,13 @@ def _at_least(name: str, slice_name: str, said: Predictions, limit: float) -> Ch
 
 
 def _not_applicable(name: str, stage: Literal["data", "model"] = "model") -> Check:
-    """A limit that is set, on a task whose labels are not classes."""
+    """The result for a limit that is set although the labels of the task are not classes."""
     words = f"{name}: not applicable, because the labels of this task are not classes"
     return Check(name, "", None, None, None, None, True, words, stage, applicable=False)
 
 
 def _at_most(name: str, share: float, limit: float, words: str) -> Check:
-    """A check of the data: a share and its limit."""
+    """A check of the data: a share and its upper limit."""
     words = f"{words} ({_percent(share)}, limit {_percent(limit)})"
     return Check(name, "", None, _rounded(share), _rounded(limit), None, share <= limit, words, "data")
 
@@ -637,12 +646,12 @@ def _check(
 
 
 def _rounded(value: float | None) -> float | None:
-    """Six significant digits, so that the last bits of a machine's arithmetic show nowhere; None for NaN."""
+    """Six significant digits, so that a verdict does not depend on a machine's rounding errors; None for NaN."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
 
 
 def _normalised(text: str) -> str:
-    """A text without case, punctuation and spacing."""
+    """A text without differences in case, punctuation and spacing."""
     return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
 
 
@@ -655,7 +664,7 @@ def _p(p_value: float) -> str:
 
 
 def _shown(value: float | None, unit: Unit) -> str:
-    """A value for people.
+    """A value as text, for people.
 
     >>> _shown(0.925, "share"), _shown(12.345, "ms"), _shown(91_000_000, "bytes"), _shown(300, "records")
     ('92.5 %', '12.3 ms', '91.0 MB', '300')

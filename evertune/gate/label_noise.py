@@ -1,4 +1,5 @@
-"""How many labels of an update look wrong: contradicted by two models that are sure, of which one never saw them."""
+"""Estimates how many labels of an update are wrong: those contradicted by confident models, one of which never saw
+them."""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ import numpy as np
 from evertune.gate.predictions import Label, Predictions
 
 UNSURE = 0.25
-"""The part of its agreeing predictions that a witness is less sure of than it must be to count."""
+"""Quantile of a model's confidence, among its predictions that agree with the label, below which it does not count."""
 UNSURE_LEARNT = 0.1
-"""The same for the new version about records that it was trained on, whose labels it half believes."""
+"""The same quantile for the new version on records that it was trained on, whose labels it tends to believe."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What was found among some records.
+    """The counts for some records.
 
     Args:
-        sure: records that the witnesses are sure of.
-        contradicted: those of them that have another label.
-        resolved: records whose label the champion is sure to contradict, and the challenger predicts.
+        sure: Number of records on which the models are confident.
+        contradicted: Number of those whose label they contradict.
+        resolved: Number of records whose label the champion confidently contradicts and the challenger predicts.
     """
 
     sure: int
@@ -40,8 +41,8 @@ class Noise:
 
     @property
     def drifted(self) -> bool:
-        """Whether the world has changed: most labels that the champion contradicts could be learned, so they mean
-        something, and the rest may as well be what is not learned yet."""
+        """Whether the data has changed: most labels that the champion contradicts could be learned, so that they are
+        not random, and the rest may simply not be learned yet."""
         return self.resolved >= max(self.contradicted, 1)
 
     def __add__(self, other: Noise) -> Noise:
@@ -49,24 +50,25 @@ class Noise:
 
 
 def label_noise(old: Predictions, new: Predictions, known: Collection[str], second: float | None = UNSURE) -> Noise:
-    """Count the labels that are contradicted by those who are sure.
+    """Count the labels that confident models contradict.
 
-    A wrong label is a good text under another name. A model that can do the task is as sure of such a text as of any
-    other, so that among the texts it is sure of, as many labels are wrong as among all. Its own mistakes are different:
-    it is unsure of most of them. (Confident learning rests on the same: Northcutt et al. 2021.) A witness is sure when
-    its confidence is not in the lowest part of its confidence where it agrees with the label, on the same records: a
-    version that is less confident in general, as one trained on noise is, does not hide anything.
+    A wrong label is an ordinary text under the name of another class. A model that can do the task is as confident on
+    such a text as on any other, so that the share of wrong labels is the same among the texts on which it is confident
+    as among all. Its own mistakes are different: on most of them it is not confident. (Confident learning rests on the
+    same assumption: Northcutt et al. 2021.) A model counts as confident unless its confidence is in the lowest part of
+    its confidences on the same records where it agrees with the label. The threshold is relative, so that a version
+    that is less confident in general, such as one trained on noise, hides nothing.
 
-    The champion is the first witness: it learned nothing from these records. The challenger is the second: where it has
-    come to disagree with the champion, the world may have changed rather than the label been wrong. About a class that
-    the champion does not know, the challenger is the only witness.
+    The champion is asked first, as it learned nothing from these records. The challenger is asked second: where it has
+    learned to disagree with the champion, the data may have changed while the label is right. For a class that the
+    champion does not know, only the challenger is asked.
 
     Args:
-        old: predictions of the version in production, the champion.
-        new: predictions of the new version, the challenger, about the same records.
-        known: the classes that the champion knows.
-        second: the part of its agreeing predictions that the challenger must be surer than; None asks the champion
-            alone, where it can tell.
+        old: Predictions of the version in production, the champion.
+        new: Predictions of the new version, the challenger, on the same records.
+        known: Classes that the champion knows.
+        second: Quantile of the challenger's confidence, among its predictions that agree with the label, below which it
+            does not count. None asks the champion alone, where it knows the class.
     """
     known_label = _known(new.labels, known)
     sure_before = known_label & _sure(old, UNSURE)
@@ -82,7 +84,7 @@ def label_noise(old: Predictions, new: Predictions, known: Collection[str], seco
 
 
 def known_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
-    """The classes that a champion knows, as far as can be seen: those it predicts, and those of the past records."""
+    """The classes that a champion is seen to know: those that it predicts, and those of the past records."""
     labels = [said for one in champion for said in one.predicted] + [label for one in past for label in one.labels]
     return {name for label in labels for name in _names(label)}
 

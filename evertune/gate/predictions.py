@@ -1,4 +1,4 @@
-"""What a version says about held-out records, and what a prediction costs: all that the gate looks at."""
+"""The predictions of a version on held-out records, and their cost: all that the gate compares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Label = str | list[str]
-"""The name of a class, or with several labels a record their names."""
+"""The name of a class, or a list of names if a record has several labels."""
 
 _DECIMALS = 6
 _ALWAYS = ("ids", "labels", "predicted", "confidence", "label_probability")
@@ -19,21 +19,21 @@ _ALWAYS = ("ids", "labels", "predicted", "confidence", "label_probability")
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What one version says about the records of one slice.
+    """The predictions of one version on the records of one slice.
 
-    Probabilities are rounded to six decimals, so that predictions read back from a file are judged like fresh ones.
+    Probabilities are rounded to six decimals, so that predictions read from a file are judged like new ones.
 
     Args:
-        ids: of the records.
-        labels: their labels: names, or lists of names.
-        predicted: what the version says they are, of the same kind.
-        confidence: the probability of what it says, ``[records]``.
-        label_probability: the probability of the label, ``[records]``; 0 for a class that the version does not know.
-        scores: how good each prediction is, in [0, 1], ``[records]``, for a task whose labels are not classes (see
-            :meth:`scored`). By default None: a prediction is right or wrong.
+        ids: Ids of the records.
+        labels: Labels of the records: names, or lists of names.
+        predicted: Predicted labels, of the same kind.
+        confidence: Probability of each predicted label, ``[records]``.
+        label_probability: Probability of each true label, ``[records]``; 0 for a class that the version does not know.
+        scores: Score of each prediction in [0, 1], ``[records]``, for a task whose labels are not classes (see
+            :meth:`scored`). Default: None, for a task where each prediction is right or wrong.
 
     Raises:
-        ValueError: when the lengths differ, an id is there twice, or a score is not in [0, 1].
+        ValueError: If the lengths differ, an id occurs twice, or a score is not in [0, 1].
 
     Example:
         >>> sure, of_label = np.array([0.9, 0.6]), np.array([0.9, 0.2])
@@ -70,7 +70,7 @@ class Predictions:
 
     @classmethod
     def scored(cls, ids: list[str], labels: list[Any], scores: np.ndarray) -> Predictions:
-        """Predictions of a task whose labels are not classes: what counts is a score in [0, 1] for each record.
+        """Predictions of a task whose labels are not classes, and which has a score in [0, 1] for each record instead.
 
         Example:
             >>> p = Predictions.scored(["1", "2"], [0.3, 4.0], np.array([0.9, 0.5]))
@@ -82,32 +82,32 @@ class Predictions:
 
     @property
     def has_classes(self) -> bool:
-        """Whether labels are classes, so that a prediction is right or wrong."""
+        """Whether labels are classes, so that a prediction is either right or wrong."""
         return self.scores is None
 
     @property
     def score(self) -> np.ndarray:
-        """How good each prediction is, in [0, 1], ``[records]``: 0 or 1 where labels are classes."""
+        """The score of each prediction in [0, 1], ``[records]``; 0 or 1 if labels are classes."""
         return self.correct.astype(np.float64) if self.scores is None else self.scores
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """Whether each record is predicted right (with several labels: all of them), as bools ``[records]``."""
+        """Whether each prediction is right, ``[records]``; for several labels, whether all of them are."""
         pairs = zip(self.labels, self.predicted, strict=True)
         return np.array([label == said or _names(label) == _names(said) for label, said in pairs], bool)
 
     @property
     def accuracy(self) -> float:
-        """The share predicted right, or the mean score where labels are not classes; NaN without records."""
+        """The share of right predictions, or the mean score if labels are not classes; NaN without records."""
         return float(self.score.mean()) if self.ids else math.nan
 
     @property
     def log_loss(self) -> float:
-        """The mean of ``-log p(label)``, p at least 1e-6; NaN without records."""
+        """The mean of ``-log p(label)`` with p at least 1e-6; NaN without records."""
         return float(-np.log(np.maximum(self.label_probability, 1e-6)).mean()) if self.ids else math.nan
 
     def pick(self, rows: Sequence[int]) -> Predictions:
-        """The predictions in these places, in this order."""
+        """The predictions at these positions, in this order."""
         chosen = list(rows)
         return Predictions(
             [self.ids[row] for row in chosen],
@@ -119,7 +119,7 @@ class Predictions:
         )
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """For JSON: lists, with None for a probability that is not a number."""
+        """The predictions as JSON values: lists, with None for a probability that is not finite."""
         scores = {} if self.scores is None else {"scores": _or_none(self.scores)}
         return {
             "ids": self.ids,
@@ -132,10 +132,10 @@ class Predictions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Predictions:
-        """What :meth:`to_dict` gave.
+        """The predictions that :meth:`to_dict` returned.
 
         Raises:
-            ValueError: when something is missing, or does not fit together.
+            ValueError: If a key is missing, or the values do not fit together.
         """
         names = list(_ALWAYS)
         if not isinstance(values, Mapping) or set(values) - {"scores"} != set(names):
@@ -152,12 +152,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a version costs to serve.
+    """The cost of serving a version.
 
     Args:
-        latency_ms: the time that one text takes.
-        batch_ms: the time that a batch of texts takes.
-        size_bytes: of all parameters and buffers.
+        latency_ms: Time for one text in milliseconds.
+        batch_ms: Time for a batch of texts in milliseconds.
+        size_bytes: Size of all parameters and buffers in bytes.
     """
 
     latency_ms: float

@@ -1,4 +1,4 @@
-"""The tests that the gate decides by: pure functions of counts and arrays, exact where they can be."""
+"""The statistical tests of the gate: pure functions of counts and arrays, exact where possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BINS = 15
 
 
 def binomial_tail(successes: int, trials: int, probability: float) -> float:
-    """The probability of at least this many successes in independent trials, exactly.
+    """The exact probability of at least this many successes in independent trials.
 
     Example:
         >>> round(binomial_tail(2, 3, 0.5), 6), binomial_tail(0, 3, 0.5), binomial_tail(1, 0, 0.5)
@@ -26,6 +26,7 @@ def binomial_tail(successes: int, trials: int, probability: float) -> float:
         return 0.0
     if probability >= 1:
         return 1.0
+    # In logarithms: the binomial coefficients overflow a float at about a thousand trials.
     yes, no = math.log(probability), math.log1p(-probability)
     counts = range(successes, trials + 1)
     return _sum_of_exponentials([_log_choose(trials, k) + k * yes + (trials - k) * no for k in counts])
@@ -34,12 +35,12 @@ def binomial_tail(successes: int, trials: int, probability: float) -> float:
 def mcnemar(losses: int, gains: int) -> float:
     """The one-sided p-value of a loss between two classifiers on the same examples (McNemar 1947, exact form).
 
-    Only the examples that one of the two gets right and the other wrong tell them apart. If both were equally good,
-    each of these would be a fair coin: the p-value is the probability of at least as many losses among them.
+    Only the examples that one classifier gets right and the other wrong distinguish them. If both were equally good,
+    each of these would be a loss with probability 1/2: the p-value is the probability of at least as many losses.
 
     Args:
-        losses: examples that the old one had right and the new one has wrong.
-        gains: examples that the old one had wrong and the new one has right.
+        losses: Number of examples that the old classifier has right and the new one wrong.
+        gains: Number of examples that the old classifier has wrong and the new one right.
 
     Example:
         >>> round(mcnemar(7, 0), 5), mcnemar(0, 0)
@@ -49,9 +50,9 @@ def mcnemar(losses: int, gains: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being several (Holm 1979).
+    """P-values adjusted for multiple testing (Holm 1979).
 
-    Refusing where an adjusted value is below alpha raises a false alarm anywhere with probability alpha at most.
+    If a test is rejected when its adjusted value is below alpha, the probability of any false alarm is at most alpha.
 
     Example:
         >>> [round(p, 6) for p in holm([0.04, 0.01, 0.03])]
@@ -60,6 +61,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = [1.0] * len(p_values)
     largest = 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        # The running maximum keeps the adjusted values in the order of the original ones.
         largest = max(largest, (len(p_values) - rank) * p_values[place])
         adjusted[place] = min(largest, 1.0)
     return adjusted
@@ -68,13 +70,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap(losses: int, gains: int, trials: int, seed: int = 0, resamples: int = 10_000) -> float:
     """The one-sided p-value of a loss, by a paired bootstrap (Efron & Tibshirani 1993).
 
-    Examples are drawn with replacement, each with what both versions say about it; the p-value is the share of such
-    draws in which the new version is not worse.
+    Examples are drawn with replacement, each with the predictions of both versions; the p-value is the share of draws
+    in which the new version is not worse.
 
     Example:
         >>> bootstrap(20, 5, 100) < 0.01 < bootstrap(6, 5, 100)
         True
     """
+    # Only three kinds of example differ in their effect, so that one multinomial draw replaces a resample.
     shares = np.array([losses, gains, trials - losses - gains]) / max(trials, 1)
     drawn = np.random.default_rng(seed).multinomial(trials, shares, size=resamples)
     return float(1 + (drawn[:, 0] <= drawn[:, 1]).sum()) / (resamples + 1)
@@ -87,9 +90,9 @@ def sign_flips(losses: np.ndarray, seed: int = 0, resamples: int = 10_000) -> fl
     of random signs that make the mean loss at least as large.
 
     Args:
-        losses: By how much each example's score is lower now than before, ``[examples]``.
-        seed: Of the random signs.
-        resamples: The number of random draws of signs.
+        losses: Decrease of each example's score, ``[examples]``.
+        seed: Seed of the random signs.
+        resamples: Number of random draws of signs. Default: 10,000.
 
     Example:
         >>> sign_flips(np.full(20, 0.1)) < 0.01 < sign_flips(np.tile([0.1, -0.1], 10))
@@ -99,16 +102,17 @@ def sign_flips(losses: np.ndarray, seed: int = 0, resamples: int = 10_000) -> fl
     generator, observed, as_large = np.random.default_rng(seed), changed.sum(), 0
     for start in range(0, resamples, 500):  # keeps the signs of large slices out of memory
         signs = generator.integers(0, 2, (min(500, resamples - start), len(changed))) * 2 - 1
+        # The tolerance counts ties, which rounding would otherwise decide.
         as_large += int((signs @ changed >= observed - 1e-9).sum())
     return (1 + as_large) / (resamples + 1)
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """The expected calibration error (Guo et al. 2017): how far confidence is from accuracy, over 15 equal bins.
+    """The expected calibration error (Guo et al. 2017): the gap between confidence and accuracy over 15 equal bins.
 
     Args:
-        confidence: probabilities of the predicted classes ``[examples]``.
-        correct: whether each prediction is right ``[examples]``.
+        confidence: Probability of each predicted class, ``[examples]``.
+        correct: Whether each prediction is right, ``[examples]``.
 
     Example:
         >>> calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), np.array([True, True, True, False]))
@@ -128,10 +132,11 @@ def calibration_test(
     """The one-sided p-value of a higher calibration error, by a paired bootstrap.
 
     Args:
-        confidence: of the old version and of the new one, on the same examples.
-        correct: as well.
-        seed: of the draws.
-        resamples: how many.
+        confidence: Probabilities of the predicted classes of the old and of the new version, on the same examples,
+            ``[examples]`` each.
+        correct: Whether the predictions of the old and of the new version are right, ``[examples]`` each.
+        seed: Seed of the resampling.
+        resamples: Number of resamples. Default: 1,000.
 
     Example:
         >>> right = np.arange(200) % 10 > 0
@@ -154,7 +159,7 @@ def kappa(labels: Sequence[Label], predicted: Sequence[Label]) -> float | None:
     """The agreement of predictions with labels beyond chance: 1 is perfect, 0 is chance (Cohen 1960).
 
     Returns:
-        Kappa, or None when all labels and predictions are one class, or there are none.
+        Kappa; None if all labels and predictions are one class, or there are none.
 
     Example:
         >>> kappa(["a", "a", "b", "b"], ["a", "a", "b", "a"]), kappa(["a"], ["a"])
@@ -181,5 +186,6 @@ def _log_choose(n: int, k: int) -> float:
 def _sum_of_exponentials(logs: Sequence[float]) -> float:
     if not logs:
         return 0.0
+    # The largest term is factored out, so that the other exponentials do not underflow.
     largest = max(logs)
     return min(math.exp(largest) * math.fsum(math.exp(log - largest) for log in logs), 1.0)

@@ -1,4 +1,4 @@
-"""Periodic updates from a source, as transactions: a checked new version, or the old one as it was."""
+"""Periodic updates from a source, each a transaction: a checked new version goes live, or nothing changes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Tell people what they would want to know now: alerts that never stop what they are about."""
+"""Alerts for the people who run the service; sending one never blocks or stops the service."""
 
 from __future__ import annotations
 
@@ -19,56 +19,57 @@ from urllib.parse import urlsplit
 from evertune.utils.secrets import fill_in
 
 EVENTS = ("drift", "refusal", "quarantine", "error", "recovery", "promotion")
-"""What there is to tell: drift has been found; an update was refused; too many records are bad; the source, the disk or
-an update fails; it works again; a new version is in production."""
+"""The events that can be reported: drift was detected; an update was refused; too many records are bad; the source, the
+disk or an update fails; what had failed works again; a new version is in production."""
 
 _QUEUE = 100
+# Request timeout, too early, too many requests: the only client errors that may go away by themselves.
 _WORTH_RETRYING = (408, 425, 429)
 
 logger = logging.getLogger("evertune.live")
 
 
 class Alert(ABC):
-    """One way to tell people. A subclass writes :meth:`send`, which neither waits nor raises."""
+    """One channel for alerts. A subclass implements :meth:`send`, which must neither block nor raise."""
 
     @abstractmethod
     def send(self, event: str, text: str, **facts: Any) -> None:
-        """Tell of an event.
+        """Report an event.
 
         Args:
-            event: one of :data:`EVENTS`; those that nobody asked for are passed over.
-            text: what happened, for people.
-            facts: the same for programs, JSON values: ``registry``, ``version``, ...
+            event: One of :data:`EVENTS`. Events that the channel was not asked to report are ignored.
+            text: What happened, as a message for people.
+            facts: The same for programs, as JSON values: ``registry``, ``version``, ...
         """
 
     def close(self, timeout: float = 2.0) -> None:  # noqa: B027
-        """Send what is waiting, for at most ``timeout`` seconds."""
+        """Send the queued events, for at most ``timeout`` seconds."""
 
 
 class Webhook(Alert):
     """POSTs each event as JSON to a URL: ``{"event", "text", "time", "registry", "version", ...}``.
 
-    Slack, Mattermost and Teams' workflows show the ``text``. A thread of its own sends: a slow or dead receiver
-    delays nothing. What cannot be delivered is tried again with growing pauses (twice as long each time), then logged
-    and dropped; so is what comes when 100 events are waiting.
+    Slack, Mattermost and Teams' workflows show the ``text``. A separate thread sends, so that a slow or dead receiver
+    delays nothing. An event that cannot be delivered is retried with exponential backoff (each pause is twice the one
+    before), then logged and dropped. An event that arrives while 100 others are queued is logged and dropped at once.
 
     Example::
 
         Webhook("${SLACK_WEBHOOK}", events=["drift", "refusal", "error"])
 
     Args:
-        url: where to; with http or https. ``${SLACK_WEBHOOK}`` is taken from the environment, so that the secret
-            stands in no configuration. Nothing but the host is ever logged.
-        events: which of :data:`EVENTS`. Default: all but ``"promotion"``.
-        timeout: seconds to wait for the receiver, each time.
-        headers: more HTTP headers, such as ``{"Authorization": "Bearer ${TOKEN}"}``; with names from the environment
-            as in ``url``.
-        retries: how often to try again.
-        pause: seconds before the first of them.
+        url: Address of the receiver, with http or https. ``${SLACK_WEBHOOK}`` is taken from the environment, so that
+            the secret is not stored in any configuration. Only the host is ever logged.
+        events: The :data:`EVENTS` to report. Default: all but ``"promotion"``.
+        timeout: Seconds to wait for the receiver in each attempt.
+        headers: Further HTTP headers, such as ``{"Authorization": "Bearer ${TOKEN}"}``; names from the environment are
+            filled in as in ``url``.
+        retries: Maximum number of retries after the first attempt.
+        pause: Seconds before the first retry.
 
     Raises:
-        ValueError: for a URL of another kind, a name that is not in the environment, an unknown event, or a number out
-            of its range.
+        ValueError: If the URL is of another kind, a name is not set in the environment, an event is unknown, or a
+            number is out of range.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Webhook(Alert):
             return
         message = {"event": event, "text": text, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         if self._thread is None:
+            # Started with the first event: a webhook that never sends needs no thread.
             self._thread = threading.Thread(target=self._work, name="evertune-webhook", daemon=True)
             self._thread.start()
         try:
@@ -109,7 +111,7 @@ class Webhook(Alert):
             self._dropped(event, f"{_QUEUE} others are waiting")
 
     def close(self, timeout: float = 2.0) -> None:
-        """Send what is waiting, for at most ``timeout`` seconds; nothing is tried again."""
+        """Send the queued events, for at most ``timeout`` seconds; nothing is retried."""
         self._closing.set()
         deadline = time.monotonic() + timeout
         while self._waiting.unfinished_tasks and time.monotonic() < deadline:
@@ -120,7 +122,7 @@ class Webhook(Alert):
             message = self._waiting.get()
             try:
                 self._deliver(message)
-            except Exception as error:  # whatever it is, the next event may get through
+            except Exception as error:  # whatever the error, the next event may be delivered
                 self._dropped(message["event"], type(error).__name__)
             self._waiting.task_done()
 
@@ -130,12 +132,13 @@ class Webhook(Alert):
             failure, may_pass = self._post(body)
             if failure is None:
                 return
+            # Waiting on the event rather than sleeping lets close() cut the backoff short.
             if not may_pass or attempt == self.retries or self._closing.wait(self.pause * 2**attempt):
                 break
         self._dropped(message["event"], str(failure))
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
-        """What went wrong, if anything, and whether it may go right later."""
+        """The reason for a failure, or None, and whether a retry may succeed."""
         headers = {"Content-Type": "application/json", "User-Agent": "evertune", **self._headers}
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
@@ -145,6 +148,7 @@ class Webhook(Alert):
             error.close()
             return f"HTTP {error.code}", error.code >= 500 or error.code in _WORTH_RETRYING
         except urllib.error.URLError as error:
+            # Only the type: the text of an error may contain the URL, which is secret.
             return type(error.reason).__name__, True
         except (OSError, HTTPException) as error:
             return type(error).__name__, True
@@ -154,7 +158,7 @@ class Webhook(Alert):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A POST that follows a redirect arrives as an empty GET: it counts as not delivered."""
+    """Refuses redirects: a POST that follows one arrives as an empty GET, so that it counts as not delivered."""
 
     def redirect_request(self, *_: Any) -> None:
         return None

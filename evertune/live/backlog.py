@@ -1,4 +1,4 @@
-"""What has arrived and is not learned yet, and what has been tried on it."""
+"""The records that have arrived and are not learned yet, and the updates that were tried on them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _STOPPED = "stopped.json"
 
 
 class Backlog:
-    """The part of the journal that production has not learned, worked out from the registry alone.
+    """The part of the journal that production has not learned, derived from the registry alone.
 
     Args:
-        registry: whose production is meant.
-        journal: its records.
-        staging: where an update that was stopped before training leaves a mark.
-        config: a hash of the settings: under others, the same records may be tried again.
+        registry: Registry whose version in production counts.
+        journal: Journal with the records.
+        staging: Folder in which an update that was stopped before training leaves a mark.
+        config: Hash of the settings. Under other settings, the same records may be tried again.
     """
 
     def __init__(self, registry: Registry, journal: Journal, staging: Path, config: str) -> None:
@@ -32,11 +32,12 @@ class Backlog:
         self._config = config
 
     def pending(self, production: Version | None, at_most: int | None = None) -> list[Segment]:
-        """The segments that production has not learned and nobody has given up.
+        """The segments that production has not learned and that no rollback has given up.
 
         Args:
-            production: the version in production.
-            at_most: records in them; but at least one segment.
+            production: The version in production; None before the first.
+            at_most: Maximum number of records in the segments, though the first segment is always included. None for no
+                limit.
         """
         learned = [version.manifest.consumed for version in (production, *self._given_up()) if version]
         segments, total = self._journal.segments(after=max(learned, default=0)), 0
@@ -47,13 +48,14 @@ class Backlog:
         return segments
 
     def attempted(self, production: Version | None) -> int:
-        """The last segment that an update of this parent, under these settings, has been tried on; 0 for none."""
+        """Number of the last segment on which an update of this parent was tried under these settings; 0 for none."""
         parent = production.number if production else None
         tried = [
             version.manifest.consumed
             for version in self._registry.versions()
             if version.parent == parent and version.manifest.config_digest == self._config
         ]
+        # An update that was stopped before training has published no version: only the mark shows that it was tried.
         if self._mark.is_file():
             mark = json.loads(self._mark.read_bytes())
             if (mark["parent"], mark["config"]) == (parent, self._config):
@@ -61,24 +63,24 @@ class Backlog:
         return max(tried, default=0)
 
     def last_attempt(self) -> datetime | None:
-        """When an update was last tried, whatever became of it."""
+        """When an update was last tried, whatever its outcome; None before the first."""
         moments = [version.created for version in self._registry.versions()]
         if self._mark.is_file():
             moments.append(datetime.fromisoformat(json.loads(self._mark.read_bytes())["created"]))
         return max(moments, default=None)
 
     def refusals(self, production: Version) -> int:
-        """How many updates of this version the gate has refused."""
+        """Number of updates of this version that the gate has refused."""
         return sum(v.parent == production.number and not v.passed for v in self._registry.versions())
 
     def stop(self, plan: Plan) -> None:
-        """Remember that the checks of the data have stopped this update."""
+        """Record that the checks of the data have stopped this update."""
         self._mark.parent.mkdir(parents=True, exist_ok=True)
         mark = {name: getattr(plan, name) for name in ("parent", "consumed", "config", "created")}
         write_atomically(self._mark, json.dumps(mark).encode())
 
     def quarantine_given_up(self, production: Version | None) -> None:
-        """Put the records that a rollback has given up into quarantine. Good to repeat."""
+        """Put the records that a rollback has given up into quarantine. Idempotent."""
         learned = production.manifest.consumed if production else 0
         for version in self._given_up():
             segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest.consumed]
@@ -86,13 +88,13 @@ class Backlog:
             self._journal.quarantine(reason, self._journal.records(segments), f"discarded-{version.number}")
 
     def _given_up(self) -> Sequence[Version]:
-        """The versions rolled back from since the last promotion whose records are not to be learned again."""
+        """The versions rolled back from since the last promotion whose records must not be learned again."""
         numbers = []
         for event in reversed(self._registry.events):
             if event["action"] == "promote":
                 break
             if event.get("discard") is not None:
                 numbers.append(event["discard"])
-        if not numbers:  # as nearly always: no manifest needs to be read
+        if not numbers:  # the usual case: avoids reading every manifest
             return []
         return [version for version in self._registry.versions() if version.number in numbers]

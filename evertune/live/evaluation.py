@@ -1,4 +1,4 @@
-"""What a module says about held-out records, and what its predictions cost."""
+"""The predictions of a module on held-out records, and what its predictions cost."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def evaluate(
     batch_size: int = 64,
     max_length: int = 128,
 ) -> dict[str, Predictions]:
-    """What a module says about the records of each slice.
+    """The predictions of a module on the records of each slice.
 
-    The module is left as it was: modes, gradients and random state. A slice is predicted by itself, so that its
-    predictions do not depend on which others there are. Call it on every rank after a ZeRO-3 fit.
+    The module is left as it was: modes, gradients and random state. Each slice is predicted on its own, so that its
+    predictions do not depend on the other slices. After a ZeRO-3 fit, call it on every rank.
 
     Args:
-        module: what ``task.predict`` of its task needs: a tokenizer, and ``configure_model()``, where there is one, is
-            called first. See :class:`evertune.tasks.Task`.
-        slices: records by the name of their slice.
-        text: the field with the text, or the two fields of a pair.
-        label: the field with the label: the name of a class, or a list of names. A class that the module does not know
-            makes the record count as wrong.
-        batch_size: records that are predicted at a time.
-        max_length: tokens after which a text is cut.
+        module: The module, with whatever the ``predict`` of its task needs, such as a tokenizer. Its
+            ``configure_model()``, if it has one, is called first. See :class:`evertune.tasks.Task`.
+        slices: Records by the name of their slice.
+        text: Name of the field with the text, or of the two fields of a pair.
+        label: Name of the field with the label: the name of a class, or a list of names. A record with a class that the
+            module does not know counts as wrong.
+        batch_size: Number of records that are predicted at a time. Default: 64.
+        max_length: Number of tokens after which a text is truncated. Default: 128.
 
     Returns:
         The predictions by the name of the slice, each in the order of its records.
 
     Raises:
-        ValueError: when a size is not positive, or a record lacks a field.
+        ValueError: If a size is not positive, or a record lacks a field.
     """
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
@@ -66,21 +66,21 @@ def measure(
 ) -> tuple[Cost, Cost]:
     """What the predictions of two modules cost, measured side by side.
 
-    The two take turns on the same texts, one at a time and all together, so that whatever else the machine does slows
-    both alike; a time is the median over the turns. The first turn does not count.
+    The two modules take turns on the same texts, one text at a time and all texts together, so that other load on the
+    machine slows both alike. A time is the median over the turns; the first turn is a warm-up and does not count.
 
     Args:
-        champion: a module with a tokenizer that answers texts with logits.
-        challenger: another one.
-        texts: texts, or pairs of them; 32 are plenty.
-        max_length: tokens after which a text is cut.
-        repeats: turns that count.
+        champion: A module with a tokenizer that returns logits for texts.
+        challenger: The module that it is compared with, of the same kind.
+        texts: Texts, or pairs of texts; 32 are plenty.
+        max_length: Number of tokens after which a text is truncated. Default: 128.
+        repeats: Number of turns that count. Default: 15.
 
     Returns:
-        The champion's cost and the challenger's.
+        The cost of the champion, and that of the challenger.
 
     Raises:
-        ValueError: when there are no texts, or ``repeats`` is not positive.
+        ValueError: If there are no texts, or ``repeats`` is not positive.
     """
     if not texts or repeats < 1:
         raise ValueError(f"measuring needs texts and at least one repeat, got {len(texts)} texts and {repeats} repeats")
@@ -104,8 +104,9 @@ def measure(
 
 
 def size_in_bytes(module: Any) -> int:
-    """The bytes of a module's parameters and buffers; shared ones count once, partitioned ones whole."""
+    """Bytes of the parameters and buffers of a module. Shared tensors count once, partitioned ones in full."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    # Under ZeRO-3 a rank holds only a shard; DeepSpeed keeps the full number of elements in ``ds_numel``.
     return sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for tensor in tensors.values())
 
 
@@ -122,13 +123,13 @@ def _evaluate(
 
 def _seconds(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> float:
     start = time.perf_counter()
-    answers(module, columns, max_length)  # ends with a copy to the CPU: the accelerator is done by then
+    answers(module, columns, max_length)  # ends with a copy to the CPU, which waits for the accelerator
     return time.perf_counter() - start
 
 
 @contextmanager
 def _predicting(module: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, weights whole; afterwards all as it was."""
+    """Evaluation mode, no gradients, weights gathered; the previous state is restored afterwards."""
     if hasattr(module, "configure_model"):
         module.configure_model()
     with evaluation_mode(module), gathered(module), torch.inference_mode():

@@ -1,4 +1,5 @@
-"""Taking in what has arrived: masked, checked, joined with its label, and written to the journal."""
+"""Takes in the records that have arrived: they are masked, checked, joined with their labels, and written to the
+journal."""
 
 from __future__ import annotations
 
@@ -20,17 +21,17 @@ _MAX_REASON = 500  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class IntakeReport:
-    """What one intake took in.
+    """The counts of one intake.
 
     Args:
-        read: records read from the source.
-        good: records written to the journal, among them those that had waited for their label.
-        bad: records that were unreadable or did not fit the schema.
-        superseded: records that a newer one with the same id replaced.
-        expired: texts or labels for which the other half did not come in time.
-        waiting: texts and labels that wait now.
-        segments: segments written.
-        seconds: how long it took.
+        read: Number of records read from the source.
+        good: Number of records written to the journal, including those that had been waiting for their label.
+        bad: Number of records that were unreadable or did not fit the schema.
+        superseded: Number of records that a newer one with the same id has replaced.
+        expired: Number of texts or labels whose other half did not arrive in time.
+        waiting: Number of texts and labels that are waiting for their other half now.
+        segments: Number of segments written.
+        seconds: Duration of the intake in seconds.
     """
 
     read: int
@@ -44,32 +45,33 @@ class IntakeReport:
 
     @property
     def bad_share(self) -> float:
-        """Bad records among those read; 0 when none were."""
+        """Share of bad records among those read; 0 if none were read."""
         return self.bad / self.read if self.read else 0.0
 
 
 class Intake:
-    """Takes what has arrived from a source into the journal.
+    """Moves the records that have arrived from a source into the journal.
 
-    Each record is masked first, then checked, then joined with its label where labels come apart; then it is in the
-    journal, or in quarantine with the reason, or it waits for its other half, in exactly one of them. Nothing that is
-    not masked reaches the disk. Of several records with one id in a chunk the newest counts; across chunks it is
-    :func:`~evertune.live.journal.latest` that decides.
+    Each record is masked first, then checked, then joined with its label if labels arrive separately. Afterwards it is
+    in exactly one place: in the journal, in quarantine with the reason, or among the halves that wait. Nothing reaches
+    the disk unmasked. Of several records with the same id in a chunk, the newest counts; across chunks,
+    :func:`~evertune.live.journal.latest` decides.
 
-    A chunk becomes a segment of the journal, whole or not at all, with the offset at which the next one starts. So an
-    intake can be killed at any moment: the next one reads the same records again, with the same result.
+    A chunk becomes a segment of the journal, whole or not at all, together with the offset at which the next one
+    starts. An intake can therefore be killed at any moment: the next one reads the same records again, with the same
+    result.
 
     Args:
-        source: where records come from.
-        schema: what they must look like.
-        journal: where they go.
-        masker: removes personal data; by default nothing is masked. What identifies a record is replaced by a hash
-            where it holds personal data.
-        label_join: for labels that arrive apart from their texts; by default a record without label is bad.
-        chunk_size: records read at a time: how many are in memory, and at most read again after a crash.
+        source: Source of the records.
+        schema: What the records must look like.
+        journal: Journal that the records are written to.
+        masker: Removes personal data; None masks nothing. An id that contains personal data is replaced by a hash.
+        label_join: Joins labels that arrive separately from their texts; None makes a record without a label bad.
+        chunk_size: Number of records read at a time: the most that are held in memory, and that are read again after a
+            crash. Default: 10,000.
 
     Raises:
-        ValueError: when ``label_join`` joins by other fields than the schema has as id and label, or ``chunk_size`` is
+        ValueError: If ``label_join`` joins by other fields than the id and label of the schema, or ``chunk_size`` is
             not positive.
 
     Example::
@@ -99,15 +101,15 @@ class Intake:
         self.masker, self.label_join, self.chunk_size = masker, label_join, chunk_size
 
     def run(self, limit: int | None = None, start: Offset | None = None) -> IntakeReport:
-        """Read until nothing new is there.
+        """Read until there is nothing new.
 
         Args:
-            limit: Stop after this many records.
-            start: the offset to start from where the journal has none; by default the beginning of the source.
+            limit: Maximum number of records to read; None for all.
+            start: Offset to start from if the journal is empty; None for the beginning of the source.
 
         Raises:
-            SourceError: when the source cannot be read on. The segments written before stay.
-            OSError: when the journal cannot be written. The segments written before stay.
+            SourceError: If the source cannot be read further. The segments written before are kept.
+            OSError: If the journal cannot be written. The segments written before are kept.
         """
         began = time.perf_counter()
         last = self.journal.last
@@ -121,11 +123,13 @@ class Intake:
         while limit is None or read < limit:
             size = self.chunk_size if limit is None else min(self.chunk_size, limit - read)
             chunk = self.source.read(offset, size)
+            # A source that does not advance would be read again and again, without end.
             if chunk.records and chunk.offset == offset:
                 raise SourceError(f"{type(self.source).__name__} gave records but did not move its offset {offset}")
             batch = self._batch(chunk.records, orphans=waiting)
             if not (chunk.records or batch.bad) and chunk.offset == offset:
                 break
+            # Written even without records: the offset has moved, or halves that waited were given up.
             self.journal.append(
                 list(batch.rows.values()),
                 batch.bad,
@@ -154,7 +158,7 @@ class Intake:
         )
 
     def _batch(self, records: Sequence[Incoming], orphans: Sequence[Mapping[str, Any]]) -> _Batch:
-        """What becomes of the records of a chunk, and of what waits although labels are no longer joined."""
+        """Sort the records of a chunk, and the halves that still wait although labels are no longer joined."""
         batch = _Batch()
         for half in orphans:
             missing = "label" if half["has_text"] else "text"
@@ -168,6 +172,7 @@ class Intake:
             try:
                 value = self._masked(incoming.value)
             except (ValueError, RecursionError) as error:
+                # The value must not appear anywhere: it may contain personal data that was not recognised.
                 reason = f"personal data in it could not be masked ({type(error).__name__}): it is left out here"
                 batch.put_aside("refused", reason, origin, "")
                 continue
@@ -194,18 +199,19 @@ class Intake:
         masker, schema = self.masker, self.schema
         if masker is None:
             return value
+        # Names of declared fields are known to be harmless; any other key is data and may itself be personal.
         masked = {
             key if key in schema.known_keys else masker.mask(str(key)): masker.mask_value(part)
             for key, part in value.items()
         }
         if schema.id is not None:
-            for key in schema.arrives_as[schema.id]:  # two people must not become one record
+            for key in schema.arrives_as[schema.id]:  # else two people with masked ids would become one record
                 if key in masked and masked[key] != value[key] and isinstance(value[key], (str, int)):
                     masked[key] = masker.mask_id(str(value[key]))
         return masked
 
     def _sort_in(self, batch: _Batch, origin: str, value: Mapping[str, Any]) -> None:
-        """Add a record to the batch, or let it wait for its label or text; ValueError when it is bad."""
+        """Add a record to the batch, or let it wait for its label or text; raises ValueError if it is bad."""
         schema, join = self.schema, self.label_join
         if join is None or (schema.has_label(value) and schema.has_text(value)):
             record = schema.check(value)
@@ -226,6 +232,7 @@ class Intake:
         if pair is None:
             return
         text, label = pair
+        # The text's fields win, except empty ones: a text may carry a null in the place of its label.
         whole = label.value | {key: part for key, part in text.value.items() if part is not None}
         origins = {"origin": text.origin, "label_origin": label.origin}
         try:
@@ -234,7 +241,7 @@ class Intake:
             batch.put_aside("refused", str(error), value=whole, id=id, **origins)
 
     def _id(self, value: Mapping[str, Any]) -> str | None:
-        """The id of a bad record, if that at least is good."""
+        """The id of a bad record, if at least the id is good."""
         try:
             return None if self.schema.id is None else id_value(self.schema.get(value, self.schema.id))
         except ValueError:
@@ -269,7 +276,7 @@ class _Batch:
 
 
 def _content(value: Mapping[str, Any] | str) -> Row:
-    """What was read, for the quarantine: as a record where JSON can say it, else as text."""
+    """What was read, for the quarantine: as a record if it can be written as JSON, else as text."""
     if isinstance(value, str):
         return {"raw": value}
     try:
@@ -288,5 +295,5 @@ def _short(text: str) -> str:
 
 
 def _printable(origin: str) -> str:
-    """An origin that can be written, whatever bytes are in the name of a file."""
+    """An origin that can be written as text, whatever bytes the name of a file contains."""
     return origin if origin.isascii() else origin.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""The journal: what has been taken from the source, in numbered segments that are whole or not there."""
+"""The journal: records taken from the source, in numbered segments that exist as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """What one read of the source gave.
+    """The result of one read of the source.
 
     Args:
-        number: from 1, in the order in which they were read.
-        offset: where the source stands after it.
-        read: how many records were read.
-        records: how many of them, and of those that had waited, are in the segment.
-        quarantined: how many went to quarantine with it, whatever the reason.
-        bad: how many of these were unreadable or refused; the rest were superseded, or their other half never arrived.
-        waiting: how many halves wait for the other after it.
-        clock: where the label join stands after it.
-        sha256: of the file with the records.
-        sha256_quarantined: of the file in quarantine; None where nothing was quarantined.
-        sha256_waiting: of the file with the waiting halves; None where none wait.
+        number: Number of the segment, counted from 1 in the order in which the segments were read.
+        offset: Offset of the source after the segment.
+        read: Number of records that were read.
+        records: Number of records in the segment, including those that had been waiting for their other half.
+        quarantined: Number of records that went to quarantine with the segment, for whatever reason.
+        bad: Number of the quarantined records that were unreadable or refused; the rest were superseded, or their other
+            half never arrived.
+        waiting: Number of halves that wait for their other half after the segment.
+        clock: State of the label join's clock after the segment; None without a label join.
+        sha256: SHA-256 of the file with the records, in hexadecimal.
+        sha256_quarantined: SHA-256 of the file in quarantine; None if nothing was quarantined.
+        sha256_waiting: SHA-256 of the file with the waiting halves; None if none wait.
     """
 
     number: int
@@ -54,21 +55,22 @@ class Segment:
 
     @property
     def empty(self) -> bool:
-        """Whether only the offset moved."""
+        """Whether nothing but the offset has changed."""
         return not (self.read or self.records or self.quarantined)
 
 
 class Journal:
     """The records that have been taken from a source, in the folders ``pending`` and ``quarantine`` of a store.
 
-    A segment is there when its ``pending/<number>.json`` is, which is written last: whatever a killed process left
-    before is not part of the journal, and the next :meth:`append` writes over it. So reading again from the offset of
-    the :attr:`last` segment loses nothing and doubles nothing. Every file is checked against its SHA-256 when read.
+    A segment exists once its ``pending/<number>.json`` does, which is written last: files that a killed process wrote
+    before it are not part of the journal, and the next :meth:`append` overwrites them. Reading again from the offset of
+    the :attr:`last` segment therefore neither loses nor duplicates a record. Every file is checked against its SHA-256
+    when it is read.
 
-    One process at a time may write, as the registry's lease sees to; any number may read.
+    Only one process at a time may write, which the registry's lease ensures; any number may read.
 
     Args:
-        store: where the files are.
+        store: Store that holds the files.
 
     Example:
         >>> journal = Journal(Store("memory://doc/journal"))
@@ -85,13 +87,13 @@ class Journal:
         """The segments with a number above ``after``, oldest first.
 
         Raises:
-            ValueError: when the description of one is damaged.
+            ValueError: If the description of a segment is damaged.
         """
         return [self._segment(number) for number in self._numbers() if number > after]
 
     @property
     def last(self) -> Segment | None:
-        """The newest segment, if there is any."""
+        """The newest segment; None if there is none."""
         numbers = self._numbers()
         return self._segment(numbers[-1]) if numbers else None
 
@@ -104,21 +106,23 @@ class Journal:
         read: int | None = None,
         clock: dict[str, Any] | None = None,
     ) -> Segment:
-        """Write the next segment: when this returns it is on the disk, and when it does not, it is not there.
+        """Write the next segment. It is on disk when this returns; if this fails, it does not exist.
 
-        A segment without records, after one without, takes its place: an offset that moves by itself fills no disk.
+        An empty segment replaces an empty one before it, so that a source whose offset advances without any records
+        does not fill the disk.
 
         Args:
-            records: the good ones: ``id``, ``origin`` and ``record``.
-            bad: those for the quarantine: ``origin``, ``reason``, ``kind`` (``"unreadable"``, ``"refused"``,
-                ``"superseded"`` or ``"expired"``), perhaps ``id``, and the ``record`` or what was read of it, ``raw``.
-            waiting: the halves that wait for the other, all of them.
-            offset: where the source stands after it.
-            read: how many records were read; by default ``records`` and ``bad`` together.
-            clock: where the label join stands.
+            records: The good records, each with ``id``, ``origin`` and ``record``.
+            bad: The records for the quarantine, each with ``origin``, ``reason``, ``kind`` (``"unreadable"``,
+                ``"refused"``, ``"superseded"`` or ``"expired"``), optionally ``id``, and either the ``record`` or the
+                text that was read, ``raw``.
+            waiting: All halves that wait for their other half.
+            offset: Offset of the source after the segment.
+            read: Number of records that were read; by default those in ``records`` and ``bad``.
+            clock: State of the label join's clock.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: If the segment cannot be written.
         """
         last = self.last
         if last is not None and last.empty and not (records or bad or read):
@@ -139,15 +143,17 @@ class Journal:
             sha256_quarantined=_sha256(refused) if bad else None,
             sha256_waiting=_sha256(halves) if waiting else None,
         )
+        # The order matters for crash safety: the description is written last and makes the segment valid. The halves
+        # that waited before are deleted only afterwards, because the previous segment needs them until then.
         if bad:
             self.store.write(_quarantine_name(number), refused)
-        else:  # what a killed process may have left
+        else:  # a killed process may have left the file
             self.store.delete(_quarantine_name(number))
         if waiting:
             self.store.write(_waiting_name(number), halves)
         self.store.write(_records_name(number), kept)
         self.store.write(_meta_name(number), json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode())
-        for name in self.store.list(_FOLDER):  # what waited earlier, and what killed processes have left
+        for name in self.store.list(_FOLDER):  # files of earlier segments, and leftovers of killed processes
             if name.endswith(_WAITING) and not (waiting and f"{_FOLDER}/{name}" == _waiting_name(number)):
                 self.store.delete(f"{_FOLDER}/{name}")
         return segment
@@ -156,7 +162,7 @@ class Journal:
         """The records of these segments, in the order in which they arrived.
 
         Raises:
-            ValueError: when a file is damaged or missing.
+            ValueError: If a file is damaged or missing.
         """
         return [
             row
@@ -165,10 +171,10 @@ class Journal:
         ]
 
     def waiting(self) -> list[dict[str, Any]]:
-        """The halves that wait for the other, after the last segment.
+        """The halves that wait for their other half after the last segment.
 
         Raises:
-            ValueError: when the file is damaged or missing.
+            ValueError: If the file is damaged or missing.
         """
         last = self.last
         if last is None or last.sha256_waiting is None:
@@ -176,17 +182,17 @@ class Journal:
         return self._rows(_waiting_name(last.number), last.sha256_waiting, last.waiting)
 
     def quarantine(self, reason: str, records: Sequence[Row], name: str, kind: str = "withdrawn") -> None:
-        """Put records into quarantine that were good when they arrived. Once more under the same name replaces them.
+        """Put records into quarantine that were good when they arrived. A second call with the same name replaces them.
 
         Args:
-            reason: why, in words; a row with a ``reason`` of its own, as from :func:`latest`, keeps it.
-            records: rows of the journal.
-            name: of the file in ``quarantine``; it starts with a letter.
-            kind: as in :meth:`append`, for statistics.
+            reason: The reason, as a message. A row that has a ``reason`` already, as from :func:`latest`, keeps it.
+            records: Rows of the journal.
+            name: Name of the file in ``quarantine``, starting with a letter.
+            kind: Kind of the quarantined records as in :meth:`append`, for statistics.
 
         Raises:
-            ValueError: for a name that is none for a file, or could be a segment's.
-            OSError: when it cannot be written.
+            ValueError: If the name cannot be the name of a file, or could be that of a segment.
+            OSError: If the file cannot be written.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"name must start with a letter and have letters, digits, ., - and _ only, got {name!r}")
@@ -197,12 +203,12 @@ class Journal:
             self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
 
     def quarantined(self) -> list[Row]:
-        """All that is in quarantine, with its reason: first what came with the segments, then what came later.
+        """All records in quarantine with their reasons: first those of the segments, then those added later.
 
-        Files that were deleted, by a person who has seen to them, are left out.
+        Files may be deleted once somebody has dealt with them; they are simply left out.
 
         Raises:
-            ValueError: when a file is damaged.
+            ValueError: If a file is damaged.
         """
         numbers = self._numbers()
         described = {segment.number: segment for segment in self.segments()}
@@ -215,17 +221,18 @@ class Journal:
                 segment = described[int(name)]
                 if segment.sha256_quarantined is not None:
                     rows += self._rows(f"{_QUARANTINE}/{file}", segment.sha256_quarantined, segment.quarantined)
-            elif numbers and int(name) < numbers[-1]:  # of a segment that was discarded
+            elif numbers and int(name) < numbers[-1]:  # of a discarded segment; a higher number is an unfinished append
                 rows += self._rows(f"{_QUARANTINE}/{file}")
         return rows
 
     def discard(self, upto: int) -> None:
-        """Delete the segments up to number ``upto``, but never the last: it says where to continue reading.
+        """Delete the segments up to number ``upto``, but never the last: it holds the offset to continue from.
 
-        What they put into quarantine stays.
+        Their records in quarantine are kept.
         """
         for number in self._numbers()[:-1]:
             if number <= upto:
+                # Records before the description: after a crash in between, discarding again finds and deletes the rest.
                 self.store.delete(_records_name(number))
                 self.store.delete(_meta_name(number))
 
@@ -255,10 +262,10 @@ class Journal:
 
 
 def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Of the records with one id, the newest.
+    """Keep only the newest of the records with the same id.
 
     Args:
-        rows: in the order in which they arrived.
+        rows: Rows in the order in which they arrived.
 
     Returns:
         The rows to keep, in the order in which they arrived, and the superseded ones, each with a ``reason``.
@@ -283,7 +290,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """JSON lines. A lone surrogate, which UTF-8 cannot say, becomes the escape that JSON has for it."""
+    """JSON lines. A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
     return "".join([_encode(row) + "\n" for row in rows]).encode(errors="backslashreplace")
 
 

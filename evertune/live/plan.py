@@ -1,4 +1,4 @@
-"""What one update is going to do: written down before it starts, so that an interrupted one is finished as planned."""
+"""The plan of an update, written to disk before it starts, so that an interrupted update is finished as planned."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _FILE = "plan.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One update.
+    """The plan of one update.
 
     Args:
-        version: the number of the version that it makes.
-        parent: the version in production, which it starts from; None for the first.
-        kind: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from production.
-        after: the last segment of the journal that the parent has learned from.
-        consumed: the last segment that this update learns from.
-        offset: where the source stands after it.
-        reason: why there is an update, in words.
-        created: when it was planned (ISO 8601, UTC).
-        config: a hash of the settings; an interrupted update under other settings is not gone on with.
+        version: Number of the version that the update produces.
+        parent: Number of the version in production that the update starts from; None for the first.
+        kind: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from the version in
+            production.
+        after: Number of the last segment of the journal that the parent has learned.
+        consumed: Number of the last segment that this update learns.
+        offset: Offset of the source after that segment.
+        reason: Why there is an update, as a message.
+        created: Time at which it was planned (ISO 8601, UTC).
+        config: Hash of the settings. An update that was interrupted under other settings is not resumed.
     """
 
     version: int
@@ -40,20 +41,20 @@ class Plan:
 
     @property
     def experience(self) -> str:
-        """What the records of this update are called in tables and plots."""
+        """Name of the records of this update in tables and plots."""
         return f"update-{self.version}"
 
     def save(self, folder: Path) -> None:
-        """Write the plan to a folder: from then on the update is resumed until it is published or refused."""
+        """Write the plan to a folder; from then on, the update is resumed until it is published or refused."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _FILE, json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Plan | None:
-        """The plan of an interrupted update in this folder, if there is one.
+        """The plan of an interrupted update in this folder; None if there is none.
 
         Raises:
-            ValueError: when the file is not a plan.
+            ValueError: If the file is not a plan.
         """
         path = folder / _FILE
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The records that are held out of training, and every later version is judged on."""
+"""The records that are held out of training, on which every later version is judged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ FOLDER = "slices"
 
 
 def draw(row: Row) -> str:
-    """A number in [0, 1) in hexadecimal that depends on the record's id alone: the lowest are held out."""
+    """A number in [0, 1), in hexadecimal, that depends only on the record's id: the records with the lowest are held
+    out."""
     return hashlib.blake2b(row["id"].encode(), digest_size=16, person=b"held out").hexdigest()
 
 
@@ -27,17 +28,17 @@ def hold_out(
     at_most: int,
     names: Callable[[Any], Any] = lambda label: label,
 ) -> tuple[list[Row], list[Row]]:
-    """Split records into those to train on and those to hold out, the same way at every attempt.
+    """Split records into those to train on and those to hold out, in the same way in every attempt.
 
-    The share is taken of each class; what rounding leaves over goes to the next classes, and of each class at least
-    one record is trained on.
+    The share applies to each class. Fractions lost to rounding are carried over to the next classes, and at least one
+    record of each class is trained on.
 
     Args:
-        rows: all records of an update.
-        label: the field with the label.
-        share: of each class, between 0 and 1.
-        at_most: how many are held out in all, all classes shortened alike.
-        names: gives the classes of a label; those of a task without classes are all alike.
+        rows: All records of an update.
+        label: Name of the field with the label.
+        share: Share of each class to hold out, between 0 and 1.
+        at_most: Maximum number of records to hold out in all; the share of every class is reduced alike.
+        names: Function that returns the classes of a label. Without classes, all labels are treated alike.
 
     Returns:
         The records to train on and those held out, each in the order of ``rows``.
@@ -49,6 +50,8 @@ def hold_out(
     held: set[str] = set()
     due = 0.0
     for _, members in sorted(classes.items()):
+        # The running total carries fractions over, so that rounding does not starve small classes. The 1e-9 absorbs
+        # rounding errors of the sum, such as 0.9999999999999999 for ten times 0.1.
         due += share * len(members)
         chosen = sorted(members, key=draw)[: min(int(due + 1e-9) - len(held), len(members) - 1)]
         held.update(row["id"] for row in chosen)
@@ -56,7 +59,7 @@ def hold_out(
 
 
 def thin(slices: dict[str, list[Row]], budget: int) -> dict[str, list[Row]]:
-    """Shorten slices, the longest first, to ``budget`` records in all; what is left is always a part of what was."""
+    """Shorten slices, longest first, to ``budget`` records in all. A smaller budget keeps a subset of a larger one."""
     longest = max((len(rows) for rows in slices.values()), default=0)
     while longest > 1 and sum(min(len(rows), longest) for rows in slices.values()) > budget:
         longest -= 1
@@ -77,7 +80,7 @@ def load_slice(store: Store, entry: SliceEntry) -> list[Row]:
     """Read a slice by its entry in a manifest.
 
     Raises:
-        ValueError: when the file is damaged or cut short.
+        ValueError: If the file is damaged or truncated.
     """
     content = store.read(entry.file)
     if hashlib.sha256(content).hexdigest() != entry.sha256:

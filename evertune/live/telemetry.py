@@ -1,4 +1,4 @@
-"""How a service is seen from outside: metrics, a health endpoint, and structured logs."""
+"""How a service is monitored: metrics, a health endpoint, and structured logs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 class Telemetry:
-    """The metrics of ``evertune watch`` in Prometheus' form, and whether it is healthy.
+    """The metrics of ``evertune watch`` in the format of Prometheus, and whether the service is healthy.
 
-    It is unhealthy when its loop has stood still for ``stale_after`` seconds, or its last ``max_errors`` updates have
-    all failed. A source that is gone does not make it so: restarting it would not help. That is reported by
-    ``evertune_source_up`` and, in words, by the health endpoint.
+    The service is unhealthy if its loop has made no progress for ``stale_after`` seconds, or if its last ``max_errors``
+    updates have all failed. An unreachable source does not make it unhealthy, as a restart would not help; it is
+    reported by ``evertune_source_up`` and, as a message, by the health endpoint.
 
     Args:
-        stale_after: seconds without a :meth:`beat`.
-        max_errors: failures in a row.
+        stale_after: Seconds without a :meth:`beat` after which the service is unhealthy.
+        max_errors: Number of failed updates in a row after which the service is unhealthy. Default: 3.
 
     Raises:
-        ModuleNotFoundError: without the extra ``live``.
+        ModuleNotFoundError: If the extra ``live`` is not installed.
     """
 
     def __init__(self, stale_after: float, max_errors: int = 3) -> None:
@@ -69,10 +69,10 @@ class Telemetry:
             "evertune_update_seconds", "How long updates took", buckets=_SECONDS, registry=self.registry
         )
 
-    # --- what happens
+    # --- events
 
     def beat(self) -> None:
-        """The loop is alive."""
+        """Note that the loop is alive."""
         self._last_beat = time.monotonic()
 
     def took_in(self, read: int, quarantined: int) -> None:
@@ -81,7 +81,7 @@ class Telemetry:
         self._quarantined.inc(quarantined)
 
     def stands(self, production: int | None, pending: int, new: int, last_update: datetime | None) -> None:
-        """Show what is in production and what waits."""
+        """Report which version is in production, and how many records are pending."""
         self._facts |= {"production": production, "pending": pending}
         self._production.set(production or 0)
         self._pending.set(pending)
@@ -90,7 +90,7 @@ class Telemetry:
             self._last_update.set(last_update.timestamp())
 
     def measured(self, readings: Mapping[str, float]) -> None:
-        """Show what a trigger has measured: ``drift_score`` becomes ``evertune_drift_score``."""
+        """Report the readings of a trigger: ``drift_score`` becomes the metric ``evertune_drift_score``."""
         for name, value in readings.items():
             if name not in self._readings:
                 text = "As the trigger has last measured it"
@@ -98,35 +98,36 @@ class Telemetry:
             self._readings[name].set(value)
 
     def updating(self, under_way: bool) -> None:
-        """Say whether an update is under way."""
+        """Report whether an update is in progress."""
         self._facts["updating"] = under_way
         self._updating.set(under_way)
 
     def updated(self, outcome: str, seconds: float) -> None:
-        """Count an update; ``"error"`` counts toward ``max_errors``, ``"interrupted"`` is not an outcome."""
+        """Count an update. ``"error"`` counts towards ``max_errors``; ``"interrupted"`` neither adds to nor resets that
+        count."""
         self._updates.labels(outcome).inc()
         self._seconds.observe(seconds)
         if outcome != "interrupted":
             self._errors = self._errors + 1 if outcome == "error" else 0
 
     def failed(self, where: str, words: str) -> None:
-        """Count a failure; those of the ``source`` show until it :meth:`recovered`."""
+        """Count a failure; a failure of the ``source`` is shown until it has :meth:`recovered`."""
         self._failures.labels(where).inc()
         if where == "source":
             self._source_up.set(0)
             self._facts["source"] = words
 
     def recovered(self, where: str) -> None:
-        """Take a failure back."""
+        """Report that something that had failed works again."""
         if where == "source":
             self._source_up.set(1)
             self._facts["source"] = "ok"
 
-    # --- what is seen
+    # --- state and endpoints
 
     @property
     def health(self) -> dict[str, Any]:
-        """``{"healthy": bool, "why": [words], "production", "pending", "updating", "source"}``."""
+        """The state as JSON: ``{"healthy": bool, "why": [message], "production", "pending", "updating", "source"}``."""
         why = self._why_unhealthy()
         return {"healthy": not why, "why": why, **self._facts}
 
@@ -140,17 +141,17 @@ class Telemetry:
         return why
 
     def serve(self, port: int, host: str = "127.0.0.1") -> int:
-        """Answer ``/metrics`` and ``/healthz`` (200, or 503 when unhealthy, with :attr:`health` as JSON) in a thread.
+        """Serve ``/metrics`` and ``/healthz`` from a thread; 200, or 503 if unhealthy, with :attr:`health` as JSON.
 
         Args:
-            port: 0 takes a free one.
-            host: the address to listen on. Default: this machine only; there is no password.
+            port: Port to listen on; 0 for any free port.
+            host: Address to listen on. Default: this machine only, as there is no password.
 
         Returns:
-            The port.
+            The port that is listened on.
 
         Raises:
-            OSError: when the port is taken.
+            OSError: If the port is taken.
         """
         try:
             self._server = _Server((host, port), _handler(self))
@@ -160,7 +161,7 @@ class Telemetry:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop serving."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -169,13 +170,13 @@ class Telemetry:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is not reported."""
+        """Log at debug level only: a client that hangs up is not an error of the service."""
         logger.debug("a request for metrics failed", exc_info=True)
 
 
 def _handler(telemetry: Telemetry) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10  # for a client that says nothing
+        timeout = 10  # seconds for a client that connects and sends nothing
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
@@ -197,15 +198,16 @@ def _handler(telemetry: Telemetry) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing of each request."""
+            """Do not log each request."""
 
     return Handler
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: ``time``, ``level``, ``event``, ``message``, and what was passed as ``extra``.
+    """One JSON object per line: ``time``, ``level``, ``event``, ``message``, and the fields that were passed as
+    ``extra``.
 
-    Passwords in URLs are blotted out.
+    Passwords in URLs are redacted.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -222,7 +224,7 @@ class JsonLines(logging.Formatter):
 
 
 class Words(logging.Formatter):
-    """Time, level and message, for people."""
+    """Time, level and message as plain text."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -232,11 +234,12 @@ class Words(logging.Formatter):
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:
-    """Send the logs of this process to a stream: evertune's from INFO on, those of others from WARNING on.
+    """Send the logs of this process to a stream: evertune's from level INFO, those of other libraries from WARNING.
 
     Args:
-        stream: where to. Default: standard error.
-        as_json: one JSON object a line (see :class:`JsonLines`), or words for people. Default: words on a terminal.
+        stream: Stream to write to. Default: standard error.
+        as_json: True for one JSON object per line (see :class:`JsonLines`), False for plain text. Default: plain text
+            on a terminal, else JSON.
 
     Returns:
         The handler, now the only one of all loggers.
@@ -245,6 +248,7 @@ def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging
     as_json = not handler.stream.isatty() if as_json is None else as_json
     handler.setFormatter(JsonLines() if as_json else Words())
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("evertune"))
+    # Libraries that install handlers of their own would print their messages twice, and not as JSON.
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and logger.handlers:  # Lightning's, for one
             logger.handlers.clear()

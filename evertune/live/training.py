@@ -1,4 +1,4 @@
-"""The training of one update: from the version in production to new weights and learning state, resumable."""
+"""The training of one update, resumable: from the version in production to new weights and learning state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TRAINED = "trained.json"
 
 
 def trained(staging: Path) -> dict[str, Any] | None:
-    """What :func:`train` wrote when it was done; None before."""
+    """The results that :func:`train` wrote when it finished; None if it has not."""
     path = staging / _TRAINED
     return json.loads(path.read_bytes()) if path.is_file() else None
 
@@ -56,29 +56,29 @@ def train(
     seed: int,
     checkpoint_every_n_steps: int,
 ) -> None:
-    """Train a new version into ``staging/version``; called again after a crash, it resumes from its last checkpoint.
+    """Train a new version into ``staging/version``. Called again after a crash, it resumes from the last checkpoint.
 
     Call it on every rank.
 
     Args:
-        plan: of the update.
-        rows: the records to train on.
-        staging: the folder of the update under way.
-        production: the folder of the version in production, None for the first.
-        model: what the first version and a rebuild start from.
-        trainer: its settings and methods; it stays as it is.
-        schema: which fields are the text and the label.
-        data: settings of :class:`~evertune.streams.ExperienceDataModule`.
-        seed: of everything random in this update.
-        checkpoint_every_n_steps: how much is lost at most when the process dies.
+        plan: Plan of the update.
+        rows: Records to train on.
+        staging: Folder of the update in progress.
+        production: Folder of the version in production; None for the first.
+        model: Module that the first version and a rebuild start from.
+        trainer: Trainer whose settings and callbacks (the methods) are used; it is not changed.
+        schema: Schema that names the fields with the text and the label.
+        data: Settings of :class:`~evertune.streams.ExperienceDataModule`.
+        seed: Seed of everything random in this update.
+        checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that is lost if the process dies.
 
     Raises:
-        RuntimeError: when the fit was interrupted.
+        RuntimeError: If the fit was interrupted.
     """
     start = time.perf_counter()
     checkpoints = staging / CHECKPOINTS
     callbacks: list[pl.Callback] = [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)]
-    if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher's supervisor looks after this process
+    if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher supervises this process
         callbacks += [Preemption(), Heartbeat()]
     learner = trainer.anew(
         callbacks,
@@ -86,6 +86,7 @@ def train(
         enable_checkpointing=True,
     )
     pl.seed_everything(seed, workers=True, verbose=False)
+    # Seeded before the module is made, so that newly initialised weights are the same in every attempt, on all ranks.
     module = starting_module(model, production if plan.kind == "update" else None)
     if plan.kind == "update" and production is not None:
         for name, callback in named_callbacks(learner):
@@ -98,6 +99,8 @@ def train(
     if learner.interrupted:
         raise RuntimeError(f"update {plan.version} was interrupted; run it again to resume from its last checkpoint")
     version = staging / VERSION
+    # A run that died after the fit may have left part of the folder. The other ranks wait for the new one, as all of
+    # them take part in saving.
     if is_writer():
         shutil.rmtree(version, ignore_errors=True)
         version.mkdir(parents=True)
@@ -111,16 +114,18 @@ def train(
             "classes": list(getattr(module, "classes", [])),
             "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start},
         }
+        # Written last: its existence says that weights and learning state are complete.
         write_atomically(staging / _TRAINED, json.dumps(content).encode())
 
 
 def starting_module(model: Any, production: Path | None) -> Any:
-    """The module of an update: production's weights with the learning rate and the like of ``model``, or ``model``."""
+    """The module that an update starts from: ``model``, or production's weights with ``model``'s hyperparameters."""
     if production is None:
         return copy.deepcopy(model)
     settings = {
         name: value
         for name, value in model.hparams.items()
+        # These belong to the saved version: it may have learned classes that the configured model does not know.
         if name not in ("model_name_or_path", "classes") and not name.startswith("_")
     }
     return type(model).from_pretrained(production / MODEL, lazy=True, **settings)
@@ -134,7 +139,7 @@ def _data(
     schema: RecordSchema,
     data: Mapping[str, Any],
 ) -> tuple[Experience, ExperienceDataModule]:
-    """The records of an update as an experience and its batches; a rebuild learns the memory along with them."""
+    """The records of an update as an experience and its batches; a rebuild also learns the replay memory."""
     text = schema.text if isinstance(schema.text, str) else tuple(schema.text)
     examples: list[dict[str, Any]] = [{**row["record"], "id": row["id"]} for row in rows]
     columns: dict[str, Any] = {"text": text, "label": schema.label, "id_column": "id"}
@@ -153,7 +158,7 @@ def _data(
 
 
 def remembered(production: Path) -> MemoryView | None:
-    """The replay memory of a version, if it has one."""
+    """The replay memory of a version; None if it has none."""
     manifest = production / LEARNING / "Replay" / "memory.json"
     if not manifest.is_file():
         return None

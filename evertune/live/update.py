@@ -1,4 +1,4 @@
-"""An update as a transaction: take in what arrived, decide, train, evaluate, judge, publish, commit."""
+"""An update as a transaction: take in new records, decide, train, evaluate, judge, publish, commit."""
 
 from __future__ import annotations
 
@@ -41,38 +41,38 @@ logger = logging.getLogger("evertune.live")
 
 Status = Literal["promoted", "nothing", "refused", "stopped", "trained"]
 EXIT_CODES: Mapping[Status, int] = {"promoted": 0, "nothing": 3, "refused": 4, "stopped": 5, "trained": 0}
-"""What ``evertune update`` exits with; "trained" is all that a rank without the registry does."""
+"""The exit codes of ``evertune update``; "trained" is the status of the ranks that only take part in training."""
 
 DATA_OF_UPDATES = frozenset({"experience", "tokenizer", "text", "label", "collate_fn", "id_column", "seed", "task"})
-"""What an update gives :class:`~evertune.streams.ExperienceDataModule` itself; the rest are a user's settings."""
+"""The arguments of :class:`~evertune.streams.ExperienceDataModule` that an update sets itself; a user sets the rest."""
 
 _EVALUATION = "evaluation.json"
 _VERDICT = "verdict.json"
 _SHOWN = "trained on"
 _TO_BE_PAID = ("train", "evaluate")
-"""What of an update's seconds counts as its cost."""
+"""The stages of an update whose seconds count as its cost."""
 _NEEDED = {
     "tokenizer": "tokenizer (a tokenizer of transformers)",
     "hparams": "hparams (call save_hyperparameters() in its constructor)",
     "save_pretrained": "save_pretrained(folder), which writes the weights and whatever rebuilds the module",
     "from_pretrained": "from_pretrained(folder, lazy=False, **settings), a class method that reads them back",
 }
-"""What a module must have to be updated, and how a message says it is missing."""
+"""The attributes that a module needs to be updated, with the words by which an error message names them."""
 _ENOUGH = 500
-"""Records that wrong labels are looked for in: those held out, filled up with those trained on."""
+"""Number of records in which wrong labels are looked for: the held-out ones, and as many trained-on ones as needed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an update.
+    """The outcome of an update.
 
     Args:
-        status: ``"promoted"``; ``"nothing"`` to do; ``"refused"`` by the gate after training; ``"stopped"`` by the
+        status: ``"promoted"``; ``"nothing"`` to do; ``"refused"`` by the gate after training; or ``"stopped"`` by the
             checks of the data before training.
-        words: why, for people.
-        version: the version that was made, promoted or refused.
-        verdict: of the gate, with every check.
-        seconds: what took how long.
+        words: The reason, as a message for people.
+        version: Number of the version that was made, whether promoted or refused; None if none was.
+        verdict: Verdict of the gate with every check; None if nothing was judged.
+        seconds: Seconds that each stage took, by its name.
     """
 
     status: Status
@@ -89,20 +89,22 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """How an update deals with its records.
+    """How an update treats its records.
 
     Args:
-        holdout: share of the new records that is held out of training, to judge this and every later version.
-        max_holdout: records held out of one update at most.
-        max_records: records of one update at most; the rest waits for the next.
-        max_evaluation: held-out records of all past updates that a version is judged on, shared out evenly.
-        rebuild_after: after this many refusals in a row, train a new model from the pretrained one, on the memory and
-            what is pending; None never does.
-        checkpoint_every_n_steps: optimizer steps between two checkpoints, which is what a crash loses at most.
-        seed: of everything random; the version's number is added to it.
+        holdout: Share of the new records that is held out of training, to judge this and every later version. Default:
+            0.2.
+        max_holdout: Maximum number of records held out of one update. Default: 500.
+        max_records: Maximum number of records in one update; the rest wait for the next. Default: 50,000.
+        max_evaluation: Maximum number of held-out records of all past updates on which a version is judged; the longest
+            slices are shortened first. Default: 5,000.
+        rebuild_after: Number of refusals in a row after which a new model is trained from the pretrained one, on the
+            replay memory and the pending records. Default: 3; None never rebuilds.
+        checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that a crash loses. Default: 200.
+        seed: Seed of everything random; the number of the version is added to it.
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     holdout: float = 0.2
@@ -126,39 +128,41 @@ class UpdateSettings:
 class Updater:
     """Keeps the version in production up to date with a source, one transaction at a time.
 
-    An update takes in what has arrived, and where a trigger fires it trains from the version in production, evaluates
-    on what was held out of every update so far, and lets the gate compare. A version that passes is published and
-    becomes production in the same instant as the records that it learned are marked as learned: one file is replaced.
-    A version that is refused leaves production as it was, and its records pending.
+    An update takes in the records that have arrived. If a trigger fires, it trains from the version in production,
+    evaluates on the records held out of every update so far, and lets the gate compare the two versions. A version that
+    passes is published; it goes into production and its records become learned in the same instant, by replacing one
+    file. A version that is refused leaves production unchanged and its records pending.
 
-    It can be killed at any moment: production still loads and verifies, and :meth:`run` resumes, with a bit-identical
-    result.
+    An update can be killed at any moment: production still loads and verifies, and :meth:`run` resumes with a
+    bit-identical result.
 
     Args:
-        registry: the folder, or the URL of one, that holds the versions; made when it is not there.
-        source: where records come from.
-        model: what the first version starts from: a LightningModule with ``tokenizer``, ``hparams``,
-            ``save_pretrained(folder)`` and ``from_pretrained(folder, lazy=False, **settings)``, as
-            :class:`~evertune.lightning_modules.SequenceClassificationModule` has. Its ``task``, a
-            :class:`~evertune.tasks.Task`, says what a label may be and how good an answer is. Its learning rate and
-            the like hold for all updates.
-        trainer: how it is trained; its callbacks (Replay, EWC) are the methods. It is copied for each update.
-        schema: what a record must be.
-        data: settings of :class:`~evertune.streams.ExperienceDataModule`, such as ``batch_size``.
-        masker: takes personal data out of every text before anything is stored.
-        label_join: joins labels that arrive after their text.
-        trigger: when to update; by default when 200 new records are there.
-        gate: what a new version must hold against the one in production.
-        settings: see :class:`UpdateSettings`.
-        mirror: a second registry that receives each version; its failures are logged, and change nothing.
-        work_dir: where the update under way is kept, on a disk of this machine (or, for several nodes, one that all
-            see). By default inside a local registry; a registry elsewhere needs it.
-        config: the whole configuration, recorded with each version.
+        registry: Registry of the versions, or its folder or URL; it is created if it does not exist.
+        source: Source of the records.
+        model: Module that the first version starts from: a LightningModule with ``tokenizer``, ``hparams``,
+            ``save_pretrained(folder)`` and ``from_pretrained(folder, lazy=False, **settings)``, such as
+            :class:`~evertune.lightning_modules.SequenceClassificationModule`. Its ``task``, a
+            :class:`~evertune.tasks.Task`, defines which labels are valid and how answers are scored. Its
+            hyperparameters, such as the learning rate, apply to all updates.
+        trainer: Trainer whose settings are used; its callbacks (Replay, EWC) are the methods. It is copied for each
+            update.
+        schema: What the records must look like. Default: :class:`~evertune.sources.RecordSchema` with its defaults.
+        data: Settings of :class:`~evertune.streams.ExperienceDataModule`, such as ``batch_size``.
+        masker: Removes personal data from every record before anything is stored; None masks nothing.
+        label_join: Joins labels that arrive after their text; None expects text and label together.
+        trigger: Decides when to update. Default: once there are 200 new records.
+        gate: Decides whether a new version may replace the one in production. Default: :class:`~evertune.gate.Gate`
+            with its defaults.
+        settings: How records are held out and limited; see :class:`UpdateSettings`.
+        mirror: A second registry that receives each version. Its failures are logged and have no other effect.
+        work_dir: Folder of the update in progress, on a disk of this machine (for several nodes, on one that all of
+            them see). Default: inside a local registry; required for a remote one.
+        config: The whole configuration, which is recorded with each version.
 
     Raises:
-        TypeError: when the model lacks a part that updates need; all that are missing are named.
-        ValueError: when the registry is not on this machine and there is no ``work_dir``, or ``data`` sets what the
-            update sets itself.
+        TypeError: If the model lacks an attribute that updates need; the message names all that are missing.
+        ValueError: If the registry is remote and there is no ``work_dir``, or ``data`` sets an argument that the update
+            sets itself.
 
     Example::
 
@@ -215,15 +219,15 @@ class Updater:
         self.staging = Path(work_dir) if work_dir is not None else self.registry.store.local("staging")
         self._backlog = Backlog(self.registry, self.journal, self.staging, self._config_digest())
 
-    # --- what there is to do
+    # --- pending work
 
     def intake(self) -> IntakeReport:
-        """Take what has arrived from the source into the journal. Needs the registry's lease.
+        """Take the records that have arrived from the source into the journal. Requires the registry's lease.
 
-        It stops after twice the records of one update; the next call takes in the rest.
+        It stops after twice ``max_records``; the next call takes in the rest.
 
         Raises:
-            SourceError: when the source cannot be read on.
+            SourceError: If the source cannot be read further.
         """
         production = self.registry.production
         self._backlog.quarantine_given_up(production)
@@ -232,10 +236,10 @@ class Updater:
         )
 
     def read_on_from(self, offset: Mapping[str, Any]) -> None:
-        """Read the source from another offset next: the way on where a :class:`SourceError` says that records are lost.
+        """Continue to read the source from another offset, after a :class:`SourceError` has reported lost records.
 
         Args:
-            offset: as the message of the error has it.
+            offset: The offset that the message of the error gives.
         """
         with self.registry.lease():
             last = self.journal.last
@@ -243,7 +247,7 @@ class Updater:
             self.journal.append([], [], waiting, dict(offset), clock=last.clock if last is not None else None)
 
     def situation(self) -> Situation:
-        """What is pending, as the trigger sees it."""
+        """The pending records, as a trigger sees them."""
         production = self.registry.production
         segments = self._backlog.pending(production)
         attempted = self._backlog.attempted(production)
@@ -269,7 +273,7 @@ class Updater:
         )
 
     def due(self) -> str | None:
-        """Why an update is to be made now, in words; None when there is nothing to do."""
+        """Why an update is due now, as a message; None if there is nothing to do."""
         plan = self._interrupted()
         if plan is not None:
             return f"update {plan.version} was interrupted"
@@ -279,14 +283,14 @@ class Updater:
     # --- the transaction
 
     def run(self, dry_run: bool = False) -> Outcome:
-        """Make one update, or finish the one that was interrupted. With several processes, call it on all of them.
+        """Make one update, or finish an interrupted one. With several processes, call it on all of them.
 
         Args:
-            dry_run: train and judge, but neither publish nor commit; the next call resumes from there.
+            dry_run: Train and judge, but neither publish nor commit; the next call resumes from there.
 
         Raises:
-            LeaseHeld: when another updater is at work on this registry.
-            SourceError: when the source cannot be read; what it gave before is kept.
+            LeaseHeld: If another updater is at work on this registry.
+            SourceError: If the source cannot be read; records taken in before are kept.
         """
         if not is_leader():
             return self._follow()
@@ -297,6 +301,7 @@ class Updater:
                 with _timed(seconds, "plan"):
                     decision = self._interrupted() or self._plan()
             finally:
+                # In a finally clause: the other ranks wait for this message, and would hang if planning failed here.
                 if started_together():
                     tell_all(b"train" if isinstance(decision, Plan) and self._to_be_trained(decision) else b"")
             if isinstance(decision, Outcome):
@@ -304,7 +309,7 @@ class Updater:
             return self._carry_out(decision, seconds, dry_run)
 
     def _follow(self) -> Outcome:
-        """What the other ranks do: train along, where there is something to train."""
+        """The part of the other ranks: they take part in training, if there is any."""
         plan = None if started_together() and not tell_all(None) else Plan.load(self.staging)
         if plan is not None:
             self._train(plan)
@@ -320,7 +325,7 @@ class Updater:
 
     def _carry_out(self, plan: Plan, seconds: dict[str, float], dry_run: bool) -> Outcome:
         logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "update", "version": plan.version})
-        if self._is_published(plan):  # killed between publishing and flipping the alias
+        if self._is_published(plan):  # killed after publishing, before the aliases changed
             return self._finish(plan, self.registry.version(plan.version), seconds)
         with _timed(seconds, "train"):
             self._train(plan)
@@ -366,6 +371,7 @@ class Updater:
         store, new = self.registry.store, plan.experience
         entries = production.manifest.slices if production else []
         slices = {entry.name: load_slice(store, entry) for entry in entries} | {new: held_out}
+        # ``thin`` and ``draw`` depend on the ids alone, so that a resumed update is judged on the same records.
         slices = thin(slices, self.settings.max_evaluation)
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
         settings = self._reading
@@ -375,6 +381,8 @@ class Updater:
         costs, shown_to_both = None, {}
         if production is not None:
             module = self._opened(production.folder() / MODEL)
+            # The champion's answers were stored when it was judged itself: only slices that it has not seen are
+            # predicted.
             stored = self._evaluation(production)
             champion = {name: stored[name] for name in slices if name in stored}
             unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
@@ -391,19 +399,20 @@ class Updater:
             trained=_SHOWN if shown_to_both else None,
             groups=self.gate.groups(row for chosen in slices.values() for row in chosen),
         )
+        # The verdict is written last: a resumed update takes it as proof that the evaluation is complete.
         write_atomically(folder / _EVALUATION, _json({"slices": {name: said[name].to_dict() for name in sorted(said)}}))
         write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
         return verdict
 
     def _opened(self, folder: Path) -> Any:
-        """The module of a folder, where it predicts fastest."""
+        """The module in a folder, on the GPU if there is one."""
         import torch
 
         module = type(self.model).from_pretrained(folder)
         return module.cuda() if torch.cuda.is_available() else module
 
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
-        """Make the staged folder a version of the registry, whole, with all that is known of it."""
+        """Publish the staged folder as a version of the registry, with its complete manifest."""
         from evertune.gate.predictions import Predictions
         from evertune.live.training import VERSION, trained
 
@@ -412,6 +421,7 @@ class Updater:
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         slices = list(production.manifest.slices) if production else []
         if held_out:
+            # Written before the manifest that names it; if the process dies in between, the same file is written again.
             slices.append(save_slice(self.registry.store, plan.experience, held_out))
         if superseded and verdict.passed:
             self.journal.quarantine(
@@ -449,12 +459,13 @@ class Updater:
         return self.registry.publish(folder, manifest)
 
     def _finish(self, plan: Plan, version: Version, seconds: Mapping[str, float]) -> Outcome:
-        """Flip the aliases, which commits the records; tell the source; clear the staging folder. Good to repeat."""
+        """Change the aliases, which commits the records; notify the source; clear the staging folder. Idempotent."""
         verdict = Verdict.from_dict(json.loads((version.folder() / _VERDICT).read_bytes()))
         production = self.registry.production
         if not verdict.passed:
             self.registry.set_candidate(version.number)
         elif production is None or production.number != version.number:
+            # ``expected`` protects the decision of somebody who has promoted or rolled back meanwhile.
             self.registry.promote(version.number, reason=plan.reason, expected=plan.parent)
         if verdict.passed and plan.offset is not None:
             try:
@@ -471,7 +482,7 @@ class Updater:
         words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {_reasons(verdict)}"
         return Outcome(status, words, version.number, verdict, {**version.manifest.seconds, **seconds})
 
-    # --- what the plan rests on
+    # --- planning and its inputs
 
     def _plan(self) -> Plan | Outcome:
         self.intake()
@@ -503,11 +514,12 @@ class Updater:
         return plan
 
     def _interrupted(self) -> Plan | None:
-        """The plan of an update that was not finished, if it still stands."""
+        """The plan of an unfinished update, if it is still valid."""
         plan = Plan.load(self.staging)
         if plan is None:
             return None
         production = self.registry.production
+        # Once promoted, a plan is done, even if production is the parent again after a rollback.
         flipped = any(event["action"] == "promote" and event["to"] == plan.version for event in self.registry.events)
         parent_stands = (production.number if production else None) == plan.parent
         if not flipped and parent_stands and plan.config == self._config_digest():
@@ -536,7 +548,7 @@ class Updater:
         return self.journal.records(segments)
 
     def _split(self, plan: Plan) -> tuple[list[Row], list[Row], list[Row]]:
-        """The records of an update to train on, those held out, and those that a newer one has replaced."""
+        """The records of an update to train on, those held out, and those that a newer one has superseded."""
         rows, superseded = latest(self._rows(self._segments(plan)))
         train, held_out = hold_out(
             rows, self._label, self.settings.holdout, self.settings.max_holdout, self._classes_of
@@ -544,7 +556,7 @@ class Updater:
         return train, held_out, superseded
 
     def _classes_of(self, label: Any) -> Any:
-        """What a label is held out by: itself, or nothing for a task without classes."""
+        """The classes by which a label is held out: the label itself, or none for a task without classes."""
         return label if isinstance(label, str | list) else self.task.label_names(label)
 
     def _check_data(self, plan: Plan) -> list[Check]:
@@ -571,7 +583,7 @@ class Updater:
         return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
     def _evaluation(self, production: Version | None) -> dict[str, Predictions]:
-        """What a version said about the records held out of each update, when the gate judged it."""
+        """The predictions of a version on the records held out of each update, from when the gate judged it."""
         from evertune.gate.predictions import Predictions
 
         if production is None:
@@ -580,12 +592,12 @@ class Updater:
         return {name: Predictions.from_dict(values) for name, values in stored.items()}
 
     def _waiting(self) -> list[Row]:
-        """The texts that wait for their labels."""
+        """The texts that are waiting for their labels."""
         halves = (half for half in self.journal.waiting() if half["has_text"])
         return [{"id": half["id"], "origin": half["origin"], "record": half["value"]} for half in halves]
 
     def _predictions(self, production: Version, rows: Sequence[Row]) -> Predictions:
-        """What a version says about records, some of them perhaps without a label; the model is let go afterwards."""
+        """The predictions of a version on records that may lack a label; the model is released afterwards."""
         import torch
 
         from evertune.live.evaluation import evaluate
@@ -595,13 +607,13 @@ class Updater:
         module = self._opened(production.folder() / MODEL)
         said = evaluate(module, {"": numbered}, **self._reading)[""]
         del module
-        if torch.cuda.is_available():  # whoever watches must not keep what the update needs
+        if torch.cuda.is_available():  # a watching process must not hold GPU memory that the update needs
             torch.cuda.empty_cache()
         return said
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """How a module reads records."""
+        """The settings by which a module reads records."""
         return {"text": self.schema.text, "label": self._label, "max_length": self.data.get("max_length", 128)}
 
     def _text(self, row: Row) -> Any:
@@ -615,7 +627,7 @@ class Updater:
         return hashlib.sha256(_json(self.config)).hexdigest()[:16]
 
     def _clear_staging(self) -> None:
-        (self.staging / "plan.json").unlink(missing_ok=True)  # first: what is left then belongs to no update
+        (self.staging / "plan.json").unlink(missing_ok=True)  # first, so that leftovers of a crash belong to no update
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
@@ -623,7 +635,7 @@ def _task_for_updates(model: Any) -> Task:
     """The task of a module that can be updated.
 
     Raises:
-        TypeError: when the module lacks a part that updates need; the message names all that are missing.
+        TypeError: If the module lacks an attribute that updates need; the message names all that are missing.
     """
     from evertune.tasks.base import task_of
 
@@ -637,12 +649,12 @@ def _task_for_updates(model: Any) -> Task:
 
 
 def _has(model: Any, name: str) -> bool:
-    """Whether a module has an attribute; properties are not read, as a tokenizer's may load files."""
+    """Whether a module has an attribute. Properties are not evaluated, as that of a tokenizer may load files."""
     return name in vars(model) or hasattr(type(model), name)
 
 
 def _reasons(verdict: Verdict) -> str:
-    """The words of a verdict without the decision itself."""
+    """The message of a verdict without the decision itself."""
     return verdict.words().partition(": ")[2]
 
 

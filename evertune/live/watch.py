@@ -1,4 +1,5 @@
-"""A service that keeps a registry up to date: it looks, and when an update is due it runs one as a child process."""
+"""A service that keeps a registry up to date: it polls the source and runs an update as a child process when one is
+due."""
 
 from __future__ import annotations
 
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from evertune.registry.registry import Registry
 
 OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
-"""What the exit codes of ``evertune update`` mean; all others are errors, but for :data:`PREEMPTED`."""
+"""The meaning of the exit codes of ``evertune update``; all others except :data:`PREEMPTED` are errors."""
 
-_TAIL = 20  # lines of an update's output that are kept to say why it failed
-_MIN_READ = 20  # records, before the share of bad ones says anything
+_TAIL = 20  # lines of an update's output that are kept to report why it failed
+_MIN_READ = 20  # records below which the share of bad ones is not judged
 
 _T = TypeVar("_T")
 
@@ -40,7 +41,7 @@ logger = logging.getLogger("evertune.live")
 
 
 class Updating(Protocol):
-    """What is watched; :class:`~evertune.live.update.Updater` is one."""
+    """The interface of what is watched; :class:`~evertune.live.update.Updater` implements it."""
 
     @property
     def registry(self) -> Registry: ...
@@ -57,22 +58,25 @@ class Updating(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """How ``evertune watch`` watches.
+    """The settings of ``evertune watch``.
 
     Args:
-        poll: seconds between two looks at the source.
-        grace: seconds that an update has to end after SIGTERM, before it is killed. It resumes at the next start.
-        port: of ``/metrics`` and ``/healthz``; None for neither, 0 for a free one, which is logged.
-        host: the address they listen on. Default: this machine only; ``0.0.0.0`` in a container.
-        max_backoff: seconds between two tries, at most, of what fails again and again; the first comes after ``poll``,
-            and each pause is twice the one before.
-        max_errors: failures in a row after which alerts are repeated, and failing updates make the service unhealthy.
-        max_bad_share: tell when more than this share of what was read since the last update is bad.
-        alerts: whom to tell.
-        log: JSON lines or words for people. Default: words on a terminal, else JSON.
+        poll: Seconds between two reads of the source. Default: 30.
+        grace: Seconds that an update may take to end after SIGTERM before it is killed; it resumes at the next start.
+            Default: 60.
+        port: Port of ``/metrics`` and ``/healthz``; None for no server, 0 for any free port, which is logged.
+        host: Address to listen on. Default: this machine only; use ``0.0.0.0`` in a container.
+        max_backoff: Maximum number of seconds between two retries of something that keeps failing. The first retry
+            comes after ``poll`` seconds, and each pause is twice the one before. Default: 600.
+        max_errors: Number of failures in a row after which an alert is repeated, and failing updates make the service
+            unhealthy. Default: 3.
+        max_bad_share: Share of bad records among those read since the last update above which an alert is sent.
+            Default: 0.05.
+        alerts: Channels that alerts are sent to.
+        log: JSON lines or plain text. Default: plain text on a terminal, else JSON.
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     poll: float = 30.0
@@ -96,18 +100,18 @@ class WatchSettings:
 
 
 class Watch:
-    """Looks every few seconds at what has arrived, and runs an update as a child process when one is due.
+    """Polls the source, and runs an update as a child process when one is due.
 
-    Taking records in and asking the trigger is done here, under the registry's lease, which is held to the end;
-    training is done in a child, so that its memory is given back, and whatever kills it does not kill the service. An
-    update that died resumes where it stood when it is run again.
+    This process takes records in and asks the trigger, under the registry's lease, which it holds until it ends. A
+    child process does the training, so that its memory is released afterwards, and whatever kills it does not kill the
+    service. An update that died resumes from its last checkpoint when it is run again.
 
-    The source may go, the disk fill up, an update fail: each is reported once and retried with exponential backoff,
-    and its recovery is reported.
+    If the source becomes unreachable, the disk is full, or an update fails, the failure is reported once and retried
+    with exponential backoff; the recovery is reported too.
 
-    SIGTERM or SIGINT ends it: at once when no update is under way; else the update gets a SIGTERM and ``grace``
-    seconds, then it is killed. A second signal kills it at once. Should this process be killed itself, an update that
-    has called :func:`end_with_supervisor` ends too.
+    SIGTERM or SIGINT ends the service: at once if no update is in progress; otherwise the update receives a SIGTERM and
+    has ``grace`` seconds before it is killed. A second signal kills it at once. If this process itself is killed, an
+    update that has called :func:`end_with_supervisor` ends too.
 
     Example::
 
@@ -115,12 +119,13 @@ class Watch:
         code = Watch(updater, [sys.executable, "my_update.py"], WatchSettings(port=9090)).run()
 
     Args:
-        updater: what is watched.
-        command: the child process that makes one update. Its exit code says what became of it: see :data:`OUTCOMES`.
-        settings: see :class:`WatchSettings`.
+        updater: The updater that is watched.
+        command: Command of the child process that makes one update. Its exit code reports the outcome: see
+            :data:`OUTCOMES`.
+        settings: See :class:`WatchSettings`.
 
     Raises:
-        ModuleNotFoundError: without the extra ``live``.
+        ModuleNotFoundError: If the extra ``live`` is not installed.
     """
 
     def __init__(self, updater: Updating, command: Sequence[str], settings: WatchSettings | None = None) -> None:
@@ -131,22 +136,22 @@ class Watch:
         self._intake = _Trouble("taking records in", self.settings)
         self._look = _Trouble("looking for what is due", self.settings)
         self._update = _Trouble("updating", self.settings)
-        self._stops = 0  # signals to end that have come
-        self._in_step = False  # whether one may break off what the main thread does
+        self._stops = 0  # signals to end that have arrived
+        self._in_step = False  # whether a signal may interrupt what the main thread does
         self._version: int | None = None
-        self._drift_told: int | None = None  # the version in production when it was last reported
+        self._drift_told: int | None = None  # the version in production when drift was last reported
         self._read = self._bad = 0  # since the last update
         self._told_bad = False
 
     def run(self) -> int:
-        """Watch until a signal ends it, in the main thread.
+        """Watch until a signal ends the service. Must be called in the main thread.
 
         Returns:
-            The exit code: 0 after a signal, 1 when the lease was lost to another process.
+            The exit code: 0 after a signal, 1 if the lease was lost to another process.
 
         Raises:
-            LeaseHeld: when another process updates this registry.
-            OSError: when the port is taken, or the registry cannot be written.
+            LeaseHeld: If another process updates this registry.
+            OSError: If the port is taken, or the registry cannot be written.
         """
         settings, registry = self.settings, self.updater.registry
         try:
@@ -199,13 +204,14 @@ class Watch:
         reason = self.updater.due()
         readings = self.updater.trigger.readings
         self.telemetry.measured(readings)
+        # Reported once per version: the drift lasts until an update has learned it.
         if _drifting(readings) and self._drift_told != self._version:
             self._drift_told = self._version
             self._say("drift", self.updater.trigger.explanation, logging.WARNING, **readings)
         return reason
 
     def _make_update(self, reason: str, lease: Lease) -> bool:
-        """Run one update. False when the lease was lost on the way."""
+        """Run one update; False if the lease was lost meanwhile."""
         self._say("update", f"an update starts: {reason}", reason=reason)
         start, tail, code = time.monotonic(), deque[str](maxlen=_TAIL), 1
         self.telemetry.updating(True)
@@ -217,7 +223,7 @@ class Watch:
             self.telemetry.updating(False)
         seconds = time.monotonic() - start
         outcome = OUTCOMES.get(code, "interrupted" if self._stops or code == PREEMPTED else "error")
-        if self._stops and outcome == "promoted" and not self._moved():  # Lightning ends well after SIGTERM
+        if self._stops and outcome == "promoted" and not self._moved():  # Lightning exits with 0 after SIGTERM
             outcome = "interrupted"
         self.telemetry.updated(outcome, seconds)
         self._read = self._bad = 0
@@ -233,7 +239,7 @@ class Watch:
             how = killed or f"failed with exit code {code}"
             self._failed(self._update, f"the update {how}: {end}", "update", output="\n".join(tail))
             return
-        if outcome == "nothing":  # though it was due: no error, but not to be repeated all the time either
+        if outcome == "nothing":  # although it was due: not an error, but it must not be repeated in every round
             self._update.failed()
             self._say("updated", f"the update found nothing to do: {end}", **facts)
             return
@@ -245,7 +251,7 @@ class Watch:
         if outcome == "stopped":
             self._say("refusal", f"the update was stopped before training: {end}", logging.WARNING, **facts)
         else:
-            with suppress(Exception):  # only to say more
+            with suppress(Exception):  # only adds detail to the message
                 version = self.updater.registry.versions()[-1]
                 facts |= {"version": version.number}
                 end = version.manifest.summary
@@ -255,17 +261,19 @@ class Watch:
                 self._say("promotion", f"a new version is in production: {end}", **facts)
 
     def _moved(self) -> bool:
-        """Whether another version is in production than before the update."""
+        """Whether the version in production has changed since before the update."""
         try:
             production = self.updater.registry.production
-        except Exception:  # nobody knows
+        except Exception:  # unknown: do not claim a promotion
             return False
         return (production.number if production else None) != self._version
 
     # --- the child
 
     def _run_child(self, lease: Lease, tail: deque[str]) -> int:
-        """Run the command to its end, passing signals on; returns its exit code, negative for a signal."""
+        """Run the command to its end, forwarding signals; returns its exit code, negative for a signal."""
+        # The child inherits one end of the pipe, whose other end closes when this process dies, however it dies: that
+        # is how the child notices.
         theirs, ours = os.pipe()
         environment = {**os.environ, "EVERTUNE_LEASE": lease.token, SUPERVISOR: str(theirs)}
         try:
@@ -278,7 +286,7 @@ class Watch:
                 errors="replace",
                 env=environment,
                 pass_fds=(theirs,),
-                start_new_session=True,  # a group of its own, with all that it starts
+                start_new_session=True,  # a process group of its own, so that all its children can be killed with it
             )
         except BaseException:
             os.close(ours)
@@ -299,15 +307,15 @@ class Watch:
                 process.wait()
                 break
             self._sleep(self.settings.poll if deadline is None else min(self.settings.poll, deadline - now))
-        kill_group(process.pid)  # what it may have left running
+        kill_group(process.pid)  # children that it may have left running
         os.close(ours)
         reader.join(5)
         return process.returncode
 
-    # --- what goes wrong
+    # --- failures, reports and alerts
 
     def _try(self, trouble: _Trouble, step: Callable[[], _T]) -> _T | None:
-        """Do one step of the loop, unless it has to wait; whatever goes wrong is reported, and the loop continues."""
+        """Run one step of the loop unless it is backing off; any error is reported, and the loop continues."""
         if trouble.waits:
             return None
         try:
@@ -350,7 +358,7 @@ class Watch:
         except RegistryError as error:
             self._say("error", f"the watch ends: {error}", logging.ERROR)
             return False
-        except OSError:  # nobody knows; whoever writes will ask again
+        except OSError:  # unknown for now: every write checks the lease again
             pass
         return True
 
@@ -373,7 +381,8 @@ class Watch:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are counted; they and the end of a child end a :meth:`_sleep`."""
+        """Count SIGTERM and SIGINT; they and the end of a child wake a :meth:`_sleep`."""
+        # A handler alone does not interrupt select() in Python (PEP 475); a byte on the wake-up socket does.
         self._awake, wake = socket.socketpair()
         for end in (self._awake, wake):
             end.setblocking(False)
@@ -396,7 +405,7 @@ class Watch:
 
     @contextmanager
     def _breakable(self) -> Iterator[None]:
-        """A step that a signal may break off: it leaves files as a kill would, whole."""
+        """A step that a signal may interrupt: like a kill, it leaves only complete files behind."""
         self._in_step = True
         try:
             if self._stops:
@@ -408,16 +417,17 @@ class Watch:
     def _sleep(self, seconds: float) -> None:
         if select.select([self._awake], [], [], max(seconds, 0))[0]:
             with suppress(BlockingIOError):
+                # Drain the socket, or the next sleep would end at once.
                 while self._awake.recv(4_096):
                     pass
 
 
 class _Ended(BaseException):
-    """A signal came while nothing was to be waited for."""
+    """A signal arrived while there was nothing to wait for."""
 
 
 class _Trouble:
-    """The failures in a row of one thing, whether it was reported, and when to retry."""
+    """The failures in a row of one step, whether they were reported, and when to retry."""
 
     def __init__(self, what: str, settings: WatchSettings) -> None:
         self.what = what
@@ -429,19 +439,20 @@ class _Trouble:
         return time.monotonic() < self._until
 
     def failed(self) -> float:
-        """Count a failure; returns the seconds to the next try."""
+        """Count a failure; returns the seconds until the next attempt."""
         self.count += 1
+        # The exponent is bounded, as a float overflows after about a thousand failures.
         pause: float = min(self.longest, self.first * 2.0 ** min(self.count - 1, 30))
         self._until = time.monotonic() + pause
         return pause
 
     def recovered(self) -> None:
-        """Forget them."""
+        """Reset the count."""
         self.count, self._until, self.told = 0, 0.0, False
 
 
 def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
-    """Log what a child prints, line by line."""
+    """Log the output of a child process line by line, and keep its last lines."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -451,6 +462,6 @@ def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
 
 
 def _drifting(readings: Mapping[str, float]) -> bool:
-    """Whether something that a trigger measures stands above its limit."""
+    """Whether a reading of a trigger is above its limit."""
     limits = {name.removesuffix("_threshold"): limit for name, limit in readings.items() if name.endswith("_threshold")}
     return any(readings.get(f"{name}_score", readings.get(name, 0.0)) > limit for name, limit in limits.items())

@@ -1,4 +1,4 @@
-"""Versions of a model, their aliases, and the way back."""
+"""The registry: numbered versions of a model, their aliases, and rollback."""
 
 from typing import TYPE_CHECKING
 

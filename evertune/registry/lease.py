@@ -1,4 +1,4 @@
-"""One writer at a time: a lease that ends with the process that holds it, and that no clock can break."""
+"""A lease that allows one writer at a time; it ends with the process that holds it, and does not depend on clocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any, Self
 from evertune.registry.store import RegistryError, Store
 
 TOKEN = "EVERTUNE_LEASE"
-"""The environment variable that lets a child process work under the lease of its parent."""
+"""Environment variable by which a child process works under the lease of its parent."""
 
 _FOLDER = "lease"
 _BEATS = 5
-"""Heartbeats within the time to live."""
+"""Number of heartbeats within the time to live."""
 _GRACE = 1.0
-"""Seconds in which a process of this machine that was just killed may go away."""
+"""Seconds that a process of this machine that was just killed is given to disappear."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +37,27 @@ class LeaseLost(RegistryError):  # noqa: N818
 
 
 class Lease:
-    """The right to write to a registry, for one process at a time.
+    """The exclusive right to write to a registry.
 
     Each holder creates the next of the files ``lease/1.json``, ``lease/2.json``, ..., which only one process can do;
-    the highest number holds the lease. A thread of the holder counts a heartbeat up in its file. The next holder may
-    come when the file says that it was released; at once when the holder was a process of this machine that is dead
-    (known by its number and start time, from ``/proc``); else when the count has stood still for ``ttl`` seconds by the
-    monotonic clock of whoever waits. Times of day are never compared.
+    the highest number holds the lease. A thread of the holder increments a heartbeat counter in its file. Another
+    process may take over if the file says that the lease was released; at once if the holder was a process of this
+    machine that is dead (identified by its number and start time in ``/proc``); otherwise once the counter has not
+    changed for ``ttl`` seconds by the monotonic clock of the waiting process. Wall-clock times are never compared.
 
-    A holder that was stopped and wakes up too late finds a higher number in :meth:`check`, which a
-    :class:`~evertune.registry.registry.Registry` calls before each write that counts.
+    A holder that was suspended and wakes up too late finds a higher number in :meth:`check`, which a
+    :class:`~evertune.registry.registry.Registry` calls before each write that matters.
 
-    A child process that finds the holder's :attr:`token` in ``EVERTUNE_LEASE`` works under the lease of its parent:
-    it neither renews nor releases it, and :meth:`check` fails when the parent has lost it.
+    A child process that finds the holder's :attr:`token` in ``EVERTUNE_LEASE`` works under the lease of its parent: it
+    neither renews nor releases the lease, and :meth:`check` fails if the parent has lost it.
 
     Args:
-        store: of the registry.
-        owner: who this is, for the message that others get; by default the program's name.
-        ttl: Seconds without a heartbeat after which others may take over.
+        store: Store of the registry.
+        owner: Name of the holder, for the messages that others get. Default: the name of the program.
+        ttl: Seconds without a heartbeat after which others may take over. Default: 60.
 
     Raises:
-        ValueError: when ``ttl`` is not positive.
+        ValueError: If ``ttl`` is not positive.
 
     Example:
         >>> with Lease(Store("memory://doc/lease"), owner="nightly") as lease:
@@ -72,9 +72,9 @@ class Lease:
         self.owner = owner or Path(sys.argv[0]).name or "python"
         self.ttl = ttl
         self.number = 0
-        """Counts the leases of the registry; 0 as long as this one is not held."""
+        """Number of this lease, counted over the registry's lifetime; 0 while it is not held."""
         self.token = ""
-        """What a child process needs in ``EVERTUNE_LEASE``."""
+        """Value of ``EVERTUNE_LEASE`` for a child process."""
         self._store = store
         self._mine: dict[str, Any] = {}
         self._writing = threading.Lock()
@@ -85,9 +85,9 @@ class Lease:
         """Take the lease.
 
         Raises:
-            LeaseHeld: when its holder is alive: it runs on this machine, which takes a second to tell, or its heart
-                beats, which takes a fifth of its time to live at most.
-            LeaseLost: when ``EVERTUNE_LEASE`` names a lease that is over.
+            LeaseHeld: If the holder is alive: it is running on this machine, which takes a second to establish, or its
+                heartbeat advances, which takes at most a fifth of its time to live.
+            LeaseLost: If ``EVERTUNE_LEASE`` names a lease that has ended.
         """
         inherited = os.environ.get(TOKEN)
         if inherited:
@@ -100,7 +100,7 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lease, unless it is the parent's or lost."""
+        """Release the lease, unless it belongs to the parent or was lost."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -113,15 +113,15 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this process has taken the lease and not released it; :meth:`check` says whether it was lost."""
+        """Whether this process has taken the lease and not released it. Whether it was lost, :meth:`check` reports."""
         return self.number > 0
 
     def check(self) -> None:
         """Make sure that no other process has taken over. Cheap: lists a folder and reads a small file.
 
         Raises:
-            LeaseLost: when one has; this process must write no more.
-            OSError: when the registry cannot be read, so that nobody knows.
+            LeaseLost: If one has; this process must not write any more.
+            OSError: If the registry cannot be read, so that the state is unknown.
         """
         number, content = self._newest()
         record = _parsed(content)
@@ -143,12 +143,12 @@ class Lease:
             )
 
     def _acquire(self) -> None:
-        """Wait until the lease is free or its holder's heart has stood still, and take it."""
+        """Wait until the lease is free or its holder has missed its heartbeats, and take it."""
         self.token = secrets.token_hex(16)
         first: tuple[int, bytes] | None = None
         since = 0.0
         while True:
-            now = time.monotonic()  # before reading: a pause in between must not look like a heart that stands still
+            now = time.monotonic()  # before reading: a pause in between must not look like missed heartbeats
             seen = self._newest()
             record = _parsed(seen[1])
             if seen[0] == 0 or record.get("released") or _is_dead(record):
@@ -157,6 +157,8 @@ class Lease:
                 continue
             if first is None:
                 first, since = seen, time.monotonic()
+            # Any change shows that the holder is alive; a process that runs on this machine needs no heartbeat as
+            # proof.
             elif seen != first or (now - since >= _GRACE and _is_running(record)):
                 raise LeaseHeld(
                     f"{self._store.root} is being written to by {_holder(record)}, since {record.get('since')}: "
@@ -167,7 +169,7 @@ class Lease:
             time.sleep(min(0.05, self.ttl / 20))
 
     def _take(self, seen: tuple[int, bytes]) -> bool:
-        """Become the next holder, if the lease is still as it was seen and no other is quicker."""
+        """Become the next holder, if the lease has not changed since ``seen`` and no other process is faster."""
         number = seen[0] + 1
         record = {
             "owner": self.owner,
@@ -187,10 +189,11 @@ class Lease:
                 self._store.create(_name(number), json.dumps(record).encode())
             except FileExistsError:
                 return False
-            if self._newest()[0] != number:  # it went on without us, and our number was free again
+            if self._newest()[0] != number:  # others took later leases and deleted this number meanwhile
                 self._store.delete(_name(number))
                 return False
         self.number, self._mine = number, record
+        # The old files are deleted only now: until the new one exists, the newest of them is the lease.
         for older in self._numbers():
             if older < number:
                 self._store.delete(_name(older))
@@ -209,7 +212,7 @@ class Lease:
     def _release(self) -> None:
         try:
             self._write(released=True)
-        except OSError:  # on a full disk there is no room to say so, but a file can be deleted
+        except OSError:  # on a full disk nothing can be written, but a file can still be deleted
             self._store.delete(_name(self.number))
 
     def _write(self, **changes: Any) -> None:
@@ -219,7 +222,8 @@ class Lease:
             self._store.write(_name(self.number), json.dumps(self._mine).encode())
 
     def _newest(self) -> tuple[int, bytes]:
-        """The highest number and its file; 0 when there was never a lease."""
+        """The highest number and the content of its file; 0 if there has never been a lease."""
+        # The next holder may delete a file between listing and reading: then the list is read again.
         while numbers := self._numbers():
             found = self._store.read_all([_name(numbers[-1])])
             if found:
@@ -236,7 +240,7 @@ def _name(number: int) -> str:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """The record of a lease; an empty one where the file cannot be read, whose heart then stands still."""
+    """The record of a lease; empty if the file cannot be parsed, which counts as a holder without heartbeats."""
     try:
         record = json.loads(content)
     except ValueError:
@@ -250,21 +254,24 @@ def _holder(record: dict[str, Any]) -> str:
 
 
 def _is_dead(record: dict[str, Any]) -> bool:
-    """Whether the holder was a process that this one would see, and is gone."""
+    """Whether the holder was a process that this one could see, and has ended."""
     if record.get("started") is None or record.get("host") != _host():
         return False
+    # The start time distinguishes the holder from a later process with the same number.
     return bool(_process(int(record["pid"]))[0] != record["started"])
 
 
 def _is_running(record: dict[str, Any]) -> bool:
-    """Whether the holder is a process that this one sees, and is not stopped."""
+    """Whether the holder is a process that this one can see, and is not stopped."""
     seen = record.get("started") is not None and record.get("host") == _host()
     return seen and not _is_dead(record) and _process(int(record["pid"]))[1] not in "Tt"
 
 
 def _process(pid: int) -> tuple[int | None, str]:
-    """When a process started, in clock ticks since the machine did, and its state; None when it is not or no more."""
+    """Start time of a process, in clock ticks since boot, and its state; None if it does not exist or has ended."""
     try:
+        # The second field is the name in parentheses and may contain spaces, so that the rest is counted from the last
+        # ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None, "X"
@@ -273,7 +280,7 @@ def _process(pid: int) -> tuple[int | None, str]:
 
 
 def _host() -> str:
-    """Where process numbers mean the same: a boot of a machine, and a container on it."""
+    """Where a process number is unique: a boot of a machine, and a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"

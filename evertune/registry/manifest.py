@@ -1,4 +1,4 @@
-"""The manifest of a version: what is known of it, as a typed object and as the file ``manifest.json``."""
+"""The manifest of a version, as a typed object and as the file ``manifest.json``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WRITTEN_ALWAYS = ("version", "created", "files")
 
 @dataclass(frozen=True)
 class SliceEntry:
-    """A file with the records held out of one update.
+    """The file with the records held out of one update.
 
     Args:
-        name: The experience that they were held out of.
-        file: The file's name in the registry.
-        examples: The number of records in it.
-        sha256: Of the file, in hexadecimal.
+        name: Name of the experience that they were held out of.
+        file: Name of the file in the registry.
+        examples: Number of records in the file.
+        sha256: SHA-256 of the file, in hexadecimal.
     """
 
     name: str
@@ -35,11 +35,11 @@ class SliceEntry:
 
 @dataclass(frozen=True)
 class VerdictSummary:
-    """What the gate decided. The whole verdict is in the version's ``verdict.json``.
+    """The decision of the gate. The whole verdict is in the version's ``verdict.json``.
 
     Args:
         passed: Whether the version may go into production.
-        summary: Why, in words.
+        summary: The reason, as a message.
     """
 
     passed: bool
@@ -48,11 +48,11 @@ class VerdictSummary:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was measured on held-out records.
+    """Measurements on held-out records.
 
     Args:
-        accuracy: The accuracy (for a task without classes: the mean score) on each slice, by its name.
-        average_accuracy: The mean over the slices.
+        accuracy: Accuracy on each slice by its name; for a task without classes, the mean score.
+        average_accuracy: Mean over the slices.
     """
 
     accuracy: dict[str, float | None] = field(default_factory=dict)
@@ -61,32 +61,32 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What is known of a version.
+    """Everything that is known about a version.
 
     Args:
-        version: The version's number, counted from 1.
-        parent: The version that it was trained from. None for the first.
-        created: When it was made, with a time zone. By default now.
+        version: Number of the version, counted from 1.
+        parent: Number of the version that it was trained from; None for the first.
+        created: When it was made, with a time zone. Default: now.
         kind: How it was made: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from the
             parent.
-        experience: The name of what it learned.
-        reason: Why there was an update, in words.
-        consumed: The last segment of the journal that it has learned. 0 for none.
-        offset: Where the source stands after that segment.
-        module: The name of the module's class.
-        classes: The names of the classes that it knows. Empty for a task without classes.
-        records: The number of records by what became of them: ``train``, ``held_out`` and ``quarantined``.
+        experience: Name of the experience that it learned.
+        reason: Why there was an update, as a message.
+        consumed: Number of the last segment of the journal that it has learned; 0 for none.
+        offset: Offset of the source after that segment.
+        module: Name of the module's class.
+        classes: Names of the classes that it knows; empty for a task without classes.
+        records: Numbers of records by their use: ``train``, ``held_out`` and ``quarantined``.
         slices: The held-out records of every update so far.
-        verdict: What the gate decided. None for a version that was never judged.
-        metrics: What was measured on held-out records.
-        seconds: The duration of each stage of the update.
+        verdict: The decision of the gate; None for a version that was never judged.
+        metrics: Measurements on held-out records.
+        seconds: Duration of each stage of the update in seconds.
         config: The whole configuration of the update.
-        config_digest: A hash of the configuration.
-        code: The program that wrote it.
-        files: The SHA-256 of every file by its name. :meth:`~evertune.registry.Registry.publish` fills it in.
+        config_digest: Hash of the configuration.
+        code: Program that wrote it, with its version.
+        files: SHA-256 of every file by its name, filled in by :meth:`~evertune.registry.Registry.publish`.
 
     Raises:
-        ValueError: when the number is not positive, or ``created`` has no time zone.
+        ValueError: If the number is not positive, or ``created`` has no time zone.
 
     Example:
         >>> manifest = Manifest(version=2, parent=1, verdict=VerdictSummary(False, "it forgets update-1"))
@@ -124,31 +124,31 @@ class Manifest:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate let the version pass. True for one that was never judged."""
+        """Whether the gate let the version pass; True for one that was never judged."""
         return self.verdict is None or self.verdict.passed
 
     @property
     def summary(self) -> str:
-        """Why the gate let the version pass or refused it. Empty for one that was never judged."""
+        """Why the gate let the version pass or refused it; empty for one that was never judged."""
         return "" if self.verdict is None else self.verdict.summary
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file: JSON values only, with null for a number that is not finite."""
+        """The content of the file: JSON values only, with null for numbers that are not finite."""
         return {"format": FORMAT, **to_json(self)}
 
     def to_json(self) -> bytes:
-        """The file itself."""
+        """The content of the file as bytes."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Manifest:
-        """Read the file.
+        """Parse the file.
 
         Fields that this version of evertune does not know are ignored.
 
         Raises:
-            ValueError: when the file is not JSON, is of another format, or a field is missing or has the wrong type.
-                The message names the field.
+            ValueError: If the file is not JSON, has another format, or a field is missing or has the wrong type. The
+                message names the field.
         """
         values = json.loads(content)
         if not isinstance(values, dict) or "format" not in values:
@@ -162,7 +162,7 @@ class Manifest:
 
 
 class FormatError(ValueError):
-    """The manifest was written by an evertune that has another format of manifests."""
+    """The manifest was written by an evertune with another manifest format."""
 
     def __init__(self, found: Any) -> None:
         super().__init__(f"is of format {found!r}, and this evertune reads format {FORMAT}")

@@ -1,4 +1,4 @@
-"""A mirror of a registry in MLflow, for those who look there."""
+"""Mirrors the versions of a registry to MLflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MODEL = "model"
 ALIAS = "production"
 MAX_TAG = 5_000
-"""Characters of a tag that every MLflow server takes."""
+"""Maximum length of a tag in characters that every MLflow server accepts."""
 
 _NO_METRIC_NAME = re.compile(r"[^\w\-. /]")
 _SETTINGS = {
@@ -24,25 +24,25 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Set in the environment where the user has not: MLflow tries for minutes, and prints, by itself."""
+"""Environment variables that are set unless the user has: by default MLflow retries for minutes, and prints URLs."""
 
 
 class MLflowMirror:
-    """Shows versions in MLflow's model registry: their metrics, lineage and verdict, and which one is in production.
+    """Mirrors versions to MLflow's model registry: metrics, lineage, verdict, and which one is in production.
 
-    The registry stays the one that counts; nothing is ever read back. Each version becomes a run with its metrics and a
-    model version with tags (``evertune.version``, ``evertune.parent``, ``evertune.digest``, ...). MLflow counts model
-    versions by itself: look for the tag. Mirroring a version again changes nothing but the alias ``production``.
+    The registry remains authoritative; nothing is ever read back. Each version becomes a run with its metrics and a
+    model version with tags (``evertune.version``, ``evertune.parent``, ``evertune.digest``, ...). MLflow numbers its
+    model versions itself: look for the tag. Mirroring a version again changes only the alias ``production``.
 
-    Needs the extra ``evertune[mlflow]``. A server that is away is given up after seconds instead of MLflow's minutes,
-    unless ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` is set.
+    Requires the extra ``evertune[mlflow]``. If the server is unreachable, the mirror gives up after seconds instead of
+    MLflow's minutes, unless ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` is set.
 
     Args:
-        tracking_uri: MLflow's server, or any URI that MLflow takes; None for MLflow's own setting
+        tracking_uri: MLflow's server, or any other tracking URI of MLflow; None for MLflow's own setting
             (``MLFLOW_TRACKING_URI``).
-        name: of the registered model and of the experiment with the runs; one for each registry.
-        upload: whether the model's files are copied to MLflow. If not, its model versions point to the files in the
-            registry. None copies only where MLflow takes no pointer: from a local folder to a server.
+        name: Name of the registered model, and of the experiment with the runs; each registry needs its own.
+        upload: Whether to copy the model's files to MLflow. If False, the model versions point to the files in the
+            registry. None copies them only if a pointer would not work: from a local folder to a server.
 
     Example::
 
@@ -58,19 +58,19 @@ class MLflowMirror:
         self.upload = upload
 
     def mirror(self, version: Version, production: bool) -> str:
-        """Show a version in MLflow; once, however often it is called.
+        """Mirror a version to MLflow. Idempotent.
 
         Args:
-            version: of the registry.
-            production: whether it is in production now, so that the alias ``production`` goes to it.
+            version: Version of the registry.
+            production: Whether the version is in production now, so that it gets the alias ``production``.
 
         Returns:
-            The number that MLflow gave to the model version.
+            The number that MLflow has given to the model version.
 
         Raises:
-            ModuleNotFoundError: without the extra ``evertune[mlflow]``.
-            RegistryError: when MLflow cannot be reached or refuses, or has the version of another registry under this
-                name.
+            ModuleNotFoundError: If the extra ``evertune[mlflow]`` is not installed.
+            RegistryError: If MLflow cannot be reached or refuses the request, or holds a version of another registry
+                under this name.
         """
         try:
             from mlflow import MlflowClient
@@ -82,6 +82,7 @@ class MLflowMirror:
             os.environ.setdefault(variable, value)
         client = MlflowClient(self.tracking_uri)
         try:
+            # The alias is moved last, so that it never names a model version that is incomplete.
             number = self._find(client, version) or self._create(client, version)
             if production:
                 client.set_registered_model_alias(self.name, ALIAS, number)
@@ -92,7 +93,7 @@ class MLflowMirror:
         return number
 
     def _find(self, client: MlflowClient, version: Version) -> str | None:
-        """The number of the model version that shows a version already."""
+        """The number of the model version that already mirrors a version; None if there is none."""
         where = f"name = '{_quoted(self.name)}' and tags.`evertune.version` = '{version.number}'"
         for found in client.search_model_versions(where):
             if found.tags.get("evertune.digest") != digest(version):
@@ -112,6 +113,7 @@ class MLflowMirror:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         tags, words = _tags(version), _words(version)
+        # The run comes before the model version: the latter is what marks a version as mirrored.
         run = self._run(client, version, tags | {"mlflow.note.content": words[:MAX_TAG]})
         source = f"{version.store.address(f'versions/{version.number}')}/{MODEL}"
         server = client.tracking_uri.startswith(("http://", "https://", "databricks"))
@@ -124,7 +126,7 @@ class MLflowMirror:
         return str(created.version)
 
     def _run(self, client: MlflowClient, version: Version, tags: dict[str, str]) -> Any:
-        """The run with the metrics of a version: an unfinished one of an attempt before, or a new one."""
+        """The run with the metrics of a version: an unfinished one of an earlier attempt, or a new one."""
         from mlflow.entities import Metric  # type: ignore[import-not-found]
 
         experiment = client.get_experiment_by_name(self.name)
@@ -134,14 +136,14 @@ class MLflowMirror:
         run = found[0] if found else client.create_run(number, tags=tags, run_name=f"version {version.number}")
         time = int(version.created.timestamp() * 1000)
         metrics = [Metric(name, value, time, version.number) for name, value in _metrics(version).items()]
-        for start in range(0, len(metrics), 1000):
+        for start in range(0, len(metrics), 1000):  # MLflow's limit per request
             client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
         client.set_terminated(run.info.run_id)
         return run
 
 
 def digest(version: Version) -> str:
-    """What a version's files are known by: the SHA-256 over the names and hashes in its manifest."""
+    """A hash that identifies the files of a version: the SHA-256 of the names and hashes in its manifest."""
     return hashlib.sha256(json.dumps(version.manifest.files, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,9 +168,9 @@ def _tags(version: Version) -> dict[str, str]:
 
 
 def _metrics(version: Version) -> dict[str, float]:
-    """Everything that was counted or measured, by names that MLflow takes.
+    """All counts and measurements, by names that are valid in MLflow.
 
-    Slices whose names only differ in characters that MLflow does not take share a metric.
+    Slices whose names differ only in characters that are invalid in MLflow share a metric.
     """
     manifest = version.manifest.to_dict()
     found = _flat({name: manifest[name] for name in ("metrics", "records", "seconds")})

@@ -1,4 +1,4 @@
-"""The registry: numbered versions that never change, and one small file that says which of them is in production."""
+"""The registry: numbered versions that never change, and a small file that names the one in production."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _DAY = 86_400
 
 @dataclass(frozen=True)
 class Version:
-    """One attempt to update the model that got as far as the gate, whether it was promoted or refused.
+    """One attempt to update the model that reached the gate, whether promoted or refused.
 
     Args:
-        manifest: What is known of it.
-        store: The files of the registry that holds it.
+        manifest: Manifest of the version.
+        store: Store of the registry that holds it.
     """
 
     manifest: Manifest
@@ -57,12 +57,12 @@ class Version:
 
     @property
     def number(self) -> int:
-        """Its number in the registry, counted from 1."""
+        """Number of the version in the registry, counted from 1."""
         return self.manifest.version
 
     @property
     def parent(self) -> int | None:
-        """The version that it was trained from. None for the first."""
+        """Number of the version that it was trained from; None for the first."""
         return self.manifest.parent
 
     @property
@@ -72,31 +72,31 @@ class Version:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate let it pass. True for a version that was never judged."""
+        """Whether the gate let it pass; True for a version that was never judged."""
         return self.manifest.passed
 
     @property
     def experience(self) -> str:
-        """The name of what it learned."""
+        """Name of the experience that it learned."""
         return self.manifest.experience
 
     def folder(self) -> Path:
-        """Its files on this machine: the folder itself, or a verified copy of a registry elsewhere.
+        """Its files on this machine: the folder itself, or a verified copy if the registry is remote.
 
         Raises:
-            RegistryError: when the files of a registry elsewhere are damaged.
+            RegistryError: If the files of a remote registry are damaged.
         """
         return self.store.local(_folder(self.number))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a registry.
+    """A defect of a registry.
 
     Args:
-        version: the number of the version it is about; None for the registry itself.
-        words: what is wrong.
-        usable: whether the version can be loaded in spite of it.
+        version: Number of the version that has the defect; None for the registry itself.
+        words: Description of the defect.
+        usable: Whether the version can be loaded in spite of it.
     """
 
     version: int | None
@@ -106,12 +106,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something in a registry that nothing needs any more.
+    """A file or folder of a registry that is no longer needed.
 
     Args:
-        name: of the file or folder.
-        size: of all its files, in bytes.
-        why: nobody needs it.
+        name: Name of the file or folder.
+        size: Size of all its files in bytes.
+        why: Why it is not needed.
     """
 
     name: str
@@ -131,17 +131,17 @@ class _State:
 
 
 class Registry:
-    """Versions of a model, with what is known of each, and the aliases ``production``, ``previous`` and ``candidate``.
+    """Versions of a model with their manifests, and the aliases ``production``, ``previous`` and ``candidate``.
 
-    ``aliases.json`` holds the aliases and the last 200 events. Replacing this file is what puts a version into
-    production: it happens at once or not at all, whatever is killed or full. The records that a version has learned
-    are named in its manifest (``consumed``, ``offset``), so that they are committed by the same stroke, and pending
-    again after a rollback.
+    ``aliases.json`` holds the aliases and the last 200 events. A version goes into production by an atomic replacement
+    of this file, whatever process is killed or disk is full. The manifest of a version names the records that it has
+    learned (``consumed``, ``offset``): the same replacement therefore commits them, and a rollback makes them pending
+    again.
 
     Args:
-        root: a local folder, or the URL of one in an object store (``s3://bucket/registry``). It is made by the first
-            write.
-        cache: see :class:`~evertune.registry.store.Store`.
+        root: A local folder, or the URL of a folder in an object store (``s3://bucket/registry``). It is created by the
+            first write.
+        cache: Local folder for copies of remote files; see :class:`~evertune.registry.store.Store`.
 
     Example:
         >>> import tempfile
@@ -165,10 +165,10 @@ class Registry:
     def __repr__(self) -> str:
         return f"Registry({self.store.root!r})"
 
-    # --- what there is
+    # --- reading
 
     def versions(self) -> list[Version]:
-        """All versions, oldest first. One whose manifest is damaged is left out, with a warning."""
+        """All versions, oldest first. A version whose manifest is damaged is left out, with a warning."""
         names = [_manifest(number) for number in self._numbers()]
         versions = []
         for name, content in self.store.read_all(names).items():
@@ -182,7 +182,7 @@ class Registry:
         """A version by its number or an alias.
 
         Raises:
-            RegistryError: when there is none, or its manifest is damaged.
+            RegistryError: If there is no such version, or its manifest is damaged.
         """
         number = self._number(which)
         found = self.store.read_all([_manifest(number)])
@@ -195,45 +195,45 @@ class Registry:
         """The number of the version behind each alias that is set.
 
         Raises:
-            RegistryError: when ``aliases.json`` is damaged, or missing though there are versions.
+            RegistryError: If ``aliases.json`` is damaged, or missing although there are versions.
         """
         return dict(self._state().aliases)
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What happened to the aliases, oldest first, 200 at most.
+        """The changes of the aliases, oldest first, at most 200.
 
         Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"candidate"``), ``from``, ``to``, ``reason`` and
-        ``by``; a rollback that asked for it has ``discard``, the version whose records are not to be learned again.
+        ``by``; a rollback with ``discard`` also has ``discard``, the version whose records must not be learned again.
         """
         return list(self._state().events)
 
     @property
     def production(self) -> Version | None:
-        """The version in production; None as long as nothing was promoted."""
+        """The version in production; None until one is promoted."""
         number = self.aliases.get("production")
         return None if number is None else self.version(number)
 
     def next_number(self) -> int:
-        """The number of the version to be published next."""
+        """The number of the version that is published next."""
         numbers = self._numbers()
         while numbers and not self.store.exists(_manifest(numbers[-1])):
-            numbers.pop()  # of a publication that was interrupted
+            numbers.pop()  # left by an interrupted publication: the number is used again
         return numbers[-1] + 1 if numbers else 1
 
-    # --- what changes it
+    # --- writing
 
     def lease(self, owner: str | None = None, ttl: float = 60.0) -> Lease:
-        """The right to write, for one process at a time; a context manager.
+        """The exclusive right to write, as a context manager.
 
-        As long as it is held, :meth:`publish` and whatever changes an alias make sure that it is not lost.
+        While it is held, :meth:`publish` and all methods that change an alias check first that it was not lost.
 
         Args:
-            owner: who this is, for the message that others get.
-            ttl: Seconds without a heartbeat after which others may take over.
+            owner: Name of the holder, for the messages that others get.
+            ttl: Seconds without a heartbeat after which others may take over. Default: 60.
 
         Raises:
-            LeaseHeld: on entering, when another process is writing.
+            LeaseHeld: On entering, if another process is writing.
         """
         lease = Lease(self.store, owner, ttl)
         if self._lease is None or not self._lease.held:
@@ -241,13 +241,13 @@ class Registry:
         return lease
 
     def publish(self, folder: Path, manifest: Manifest) -> Version:
-        """Make a local folder the version ``manifest.version``, whole or not at all. The folder is moved.
+        """Make a local folder the version ``manifest.version``, as a whole or not at all. The folder is moved.
 
-        The manifest is completed with ``files`` (name to SHA-256). No alias changes.
+        The manifest is completed with ``files`` (SHA-256 by name). No alias changes.
 
         Raises:
-            RegistryError: when there is such a version, or the lease is lost.
-            OSError: when it cannot be written; the folder stays where it is.
+            RegistryError: If the version exists already, or the lease is lost.
+            OSError: If it cannot be written; the folder stays where it is.
         """
         number = manifest.version
         self._check_lease()
@@ -259,6 +259,7 @@ class Registry:
         version = self._parsed(number, content)
         write_atomically(folder / MANIFEST, content)
         with self.store.locked():
+            # Before the first version, so that a missing file later on means damage and not an empty registry.
             if not self.store.exists(_ALIASES) and self.next_number() == 1:
                 self.store.write(_ALIASES, _State().encoded())
         self.store.publish(folder, _folder(number))
@@ -274,22 +275,23 @@ class Registry:
         force: bool = False,
         by: str | None = None,
     ) -> Version:
-        """Put a version into production; what was there becomes ``previous``, and there is no ``candidate`` any more.
+        """Put a version into production. The version that was there becomes ``previous``, and ``candidate`` is unset.
 
-        A version that is in production already stays there, and nothing changes.
+        If the version is in production already, nothing changes.
 
         Args:
-            which: its number or alias.
-            reason: why, for the events.
-            expected: the number that must be in production now (None: nothing may be): who decided by comparing with
-                it must not overrule somebody else. Not given, it does not matter.
-            verify: whether to compare all files with their sha256 first.
-            force: promote what the gate has refused. It also makes a new ``aliases.json`` where that is damaged or
-                lost; the damaged one is kept as ``aliases.json.damaged``.
-            by: who, for the events; by default ``user@host``.
+            which: Number or alias of the version.
+            reason: The reason, for the events.
+            expected: Number of the version that must be in production now, None if there must be none. A decision that
+                is based on a comparison with that version then does not overrule somebody else's. By default not
+                checked.
+            verify: Whether to check all files against their SHA-256 first.
+            force: Promote a version that the gate has refused. Also replaces an ``aliases.json`` that is damaged or
+                lost; a damaged one is kept as ``aliases.json.damaged``.
+            by: Who promotes it, for the events. Default: ``user@host``.
 
         Raises:
-            RegistryError: when there is no such version, it is damaged, the gate has refused it, another version than
+            RegistryError: If there is no such version, it is damaged, the gate has refused it, another version than
                 ``expected`` is in production, or the lease is lost. Nothing has changed then.
         """
         version = self.version(which)
@@ -315,10 +317,10 @@ class Registry:
         return version
 
     def set_candidate(self, which: int | str, reason: str = "", by: str | None = None) -> Version:
-        """Let ``candidate`` name a version; what answers in production stays.
+        """Set the alias ``candidate`` to a version; the version in production stays.
 
         Raises:
-            RegistryError: when there is no such version, or the lease is lost.
+            RegistryError: If there is no such version, or the lease is lost.
         """
         version = self.version(which)
         with self._changing() as state:
@@ -332,20 +334,20 @@ class Registry:
         """Put ``previous`` back into production, at once: one small file changes, and nothing is copied or hashed.
 
         ``previous`` then becomes the version that the new production was trained from, so that a second rollback goes
-        a step further back, and never forth: to undo a rollback, promote the version by its number. When that version
-        does not exist any more, there is no ``previous``, and another rollback is refused.
+        one step further back and never forward: to undo a rollback, promote the version by its number. If the parent
+        no longer exists, ``previous`` is unset, and another rollback is refused.
 
         Args:
-            reason: why, for the events.
-            discard: ask the next update not to learn again what the version rolled back from had learned; those
-                records would be pending otherwise. Only recorded in the event, for whoever updates.
-            by: who, for the events; by default ``user@host``.
+            reason: The reason, for the events.
+            discard: Ask the next update not to learn the records of the abandoned version again, which would be pending
+                otherwise. This is only recorded in the event, for the updater.
+            by: Who rolls back, for the events. Default: ``user@host``.
 
         Returns:
-            The version in production now.
+            The version that is in production now.
 
         Raises:
-            RegistryError: when there is no previous version, or files of it are missing.
+            RegistryError: If there is no previous version, or files of it are missing.
         """
         with self._changing() as state:
             now, back = state.aliases.get("production"), state.aliases.get("previous")
@@ -369,10 +371,10 @@ class Registry:
             state.events.append(event | ({"discard": now} if discard else {}))
         return version
 
-    # --- whether it is sound
+    # --- checking and comparing
 
     def verify(self, which: int | str | None = None) -> list[str]:
-        """What is wrong with a version, or with all of them and the aliases; see :meth:`inspect`.
+        """The defects of a version, or of all versions and the aliases, as messages; see :meth:`inspect`.
 
         Example:
             >>> Registry("memory://doc/empty").verify()
@@ -381,17 +383,17 @@ class Registry:
         return [finding.words for finding in self.inspect(which)]
 
     def inspect(self, which: int | str | None = None) -> list[Finding]:
-        """Compare everything with what it should be.
+        """Check everything against the manifests.
 
-        Of a version: files that are missing, damaged, cut short or not listed in the manifest; a manifest of
-        another format; held-out slices that are missing or damaged, without which the version answers, but no update
-        can start from it. Of the registry: the aliases.
+        For a version: files that are missing, damaged, truncated or not listed in the manifest; a manifest of another
+        format; held-out slices that are missing or damaged, without which the version can be served, but no update can
+        start from it. For the registry: the aliases.
 
         Args:
-            which: the number or alias of a version; None for the whole registry.
+            which: Number or alias of a version; None for the whole registry.
 
         Raises:
-            RegistryError: when there is no such version.
+            RegistryError: If there is no such version.
         """
         if which is not None:
             number = self._number(which)
@@ -411,14 +413,14 @@ class Registry:
         return findings
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
-        """What changed from one version to another.
+        """The differences between two versions.
 
         Returns:
-            ``a`` and ``b``, the numbers; ``manifest``, ``records``, ``metrics``, ``seconds`` and ``config``: by name
-            (nested ones joined by dots) the pair of values, where they differ, None where one has none (all of
-            ``records`` and ``metrics``); ``classes``: ``added`` and ``removed``; ``files``: ``added``, ``removed`` and
-            ``changed``, by name the pair of sizes, and how many are ``unchanged``; ``size``: the pair of sizes of all
-            files, in bytes.
+            ``a`` and ``b``: the numbers. ``manifest``, ``records``, ``metrics``, ``seconds`` and ``config``: the pairs
+            of values that differ, by name (nested names joined by dots), with None for a missing value; ``records`` and
+            ``metrics`` list all values. ``classes``: the names ``added`` and ``removed``. ``files``: the pairs of sizes
+            of files ``added``, ``removed`` and ``changed``, by name, and the number ``unchanged``. ``size``: the pair
+            of total sizes in bytes.
         """
         one, two = self.version(a), self.version(b)
         first, second = one.manifest.to_dict(), two.manifest.to_dict()
@@ -453,13 +455,13 @@ class Registry:
             "size": [sum(size.values()) for size in sizes],
         }
 
-    # --- what it no longer needs
+    # --- garbage collection
 
     def garbage(self, keep: int = 5, stale_days: float = 7.0) -> list[Garbage]:
-        """What :meth:`gc` would delete, in its order.
+        """The files and folders that :meth:`gc` would delete, in that order.
 
         Raises:
-            RegistryError: when the aliases or a manifest that is needed to tell are damaged.
+            RegistryError: If the aliases, or a manifest that is needed to decide, are damaged.
         """
         if keep < 1:
             raise ValueError(f"keep must be positive, got {keep}: the newest version is never deleted")
@@ -486,23 +488,23 @@ class Registry:
         return garbage
 
     def gc(self, keep: int = 5, dry_run: bool = False, *, stale_days: float = 7.0) -> list[str]:
-        """Delete old versions, and what only they needed.
+        """Delete old versions, and the files that only they needed.
 
-        Kept are the versions behind the aliases, the newest ``keep``, their held-out slices, the records after the
-        smallest ``consumed`` of theirs, the newest segment of records, and all quarantined records. It takes the
-        lease, unless this object or the parent process holds it.
+        Kept are the versions behind the aliases, the newest ``keep`` versions, their held-out slices, the records after
+        the smallest ``consumed`` among them, the newest segment of records, and all quarantined records. The lease is
+        taken, unless this object or the parent process holds it.
 
         Args:
-            keep: how many of the newest versions stay, promoted or refused.
-            dry_run: delete nothing.
-            stale_days: what killed processes have left half-written, and an unfinished update, is deleted when it
-                has not changed for so long.
+            keep: Number of newest versions to keep, promoted or refused. Default: 5.
+            dry_run: Delete nothing, but return the names.
+            stale_days: Days without a change after which an unfinished update, and files that killed processes have
+                left half-written, are deleted. Default: 7.
 
         Returns:
             The names of what was, or would be, deleted.
 
         Raises:
-            LeaseHeld: when another process is writing.
+            LeaseHeld: If another process is writing.
         """
         if dry_run:
             return [entry.name for entry in self.garbage(keep, stale_days)]
@@ -510,17 +512,19 @@ class Registry:
         with nullcontext() if leased else self.lease("evertune registry gc"):
             names = [entry.name for entry in self.garbage(keep, stale_days)]
             for name in names:
+                # Before each deletion: deleting a large version may take longer than the time to live.
                 self._check_lease()
                 self.store.delete(name)
         return names
 
-    # --- inside
+    # --- internals
 
     def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
-        """The segments of records that every retained version has learned; never the newest."""
+        """The segments of records that every retained version has learned, but never the newest."""
         learned = min((manifest.consumed for manifest in manifests), default=0)
         segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
         whole = [name for name in segments if name.count(".") == 1 and name.endswith(".json")]  # written last
+        # The newest segment stays even if it was learned: it holds the offset at which reading continues.
         newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
         for name in segments:
             if int(name.partition(".")[0]) <= min(learned, newest - 1):
@@ -546,7 +550,7 @@ class Registry:
         return aliases[which]
 
     def _parsed(self, number: int, content: bytes) -> Version:
-        """A version, if this is its manifest."""
+        """The version that a manifest describes, if it is the manifest of this number."""
         address = self.store.address(_manifest(number))
         try:
             manifest = Manifest.from_json(content)
@@ -559,7 +563,7 @@ class Registry:
         return Version(manifest, self.store)
 
     def _state(self) -> _State:
-        """What ``aliases.json`` says."""
+        """The content of ``aliases.json``."""
         address = self.store.address(_ALIASES)
         repair = (
             f"Restore it from a backup, or make a new one with `evertune registry promote {self.store.root} N --force`"
@@ -604,7 +608,7 @@ class Registry:
             self._lease.check()
 
     def _inspect(self, number: int, hashes: bool = True) -> list[Finding]:
-        """What is wrong with one version; without ``hashes``, only what can be seen without reading its files."""
+        """The defects of one version; without ``hashes``, only those that show without reading its files."""
         folder, findings = _folder(number), []
 
         def find(words: str, usable: bool = False) -> None:
@@ -643,7 +647,7 @@ def _manifest(number: int) -> str:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    """Version numbers for a message: the newest few."""
+    """The newest version numbers, for a message."""
     if not numbers:
         return "none"
     shown = ", ".join(str(number) for number in numbers[-10:])
@@ -668,7 +672,7 @@ def _event(action: str, old: int | None, new: int, reason: str, by: str | None) 
 def _who() -> str:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a list of users
+    except (KeyError, OSError):  # a container whose user has no entry in /etc/passwd
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 
@@ -689,7 +693,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _changes(a: Any, b: Any, all_of_them: bool = False) -> dict[str, list[Any]]:
-    """By name, the values of both, where they differ."""
+    """The pairs of values that differ, by name."""
     first, second = _flat(a), _flat(b)
     pairs = {name: [first.get(name), second.get(name)] for name in dict.fromkeys((*first, *second))}
     return {name: pair for name, pair in pairs.items() if all_of_them or pair[0] != pair[1]}

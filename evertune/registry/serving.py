@@ -1,4 +1,4 @@
-"""The version in production, ready to predict, in the process that serves it."""
+"""Loads the version in production, ready to predict, in the process that serves it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 MODEL = "model/"
 PATIENCE = 10.0
-"""Seconds that the end of the process, or ``close``, waits for a version that is being loaded."""
+"""Seconds that ``close``, or the exit of the process, waits for a version that is being loaded."""
 
 logger = logging.getLogger(__name__)
 
 
 class Predictor(Protocol):
-    """What a module class has to offer to be served: a module from a folder, which answers texts."""
+    """The interface of a module class that can be served: it loads a module from a folder, which answers texts."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, /) -> Any:
-        """Read a module from a folder."""
+        """Load a module from a folder."""
 
     def predict(self, texts: Sequence[Any], /) -> Any:
         """Answer texts."""
@@ -43,25 +43,25 @@ def load(
     device: str | torch.device | None = None,
     on_change: Callable[[Version], None] | None = None,
 ) -> Served:
-    """Load the version behind an alias, verified, ready to ``predict``.
+    """Load the version behind an alias, verified and ready to ``predict``.
 
-    With ``follow``, a thread looks at the alias every few seconds, loads a new version beside the old one (there
-    must be memory for two) and swaps them; requests under way finish on the old one. A rollback is followed in the same
-    way. A version that is damaged or cannot be loaded never takes over: the old one stays, and a warning is logged.
+    With ``follow``, a thread polls the alias, loads a new version next to the old one (there must be memory for two)
+    and swaps them; requests in progress finish on the old one. A rollback is followed in the same way. A version that
+    is damaged or cannot be loaded never takes over: the old one stays, and a warning is logged.
 
     Args:
-        registry: a registry, its folder or its URL.
-        alias: ``production``, ``previous``, ``candidate`` or the number of a version.
-        follow: seconds between two looks at the alias; None stays with the version found now. A thread does not survive
-            a fork: load in each worker process.
-        module_class: the class of a module that is not evertune's own. No class is ever loaded by a name in a file,
-            but evertune's own.
-        device: where the module goes; None for the GPU if there is one, else the CPU.
-        on_change: called with the new version after each swap.
+        registry: A registry, or its folder or URL.
+        alias: ``production``, ``previous``, ``candidate``, or the number of a version.
+        follow: Seconds between two checks of the alias; None stays with the version found now. The thread does not
+            survive a fork: call this in each worker process.
+        module_class: Class of a module that is not a built-in one. Only built-in classes are ever chosen by a name in a
+            file.
+        device: Device of the module; None for the GPU if there is one, else the CPU.
+        on_change: Called with the new version after each swap.
 
     Raises:
-        RegistryError: when there is no registry, no such version, or it is damaged.
-        ValueError: for an unknown alias, or a ``follow`` that is not positive or comes with the number of a version.
+        RegistryError: If there is no registry or no such version, or the version is damaged.
+        ValueError: If the alias is unknown, or ``follow`` is not positive or is combined with the number of a version.
 
     Example::
 
@@ -84,23 +84,23 @@ def load(
 
 @dataclass(frozen=True, eq=False)
 class Answering:
-    """A version and its module: both of one piece, whatever is swapped meanwhile."""
+    """A version and its module, which belong together even if another version is swapped in meanwhile."""
 
     version: Version
     module: Any
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def predict(self, texts: Sequence[Any], **settings: Any) -> Any:
-        """What ``module.predict`` returns. Threads take turns: a tokenizer holds the settings of one call at a time."""
+        """The result of ``module.predict``. One thread at a time: a tokenizer holds the settings of a single call."""
         with self._turn:
             return self.module.predict(texts, **settings)
 
 
 class Served:
-    """The version behind an alias; :func:`load` makes one. Its methods may be called from any thread.
+    """The version behind an alias, as loaded by :func:`load`. Its methods may be called from any thread.
 
     Attributes:
-        problem: why the version that the alias names is not the one that answers; None when it is.
+        problem: Why the version that the alias names is not the one that answers; None if it is.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Served:
 
     @property
     def answering(self) -> Answering:
-        """The version and its module together, for answers that must say which version gave them.
+        """The version and its module together, for answers that must name the version that gave them.
 
         Example::
 
@@ -145,25 +145,27 @@ class Served:
 
     @property
     def module(self) -> Any:
-        """The module that answers now, in evaluation mode, its weights without gradients."""
+        """The module that answers now, in evaluation mode and without gradients."""
         return self._answering.module
 
     def predict(self, texts: Sequence[Any], **settings: Any) -> Any:
-        """What the module's ``predict`` returns; all answers of one call are of one version."""
+        """The result of the module's ``predict``; all answers of one call come from the same version."""
         return self._answering.predict(texts, **settings)
 
     def refresh(self) -> bool:
-        """Look at the alias now and load its version if it is another one; whether it was.
+        """Check the alias now, and load its version if it has changed; returns whether it has.
 
         Raises:
-            RegistryError: when it is damaged, or there is none; the old one keeps answering.
+            RegistryError: If the version is damaged or does not exist; the old one keeps answering.
         """
         return self._take(self._wanted())
 
     def follow(self, seconds: float) -> None:
-        """Let a thread :meth:`refresh` every ``seconds``, until :meth:`close` or until nobody holds this object."""
+        """Start a thread that calls :meth:`refresh` every ``seconds``, until :meth:`close` or until this object is
+        collected."""
         self.close()
         stop = threading.Event()
+        # The thread holds only a weak reference: otherwise it would keep this object, and its model, alive for ever.
         thread = threading.Thread(
             target=_watch, args=(weakref.ref(self), stop, seconds), name="evertune-follow", daemon=True
         )
@@ -191,10 +193,11 @@ class Served:
         return number
 
     def _take(self, number: int) -> bool:
-        """Let a version answer; whether it is another one than before."""
+        """Make a version answer; returns whether it has changed."""
         with self._loading:
             changed = number != self.version.number
             if changed:
+                # Swapped by one assignment: a request sees either version whole, with no lock on the way of predict().
                 self._answering = self._open(number)
             self._failed = self._warned = self.problem = None
         if changed:
@@ -210,9 +213,9 @@ class Served:
                 logger.exception("on_change failed at version %d", self.version.number)
 
     def _look(self) -> None:
-        """One round of the thread. What failed is tried again when the alias has moved.
+        """One round of the thread. A version that failed is not retried until the alias has moved.
 
-        Where the store cannot be reached, it is tried again in every round.
+        If the store is unreachable, it is retried in every round.
         """
         number: int | None = None
         try:
@@ -241,11 +244,12 @@ def _watch(reference: weakref.ref[Served], stop: threading.Event, seconds: float
         if served is None:
             return
         served._look()
+        # Not kept while waiting, so that the object can be collected.
         del served
 
 
 def _stop(stop: threading.Event, thread: threading.Thread) -> None:
-    """End the thread, and wait for it: a library that loads while the interpreter goes away may crash."""
+    """End the thread and wait for it: a library that is loading while the interpreter shuts down may crash."""
     stop.set()
     if thread is not threading.current_thread():
         thread.join(PATIENCE)
@@ -267,7 +271,7 @@ def _absent(registry: Registry, alias: str) -> str:
 
 
 def _verify(version: Version, folder: Path, registry: Registry) -> None:
-    """Compare the model's files with the manifest: nothing missing, nothing changed, nothing added."""
+    """Check the model's files against the manifest: nothing missing, nothing changed, nothing added."""
     expected = {name: digest for name, digest in version.manifest.files.items() if name.startswith(MODEL)}
     found = {path.relative_to(folder).as_posix() for path in (folder / MODEL).rglob("*") if path.is_file()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
@@ -286,9 +290,10 @@ def _verify(version: Version, folder: Path, registry: Registry) -> None:
 
 
 def _own_class(version: Version) -> Any:
-    """The class that the manifest names, if it is one of evertune's own modules."""
+    """The class that the manifest names, if it is one of evertune's built-in modules."""
     from evertune import lightning_modules as own
 
+    # Looked up among known classes and never imported by name: a manifest must not be able to run code.
     named = {name: getattr(own, name) for name in own.__all__}
     modules = {
         name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, own.TransformerModule)
@@ -303,13 +308,13 @@ def _own_class(version: Version) -> Any:
 
 
 def _ready(module: Any, device: str | torch.device | None) -> Any:
-    """A module that only answers: in memory of its own, with nothing left to read from the registry."""
+    """A module for inference that is entirely in memory, with nothing left to read from the registry."""
     import torch
 
     if isinstance(module, torch.nn.Module):
         module.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()  # it may be a view of the file: if that is cut short, we would crash
-        getattr(module, "tokenizer", None)  # a transformer reads it when first asked for
+                tensor.data = tensor.data.clone()  # may be mapped from the file, whose truncation would crash us
+        getattr(module, "tokenizer", None)  # a transformer module loads it on first access
     return module

@@ -1,4 +1,4 @@
-"""Where a registry keeps its files: a local folder or a bucket, written so that nothing is ever half there."""
+"""The files of a registry, in a local folder or a bucket, written so that nothing is ever half there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TypeVar
 from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
 
 MANIFEST = "manifest.json"
-"""The file of a published folder that says what else is in it. It appears last and goes first."""
+"""The file of a published folder that lists its other files. It is written last and deleted first."""
 
 _THREADS = 8
 _PATIENCE = 10.0
@@ -38,27 +38,28 @@ _ADVICE = {
 
 
 class RegistryError(RuntimeError):
-    """The registry is not as it should be, or refuses what was asked; the message says what to do."""
+    """The registry is damaged, or refuses a request; the message says what to do."""
 
 
 class Store:
-    """Files under one root. Whoever reads sees an old file or a new one, a whole folder or none.
+    """Files under one root. Readers see an old file or a new one, a whole folder or none.
 
-    Names are relative, with ``/`` between their parts: ``"versions/7/manifest.json"``. Those that start with a dot are
-    the store's own and not listed: what a killed process leaves half-written lies under such a name.
+    Names are relative, with ``/`` between their parts: ``"versions/7/manifest.json"``. Names that start with a dot are
+    internal and not listed: a killed process leaves half-written files only under such names.
 
-    A local root is made when it is missing, but not the folder it is in: where a disk is not mounted, an error is
-    better than a new, empty registry. A remote root is a bucket of an object store (``s3://``, ``gs://``, ...), whose
-    single writes are atomic; credentials and endpoints come from the environment or fsspec's configuration files.
+    A local root is created if it is missing, but its parent folder is not: if a disk is not mounted, an error is better
+    than a new, empty registry. A remote root is a bucket of an object store (``s3://``, ``gs://``, ...), in which
+    writes of single files are atomic; credentials and endpoints come from the environment or fsspec's configuration
+    files.
 
     Args:
-        root: a local folder, or any URL that fsspec reads.
-        cache: where :meth:`local` keeps copies of remote files; by default ``$EVERTUNE_CACHE``, else
-            ``~/.cache/evertune``.
+        root: A local folder, or any URL that fsspec supports.
+        cache: Local folder in which :meth:`local` keeps copies of remote files. Default: ``$EVERTUNE_CACHE``, else
+            ``evertune`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
-        ValueError: when fsspec knows no such kind of URL.
-        ModuleNotFoundError: when what it takes to read the URL is not installed.
+        ValueError: If fsspec does not support the kind of URL.
+        ModuleNotFoundError: If a package that the URL requires is not installed.
 
     Example:
         >>> store = Store("memory://doc/registry")
@@ -83,20 +84,20 @@ class Store:
         return f"Store({self.root!r})"
 
     def address(self, name: str) -> str:
-        """Where a file is, for people."""
+        """The full path or URL of a file, for messages."""
         return f"{self.root.rstrip('/')}/{_checked(name)}"
 
     def read(self, name: str) -> bytes:
         """The content of a file.
 
         Raises:
-            FileNotFoundError: when there is no such file.
+            FileNotFoundError: If there is no such file.
         """
         with _explained("read", self.address(name)):
             return self._files.read(name)
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The content of many files by name, without those that do not exist; from a bucket, several at a time."""
+        """The contents of many files by name, leaving out those that do not exist; several at a time from a bucket."""
 
         def read(name: str) -> bytes | None:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -107,19 +108,19 @@ class Store:
         return {name: content for name, content in found.items() if content is not None}
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, replacing the old one: it is on the disk, whole, when this returns, or as it was before.
+        """Write a file, replacing an old one. It is complete on disk when this returns, or unchanged if this fails.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: If it cannot be written.
         """
         with _explained("write", self.address(name)):
             self._files.write(name, data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet: of several processes that try, one succeeds.
+        """Write a file that must not exist yet: if several processes try, one succeeds.
 
         Raises:
-            FileExistsError: when it exists.
+            FileExistsError: If it exists.
         """
         with _explained("write", self.address(name)):
             self._files.create(name, data)
@@ -132,77 +133,78 @@ class Store:
     def list(self, folder: str = "") -> Names:
         """The names of the files and folders in a folder, sorted, without those that start with a dot.
 
-        None when there is no such folder.
+        Empty if there is no such folder.
         """
         with _explained("list", self.address(folder) if folder else self.root):
             return sorted(name for name in self._files.list(folder) if not name.startswith("."))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Every file in a folder and the folders in it, by name relative to it, with its size in bytes."""
+        """The size in bytes of every file in a folder and its subfolders, by its name relative to the folder."""
         with _explained("list", self.address(folder)):
             return dict(sorted(self._files.sizes(folder).items()))
 
     def sha256(self, name: str) -> str:
-        """The SHA-256 of a file, in hexadecimal, as the store holds it now.
+        """The SHA-256, in hexadecimal, of a file as the store holds it now.
 
         Raises:
-            FileNotFoundError: when there is no such file.
+            FileNotFoundError: If there is no such file.
         """
         with _explained("read", self.address(name)):
             return self._files.sha256(name)
 
     def delete(self, name: str) -> None:
-        """Delete a file or a folder, which disappears as a whole; it may be missing."""
+        """Delete a file, or a folder, which disappears as a whole. A missing one is not an error."""
         with _explained("delete", self.address(name)):
             self._files.delete(name)
 
     def local(self, name: str) -> Path:
-        """A file or a published folder as a local path, for reading.
+        """The local path of a file or a published folder, for reading.
 
-        In a local store, the path itself, whether or not it exists. Of a bucket, a copy in the cache: a folder is
-        checked against the ``files`` (name to sha256) of its ``manifest.json`` when it is downloaded and once in every
-        process, and downloaded again where it is damaged; copies of what the bucket no longer holds are deleted.
+        For a local store, this is the path itself, whether or not it exists. For a bucket, it is a copy in the cache: a
+        folder is checked against the ``files`` (SHA-256 by name) of its ``manifest.json`` when it is downloaded and
+        once in every process, and downloaded again if it is damaged. Copies of folders that the bucket no longer holds
+        are deleted.
 
         Raises:
-            FileNotFoundError: when it does not exist, or is a folder of a bucket without ``manifest.json``.
-            RegistryError: when the bucket's own files are damaged.
+            FileNotFoundError: If it does not exist, or is a folder of a bucket without ``manifest.json``.
+            RegistryError: If the bucket's own files are damaged.
         """
         with _explained("read", self.address(name)):
             return self._files.local(name)
 
     def publish(self, folder: Path, name: str) -> None:
-        """Let a local folder appear under ``name``, whole or not at all; ``folder`` itself is gone afterwards.
+        """Make a local folder appear under ``name``, as a whole or not at all; ``folder`` itself is gone afterwards.
 
-        Locally it is moved, when all in it is on the disk. To a bucket its files are copied, ``manifest.json`` last:
-        without it the folder is not there for :meth:`local`.
+        In a local store, it is moved once all its files are on disk. To a bucket, its files are copied,
+        ``manifest.json`` last: without it, the folder does not exist for :meth:`local`.
 
         Raises:
-            FileExistsError: when there is such a folder.
-            OSError: when it cannot be written; ``folder`` is as it was.
+            FileExistsError: If there is such a folder.
+            OSError: If it cannot be written; ``folder`` is unchanged.
         """
         with _explained("write", self.address(name)):
             self._files.publish(folder, name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the other processes out of a few milliseconds of reading, comparing and writing.
+        """Exclude other processes for the few milliseconds of reading, comparing and writing.
 
-        By ``flock``, which ends with the process. Without effect in a bucket, and where the file system knows no
-        locks.
+        Uses ``flock``, which the system releases when the process ends. Has no effect in a bucket, or if the file
+        system does not support locks.
 
         Raises:
-            RegistryError: when another process does not let go.
+            RegistryError: If another process does not release the lock within ten seconds.
         """
         with self._files.locked():
             yield
 
     def age(self, name: str) -> float:
-        """Seconds since the newest change in a file or folder; 0 in a bucket, where only whole files are written."""
+        """Seconds since the newest change of a file or folder; 0 in a bucket, where only complete files are written."""
         with _explained("read", self.address(name)):
             return self._files.age(name)
 
     def leftovers(self) -> Names:
-        """What killed processes have left half-written, or half-deleted, in the root and the folders in it."""
+        """Files that killed processes have left half-written or half-deleted, in the root and its direct subfolders."""
         with _explained("list", self.root):
             return sorted(self._files.leftovers())
 
@@ -230,11 +232,13 @@ class _Folder:
         draft = target.with_name(_temporary_name(target.name))
         try:
             write_atomically(draft, data)
+            # A hard link fails if the target exists and appears with its whole content, which open("x") does not
+            # guarantee.
             os.link(draft, target)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            with target.open("xb") as file:  # a file system without hard links
+            with target.open("xb") as file:  # the file system does not support hard links
                 file.write(data)
         finally:
             draft.unlink(missing_ok=True)
@@ -262,6 +266,7 @@ class _Folder:
     def delete(self, name: str) -> None:
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
+            # Renamed first, which is atomic: a crash during rmtree leaves a hidden leftover and not half a version.
             gone = path if _is_temporary(path.name) else path.with_name(_temporary_name(path.name))
             path.rename(gone)
             sync_folder(path.parent)
@@ -277,19 +282,21 @@ class _Folder:
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self._make(target.parent)
+        # Data before the rename: otherwise a power failure could leave the new name with empty files.
         sync_tree(folder)
         try:
             folder.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            # EXDEV: the folder is on another file system, to which rename() cannot move it.
             if error.errno != errno.EXDEV:
                 raise
             self._move_across(folder, target)
         sync_folder(target.parent)
 
     def _move_across(self, folder: Path, target: Path) -> None:
-        """Move a folder that is on another file system."""
+        """Move a folder from another file system: copy it under a hidden name, then rename the copy."""
         temporary = target.with_name(_temporary_name(target.name))
         try:
             for path in (folder, *sorted(folder.rglob("*"))):
@@ -343,7 +350,7 @@ class _Folder:
         return [path.relative_to(self.path).as_posix() for path in found]
 
     def _make(self, folder: Path) -> None:
-        """Make a folder of the store and those it is in, down from the root, each on the disk."""
+        """Create a folder of the store and its parents, from the root down, each synced to disk."""
         if folder.is_dir():
             return
         if folder != self.path:
@@ -359,7 +366,7 @@ class _Folder:
 
 
 class _Bucket:
-    """A store behind a URL. Every call names one file, so that no name is taken for a pattern."""
+    """A store behind a URL. Every call names a single file, so that no name is interpreted as a pattern."""
 
     def __init__(self, url: str, cache: Path) -> None:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
@@ -389,8 +396,9 @@ class _Bucket:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         try:
             self._fs.pipe_file(self._of(name), data, mode="create")
-        except (NotImplementedError, ValueError, TypeError):  # not offered here: the newest writer wins
+        except (NotImplementedError, ValueError, TypeError):  # not supported here: the last writer wins
             self.write(name, data)
+        # Without a conditional write another process may have overwritten ours: reading it back shows who has won.
         if self.read(name) != data:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
@@ -424,12 +432,13 @@ class _Bucket:
             self._fs.rm_file(path)
         else:
             inside = self.sizes(name)
+            # The manifest first: without it, the folder counts as gone, however many of its files are left.
             if MANIFEST in inside:
                 self._fs.rm_file(f"{path}/{MANIFEST}")
                 del inside[MANIFEST]
             self.each(lambda file: self._fs.rm_file(f"{path}/{file}"), list(inside))
             folders = {parent for file in inside for parent in PurePosixPath(path, file).parents}
-            for folder in sorted(map(str, folders), key=len, reverse=True):  # some kinds of bucket keep empty ones
+            for folder in sorted(map(str, folders), key=len, reverse=True):  # some stores keep empty folders
                 if folder.startswith(path):
                     with suppress(OSError):
                         self._fs.rmdir(folder)
@@ -465,11 +474,12 @@ class _Bucket:
                     f"{self.root}/{name} is damaged or was changed while it was read: see `evertune registry verify`"
                 )
             _remove(path)
-            with suppress(OSError):  # another process was quicker, with the same files
+            with suppress(OSError):  # another process was faster, with the same files
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         parent = name.rpartition("/")[0]
+        # Deletes cached versions that the bucket no longer holds, or the cache would grow without limit.
         kept = set(self.list(parent))
         for other in path.parent.iterdir():
             if other.name not in kept and not _is_temporary(other.name):
@@ -478,7 +488,7 @@ class _Bucket:
     def publish(self, folder: Path, name: str) -> None:
         if self.exists(f"{name}/{MANIFEST}"):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        self.delete(name)  # what a killed process has left of it
+        self.delete(name)  # leftovers of a killed process
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         first = [file for file in files if file != MANIFEST]
         self.each(lambda file: self._fs.put_file(str(folder / file), f"{self._of(name)}/{file}"), first)
@@ -521,7 +531,7 @@ def _is_temporary(name: str) -> bool:
 
 
 def _holds(folder: Path, manifest: bytes) -> bool:
-    """Whether a folder has this manifest and the files it names, undamaged."""
+    """Whether a folder contains this manifest and all files that it names, undamaged."""
     try:
         if (folder / MANIFEST).read_bytes() != manifest:
             return False
@@ -532,7 +542,7 @@ def _holds(folder: Path, manifest: bytes) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder of the cache; a folder goes at once, so that nobody takes half of it for whole."""
+    """Delete a file or folder of the cache. A folder is renamed first, so that nobody mistakes half of it for whole."""
     with suppress(OSError):
         if path.is_dir():
             path = path.rename(path.with_name(_temporary_name(path.name)))
@@ -543,7 +553,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _explained(action: str, address: str) -> Iterator[None]:
-    """Let errors name the file, and what to do."""
+    """Make errors name the file, and what to do."""
     try:
         yield
     except OSError as error:
@@ -553,5 +563,5 @@ def _explained(action: str, address: str) -> Iterator[None]:
         raise OSError(number, text, address) from error
     except (RegistryError, ValueError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:  # what a bucket's own library raises
+    except Exception as error:  # raised by the library of the object store
         raise OSError(errno.EIO, f"cannot {action}: {type(error).__name__}: {error}", address) from error

@@ -1,4 +1,4 @@
-"""Where records come from: folders, Kafka, Redis, SQL; their schema, masking and labels."""
+"""Sources of records: folders, Kafka, Redis and SQL, with their schema, masking and labels."""
 
 from typing import TYPE_CHECKING
 

@@ -118,7 +118,7 @@ class FolderSource(Source):
         self._max_line_bytes = max_line_bytes
         self._warned = False
         self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None  # where the last chunk ended
-        self._listed: tuple[Offset, dict[str, _Info]] | None = None  # what a full chunk has left
+        self._listed: tuple[Offset, dict[str, _Info]] | None = None  # files that a full chunk has left unread
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         """The next records, at most ``limit`` of them, file by file.
@@ -133,9 +133,11 @@ class FolderSource(Source):
         if offset is not None and not isinstance(offset.get("files"), dict):
             raise ValueError(f"this is not the offset of a folder: {str(offset)[:200]}")
         marks: dict[str, list[Any]] = dict(offset["files"]) if offset else {}
+        # A full chunk left files unread: the next call continues with the same listing, which in a bucket is slow.
         listing = self._listed[1] if self._listed and self._listed[0] == offset else self._list()
         self._listed = None
         for name, entry in marks.items():
+            # An entry without a version was not read to its end.
             if not entry[-1] and name not in listing and self._wanted(name):
                 raise self._deleted(name)
         records: list[Incoming] = []
@@ -240,6 +242,9 @@ class FolderSource(Source):
         try:
             for _ in range(_ATTEMPTS):
                 try:
+                    # The file may change between two reads: only if its version was the same before and after is the
+                    # content known to be consistent. Otherwise the same range is read again, which must give the same
+                    # records.
                     reading = self._read_once(name, info, mark, limit, room)
                     now = self._stat(info)
                     if _version(now) == _version(info):
@@ -268,6 +273,7 @@ class FolderSource(Source):
         """Resume reading a file that is assumed not to change meanwhile; None while it seems incomplete."""
         version = _version(info)
         blob = Blob(lambda start, end: self._call(self._fs.cat_file, info["name"], start=start, end=end), info["size"])
+        # A bad file was reported once: it is read again only if its content has changed.
         if mark and mark.position == _BAD:
             if blob.fingerprint(blob.size) == mark.fingerprint:
                 return _Reading([], mark._replace(version=version), 0)

@@ -21,7 +21,7 @@ _Line = tuple[int, bytes, bool]  # its length in the file, its text, and whether
 
 _BLOCK = 1 << 20  # bytes read at once
 _WINDOW = 4096  # bytes at either end that a fingerprint covers
-_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # of a Parquet file, decoded at once
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # maximum rows and bytes of a Parquet file decoded at once
 _MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
@@ -115,6 +115,7 @@ class Gunzip:
         self._file = io.BufferedReader(blob, _BLOCK)
         self._data = b""
         self._rewind()
+        # Reads the file once to its end, as a gz file reports damage only there.
         while self._unpack():
             pass
         self._rewind()
@@ -155,6 +156,7 @@ class ParquetReader:
             size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
             self._n_rows: int = metadata.num_rows
             self._n_batch = min(max(_BATCH_BYTES * self._n_rows // max(size, 1), 1), _BATCH_ROWS)
+            # Decodes everything once, so that damage is found before the first record is taken.
             for _ in self._file.iter_batches(self._n_batch):
                 pass
         if len(set(names)) < len(names):
@@ -231,6 +233,7 @@ class TextReader:
     def read_csv(self, limit: int, room: int, delimiter: str, final: bool) -> bool:
         """Like :meth:`read_jsonl`; ``final`` also means that an open quote will not be closed."""
         stop = self.position + room
+        # The limit of the csv module is global: it is raised here and restored below.
         field_limit = csv.field_size_limit(max(csv.field_size_limit(), self._most))
         try:
             header = self._text.header = self._text.header or self._read_header(delimiter, final)

@@ -34,6 +34,7 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but a {type(value).__name__}")
+    # The full check is slow and needed only for deep nesting, or for an escape that may be half a surrogate pair.
     if text.count("{") + text.count("[") > _MAX_DEPTH or "\\ud" in text or "\\uD" in text:
         plain(value)
     return value

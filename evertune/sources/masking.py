@@ -104,6 +104,7 @@ def _card_length(candidate: str) -> int:
 
 
 def _is_card(digits: str) -> bool:
+    # The Luhn algorithm: every second digit from the right is doubled, and its digits are added.
     luhn = sum(map(int, digits[-1::-2])) + sum(_DOUBLED[int(digit)] for digit in digits[-2::-2])
     return luhn % 10 == 0 and _CARD.fullmatch(digits) is not None
 
@@ -115,6 +116,7 @@ def _iban_length(candidate: str) -> int:
         return 0
     end = places[length - 1] + 1
     account = "".join(candidate[place] for place in places[:length])
+    # ISO 7064: the first four characters go to the end, letters become two digits, and the remainder must be 1.
     number = int("".join(str(int(char, 36)) for char in account[4:] + account[:4]))
     return end if number % 97 == 1 and not candidate[end : end + 1].isalnum() else 0
 
@@ -136,9 +138,9 @@ def _digits(text: str) -> str:
 
 
 _AT = re.compile("@")
-_NUMBER = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}", re.ASCII)  # what cards, accounts and phones have at least
+_NUMBER = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}", re.ASCII)  # the digits that any card, account or phone has
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_BEFORE = r"(?<![\w+.,:/-])"  # what an American or local phone number does not follow on
+_BEFORE = r"(?<![\w+.,:/-])"  # an American or local phone number must not follow these
 _PATTERNS: dict[str, list[_Pattern]] = {
     "url_credentials": [_Pattern(_AT, re.compile(r"://[^\s/?#]*@"), "://<CREDENTIALS>@")],
     "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]*+@[\w-]++(?:\.[\w-]++)++"), "<EMAIL>")],
@@ -234,9 +236,9 @@ class PatternMasker(Masker):
 
             - ``"email"`` becomes ``<EMAIL>``;
             - ``"phone"`` becomes ``<PHONE>``;
-            - ``"credit_card"`` (13 to 19 digits of the card schemes' numbers with a right check digit) becomes
+            - ``"credit_card"`` (13 to 19 digits of the card schemes' numbers with a valid check digit) becomes
               ``<CREDIT_CARD>``;
-            - ``"iban"`` (of the country's length, with right check digits) becomes ``<IBAN>``;
+            - ``"iban"`` (of the country's length, with valid check digits) becomes ``<IBAN>``;
             - ``"ip"`` (IPv4 and IPv6) becomes ``<IP>``;
             - ``"url_credentials"``: ``https://user:password@host`` becomes ``https://<CREDENTIALS>@host``;
             - ``"secret"`` (what has a well-known form: keys of AWS, GitHub, GitLab, Google, OpenAI, Slack and Stripe,
@@ -329,7 +331,7 @@ class PresidioMasker(Masker):
             if result.start >= done:
                 parts += [text[done : result.start], name]
                 best = result.score
-            elif result.score > best:  # it overlaps with the one before: one name for both
+            elif result.score > best:  # overlaps with the one before: the name with the higher score stands for both
                 parts[-1], best = name, result.score
             done = max(done, result.end)
         return "".join(parts) + text[done:]

@@ -1,4 +1,4 @@
-"""What a record must look like: checked once, when it arrives, and said in plain words where it does not."""
+"""What a record must look like: checked once, when it arrives, with messages that name the fields."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ FIELD_TYPES: dict[str, Any] = {
     "list[int]": list[_Int],
     "list[float]": list[float],
 }
-"""The types that a field declared by name may have; each also with ``| None``, for a field that may be absent."""
+"""The types that a field may be declared as; each also with ``| None``, for a field that may be absent."""
 
-# What a field with a part to play may be declared as; :class:`RecordSchema` checks these itself, not pydantic.
+# The types that the text, label, id and time may be declared as; :class:`RecordSchema` checks these, not pydantic.
 _ROLE_TYPES = {
     "text": ("str",),
     "label": ("str", "int", "float", "bool", "list[str]", "list[int]", "list[float]"),
@@ -51,7 +51,7 @@ _ROLE_TYPES = {
     "time": ("datetime", "str", "float", "int"),
 }
 _YEARS = range(1900, 2100)
-_MILLISECONDS = 1e11  # as seconds it would be the year 5138
+_MILLISECONDS = 1e11  # numbers from here on are milliseconds: as seconds, this would be the year 5138
 _EXPECTED = {
     "string": "a text",
     "int": "a whole number",
@@ -82,27 +82,28 @@ _NOT_JSON = "the record holds a value that JSON cannot say"
 class RecordSchema:
     """What a record must look like.
 
-    A pydantic model checks the type of every field: one of your own, or one made of ``fields``. On top of it, the text
-    must hold something and not be too long, the label must be a name or a list of names (whole numbers become names:
-    ``3`` is ``"3"``), a time must say its zone, and no number may be NaN or infinite. Numbers and dates may arrive as
-    text, as in CSV files; a number is never a text. Fields that are not declared are left out and cost no memory; a
-    model of your own decides that for itself (pydantic's ``extra``).
+    A pydantic model checks the type of every field: your own model, or one made from ``fields``. In addition, the text
+    must be neither empty nor too long, the label must be a name or a list of names (whole numbers become names: ``3``
+    is ``"3"``), a time must have a time zone, and no number may be NaN or infinite. Numbers and dates may arrive as
+    text, as in CSV files; a number is never accepted as a text. Fields that are not declared are dropped; your own
+    model decides that itself (pydantic's ``extra``).
 
     Args:
-        model: a pydantic model, or its import path (``"my_package.records.Ticket"``).
-        fields: instead of a model: the type of each field by name, one of :data:`FIELD_TYPES`. By default the fields
-            named below are declared, and no others.
-        text: the field with the text, or the two fields of a pair of texts.
-        label: the field with the label, or None for records without.
-        id: the field that identifies a record, text or a whole number; None: a record is known by where it came from.
-        time: the field that says when the record is from: ISO 8601 with a time zone, or seconds or milliseconds since
+        model: A pydantic model, or its import path (``"my_package.records.Ticket"``).
+        fields: Instead of a model, the type of each field by name, one of :data:`FIELD_TYPES`. By default only the
+            fields named below are declared.
+        text: Name of the field with the text, or of the two fields of a pair of texts.
+        label: Name of the field with the label; None for records without labels.
+        id: Name of the field that identifies a record, a text or a whole number. If None, a record is identified by its
+            origin.
+        time: Name of the field with the time of a record: ISO 8601 with a time zone, or seconds or milliseconds since
             1970. It is kept as ISO 8601 in UTC.
-        max_text_length: in characters. The default is far more than a transformer reads, and keeps a runaway file out
-            of memory.
-        closed_classes: the only labels allowed; by default any.
+        max_text_length: Maximum length of a text in characters. The default of 100,000 is far more than a transformer
+            reads, and keeps a runaway file out of memory.
+        closed_classes: The only labels that are allowed; None allows any.
 
     Raises:
-        ValueError: for a model that cannot be imported, an unknown type, or a field named here that is not declared.
+        ValueError: If the model cannot be imported, a type is unknown, or a field that is named here is not declared.
 
     Example:
         >>> schema = RecordSchema(fields={"text": "str", "label": "str", "score": "float | None"})
@@ -169,16 +170,16 @@ class RecordSchema:
         self._serializer = self.model.__pydantic_serializer__
 
     def check(self, value: Mapping[str, Any]) -> Record:
-        """The record as it is kept.
+        """Check a record, and return it in the form in which it is kept.
 
         Args:
-            value: its fields as they arrived; it is not changed.
+            value: The fields of the record as they arrived. The mapping is not changed.
 
         Raises:
-            ValueError: when it does not fit, with the reasons, naming the fields.
+            ValueError: If the record does not fit the schema. The message gives the reasons and names the fields.
         """
         checked = self._validated(value)
-        if not self._made:  # the fields of a model made here cannot hold such values
+        if not self._made:  # a model made from ``fields`` cannot hold such values
             _refuse_unwritable(self._as_json(checked, "python"))
         record = self._as_json(checked, "json")
         field = ""
@@ -199,12 +200,13 @@ class RecordSchema:
         return record
 
     def check_half(self, value: Mapping[str, Any]) -> Record:
-        """A record that lacks its label, or a label that lacks its text, as JSON values that can wait for the rest.
+        """Check a record without its label, or a label without its text; returns JSON values that can wait for the
+        rest.
 
-        What is there is checked as far as that goes; :meth:`check` sees the whole when it is complete.
+        The fields that are present are checked as far as possible; :meth:`check` checks the completed record.
 
         Raises:
-            ValueError: when it can never become a good record, with the reasons.
+            ValueError: If it can never become a good record. The message gives the reasons.
         """
         assert self.label is not None, "only a schema with a label has halves"
         check: Callable[[Any], None]
@@ -229,20 +231,21 @@ class RecordSchema:
         return half
 
     def has_text(self, value: Mapping[str, Any]) -> bool:
-        """Whether any text has arrived, be it good or bad."""
+        """Whether any text has arrived, valid or not."""
         return any(self.get(value, name) is not None for name in self.texts)
 
     def has_label(self, value: Mapping[str, Any]) -> bool:
-        """Whether a label has arrived, be it good or bad; null, NaN and the empty text are none."""
+        """Whether a label has arrived, valid or not; null, NaN and the empty text are not labels."""
         label = None if self.label is None else self.get(value, self.label)
         return not (label is None or label == "" or (isinstance(label, float) and math.isnan(label)))
 
     def get(self, value: Mapping[str, Any], name: str) -> Any:
-        """A field as it arrived, under its name or its alias."""
+        """The value of a field as it arrived, under its name or its alias; None if it is missing."""
         return next((value[key] for key in self.arrives_as[name] if value.get(key) is not None), None)
 
     def _validated(self, value: Mapping[str, Any], but: Collection[str] = ()) -> Any:
-        """The value as the model has it; errors in the fields ``but`` do not count (and then there is no value)."""
+        """The value as an instance of the model. Errors in the fields ``but`` are ignored, and None is returned for
+        them."""
         try:
             return self._validator.validate_python(value)
         except ValidationError as error:
@@ -250,7 +253,7 @@ class RecordSchema:
             details = [detail for detail in details if not detail["loc"] or detail["loc"][0] not in but]
             if details:
                 raise ValueError(_reasons(details)) from None
-        except Exception as error:  # a validator of the user's own: its fault costs one record, not the stream
+        except Exception as error:  # from a user's own validator: a fault in it costs one record, not the stream
             raise ValueError(f"the record could not be checked ({type(error).__name__}: {error})") from None
         return None
 
@@ -266,14 +269,14 @@ class RecordSchema:
             raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
 
     def for_labels(self, check: Callable[[Any], Any], names: Callable[[Any], list[str]]) -> RecordSchema:
-        """The same schema, which leaves the check of a label's value to a task.
+        """A copy of the schema that leaves the check of a label's value to a task.
 
         Args:
-            check: Gives the label as it is kept, or raises ValueError: :meth:`evertune.tasks.Task.check_label`.
-            names: Gives the names of the classes in a kept label: :meth:`evertune.tasks.Task.label_names`.
+            check: Returns the label as it is kept, or raises ValueError: :meth:`evertune.tasks.Task.check_label`.
+            names: Returns the names of the classes in a kept label: :meth:`evertune.tasks.Task.label_names`.
 
         Raises:
-            ValueError: when the label is declared as a type that the task cannot learn.
+            ValueError: If the label is declared as a type that the task cannot learn.
         """
         if self._label_is is float:
             try:
@@ -287,7 +290,7 @@ class RecordSchema:
         return schema
 
     def _check_label(self, value: Any) -> Any:
-        """The label as it is kept."""
+        """Check a label, and return it in the form in which it is kept."""
         label = self._label_value(value)
         names = self._label_names(label)
         if not names and not isinstance(label, list):  # not a class
@@ -303,7 +306,7 @@ class RecordSchema:
 
 
 def id_value(value: Any) -> str:
-    """What identifies a record: a text that is not empty, or a whole number as text."""
+    """The id of a record: a text that is not empty, or a whole number as text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -314,13 +317,13 @@ def id_value(value: Any) -> str:
 
 
 def time_value(value: Any) -> str:
-    """A moment, as ISO 8601 in UTC.
+    """A time as ISO 8601 in UTC.
 
     Args:
         value: ISO 8601 with a time zone, a datetime with one, or seconds or milliseconds since 1970.
 
     Raises:
-        ValueError: when it is none of these, has no time zone, or is not of the years 1900 to 2099.
+        ValueError: If it is none of these, has no time zone, or is not in the years 1900 to 2099.
 
     Example:
         >>> time_value("2024-05-17T12:00:00+02:00"), time_value(1715940000)
@@ -368,7 +371,7 @@ def _import_model(model: type[BaseModel] | str) -> type[BaseModel]:
 
 
 def _make_model(fields: Mapping[str, str], roles: Mapping[str, str]) -> type[BaseModel]:
-    """A model of these fields, whatever their names: they are aliases, so that none collides with pydantic's own."""
+    """A model of these fields, whatever their names: these are aliases, so that none collides with pydantic's own."""
     declared: dict[str, Any] = {}
     for number, (name, spelled) in enumerate(fields.items()):
         kind, _, rest = (part.strip() for part in spelled.partition("|"))
@@ -381,6 +384,7 @@ def _make_model(fields: Mapping[str, str], roles: Mapping[str, str]) -> type[Bas
             )
         checked_here = roles.get(name, "text") != "text"
         absent = None if rest else ...
+        # Label, id and time accept more forms than pydantic's types do, and are checked by the schema itself.
         annotation = Any if checked_here else FIELD_TYPES[kind] | None if rest else FIELD_TYPES[kind]
         declared[f"field_{number}"] = (annotation, Field(absent, alias=name))
     return create_model("Record", __config__=ConfigDict(allow_inf_nan=False, extra="ignore"), **declared)
@@ -394,7 +398,7 @@ def _aliases(model: type[BaseModel], name: str) -> list[str]:
 
 
 def _reasons(details: Sequence[ErrorDetails]) -> str:
-    """What pydantic found, in plain words. Values are left out: a record may be long."""
+    """The errors of pydantic as one message. Values are left out, as a record may be long."""
     reasons = [_reason(detail) for detail in details[:_MAX_REASONS]]
     more = len(details) - len(reasons)
     return "; ".join(reasons + ([f"and {more} more"] if more else []))
@@ -419,7 +423,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _refuse_unwritable(value: Any, where: str = "", depth: int = 0) -> None:
-    """Refuse, wherever they are, what JSON files and tables cannot hold."""
+    """Refuse values that JSON files and tables cannot hold, at any depth."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"the record is nested more than {_MAX_DEPTH} levels deep")
     problem = None
@@ -441,7 +445,7 @@ def _refuse_unwritable(value: Any, where: str = "", depth: int = 0) -> None:
 
 
 def _show(value: Any) -> str:
-    """A value in a message: not all of it where it is long or deep."""
+    """A value for a message, shortened if it is long or deep."""
     return _shortener.repr(value)
 
 

@@ -203,6 +203,7 @@ class SQLSource(Source):
         page = select(*(column[name] for name in names)).where(cursor.is_not(None), key.is_not(None))
         if after is not None:
             last, last_key = map(self._bound, after)
+            # The first condition is redundant, but lets the database use an index on the cursor.
             page = page.where(cursor >= last, either(cursor > last, key > last_key))
         if self.delay:  # in the same statement, so that no row is committed in between
             first_young = select(self._sa.func.min(cursor)).where(self._young(connection)).scalar_subquery()

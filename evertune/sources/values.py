@@ -1,4 +1,4 @@
-"""What a text and a label of a record must be."""
+"""The checks of a record's text and label."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def text_value(value: Any) -> str:
-    """A text with something in it."""
+    """Return the value if it is a text that is not empty."""
     if value is None:
         raise ValueError("no text")
     if not isinstance(value, str):
@@ -22,7 +22,7 @@ def text_value(value: Any) -> str:
 
 
 def label_value(value: Any) -> str | list[str]:
-    """The name of a label, or the list of names of a multi-label row; whole numbers and truth values become names."""
+    """The name of a label, or the names of several labels; whole numbers and truth values become names."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
         raise ValueError("no label")
     if isinstance(value, str):
@@ -39,7 +39,7 @@ def label_value(value: Any) -> str | list[str]:
 
 
 def is_utf8(cells: Sequence[str]) -> bool:
-    """Whether texts can be written as UTF-8: none has a lone surrogate."""
+    """Whether texts can be encoded as UTF-8, that is, whether none contains a lone surrogate."""
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Two sets of records compared: whether they differ, since when, and in what."""
+"""Compares two sets of records: whether they differ, since when, and in what."""
 
 from typing import TYPE_CHECKING
 

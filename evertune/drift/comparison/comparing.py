@@ -1,4 +1,4 @@
-"""Two sets of records compared: whether they differ, since when, and in what."""
+"""Compares two sets of records: whether they differ, since when, and in what."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from evertune.drift.featurisers import Featuriser, HashedNgrams
 from evertune.sources.base import Incoming
 
 MAX_REFERENCE = 2_000
-"""Records of a larger reference that are taken by default: the detector costs time by their number."""
+"""Default maximum number of reference records: the cost of the detector grows with their number."""
 
-_MAX_AFTER = 2_000  # records after the alarm that the explanation is made of
+_MAX_AFTER = 2_000  # maximum number of records after the alarm that the explanation uses
 _BATCH = 128  # texts featurised at once
-_SHOWN_POINTS = 400  # of either side in the projection
-_SHOWN_TEXT = 600  # characters of an example
+_SHOWN_POINTS = 400  # maximum number of points of each side in the projection
+_SHOWN_TEXT = 600  # maximum length of an example in characters
 
 
 def compare(
@@ -46,35 +46,37 @@ def compare(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> Comparison:
-    """Arm a detector with reference records, scan the current ones in order, and say what has changed.
+    """Arm a detector with reference records, scan the current ones in order, and explain what has changed.
 
-    A reference of more than ``reference_size`` records is sampled: at ``block_size=1``, where records are taken to be
-    independent, at random, and its order does not matter; with larger blocks, where order does, its last records are
-    taken. Current records always stay in order. After an alarm the scan continues with the same reference; the
-    decision is the first alarm. What has changed is judged from the window of the first alarm on, or from all current
-    records where there was none.
+    A reference of more than ``reference_size`` records is reduced. With ``block_size=1``, records are assumed to be
+    independent, and a random sample is taken; with larger blocks, order matters, and the last records are taken.
+    Current records always stay in order. After an alarm, the scan continues with the same reference; the decision is
+    the first alarm. The explanation compares the reference with the records from the window of the first alarm on, or
+    with all current records if there was no alarm.
 
     Args:
-        reference: what was normal.
-        current: what may differ; read once, in order, in bounded memory.
-        text: the field of the text, or several. A record without any of them, or with anything but text in them, is
-            set aside; an empty text is one.
-        label: field of the label; its shares are watched by a detector of their own.
-        value: numeric field (a loss, a confidence) that a detector of numbers watches instead of the text.
-        detector: a name of :data:`~evertune.drift.comparison.watching.DETECTORS`, or a new detector, whose own settings
-            then hold.
-        featuriser: ``texts -> tensor [texts, n_features]``. Default: :class:`~evertune.drift.HashedNgrams`.
-        arl: mean number of records up to a false alarm, of each detector.
-        window_size: records in a test; by default the detector's own.
-        reference_size: records to arm with; by default all up to 2,000.
-        block_size: the stretch over which records are alike because they came together.
-        ignore: fields that the explanation leaves out.
-        seed: of samples, detectors and topics.
+        reference: The records that represent the normal state.
+        current: The records that may differ. They are read once, in order, with bounded memory.
+        text: Name of the field with the text, or several names. A record that has none of them, or a value in them that
+            is not a text, is set aside; an empty text is valid.
+        label: Name of the field with the label, whose shares are watched by a separate detector; None for no labels.
+        value: Name of a numeric field (a loss, a confidence) that a detector of numbers watches instead of the text.
+        detector: A name of :data:`~evertune.drift.comparison.watching.DETECTORS`, or a new detector, whose own settings
+            are then used.
+        featuriser: Function from texts to features, ``texts -> tensor [texts, n_features]``. Default:
+            :class:`~evertune.drift.HashedNgrams`.
+        arl: Average run length of each detector: the mean number of records up to a false alarm. Default: 10,000.
+        window_size: Number of records in a test; None for the detector's own default.
+        reference_size: Number of records to arm the detector with; by default all, up to 2,000.
+        block_size: Number of consecutive records that may be similar because they arrived together. Default: 1.
+        ignore: Names of fields that the explanation leaves out.
+        seed: Seed of samples, detectors and topics.
         progress: Called with ``("reference", n)`` and ``("current", n)`` as records are read.
 
     Raises:
-        ValueError: when there are no usable records, too few for the detector or for one test, or a setting cannot be.
-        FileNotFoundError: when a file or folder is not there.
+        ValueError: If there are no usable records, or too few for the detector or for one test, or a setting is
+            invalid.
+        FileNotFoundError: If a file or folder does not exist.
 
     Example:
         >>> words = ["rain wind sun", "wind and storm", "sun and heat", "storm rain heat"]
@@ -118,7 +120,7 @@ def compare(
         for one in watches:
             one.look([record.record for record in seen], torch.stack([record.features for record in seen]))
         recent.extend(seen)
-        if quiet and any(one.alarms for one in watches):  # what changed is judged from here on
+        if quiet and any(one.alarms for one in watches):  # the explanation starts with the window of the first alarm
             after, seen = _Sample(_MAX_AFTER, seed), list(recent)
         for record in seen:
             after.add(record)
@@ -168,7 +170,7 @@ def compare(
 
 
 class _Seen(NamedTuple):
-    """A usable record of ``current``, its place and its features."""
+    """A usable record of ``current``, with its position and its features."""
 
     place: int
     record: Incoming
@@ -176,7 +178,7 @@ class _Seen(NamedTuple):
 
 
 class _Sample:
-    """At most a fixed number of what is added, each with the same chance."""
+    """A uniform random sample of fixed maximum size from everything that is added (reservoir sampling)."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._generator = size, random.Random(seed)
@@ -195,7 +197,7 @@ class _Sample:
 
 
 class _Shown:
-    """Records of both sides as examples."""
+    """Returns records of both sides as examples."""
 
     def __init__(
         self, text_fields: Sequence[str], label: str | None, before: Sequence[Incoming], after: Sequence[Incoming]
@@ -232,7 +234,7 @@ def _numbers_of(field: str) -> _FeaturesOf:
 def _reference(
     records: Records, use: Usable, size: int, block_size: int, seed: int, told: Callable[[str, int], None]
 ) -> tuple[list[Incoming], int, SetAside]:
-    """The records to arm with, in order; of how many; and what was set aside."""
+    """The records to arm the detector with, in order; the number of usable records; and those that were set aside."""
     sorter = Sorter(records, use)
     sample, last = _Sample(size, seed), deque[Incoming](maxlen=size)
     n = 0
@@ -245,6 +247,7 @@ def _reference(
     if not n:
         raise ValueError(f"{_name(records, 'reference')} has no usable record{sorter.why()}")
     kept = list(last) if block_size > 1 else [seen.record for seen in sample.in_order()]
+    # The detector needs a whole number of blocks: the oldest records are dropped.
     return kept[len(kept) % block_size :], n, sorter.set_aside()
 
 
@@ -276,12 +279,12 @@ def _described(featuriser: Featuriser) -> str:
 
 
 def _projected(before: Tensor, after: Tensor) -> tuple[list[list[float]], list[list[float]]]:
-    """The first two principal components of both sides together, which weigh the same."""
+    """The projection on the first two principal components of both sides together, with equal weight."""
     centre = (before.mean(0) + after.mean(0)) / 2
     sides = [(side - centre).double() for side in (before, after)]
     covariance = sum(side.T @ side / len(side) for side in sides)
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :2]
-    axes = torch.where(axes.sum(0) < 0, -axes, axes)  # the same picture every time
+    axes = torch.where(axes.sum(0) < 0, -axes, axes)  # the sign of an eigenvector is arbitrary: make it reproducible
     shown = [side[torch.linspace(0, len(side) - 1, min(len(side), _SHOWN_POINTS)).long()] for side in sides]
     of_before, of_after = [(side @ axes).tolist() for side in shown]
     return of_before, of_after

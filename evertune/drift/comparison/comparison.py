@@ -1,4 +1,4 @@
-"""What comparing two sets of records has found."""
+"""The result of a comparison of two sets of records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from evertune.drift.explain.attribution import Attribution
 
 @dataclass(frozen=True)
 class SetAside:
-    """Records that could not be used.
+    """The records that could not be used.
 
     Attributes:
-        n: how many.
-        reasons: why, and of how many, the most frequent first; the first few.
-        first: where the first of them is.
+        n: Number of these records.
+        reasons: The most frequent reasons, with the number of records for each.
+        first: Origin of the first of these records, with the reason; None if there is none.
     """
 
     n: int = 0
@@ -29,10 +29,10 @@ class Alarm:
     """A test whose score was above the threshold.
 
     Attributes:
-        record: number of the record that completed the test, among those of ``current``; the first is 1.
-        origin: where that record is: ``tickets.jsonl:17``.
-        score: of the test.
-        threshold: what it was above.
+        record: Number of the record that completed the test, among those of ``current``, counted from 1.
+        origin: Origin of that record: ``tickets.jsonl:17``.
+        score: Score of the test.
+        threshold: Threshold that the score exceeded.
     """
 
     record: int
@@ -43,17 +43,17 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one detector said.
+    """The results of one detector.
 
     Attributes:
-        of: what it watched: ``text``, the name of a numeric field, or that of the label.
-        detector: its name.
-        arl: the mean number of records up to a false alarm that it was calibrated to.
-        n_reference: records that it was armed with.
-        n_records: records that it watched.
-        n_tests: tests that it made.
-        alarms: all of them; after the first, the scan continues with the same reference.
-        points: ``{"record": int, "score": float, "threshold": float, "alarm": bool}`` as it went along.
+        of: What it watched: ``text``, or the name of a numeric field or of the label field.
+        detector: Name of the detector's class.
+        arl: Mean number of records up to a false alarm to which it was calibrated; NaN if it has no such setting.
+        n_reference: Number of records that it was armed with.
+        n_records: Number of records that it watched.
+        n_tests: Number of tests that it made.
+        alarms: All alarms; after the first, the scan continued with the same reference.
+        points: The tests in order: ``{"record": int, "score": float, "threshold": float, "alarm": bool}``.
     """
 
     of: str
@@ -67,18 +67,18 @@ class Scan:
 
     @property
     def expected_false_alarms(self) -> float:
-        """The mean number of false alarms in that many records, had nothing changed and had each been a new start."""
+        """The mean number of false alarms in that many records if nothing has changed, with a new start each time."""
         return self.n_records / self.arl
 
 
 @dataclass(frozen=True)
 class Example:
-    """A record that shows the change.
+    """A record that illustrates the change.
 
     Attributes:
-        origin: where it is.
-        text: its text, cut where it is long.
-        label: its label, if there is one.
+        origin: Origin of the record.
+        text: Text of the record, truncated if it is long.
+        label: Label of the record, if there is one.
     """
 
     origin: str
@@ -88,23 +88,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
+    """The result of :func:`compare`.
 
     Attributes:
-        reference: name of the reference.
-        current: name of what was compared with it.
-        features: what the records were turned into.
-        block_size: records that were taken to be correlated.
-        n_reference: usable records of the reference.
-        n_current: usable records of what was compared with it.
-        set_aside_reference: the others of the reference.
-        set_aside_current: the others of what was compared with it.
-        scans: what each detector said: of the texts (or of a number), and of the labels.
-        attribution: what changed; positions in it are those of its samples: see the examples here instead.
-        examples_before: records that are most typical of what has gone.
-        examples_after: records that are most typical of what has come.
-        topic_examples: of each topic of the attribution, an example before and after, where there is one.
-        projection: the first two principal components of the features, before and after: ``[records][2]`` each.
+        reference: Name of the reference.
+        current: Name of the current records, which were compared with the reference.
+        features: Description of the features that the records were turned into.
+        block_size: Number of consecutive records that were assumed to be correlated.
+        n_reference: Number of usable records of the reference.
+        n_current: Number of usable current records.
+        set_aside_reference: The unusable records of the reference.
+        set_aside_current: The unusable current records.
+        scans: Results of each detector: of the texts (or of a number), and of the labels.
+        attribution: What has changed. Positions in it refer to its samples; use the examples here instead.
+        examples_before: Records that are most typical of what has disappeared.
+        examples_after: Records that are most typical of what has appeared.
+        topic_examples: An example before and after for each topic of the attribution; None where there is none.
+        projection: The first two principal components of the features, before and after, ``[records][2]`` each.
     """
 
     reference: str
@@ -129,16 +129,16 @@ class Comparison:
 
     @property
     def expected_false_alarms(self) -> float:
-        """Of all detectors together, in that many records."""
+        """The expected number of false alarms of all detectors together, in that many records."""
         return sum(scan.expected_false_alarms for scan in self.scans)
 
     @property
     def false_alarm_chance(self) -> float:
-        """The chance of at least one, had nothing changed: the decision is the first alarm."""
+        """The probability of at least one false alarm if nothing has changed, as the decision is the first alarm."""
         return 1 - math.exp(-self.expected_false_alarms)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON has it: numbers that are not finite are None."""
+        """The whole result as JSON values; numbers that are not finite become None."""
         summary = {
             "drift_detected": self.drift_detected,
             "expected_false_alarms": self.expected_false_alarms,

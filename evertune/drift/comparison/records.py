@@ -1,4 +1,4 @@
-"""Records of files, folders and programs, read once from beginning to end, and which of them can be used."""
+"""Reads records from files, folders and iterables once, and decides which of them can be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evertune.sources.formats import KINDS, kind
 from evertune.utils.locate import locate
 
 Records: TypeAlias = str | Path | Iterable[Mapping[str, Any] | Incoming]
-"""A file, a folder, or records: mappings from the names of fields to values."""
+"""A file, a folder, or an iterable of records: mappings from the names of fields to values."""
 
 _CHUNK = 1_000
 _SHOWN_REASONS = 3
@@ -26,16 +26,16 @@ def read_records(path: str | Path) -> Iterator[Incoming]:
     """The records of a file, or of all files of a folder in the order of their names.
 
     Args:
-        path: JSON Lines, CSV (both also gzipped) or Parquet, known by the name; a folder of them; a URL that fsspec
-            knows; or ``package:NAME/PATH``.
+        path: A file in JSON Lines, CSV (both also gzipped) or Parquet, identified by its name; a folder of such files;
+            a URL that fsspec supports; or ``package:NAME/PATH``.
 
     Yields:
-        Bad records, too, with the reason: see :class:`~evertune.sources.folder.FolderSource`.
+        All records, including bad ones with the reason: see :class:`~evertune.sources.folder.FolderSource`.
 
     Raises:
-        FileNotFoundError: when there is nothing there.
-        ValueError: when it is a file of another kind.
-        SourceError: when it cannot be read on.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If the file is of another kind.
+        SourceError: If it cannot be read further.
     """
     where = locate(str(path))
     remote = "://" in where
@@ -58,7 +58,7 @@ def read_records(path: str | Path) -> Iterator[Incoming]:
 
 
 def incoming(records: Records) -> Iterator[Incoming]:
-    """Records with where they are: ``record 1`` is the first of those that no file holds."""
+    """Records with their origins; those that do not come from a file are ``record 1``, ``record 2``, ..."""
     if isinstance(records, str | Path):
         yield from read_records(records)
         return
@@ -67,7 +67,7 @@ def incoming(records: Records) -> Iterator[Incoming]:
 
 
 def number_of(value: Any) -> float | None:
-    """A finite number, also one that is written as text; else None.
+    """The value as a finite number, also if it is written as text; None if it is not a number.
 
     Example:
         >>> number_of("0.5"), number_of(float("nan")), number_of(True), number_of("half")
@@ -83,7 +83,7 @@ def number_of(value: Any) -> float | None:
 
 
 class Usable:
-    """Tells which records can be used, or why not."""
+    """Checks whether a record can be used; returns the reason if not, else None."""
 
     def __init__(self, text_fields: Sequence[str], value: str | None) -> None:
         self._text_fields, self._value = text_fields, value
@@ -124,7 +124,7 @@ class Sorter:
         return SetAside(self._reasons.total(), dict(self._reasons.most_common(_SHOWN_REASONS)), self._first)
 
     def why(self) -> str:
-        """The end of a sentence that says that there is none."""
+        """The end of an error message that reports that there is no usable record."""
         if not self._reasons:
             return ": it is empty"
         fields = f"; it has the fields {', '.join(self._fields[:10])}" if self._fields else ""

@@ -1,4 +1,4 @@
-"""Detectors by name, and at work on records."""
+"""Detectors by name, and their application to records."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ DETECTORS: dict[str, tuple[str, str]] = {
 OF_NUMBERS = ("page-hinkley", "adwin", "hddm")
 """Detectors that watch one number of each record."""
 
-_STEP = 16  # records between two looks at a detector without windows
-_LOOK_BACK = 64  # records up to an alarm that belong to the change, where no single window shows it
+_STEP = 16  # records between two checks of a detector without windows
+_LOOK_BACK = 64  # records up to an alarm that count as changed, for a detector without windows
 
 
 def make_detector(name: str, **settings: Any) -> Detector:
     """A detector by its name in :data:`DETECTORS`; settings that are None are left at their defaults.
 
     Raises:
-        ValueError: for an unknown name, or a setting that this detector has not, other than ``reference_size`` and
-            ``seed``.
+        ValueError: If the name is unknown, or the detector lacks a setting other than ``reference_size`` and ``seed``.
 
     Example:
         >>> make_detector("mmd", arl=5_000, reference_size=256, window_size=None, seed=0).reference_size
@@ -63,20 +62,20 @@ def make_detector(name: str, **settings: Any) -> Detector:
 
 
 class Watch:
-    """A detector that was armed, is shown records step by step, and continues after an alarm.
+    """An armed detector that processes records step by step, and continues after an alarm.
 
     Attributes:
-        step: records to show at once, so that there is one test at most.
-        look_back: records up to an alarm that belong to the change.
-        alarms: so far.
+        step: Number of records to process at once, so that there is at most one test.
+        look_back: Number of records up to an alarm that count as changed.
+        alarms: Alarms so far.
 
     Args:
-        detector: new; it is armed here.
-        of: what it watches, in words.
-        reference: features ``[records, n_features]`` to arm it with.
+        detector: A new detector, which is armed here.
+        of: Name of what it watches, for messages.
+        reference: Features ``[records, n_features]`` to arm it with.
 
     Raises:
-        ValueError: when they are too few.
+        ValueError: If there are too few of them.
     """
 
     def __init__(self, detector: Detector, of: str, reference: Tensor) -> None:
@@ -92,7 +91,7 @@ class Watch:
         self._n_reference = detector.n_seen
 
     def look(self, records: Sequence[Incoming], features: Tensor) -> None:
-        """Show it the next records, at most :attr:`step` of them."""
+        """Process the next records, at most :attr:`step` of them."""
         n_before, n_tests = self.detector.n_seen - self._n_reference, self.detector.n_tests
         self.detector.update(features)
         if self.detector.n_tests == n_tests:
@@ -105,7 +104,7 @@ class Watch:
             self.alarms.append(Alarm(record, records[record - n_before - 1].origin, score, threshold))
 
     def scan(self) -> Scan:
-        """What it has said so far."""
+        """The results so far."""
         return Scan(
             of=self.of,
             detector=type(self.detector).__name__,
@@ -119,7 +118,7 @@ class Watch:
 
 
 class LabelWatch(Watch):
-    """Watches the class numbers of labels; labels that the reference has not are one class more."""
+    """Watches the class numbers of labels; labels that are not in the reference count as one more class."""
 
     def __init__(self, detector: Detector, label: str, names: Sequence[str]) -> None:
         self._label = label
@@ -127,7 +126,7 @@ class LabelWatch(Watch):
         super().__init__(detector, label, self._numbers(names))
 
     def look(self, records: Sequence[Incoming], features: Tensor) -> None:
-        """Show it the labels of the next records; those without one are left out."""
+        """Process the labels of the next records; records without a label are left out."""
         named = [(record, name) for record in records if (name := label_of(record, self._label)) is not None]
         for start in range(0, len(named), self.step):
             part = named[start : start + self.step]
@@ -143,11 +142,12 @@ def watch_labels(
     """A watch of the shares of labels.
 
     Raises:
-        ValueError: when the reference has no labels, or too few.
+        ValueError: If the reference has no labels, or too few.
     """
     from evertune.drift.labels import LabelShift
 
     names = [name for record in reference if (name := label_of(record, label)) is not None]
+    # The detector needs a whole number of blocks: the oldest labels are dropped.
     names = names[len(names) % block_size :]
     if not names:
         raise ValueError(f"no record of the reference has a label in {label!r}")
@@ -156,6 +156,6 @@ def watch_labels(
 
 
 def label_of(record: Incoming, label: str) -> str | None:
-    """The label as text; None where it is missing."""
+    """The label as text; None if it is missing."""
     value = (record.value or {}).get(label)
     return None if value is None or value == "" else str(value)

@@ -1,4 +1,4 @@
-"""What was found, in sentences: the same in the terminal and on the page."""
+"""The findings as sentences, the same in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from evertune.drift.comparison.comparison import Comparison
 from evertune.drift.explain.fields import FieldChange
 
 LEVEL = 0.05
-"""Of the corrected p-value, below which a change of a field is shown."""
+"""Corrected p-value up to which a change of a field is shown."""
 
 _CHANCE = 0.05
 _N_SHARES = 4
@@ -30,7 +30,7 @@ def decision(found: Comparison) -> str:
 
 
 def false_alarms(found: Comparison) -> list[str]:
-    """How far the decision can be trusted."""
+    """Sentences on how far the decision can be trusted."""
     expected, chance = found.expected_false_alarms, found.false_alarm_chance
     if math.isnan(expected):
         return ["How many false alarms to expect is not known: the detector has no arl."]
@@ -54,7 +54,7 @@ def false_alarms(found: Comparison) -> list[str]:
 
 
 def described(change: FieldChange) -> str:
-    """The change of one field.
+    """The change of one field in words.
 
     Example:
         >>> described(FieldChange("stars", "numeric", 1.5, 0.0, 2.0, 4.0))

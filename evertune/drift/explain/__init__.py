@@ -1,4 +1,4 @@
-"""What has changed between two sets of records: words, topics, fields, and examples."""
+"""Explains how two sets of records differ: by words, topics, fields and examples."""
 
 from evertune.drift.explain.attribution import Attribution, attribute
 

@@ -1,4 +1,4 @@
-"""What has changed, in words: an alarm says only that something has."""
+"""Explains what has changed, as an alarm says only that something has."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from evertune.drift.explain.fields import FieldChange, changed_fields, corrected
 from evertune.drift.explain.tokens import TokenChange, changed_tokens, tokens_of
 from evertune.drift.explain.topics import TopicChange, changed_topics
 
-_POINTS = 1_000  # records of a side that the witness function is made of
+_POINTS = 1_000  # maximum number of records per side in the witness function
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What :func:`attribute` found.
+    """The result of :func:`attribute`.
 
     Attributes:
-        n_before: records before the change that were looked at.
-        n_after: records after it.
-        tokens: words and pairs of words that have become more or less frequent, the surest first; only those beyond
-            chance.
-        topics: groups of records that are alike with their shares, the largest change first; all of them.
-        fields: all fields compared, the surest change first: ``p_corrected`` shows which are beyond chance.
-        examples_before: positions (in the records given) of the records that are most typical of what has gone.
-        examples_after: the same of what has come.
+        n_before: Number of records before the change that were compared.
+        n_after: Number of records after the change that were compared.
+        tokens: Words and pairs of words that have become more or less frequent beyond chance, the most certain first.
+        topics: All groups of similar records with their shares, the largest change first.
+        fields: All fields that were compared, the most certain change first; ``p_corrected`` shows which changes are
+            beyond chance.
+        examples_before: Positions, in the records given, of those that are most typical of what has disappeared.
+        examples_after: Positions of the records that are most typical of what has appeared.
     """
 
     n_before: int
@@ -64,26 +64,28 @@ def attribute(
 ) -> Attribution:
     """Explain a change by the records before and after it.
 
-    What it names has changed together with the data; that it is the cause, nobody can tell from records alone.
+    Everything that is named has changed together with the data; whether it is the cause cannot be inferred from records
+    alone.
 
     Args:
-        before: records before the change, in order.
-        after: records after it, in order.
-        text_fields: the fields that hold text, one or several; records may lack them.
-        label: the field of the label: compared as a category, whatever its values.
-        features: of the same records, ``[records, n_features]`` each, such as embeddings. Topics are found in them and
-            examples chosen by them. Without features, by words.
-        topic_features: find topics in ``features``, too: right for embeddings; hashed counts of words are a poorer
-            view of topics than the words that are counted here.
-        ignore: fields to leave out.
-        n_tokens: tokens named at most.
-        n_topics: topics looked for.
-        n_examples: examples of each side.
-        max_records: more records of a side are sampled, in order; it bounds time and memory.
-        seed: of the samples and of the topics.
+        before: Records before the change, in order.
+        after: Records after the change, in order.
+        text_fields: Name of the field with text, or several names; records may lack them.
+        label: Name of the field with the label, which is compared as a category, whatever its values.
+        features: Features of the same records, ``[records, n_features]`` for each side, such as embeddings, by which
+            topics are found and examples are chosen. None uses the words instead.
+        topic_features: Whether topics are also found in ``features``. This suits embeddings; hashed counts of words
+            represent topics worse than the words that are counted here.
+        ignore: Names of fields to leave out.
+        n_tokens: Maximum number of tokens. Default: 20.
+        n_topics: Number of topics to look for. Default: 8.
+        n_examples: Number of examples of each side. Default: 5.
+        max_records: Maximum number of records of each side; more are sampled, in order. It bounds time and memory.
+            Default: 5,000.
+        seed: Seed of the samples and of the topics.
 
     Raises:
-        ValueError: when a side is empty or has more or fewer features than records, or a size is not positive.
+        ValueError: If a side is empty, the numbers of its records and features differ, or a size is not positive.
 
     Example:
         >>> before = [{"text": "the card was lost", "lang": "en"}] * 40
@@ -131,7 +133,7 @@ def attribute(
 
 
 def text_of(record: Mapping[str, Any], text_fields: Sequence[str]) -> str:
-    """The texts of a record as one; what is missing is left out."""
+    """All texts of a record as one; missing ones are left out."""
     values = (record.get(name) for name in text_fields)
     return " ".join(str(value) for value in values if value not in (None, ""))
 
@@ -147,7 +149,7 @@ def _placed(topic: TopicChange, places: list[list[int]]) -> TopicChange:
 
 
 def _witness(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's witness function at each record (Gretton et al. 2012): positive where there is more now."""
+    """The kernel's witness function at each record (Gretton et al. 2012): positive where the density has increased."""
     sides = [side.double() for side in (before, after)]
     chosen = [torch.linspace(0, len(side) - 1, min(len(side), _POINTS)).long() for side in sides]
     distances = torch.pdist(torch.cat([side[:: max(1, len(side) // 250)] for side in sides]))
@@ -156,7 +158,7 @@ def _witness(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
     def nearness(records: Tensor, side: int, own: bool) -> Tensor:
         kernel = (-(torch.cdist(records, sides[side][chosen[side]]) / width).square() / 2).exp()
-        if own:  # a record says nothing about what is near itself
+        if own:  # a record must not count as its own neighbour
             kernel[chosen[side], torch.arange(len(chosen[side]))] = 0.0
         return kernel.sum(1) / max(len(chosen[side]) - own, 1)
 
@@ -167,7 +169,7 @@ def _witness(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_tokens(texts: Sequence[Sequence[str]], tokens: Sequence[TokenChange]) -> tuple[Tensor, Tensor]:
-    """The z-scores of a record's tokens, added up; long records win by the root of their length only."""
+    """The sum of the z-scores of a record's tokens, divided by the root of their number, which tempers long records."""
     z = {change.token: change.z for change in tokens}
     of = []
     for side in texts:
@@ -178,7 +180,7 @@ def _by_tokens(texts: Sequence[Sequence[str]], tokens: Sequence[TokenChange]) ->
 
 
 def _different(weights: Tensor, records: Sequence[Mapping[str, Any]], text_fields: Sequence[str], n: int) -> list[int]:
-    """The heaviest records, of each text one."""
+    """The records with the largest weights, one for each distinct text."""
     chosen: dict[str, int] = {}
     for i in torch.argsort(weights, descending=True, stable=True).tolist():
         if len(chosen) == n:

@@ -1,4 +1,4 @@
-"""Which fields of the records have changed: their values, how often they are there, and their types."""
+"""The fields of the records that have changed in their values, their presence or their types."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from evertune.drift.explain.tokens import words_of
 Kind = Literal["numeric", "categorical", "missing", "schema"]
 
 _MAX_CATEGORIES = 50
-_MIN_EXPECTED = 5  # records of a category on either side; rarer ones count together
+_MIN_EXPECTED = 5  # minimum expected records of a category on either side; rarer categories are pooled
 
 
 @dataclass(frozen=True)
 class FieldChange:
-    """One field, or one property of a text, before and after.
+    """One field, or one property of a text, before and after the change.
 
     Attributes:
-        name: of the field; ``length of text`` and ``unknown words in text`` are properties of the text field ``text``.
-        kind: ``numeric`` (compared by the Kolmogorov-Smirnov test), ``categorical`` (shares of its values, chi-squared
-            test), ``missing`` (the share of records without it, two-proportion z-test), or ``schema`` (a field that is
-            new or gone, or has another type: no test is needed).
-        effect: numeric: the difference of the means in standard deviations (pooled); categorical: the sum of the
-            positive changes of shares (total variation); missing: the change of that share; schema: 1.
-        p_value: of the test; 0 for ``schema``.
-        p_corrected: for the number of tests (Holm 1979), by :func:`~evertune.drift.explain.attribution.attribute`.
-        before: numeric: the mean; categorical: the shares of the values; missing: the share; schema: the type.
-        after: the same after the change.
+        name: Name of the field. ``length of text`` and ``unknown words in text`` are properties of the text field
+            ``text``.
+        kind: ``numeric`` (Kolmogorov-Smirnov test), ``categorical`` (chi-squared test of the shares of its values),
+            ``missing`` (two-proportion z-test of the share of records without it), or ``schema`` (a field that is new,
+            has disappeared or has another type, which needs no test).
+        effect: For ``numeric``, the difference of the means in pooled standard deviations; for ``categorical``, the sum
+            of the positive changes of shares (total variation); for ``missing``, the change of that share; for
+            ``schema``, 1.
+        p_value: P-value of the test; 0 for ``schema``.
+        p_corrected: P-value corrected for the number of tests (Holm 1979) by
+            :func:`~evertune.drift.explain.attribution.attribute`.
+        before: For ``numeric``, the mean; for ``categorical``, the shares of the values; for ``missing``, the share;
+            for ``schema``, the type.
+        after: The same after the change.
     """
 
     name: str
@@ -53,17 +57,17 @@ def changed_fields(
     *,
     labels: Sequence[str] = (),
 ) -> list[FieldChange]:
-    """Every field compared, changed or not; see :class:`FieldChange`.
+    """Compares all fields, and returns them whether they have changed or not; see :class:`FieldChange`.
 
-    Text that holds a number counts as one (CSV has nothing else). NaN and infinite numbers and the empty text count as
-    missing. Left out: fields with many different values that are no numbers (names, free text, lists), and numbers that
-    only rise or only fall in the order of the records (counters, times).
+    A text that contains a number counts as a number, as all values in CSV are texts. NaN, infinite numbers and the
+    empty text count as missing. Left out are fields with many different values that are not numbers (names, free text,
+    lists), and numbers that only rise or only fall in the order of the records (counters, times).
 
     Args:
-        before: records before the change, in order.
-        after: records after it, in order.
-        text_fields: texts: their length and their unknown words are compared.
-        labels: fields that are categorical, whatever their values.
+        before: Records before the change, in order.
+        after: Records after the change, in order.
+        text_fields: Names of text fields, whose length and unknown words are compared.
+        labels: Names of fields that are categorical, whatever their values.
 
     Example:
         >>> before, after = [{"stars": i % 5, "shop": "north"} for i in range(100)], [{"stars": 4}] * 100
@@ -102,7 +106,7 @@ def changed_fields(
 
 
 def corrected(changes: Sequence[FieldChange]) -> list[FieldChange]:
-    """With :attr:`FieldChange.p_corrected`; the surest first, and of those the largest."""
+    """The changes with :attr:`FieldChange.p_corrected`, the most certain first, and among equals the largest."""
     from evertune.gate.statistics import holm
 
     tested = [change for change in changes if change.kind != "schema"]
@@ -112,7 +116,7 @@ def corrected(changes: Sequence[FieldChange]) -> list[FieldChange]:
 
 
 def _plain(value: Any) -> Any:
-    """None for what is missing, a number for a text that is one."""
+    """The value, with None for a missing one and a number for a text that contains one."""
     if isinstance(value, str):
         if not value.strip():
             return None
@@ -134,7 +138,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def _type(values: Sequence[Any]) -> str:
-    """Of most values."""
+    """The type of most values."""
     if not values:
         return "absent"
     counts = Counter(map(_type_of, values))
@@ -158,7 +162,7 @@ def _missing(name: str, missing: Sequence[int], of: Sequence[int]) -> FieldChang
 
 
 def _numeric(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> FieldChange:
-    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest there are
+    with np.errstate(over="ignore", invalid="ignore"):  # for numbers close to the largest float
         means = [float(before.mean()), float(after.mean())]
         spread = math.sqrt((before.var() + after.var()) / 2)
     difference = means[1] - means[0]
@@ -185,10 +189,13 @@ def _categorical(name: str, before: Counter[str], after: Counter[str]) -> FieldC
 
 
 def _of_text(name: str, before: Sequence[str], after: Sequence[str]) -> list[FieldChange]:
-    """The length in words; and the share of words not known, by the vocabulary of every other record before."""
+    """The length in words, and the share of words that are not in the vocabulary of every second record before the
+    change."""
     words = [list(map(words_of, texts)) for texts in (before, after)]
     lengths = [np.array([len(text) for text in side], dtype=np.float64) for side in words]
     changes = [_numeric(f"length of {name}", *lengths)]
+    # The other half of the records before the change serves as the comparison: its rate of unknown words must not be
+    # biased by having made the vocabulary.
     known = {word for text in words[0][::2] for word in text}
     rates = [
         np.array([sum(word not in known for word in text) / len(text) for text in side if text])

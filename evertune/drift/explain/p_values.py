@@ -1,4 +1,4 @@
-"""The few p-values that explaining a change needs."""
+"""The p-values that are needed to explain a change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def normal(z: float) -> float:
-    """Two-sided, of a standard normal variable.
+    """The two-sided p-value of a standard normal variable.
 
     Example:
         >>> round(normal(1.96), 3)
@@ -20,7 +20,7 @@ def normal(z: float) -> float:
 
 
 def chi_squared(statistic: float, degrees: int) -> float:
-    """Of a chi-squared variable with this many degrees of freedom.
+    """The p-value of a chi-squared variable with this many degrees of freedom.
 
     Example:
         >>> round(chi_squared(5.991, 2), 3)
@@ -33,7 +33,7 @@ def chi_squared(statistic: float, degrees: int) -> float:
 def kolmogorov_smirnov(before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
     """The largest distance between the distribution functions of two samples, and its asymptotic p-value.
 
-    With the correction of Stephens (1970) for small samples; ties make it conservative.
+    The p-value has Stephens' correction (1970) for small samples; ties make it conservative.
 
     Example:
         >>> distance, p_value = kolmogorov_smirnov(np.arange(100.0), np.arange(100.0) + 20)

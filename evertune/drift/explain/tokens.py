@@ -1,4 +1,4 @@
-"""Which words have become more frequent, and which less."""
+"""The words that have become more or less frequent."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-_PRIOR = 0.1  # the prior's weight, as a part of the smaller side
+_PRIOR = 0.1  # weight of the prior relative to the smaller side
 _NOTABLE = 1.0  # z-scores below it are not tested
 
 
 @dataclass(frozen=True)
 class TokenChange:
-    """A word, or two in a row, that has become more or less frequent.
+    """A word, or a pair of consecutive words, that has become more or less frequent.
 
     Attributes:
-        token: in lower case; two words with a space between them.
-        before: records before the change that hold it.
-        after: records after it that do.
-        log_odds: logarithm of the ratio of the odds, after to before; positive for what has become more frequent.
-        z: the same in units of its standard deviation; for ranking, as the prior tempers it most where a token is new.
-        p_corrected: p-value of an exact test, times the number of tokens (Bonferroni), by :func:`changed_tokens`.
+        token: The word in lower case, or two words separated by a space.
+        before: Number of records before the change that contain it.
+        after: Number of records after the change that contain it.
+        log_odds: Logarithm of the ratio of the odds, after to before; positive if it has become more frequent.
+        z: The same in units of its standard deviation, for ranking; the prior shrinks it most if a token is new.
+        p_corrected: P-value of an exact test, times the number of tokens (Bonferroni), by :func:`changed_tokens`.
     """
 
     token: str
@@ -50,20 +50,22 @@ def changed_tokens(
 ) -> list[TokenChange]:
     """The words and pairs of words whose frequency has changed beyond chance.
 
-    By the log-odds ratio with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008), whose z-scores favour
-    neither rare words nor frequent ones. The prior is the distribution over both sides together, with the weight of a
-    tenth of the smaller side. A token counts once in each record: one long record that repeats a word is not a change.
+    Tokens are ranked by the log-odds ratio with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008), whose
+    z-scores favour neither rare nor frequent words. The prior is the distribution over both sides together, with the
+    weight of a tenth of the smaller side. A token counts once per record, so that one long record that repeats a word
+    is not a change.
 
     Args:
-        before: texts before the change.
-        after: texts after it.
-        n_tokens: Maximum number of tokens.
-        min_records: tokens held by fewer records of both sides together are left out.
-        level: the chance that any is named where nothing has changed: by an exact binomial test of the records that
-            hold a token, corrected for the number of tokens (Bonferroni).
+        before: Texts before the change.
+        after: Texts after the change.
+        n_tokens: Maximum number of tokens. Default: 20.
+        min_records: Minimum number of records of both sides together that contain a token. Default: 5.
+        level: Probability that any token is named if nothing has changed, by an exact binomial test of the records that
+            contain a token, corrected for the number of tokens (Bonferroni). Default: 0.05.
 
     Returns:
-        The largest z-scores first, of either sign. Pairs only where they stand out more than both their words.
+        The tokens with the largest absolute z-scores first. Pairs are included only if they stand out more than both of
+        their words.
 
     Example:
         >>> before, after = ["the cat sat here"] * 50, ["the cat sat here"] * 30 + ["the dog sat here"] * 20
@@ -79,7 +81,7 @@ def changed_tokens(
 
 
 def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1) -> dict[str, TokenChange]:
-    """All tokens of two counts of the records that hold each, as :func:`changed_tokens` compares them.
+    """Compares all tokens as in :func:`changed_tokens`, given the number of records on each side that contain them.
 
     Example:
         >>> changes = log_odds(Counter(cat=50, here=50), Counter(dog=50, here=50))
@@ -96,6 +98,7 @@ def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1)
             continue
         prior = weight * both / sum(totals)
         more = [before[token] + prior, after[token] + prior]
+        # The lower bound keeps the logarithm finite for a token that every record contains.
         odds = [math.log(m / max(total + weight - m, 0.5)) for m, total in zip(more, totals, strict=True)]
         z = (odds[1] - odds[0]) / math.sqrt(1 / more[0] + 1 / more[1])
         changes[token] = TokenChange(token, before[token], after[token], odds[1] - odds[0], z)
@@ -103,7 +106,7 @@ def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1)
 
 
 def tokens_of(text: str) -> set[str]:
-    """The different words of a text, and pairs of words in a row."""
+    """The distinct words of a text, and its pairs of consecutive words."""
     words = words_of(text)
     return {*words, *(f"{first} {second}" for first, second in pairwise(words))}
 
@@ -116,9 +119,10 @@ def _count(texts: Iterable[str]) -> Counter[str]:
 
 
 def _p_value(change: TokenChange, share: float) -> float:
-    """Two-sided and exact: nothing has changed if each record that holds the token comes after with that ``share``.
+    """Exact and two-sided: if nothing has changed, a record that contains the token is from after with that ``share``.
 
-    The z-score would not do: where a token is new, its prior, meant to keep chance small, hides the surest changes.
+    The z-score is not suitable for this: if a token is new, its prior, which limits the effect of chance, hides the
+    most certain changes.
     """
     from evertune.gate.statistics import binomial_tail
 

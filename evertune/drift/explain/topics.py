@@ -1,4 +1,4 @@
-"""Which topics have come, grown, shrunk or gone."""
+"""The topics that have appeared, grown, shrunk or disappeared."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from torch.nn.functional import normalize
 from evertune.drift.explain.p_values import two_shares
 from evertune.drift.explain.tokens import log_odds, words_of
 
-_VOCABULARY = 2_000  # words in the features that are made here
-_STARTS, _STEPS = 4, 30
-_WORDS = 6  # that describe a topic
+_VOCABULARY = 2_000  # number of words in the tf-idf features
+_STARTS, _STEPS = 4, 30  # of k-means: random starts, and maximum iterations of each
+_WORDS = 6  # number of words that describe a topic
 
 
 @dataclass(frozen=True)
 class TopicChange:
-    """A group of records that are alike, and how its share has changed.
+    """A group of similar records, and how its share has changed.
 
     Attributes:
-        words: that tell it from the other topics, the most telling first.
-        before: its share of the records before the change.
-        after: its share of those after it.
-        z: the change in units of its standard deviation, were there none.
-        example_before: position of the record before the change that is nearest to its centre; None without one.
-        example_after: the same after it.
+        words: Words that distinguish it from the other topics, the most distinctive first.
+        before: Share of the records before the change that belong to it.
+        after: Share of the records after the change that belong to it.
+        z: Change of the share in units of its standard deviation if there were no change.
+        example_before: Position of the record before the change that is nearest to the topic's centre; None if there is
+            none.
+        example_after: Position of the record after the change that is nearest to the topic's centre; None if there is
+            none.
     """
 
     words: list[str]
@@ -48,18 +50,18 @@ def changed_topics(
     n_topics: int = 8,
     seed: int = 0,
 ) -> list[TopicChange]:
-    """The topics of two lists of texts, by spherical k-means (Dhillon & Modha 2001), and the share of each.
+    """The topics of two lists of texts, found by spherical k-means (Dhillon & Modha 2001), and the share of each.
 
-    Both sides are clustered together and weigh the same, so that a new topic of a short list is found, and so is one
-    that has gone.
+    Both sides are clustered together with equal total weight, so that a topic is also found if it is only in the
+    shorter list.
 
     Args:
-        before: texts before the change.
-        after: texts after it.
-        features: of both, ``[texts, n_features]`` each; their directions count. By default those of the words
-            (tf-idf).
-        n_topics: clusters; fewer where there are few texts.
-        seed: of the starts.
+        before: Texts before the change.
+        after: Texts after the change.
+        features: Features of the texts, ``[texts, n_features]`` for each side, of which only the directions count.
+            Default: tf-idf features of the words.
+        n_topics: Number of clusters; fewer are used if there are few texts. Default: 8.
+        seed: Seed of the random starts.
 
     Returns:
         All topics, the largest change first.
@@ -103,7 +105,8 @@ def changed_topics(
 
 
 def _spherical_k_means(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centres ``[k, n_features]`` of unit length and the nearest of each point: the best of a few starts."""
+    """Centres of unit length, ``[k, n_features]``, and the index of the nearest for each point; the best of several
+    starts."""
     best, best_fit = (points[:1], torch.zeros(len(points), dtype=torch.long)), -math.inf
     for _ in range(_STARTS):
         centres = points[_first_centres(points, weights, k, generator)]
@@ -122,12 +125,12 @@ def _spherical_k_means(points: Tensor, weights: Tensor, k: int, generator: torch
 
 
 def _first_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> list[int]:
-    """k-means++ (Arthur & Vassilvitskii 2007): the farther a point is from those chosen, the likelier it is next."""
+    """k-means++ (Arthur & Vassilvitskii 2007): a point far from the chosen centres is more likely to be the next."""
     chosen = [int(torch.multinomial(weights, 1, generator=generator))]
     farness = torch.full((len(points),), math.inf)
     while len(chosen) < k:
         farness = torch.minimum(farness, (1 - points @ points[chosen[-1]]).clamp(min=0))
-        farness[farness < 1e-6] = 0.0  # the same point again
+        farness[farness < 1e-6] = 0.0  # the same point, up to rounding
         if not farness.any():
             break
         chosen.append(int(torch.multinomial(weights * farness, 1, generator=generator)))
@@ -135,7 +138,8 @@ def _first_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Gen
 
 
 def _telling_words(members: Counter[str], all_records: Counter[str]) -> list[str]:
-    """By their log-odds against the other topics; without others, by their frequency."""
+    """The words with the largest log-odds against the other topics, or the most frequent ones if there is only one
+    topic."""
     others = all_records - members
     if not others:
         return [word for word, _ in sorted(members.items(), key=lambda item: (-item[1], item[0]))][:_WORDS]
@@ -144,7 +148,7 @@ def _telling_words(members: Counter[str], all_records: Counter[str]) -> list[str
 
 
 def _tf_idf(counted: Sequence[Counter[str]], holding: Counter[str]) -> Tensor:
-    """Of the words most texts hold (those in more than half of them left out): ``[texts, words]``."""
+    """Tf-idf features, ``[texts, words]``, of the most frequent words, without those in more than half of the texts."""
     common = [word for word, n in holding.items() if 2 <= n <= max(2, len(counted) / 2)]
     common = sorted(common, key=lambda word: (-holding[word], word))[:_VOCABULARY]
     places = {word: place for place, word in enumerate(common)}

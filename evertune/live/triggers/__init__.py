@@ -1,4 +1,4 @@
-"""When an update is due: triggers, and what may hold one back."""
+"""Triggers, which decide when an update is due, and policies, which may delay one."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a trigger is, and what it decides on."""
+"""The interface of a trigger, and the situation that it decides on."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What a trigger decides on.
+    """The information on which a trigger decides.
 
     Args:
-        records: reads the pending rows, ``{"id", "origin", "record"}``, in the order in which they arrived: those that
-            production has not learned.
-        n_pending: how many they are.
-        n_new: how many of them no update has been tried on yet.
-        production: the version in production; None before the first.
-        memory_texts: reads texts of what production has learned.
-        last_update: when the last update was tried, whatever became of it; None before the first.
-        now: the present moment. Both moments have a time zone.
-        text: the field of a record that holds its text, or several.
-        label: the field that holds its label.
-        memory_labels: reads labels of what production has learned.
-        waiting: reads the texts that wait for their labels, as rows, in the order in which they arrived.
-        held_out: reads what production said, before it was published, about the records held out of each update.
-        predict: what production says about rows; costs a pass over them, and the loading of the model.
-        updates: reads when each update was tried, and the seconds that its training and evaluation took.
-        label_names: gives the names of the classes in a label; none for a task without classes.
+        records: Reads the pending rows, ``{"id", "origin", "record"}``, which production has not learned, in the order
+            in which they arrived.
+        n_pending: Number of pending rows.
+        n_new: Number of pending rows on which no update has been tried yet.
+        production: The version in production; None before the first.
+        memory_texts: Reads texts that production has learned.
+        last_update: When the last update was tried, whatever its outcome; None before the first.
+        now: The present time. This and ``last_update`` must have a time zone.
+        text: Name of the field with the text of a record, or several names.
+        label: Name of the field with the label.
+        memory_labels: Reads labels that production has learned.
+        waiting: Reads the texts that are waiting for their labels, as rows, in the order in which they arrived.
+        held_out: Reads the predictions of production, from before it was published, on the records held out of each
+            update.
+        predict: Returns the predictions of production on rows, at the cost of loading the model and a pass over the
+            rows; None before the first version.
+        updates: Reads the time at which each update was tried, and the seconds that its training and evaluation took.
+        label_names: Returns the names of the classes in a label; an empty list for a task without classes.
 
     Raises:
-        ValueError: for a moment without a time zone.
+        ValueError: If a time has no time zone.
     """
 
     records: Callable[[], list[dict[str, Any]]]
@@ -65,13 +67,13 @@ class Situation:
 
 
 class Trigger(ABC):
-    """Decides whether an update is due. A subclass writes :meth:`reason`.
+    """Decides whether an update is due. A subclass implements :meth:`reason`.
 
-    What it decides depends on the situation alone: a restarted process decides as the one before it.
+    The decision depends on the situation alone, so that a restarted process decides like the one before it.
 
     Attributes:
-        explanation: what the last :meth:`reason` found, in words, also where it found no reason.
-        readings: what it measured, by name, to be shown as metrics: ``{"drift_score": 0.03}``.
+        explanation: What the last :meth:`reason` found, as a message, even if it found no reason.
+        readings: What it measured, by name, to be shown as metrics: ``{"drift_score": 0.03}``.
     """
 
     def __init__(self) -> None:
@@ -80,14 +82,15 @@ class Trigger(ABC):
 
     @abstractmethod
     def reason(self, situation: Situation) -> str | None:
-        """Why an update is due, in words, or None."""
+        """Why an update is due, as a message; None if it is not."""
 
 
 def duration(name: str, period: str) -> timedelta:
-    """The length of a period: a number and a unit, as ``"90s"``, ``"30m"``, ``"12h"``, ``"1d"``, ``"2w"``.
+    """The length of a period: a number and a unit, such as ``"90s"``, ``"30m"``, ``"12h"``, ``"1d"`` or ``"2w"``.
 
     Raises:
-        ValueError: for a period that cannot be read or is not positive; ``name`` is that of the argument.
+        ValueError: If the period cannot be parsed or is not positive. ``name`` is the name of the argument in the
+            message.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", period.strip())
     if match is None or not float(match[1]):
@@ -96,10 +99,10 @@ def duration(name: str, period: str) -> timedelta:
 
 
 def positive(name: str, value: int) -> int:
-    """The value, if it is positive.
+    """Return the value if it is positive.
 
     Raises:
-        ValueError: when it is not.
+        ValueError: If it is not.
     """
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")

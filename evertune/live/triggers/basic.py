@@ -1,4 +1,4 @@
-"""When an update is due: enough new records, a schedule, or a changed world; and how triggers combine."""
+"""Triggers on the number of new records, on a schedule and on elapsed time, and their combinations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Volume(Trigger):
         '312 new records (200 asked for)'
 
     Args:
-        min_records: how many. Records of a refused update wait for that many others before they are tried again.
+        min_records: Minimum number of new records. The records of a refused update are tried again once this many
+            others have arrived. Default: 200.
 
     Raises:
-        ValueError: when ``min_records`` is not positive.
+        ValueError: If ``min_records`` is not positive.
     """
 
     def __init__(self, min_records: int = 200) -> None:
@@ -38,24 +39,24 @@ class Volume(Trigger):
 
 
 class Schedule(Trigger):
-    """Due at the moments of a cron expression, if there is a new record.
+    """Due at the times of a cron expression, if there is a new record.
 
-    A moment missed, because nothing was running or an update took longer, is made up for once. The first update is due
-    at once.
+    Scheduled times that were missed, because nothing was running or an update took longer, lead to one update. The
+    first update is due at once.
 
-    When the clock is set back, a moment counts again only if the clock now stands before it: due when the newest moment
-    of the schedule is another one than it was at the last update. So a correction by seconds changes nothing, and a
-    last update dated in the far future, by a clock that was wrong, delays none.
+    An update is due if the latest scheduled time is not the same now as it was at the last update. If the clock is set
+    back, a scheduled time therefore counts again only if the clock is now before it: a correction by seconds changes
+    nothing, and a last update dated in the far future by a wrong clock delays nothing.
 
     Args:
-        cron: five fields (minute, hour, day of month, month, day of week), or ``@daily`` and its like:
-            ``"0 3 * * *"`` is each night at three.
-        timezone: an IANA name; the fields are local time there. An hour that a change of clock repeats counts twice,
-            and a moment in an hour that it skips counts right after it.
+        cron: Five fields (minute, hour, day of month, month, day of week), or ``@daily`` and the like: ``"0 3 * * *"``
+            is every night at three.
+        timezone: IANA name of the time zone in which the fields are local times. Default: UTC. A time in an hour that a
+            change of clock repeats counts twice, and one in an hour that it skips counts right after it.
 
     Raises:
-        ModuleNotFoundError: without the extra ``live``.
-        ValueError: for an expression that cannot be read or never comes, or an unknown time zone.
+        ModuleNotFoundError: If the extra ``live`` is not installed.
+        ValueError: If the expression cannot be parsed or never occurs, or the time zone is unknown.
     """
 
     def __init__(self, cron: str, timezone: str = "UTC") -> None:
@@ -86,9 +87,9 @@ class Schedule(Trigger):
         return None
 
     def _newest(self, moment: datetime) -> datetime:
-        """The newest moment of the schedule that is not after ``moment``."""
+        """The latest scheduled time that is not after ``moment``."""
         croniter = library("croniter", "live").croniter
-        after = moment.astimezone(self.timezone) + timedelta(milliseconds=1)  # get_prev means strictly before
+        after = moment.astimezone(self.timezone) + timedelta(milliseconds=1)  # get_prev() is strictly before
         found: datetime = croniter(self.cron, after).get_prev(datetime)
         return found
 
@@ -96,14 +97,14 @@ class Schedule(Trigger):
 class Every(Trigger):
     """Due when a period has passed since the last update, if there is a new record. The first update is due at once.
 
-    When the clock is set back, the time from the last update counts in either direction: by less than a period, and the
-    next update is late by so much; by more, and it is due at once.
+    The time since the last update counts in either direction. If the clock is set back by less than a period, the next
+    update is late by that much; if it is set back by more, the update is due at once.
 
     Args:
-        period: a number and a unit: ``"90s"``, ``"30m"``, ``"12h"``, ``"1d"``, ``"2w"``.
+        period: A number and a unit: ``"90s"``, ``"30m"``, ``"12h"``, ``"1d"``, ``"2w"``. Default: one day.
 
     Raises:
-        ValueError: for a period that cannot be read or is not positive.
+        ValueError: If the period cannot be parsed or is not positive.
     """
 
     def __init__(self, period: str = "1d") -> None:
@@ -123,13 +124,13 @@ class Every(Trigger):
 
 
 class AnyOf(Trigger):
-    """Due when one of several triggers has a reason; all that have one are named.
+    """Due when at least one of several triggers has a reason; all reasons are named.
 
     Args:
-        triggers: at least one.
+        triggers: The triggers, at least one.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: If there is none.
     """
 
     def __init__(self, triggers: list[Trigger]) -> None:
@@ -152,10 +153,10 @@ class AllOf(AnyOf):
     """Due when each of several triggers has a reason: ``AllOf([Every("1d"), Volume(200)])``.
 
     Args:
-        triggers: at least one.
+        triggers: The triggers, at least one.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: If there is none.
     """
 
     def reason(self, situation: Situation) -> str | None:

@@ -1,4 +1,4 @@
-"""When an update is due because the records that arrive, or their labels, are no longer those that were learned."""
+"""Triggers on drift: the records that arrive, or their labels, differ from those that production has learned."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ _BATCH = 256
 
 
 class Drift(Trigger):
-    """Due when what arrives no longer looks like what production has learned.
+    """Due when the texts that arrive no longer look like those that production has learned.
 
-    The detector's reference is a sample of the texts that are known of what production has learned; then it looks at
-    the pending records in order, up to the first alarm. Without a version in production, or with too few texts to hold
-    the detector's false-alarm rate, there is no reason, and :attr:`explanation` says so: combine it with another
-    trigger (``AnyOf``) that brings the first updates.
+    The detector's reference is a sample of the known texts that production has learned; it then processes the pending
+    records in order, up to the first alarm. Without a version in production, or with too few texts for the detector's
+    false-alarm rate, the trigger never fires, and :attr:`explanation` says why: combine it (``AnyOf``) with another
+    trigger that starts the first updates.
 
-    Records that arrive in spells, all of a kind together, look like drift: they ask for a detector with a
-    ``block_size`` (see :class:`~evertune.drift.MMD`).
+    Similar records that arrive in bursts look like drift: use a detector with a ``block_size`` for them (see
+    :class:`~evertune.drift.MMD`).
 
-    A detector of single numbers needs a featuriser that gives one: ``[texts, 1]``, as of their lengths.
+    A detector of single numbers needs a featuriser that returns one number per text, ``[texts, 1]``, such as its
+    length.
 
     Args:
-        detector: decides; used as a template, it stays as it is. Default: :class:`~evertune.drift.MMD` with one false
-            alarm in 10,000 records and a reference of up to 512 texts; it needs 128.
-        featuriser: a frozen view of a list of texts, ``texts -> tensor [texts, n_features]``. Default:
-            :class:`~evertune.drift.HashedNgrams`, of words; :class:`~evertune.drift.FrozenEncoder` sees meaning and
-            costs milliseconds a text.
-        min_records: new records before it looks: records of a refused update wait for that many others.
-        threshold: decides in the detector's place, on the score of each test, given those of the tests before it since
-            this version is in production. The detector's false-alarm rate is not kept then. The scores are computed
-            again from the pending records after a restart. Default: the detector decides.
+        detector: The detector that decides, used as a template that is not changed. Default:
+            :class:`~evertune.drift.MMD` with one false alarm in 10,000 records and a reference of up to 512 texts; it
+            needs 128.
+        featuriser: A function from a list of texts to features, ``texts -> tensor [texts, n_features]``, that does not
+            learn. Default: :class:`~evertune.drift.HashedNgrams` of words. :class:`~evertune.drift.FrozenEncoder`
+            captures meaning, but takes milliseconds per text.
+        min_records: Minimum number of new records before the detector is run; the records of a refused update count
+            again once this many others have arrived. Default: 64.
+        threshold: Decides instead of the detector, on the score of each test, given the scores of the earlier tests
+            since this version went into production. The detector's false-alarm rate does not hold then. After a restart
+            the scores are recomputed from the pending records. Default: the detector decides.
 
     Raises:
-        ValueError: when ``min_records`` is not positive.
+        ValueError: If ``min_records`` is not positive.
     """
 
     _name, _units = "drift", "texts"
@@ -60,15 +63,15 @@ class Drift(Trigger):
         self.featuriser = featuriser or HashedNgrams()
         self.min_records = positive("min_records", min_records)
         self.threshold = threshold
-        # What has been looked at, so that the next look continues from there: decisions do not depend on it.
+        # A cache of what has been processed, so that the next call continues from there; decisions do not depend on it.
         self._version: int | None = None
         self._ids: list[str] = []
-        self._watching: Detector | str = ""  # or why it cannot
-        self._n_reference = self._n_tests = 0  # of the detector, when the pending records begin
+        self._watching: Detector | str = ""  # the detector, or the reason why there is none
+        self._n_reference = self._n_tests = 0  # the detector's counts before the first pending record
         self._scores: list[float] = []
         self._alarm: tuple[float, float, int] | None = None  # score, limit and record
         self._limit: float | None = None
-        self._rest = torch.empty(0)  # features of the records that fill no window yet
+        self._rest = torch.empty(0)  # features of the records that do not fill a window yet
 
     def reason(self, situation: Situation) -> str | None:
         if situation.production is None or situation.production.number != self._version:
@@ -87,11 +90,11 @@ class Drift(Trigger):
         return self._decision(self._watching)
 
     def _known(self, situation: Situation) -> list[Any]:
-        """What the reference is a sample of."""
+        """The values of which the reference is a sample."""
         return situation.memory_texts()
 
     def _seen(self, record: dict[str, Any], situation: Situation) -> Any:
-        """What is looked at of a record."""
+        """The part of a record that is watched."""
         names = [situation.text] if isinstance(situation.text, str) else situation.text
         return " ".join(str(record.get(name) or "") for name in names)
 
@@ -99,10 +102,10 @@ class Drift(Trigger):
         return MMD(reference_size=max(1, min(n_known, 512)))
 
     def _look(self, situation: Situation, production: int) -> None:
-        """Look at the pending records that are new; those of one version in production only grow in number."""
+        """Process the new pending records; while the version in production stays the same, records are only added."""
         rows = situation.records()
         ids = [row["id"] for row in rows]
-        version, self._version = self._version, None  # should this look fail, the next starts over
+        version, self._version = self._version, None  # if this call fails, the next one starts over
         if version != production or ids[: len(self._ids)] != self._ids:
             self._ids, self._scores, self._alarm, self._limit, self._rest = [], [], None, None, torch.empty(0)
             self._watching = self._armed(self._known(situation))
@@ -114,7 +117,7 @@ class Drift(Trigger):
         self._version, self._ids = production, ids
 
     def _watch(self, detector: Detector, features: torch.Tensor) -> None:
-        """Look at some records, up to the first alarm."""
+        """Process some records, up to the first alarm."""
         for piece in self._pieces(detector, features):
             if self._alarm is not None:
                 return
@@ -133,9 +136,9 @@ class Drift(Trigger):
                 self._alarm = (detector.score, self._limit, (own or detector.n_seen) - self._n_reference)
 
     def _pieces(self, detector: Detector, features: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Records as the detector is to see them: whole stretches, so that no digit depends on when they arrived.
+        """Split records into whole windows, so that scores are bit-identical however the records arrived.
 
-        Where a threshold of our own decides, there is one test in a piece.
+        If the trigger's own threshold decides, each piece completes at most one test.
         """
         if isinstance(detector, SumDetector):
             features = torch.cat([self._rest, features]) if len(self._rest) else features
@@ -169,7 +172,7 @@ class Drift(Trigger):
         return self.explanation
 
     def _armed(self, known: list[Any]) -> Detector | str:
-        """A detector whose reference is a sample of what is known, or why there is none."""
+        """A detector whose reference is a sample of the known values, or the reason why there is none."""
         if self.detector is not None:
             detector = copy.deepcopy(self.detector)
             detector.reset()
@@ -178,6 +181,7 @@ class Drift(Trigger):
                 detector = self._default(len(known))
             except ValueError as error:
                 return str(error)
+        # Shuffled with a fixed seed, so that the reference is a random sample and the same after a restart.
         for features in self._features(random.Random(0).sample(known, len(known))):
             for record in features:
                 if not detector.armed:
@@ -192,20 +196,21 @@ class Drift(Trigger):
 
 
 class LabelDrift(Drift):
-    """Due when the labels of what arrives come in other shares than those of what production has learned.
+    """Due when the shares of the labels that arrive differ from those that production has learned.
 
-    As :class:`Drift`, on labels: more complaints and fewer orders, or a class that production does not know. (All such
-    classes count together. With several labels a record, each combination counts as a class.)
+    Like :class:`Drift`, on labels: more complaints and fewer orders, or a class that production does not know. (All
+    unknown classes count as one. If a record has several labels, each combination counts as a class.)
 
     Args:
-        detector: of class numbers; used as a template, it stays as it is. Default:
+        detector: A detector of class numbers, used as a template that is not changed. Default:
             :class:`~evertune.drift.labels.LabelShift` with one false alarm in 10,000 records and a reference of up to
             512 labels; it needs 128.
-        min_records: new records before it looks: records of a refused update wait for that many others.
-        threshold: decides in the detector's place, as in :class:`Drift`.
+        min_records: Minimum number of new records before the detector is run; the records of a refused update count
+            again once this many others have arrived. Default: 64.
+        threshold: Decides instead of the detector, as in :class:`Drift`.
 
     Raises:
-        ValueError: when ``min_records`` is not positive.
+        ValueError: If ``min_records`` is not positive.
     """
 
     _name, _units = "label drift", "labels"
@@ -237,7 +242,7 @@ class LabelDrift(Drift):
         return LabelShift(n_classes=max(1, len(self._numbers)), reference_size=max(1, min(n_known, 512)))
 
     def _numbered(self, names: Sequence[str]) -> torch.Tensor:
-        """The number of each class, ``[labels, 1]``; one number for all classes that production does not know."""
+        """The number of each class, ``[labels, 1]``; all classes that production does not know share one number."""
         return torch.tensor([[float(self._numbers.get(name, len(self._numbers)))] for name in names])
 
 

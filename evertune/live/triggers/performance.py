@@ -1,4 +1,4 @@
-"""When an update is due because production does worse on what arrives than on what it was published with."""
+"""A trigger on performance: production is less accurate on new records than it was when it was published."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ _NONE: _Answers = (np.empty(0), np.empty(0, bool))
 
 
 class PerformanceDrop(Trigger):
-    """Due when production's accuracy on new records is below what it had on held-out ones when it was published.
+    """Due when production's accuracy on new records is below its accuracy on held-out records when it was published.
 
     The pending records, which have labels and which production has not learned, are cut into windows in the order in
-    which they arrived, and production predicts each once. The newest whole window decides, if records in it are new:
-    its reading is the accuracy on the held-out records of all updates, as the gate saw it, less that in the window. The
-    reading alarms above the ``threshold``, if an exact test of the counts (Fisher 1935, one-sided) rules out chance as
-    well. So false alarms do not become more when one looks more often: there are ``alpha`` a window at most.
+    which they arrived, and production predicts each window once. The newest complete window decides, if it contains new
+    records: its reading is the accuracy on the held-out records of all updates, as measured by the gate, minus the
+    accuracy in the window. A reading above the ``threshold`` raises an alarm if an exact test of the counts (Fisher
+    1935, one-sided) also rules out chance. Checking more often therefore does not cause more false alarms: there are at
+    most ``alpha`` per window.
 
-    Where labels are late (a label join) and no whole window is new, the accuracy on the newest ``window`` texts that
-    wait for their labels is estimated from production's confidence
-    (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. What a confidence
-    stands for is learned from the held-out records and the newest whole windows with labels: doubt is seen at once, and
-    confident mistakes as far as labels have revealed them.
+    If labels arrive late (a label join) and no complete window is new, the accuracy on the newest ``window`` texts that
+    are waiting for their labels is estimated from production's confidence
+    (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. The map from
+    confidence to accuracy is learned from the held-out records and the newest complete windows with labels: low
+    confidence shows at once, confident mistakes only once labels have revealed them.
 
-    A look costs one pass over the windows that no look has seen yet. After a restart the newest one, and so many before
-    it as the threshold looks back on, are predicted again, and the same decision comes out.
+    Each call costs one pass over the windows that have not been predicted yet. After a restart, the newest window and
+    those before it that the threshold depends on are predicted again, with the same decision.
 
     Args:
-        threshold: of the reading, a loss of accuracy. Default: ``Static(0.05)``.
-        window: records in a reading. Default: 250. Against 500 held-out records, nine such windows of ten tell an
-            accuracy of 0.8 from one of 0.9 when published, and three of ten one of 0.85.
-        alpha: the largest p-value that rules out chance.
-        min_records: new records before it looks: records of a refused update wait for that many others.
-        estimate: whether confidence stands in for labels that are late.
+        threshold: Threshold on the reading, a loss of accuracy. Default: ``Static(0.05)``.
+        window: Number of records per reading. Default: 250. Against 500 held-out records, a drop of the accuracy from
+            0.9 to 0.8 is detected in nine of ten such windows, and a drop to 0.85 in three of ten.
+        alpha: The largest p-value that rules out chance. Default: 0.01.
+        min_records: Minimum number of new records before anything is predicted; the records of a refused update count
+            again once this many others have arrived. Default: 64.
+        estimate: Whether to estimate the accuracy from confidence while labels are late.
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class PerformanceDrop(Trigger):
         self.window = positive("window", window)
         self.alpha, self.estimate = alpha, estimate
         self.min_records = positive("min_records", min_records)
-        # What has been looked at, so that it is not predicted again: decisions do not depend on it.
+        # A cache of what has been predicted, so that it is not predicted again; decisions do not depend on it.
         self._version: int | None = None
         self._scored = False
         self._held_out: _Answers = _NONE
-        self._said: dict[tuple[int | str, ...], _Answers] = {}  # in a window, by its place and its records' ids
-        self._windows: tuple[int, list[_Answers]] = (0, [])  # pending records, and what was said in the newest windows
-        self._confidence: dict[tuple[str, str], float] = {}  # in texts that wait, by their ids and origins
+        self._said: dict[tuple[int | str, ...], _Answers] = {}  # answers by a window's position and ids
+        self._windows: tuple[int, list[_Answers]] = (0, [])  # number of pending records, and the newest answers
+        self._confidence: dict[tuple[str, str], float] = {}  # confidence on texts that wait, by their ids and origins
 
     def reason(self, situation: Situation) -> str | None:
         if situation.production is None or situation.production.number != self._version:
@@ -99,8 +101,8 @@ class PerformanceDrop(Trigger):
         return self._decide(_estimated([self._held_out, *earlier], waiting), earlier, words)
 
     def _take_up(self, situation: Situation, production: int) -> None:
-        """Read what another version was published with."""
-        self._version = None  # should this fail, the next look starts over
+        """Read the held-out predictions of a version that is new in production."""
+        self._version = None  # if this call fails, the next one starts over
         said = list(situation.held_out().values())
         self._scored = not all(one.has_classes for one in said)
         self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said if one.has_classes)])
@@ -108,7 +110,8 @@ class PerformanceDrop(Trigger):
         self._version = production
 
     def _newest(self, situation: Situation, n_whole: int) -> list[_Answers]:
-        """What is said in the newest whole window, and in so many before it as matter; the newest is last."""
+        """The answers in the newest complete window, and in those before it that the threshold needs; the newest is
+        last."""
         if self._windows[0] == situation.n_pending:
             return self._windows[1]
         first = max(0, n_whole - (self.threshold.window + 1) * self.window)
@@ -122,12 +125,13 @@ class PerformanceDrop(Trigger):
             for place, key in enumerate(new):
                 own = slice(place * self.window, (place + 1) * self.window)
                 self._said[key] = (said.confidence[own], said.correct[own])
+        # Keeps only the windows that still matter, so that the cache does not grow.
         self._said = {key: self._said[key] for key in keys}
         self._windows = (situation.n_pending, list(self._said.values()))
         return self._windows[1]
 
     def _confidence_in_waiting(self, situation: Situation) -> list[float]:
-        """How sure production is of the newest texts that wait for their labels."""
+        """The confidence of production on the newest texts that are waiting for their labels."""
         rows = {(row["id"], row["origin"]): row for row in situation.waiting()[-self.window :]}
         new = [key for key in rows if key not in self._confidence]
         if len(rows) < self.window:
@@ -173,12 +177,13 @@ def fisher(before: int, n_before: int, now: int, n_now: int) -> float:
         return np.asarray(log_factorial[n] - log_factorial[k] - log_factorial[n - k])
 
     k = np.arange(max(0, successes - n_before), now + 1)
+    # In logarithms: the binomial coefficients themselves overflow at about a thousand records.
     terms = log_choose(n_now, k) + log_choose(n_before, successes - k) - log_choose(total, successes)
     return min(1.0, float(np.exp(terms).sum()))
 
 
 def _estimated(known: list[_Answers], confidence: list[float]) -> float:
-    """The accuracy that confidences stand for, by answers of which it is known whether they were right, old to new."""
+    """The accuracy that confidences stand for, learned from answers that are known to be right or wrong, old to new."""
     sure, right = _joined(known)
     estimator = PerformanceEstimator()
     estimator.update(range(len(sure)), sure)

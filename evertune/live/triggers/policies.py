@@ -8,10 +8,10 @@ from evertune.live.triggers.base import Situation, Trigger, duration, positive
 
 
 class CoolDown(Trigger):
-    """The reasons of another trigger, but none within a time after the last update, whatever became of that.
+    """The reason of another trigger, but none for a while after the last update, whatever its outcome.
 
-    The other trigger looks all the same, so that what it measures is shown. When the clock is set back, the time from
-    the last update counts in either direction, as in :class:`~evertune.live.triggers.Every`.
+    The other trigger is evaluated even so, so that its readings are shown. The time since the last update counts in
+    either direction, in case the clock is set back, as in :class:`~evertune.live.triggers.Every`.
 
     Example:
         >>> from datetime import datetime, timezone
@@ -26,11 +26,11 @@ class CoolDown(Trigger):
         (None, '312 new records (200 asked for); too soon: cooling down until 2026-03-01 16:00 UTC (6h)')
 
     Args:
-        trigger: the other one.
-        period: a number and a unit: ``"30m"``, ``"6h"``, ``"1d"``.
+        trigger: The trigger whose reasons are delayed.
+        period: A number and a unit: ``"30m"``, ``"6h"``, ``"1d"``. Default: six hours.
 
     Raises:
-        ValueError: for a period that cannot be read or is not positive.
+        ValueError: If the period cannot be parsed or is not positive.
     """
 
     def __init__(self, trigger: Trigger, period: str = "6h") -> None:
@@ -50,18 +50,18 @@ class CoolDown(Trigger):
 
 
 class WarmUp(Trigger):
-    """The reasons of another trigger, but none before the version in production has been live for a while.
+    """The reason of another trigger, but none before the version in production has been live for a while.
 
-    Counted from when that version was made. Before the first version only records count. The other trigger looks all
-    the same, so that what it measures is shown.
+    The time is counted from the creation of that version. Before the first version, only records count. The other
+    trigger is evaluated even so, so that its readings are shown.
 
     Args:
-        trigger: the other one.
-        min_records: pending records: those that arrived since what production has learned.
-        period: a number and a unit, as ``"6h"``. With both, both must have passed.
+        trigger: The trigger whose reasons are delayed.
+        min_records: Minimum number of pending records, which production has not learned; None for no minimum.
+        period: A number and a unit, such as ``"6h"``; None for no minimum time. If both are given, both must be met.
 
     Raises:
-        ValueError: when neither is given, or one is out of its range.
+        ValueError: If neither is given, or one is out of range.
     """
 
     def __init__(self, trigger: Trigger, min_records: int | None = None, period: str | None = None) -> None:
@@ -89,23 +89,23 @@ class WarmUp(Trigger):
 
 
 class CostBudget(Trigger):
-    """A reason as long as updates have not cost too much: a veto in ``AllOf``.
+    """A reason as long as updates have not exceeded a budget: a veto in ``AllOf``.
 
-    What counts is the time of training and evaluation that the manifests of the versions hold, promoted or refused, of
-    updates that began within ``per`` before now (of an update that was interrupted, the time since it went on). So a
-    restart forgets nothing; but an update that failed leaves no version, and none that ``gc`` has removed counts. An
-    update that begins within the budget is finished: the last one may go beyond it.
+    What counts is the time for training and evaluation in the manifests of all versions, promoted or refused, whose
+    update began within the last ``per`` (for an interrupted update, the time since it was resumed). A restart therefore
+    forgets nothing. Updates that failed do not count, as they leave no version, nor do versions that ``gc`` has
+    removed. An update that begins within the budget is finished even if it exceeds it.
 
     Example::
 
         AllOf([AnyOf([Drift(), PerformanceDrop()]), CostBudget("2h", per="1d")])
 
     Args:
-        budget: a number and a unit: ``"90s"``, ``"30m"``, ``"2h"``.
-        per: the time over which it is spent, the same way.
+        budget: A number and a unit: ``"90s"``, ``"30m"``, ``"2h"``.
+        per: The period to which the budget applies, in the same form. Default: one day.
 
     Raises:
-        ValueError: for a period that cannot be read or is not positive.
+        ValueError: If a period cannot be parsed or is not positive.
     """
 
     def __init__(self, budget: str, per: str = "1d") -> None:

@@ -1,4 +1,4 @@
-"""From which value on a reading alarms: a fixed one, or one that follows the readings before it."""
+"""Limits above which a reading raises an alarm: fixed ones, and ones that follow earlier readings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from statistics import fmean
 
 
 class Threshold(ABC):
-    """A limit for the next reading, given those before it. A subclass writes :meth:`limit`.
+    """A limit for the next reading, given the earlier ones. A subclass implements :meth:`limit`.
 
-    Stateless: the caller keeps the readings, or computes them again from the records, so that a restarted process
-    decides as the one before it.
+    Stateless: the caller keeps the readings, or recomputes them from the records, so that a restarted process decides
+    like the one before it.
 
     Args:
-        window: how many readings it looks back on.
+        window: Number of earlier readings that the limit depends on.
 
     Raises:
-        ValueError: when it is not positive.
+        ValueError: If ``window`` is not positive.
     """
 
     def __init__(self, window: int) -> None:
@@ -28,10 +28,10 @@ class Threshold(ABC):
 
     @abstractmethod
     def limit(self, readings: Sequence[float]) -> float | None:
-        """The limit, above which a reading alarms; None while there are too few readings to say.
+        """The limit above which a reading raises an alarm; None while there are too few readings.
 
         Args:
-            readings: those before the one in question, oldest first.
+            readings: The readings before the one to be judged, oldest first.
         """
 
 
@@ -43,10 +43,10 @@ class Static(Threshold):
         0.05
 
     Args:
-        value: the limit.
+        value: The limit.
 
     Raises:
-        ValueError: when it is not finite.
+        ValueError: If ``value`` is not finite.
     """
 
     def __init__(self, value: float) -> None:
@@ -61,21 +61,21 @@ class Static(Threshold):
 
 
 class Quantile(Threshold):
-    """A quantile of the last readings: what is unusual here, whatever the scale.
+    """A quantile of the latest readings: what is unusual for this stream, whatever the scale.
 
-    While nothing changes, a reading is above it in about a share ``1 - q`` of cases. A change that comes slowly enough
-    moves the limit along with it; combine it with a :class:`Static` one where that matters.
+    While nothing changes, about a share ``1 - q`` of the readings exceed it. A change that is slow enough moves the
+    limit along with it; where that matters, combine it with a :class:`Static` limit.
 
     Example:
         >>> Quantile(0.9, window=5).limit([9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
         4.6
 
     Args:
-        q: which, between 0 and 1; interpolated between readings.
-        window: Number of latest readings that are required.
+        q: The quantile, above 0 and at most 1, interpolated between readings. Default: 0.95.
+        window: Number of latest readings that are required. Default: 20.
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: If a number is out of range.
     """
 
     def __init__(self, q: float = 0.95, window: int = 20) -> None:
@@ -95,19 +95,21 @@ class Quantile(Threshold):
 
 
 class RollingAverage(Threshold):
-    """The mean of the last readings, times a factor, plus a distance.
+    """The mean of the latest readings, times a factor, plus a margin.
 
     Example:
         >>> RollingAverage(delta=0.25, window=2).limit([9.0, 0.5, 1.0])
         1.0
 
     Args:
-        factor: for readings that are never negative, such as a detector's score: 2.0 is twice the mean.
-        delta: for readings around zero, such as a loss of accuracy: 0.05 is five points above the mean.
-        window: Number of latest readings that are required.
+        factor: Factor for readings that are never negative, such as a detector's score: 2.0 is twice the mean. Default:
+            1.0.
+        delta: Margin for readings around zero, such as a loss of accuracy: 0.05 is five points above the mean. Default:
+            0.0.
+        window: Number of latest readings that are required. Default: 10.
 
     Raises:
-        ValueError: when the two leave the mean itself as the limit, which half of all readings are above, or less.
+        ValueError: If the limit would be the mean itself, which half of all readings exceed, or less.
     """
 
     def __init__(self, factor: float = 1.0, delta: float = 0.0, window: int = 10) -> None:
