@@ -104,7 +104,7 @@ class ClassBalanced(Reservoir):
     needs_labels = True
 
     def group(self, label: str | None) -> str:
-        """The class."""
+        """One group per class."""
         assert label is not None
         return label
 

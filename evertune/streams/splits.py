@@ -272,7 +272,7 @@ class _Data:
         return [tuple(sorted(self.task.label_names(label))) for label in self.labels]
 
     def stream(self, assigned: Sequence[int], about: Sequence[dict[str, Any]]) -> ExperienceStream:
-        """Experience ``i`` gets the rows assigned to it; a row assigned to -1 has a label that no training row has."""
+        """A stream in which experience ``i`` has the rows assigned to ``i``; -1 marks labels never trained on."""
         split = self.split or _stratified_split(list(zip(assigned, self.strata(), strict=True)), self.shares, self.seed)
         rows: list[dict[str, list[int]]] = [{"train": [], "val": [], "test": []} for _ in about]
         for row, (experience, part) in enumerate(zip(assigned, split, strict=True)):

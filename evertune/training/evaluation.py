@@ -112,6 +112,7 @@ class ContinualEvaluation(ContinualCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reject, before the first step, a fit after which nothing could be evaluated."""
+        # No loader was added for the experience that is about to be learned.
         if len(self.experiences) <= len(self._rows):
             self._fit_loader = self._find_loader(trainer)
             if self._fit_loader is None and not self.experiences:
@@ -200,6 +201,7 @@ class ContinualEvaluation(ContinualCallback):
 
         matrix = torch.tensor(self.accuracy_matrix, dtype=torch.float64)
         metrics = {f"accuracy/{name}": x for name, x in zip(self.experiences, self._rows[-1], strict=False)}
+        # Unseen experiences are columns of the matrix, too, but must not enter the average.
         metrics["average_accuracy"] = average_accuracy(matrix, seen=min(matrix.shape))
         metrics["forgetting"] = forgetting(matrix)
         metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}

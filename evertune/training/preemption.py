@@ -89,7 +89,7 @@ class Preemption(Checkpoint):
             self._asked |= (Path(folder) / f"asked-{os.environ.get('LOCAL_RANK', '0')}").exists()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Create a process group of its own, so that the flags never interleave with other collectives."""
+        """Create a separate process group, so that the flags never interleave with other collectives."""
         self._agreed = False
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")

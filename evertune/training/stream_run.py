@@ -75,6 +75,7 @@ class StreamRun:
             return 0
         prepare = getattr(module, "prepare_experience", None)
         if callable(prepare):
+            # The head must have the classes learned so far before their weights are loaded into it.
             for experience in experiences[:learned]:
                 prepare(experience)
         state = self.directory / f"{_STATE}{learned}"
@@ -82,6 +83,7 @@ class StreamRun:
         for name, callback in named_callbacks(trainer):
             if (state / _CALLBACKS / name).is_dir():
                 callback.load(state / _CALLBACKS / name)
+        # No fit follows that would build the model.
         if learned == len(experiences):
             module.configure_model()
         random = state / _random_file(trainer.global_rank)
@@ -134,6 +136,7 @@ class StreamRun:
         _save_module(module, draft)
         for name, callback in named_callbacks(trainer):
             callback.save(draft / _CALLBACKS / name)
+        # Every rank has its own generators, so every rank writes its own file.
         self._generators.state = random_state(trainer.strategy.root_device)
         (draft / _random_file(rank_and_world_size()[0])).write_bytes(encode(self._generators.state))
         barrier()
@@ -142,6 +145,7 @@ class StreamRun:
             sync_tree(draft)
             draft.rename(whole)
             sync_folder(self.directory)
+            # Only after the rename: until then, the checkpoint is the only way to resume this experience.
             shutil.rmtree(self.checkpoint.directory, ignore_errors=True)
             for path in self.directory.glob(f"{_STATE}*"):
                 if path != whole:

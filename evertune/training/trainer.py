@@ -161,6 +161,7 @@ class ContinualTrainer(Trainer):
             ValueError: If the step size is not divisible by the number of processes.
         """
         refuse_other_package(self, [module, datamodule])
+        # Callbacks and settings are kept, everything else of the trainer starts from its initial state.
         if self.state.fn is not None:
             super().__init__(**_kept(self._settings))  # a second fit of a Lightning trainer would train 0 steps
         if hasattr(datamodule, "batch_size"):

@@ -576,7 +576,7 @@ class IdReader:
         self.source = source
 
     def __call__(self, example: Any) -> str:
-        """The id."""
+        """The id of an example, as a string."""
         name = name_of(_read(example, self.source, "id"))
         if name is None:
             raise ValueError(f"id={self.source!r} gives neither a string nor a whole number")

@@ -34,7 +34,7 @@ class Schedule:
 
     def start_iterator(self, first_batch: int) -> None:
         """Announce a new iterator over the loader. No other may be running."""
-        # The count is written last: it is what tells a worker to read the first batch.
+        # The count is written last: a worker restarts its numbering at the first batch when the count changes.
         self._cells[1] = first_batch
         self._cells[0] += 1
 
