@@ -1,1 +1,1 @@
-"""How evertune starts on many processes: one launcher per file."""
+"""Launchers, one per file: they start a command of evertune on many processes."""
