@@ -34,6 +34,7 @@ test-all: test  ## the slow tests too
 $(LIGHTNING)/.dev: $(VENV)/.dev
 	test -x $(LIGHTNING)/bin/python || $(PYTHON) -m venv $(LIGHTNING)
 	$(BIN)/pip freeze --exclude-editable --exclude pytorch-lightning > $(LIGHTNING)/requirements.txt
+	$(LIGHTNING)/bin/pip install --quiet --upgrade 'pip>=25'
 	$(LIGHTNING)/bin/pip install --quiet --no-deps --requirement $(LIGHTNING)/requirements.txt --editable .
 	touch $@
 

@@ -1,7 +1,7 @@
 """evertune keeps a fine-tuned transformer up to date: continual learning for PyTorch Lightning.
 
-Importing the package loads nothing heavy. Its DeepSpeed strategies are registered by name when Lightning is imported,
-be that before or after.
+Importing the package loads no heavy library. Its DeepSpeed strategies are registered by name when Lightning is
+imported, before or after evertune.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from importlib import import_module
 from evertune._lightning import when_imported
 from evertune.strategies import register_strategies
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # importing `typing` would take longer than the rest of this file
 if TYPE_CHECKING:
     from typing import Any
 
@@ -31,6 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> "Any":
+    # Names are imported when they are first used, so that `import evertune` stays fast.
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,13 +1,13 @@
-"""Which Lightning is in use, and everything of it that evertune needs; nothing else imports it.
+"""Chooses the Lightning package to use, and provides all that evertune needs of it; no other module imports Lightning.
 
-Projects import Lightning as ``lightning`` or as ``pytorch_lightning``: the same code in two packages, whose classes are
-not each other's. evertune uses one of them, chosen when it first needs it (:func:`package`). With both imported:
+Projects import Lightning as ``lightning`` or as ``pytorch_lightning``: the same code in two packages, so that each
+class exists twice. evertune uses one of them, chosen when it is first needed (:func:`package`). With both imported:
 
-- callbacks are callbacks of both: they derive from :class:`Callback` and :class:`Checkpoint` here;
-- whether a value belongs to a class of either is asked by ``isinstance(value, either("DDPStrategy"))``;
+- callbacks work with both: they derive from :class:`Callback` and :class:`Checkpoint` of this module;
+- ``isinstance(value, either("DDPStrategy"))`` checks for a class of either package;
 - what inherits from one of them (trainer, modules, datamodules, command line) is refused unless the user has chosen.
 
-What is private to Lightning is at the end of this file, in functions with plain names.
+Whatever uses Lightning's private names is at the end of this file, in functions with plain names.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     __all__ = ["pl"]  # handed on, as are the names above
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-"""The packages that Lightning's Trainer comes in. ``lightning`` comes first: installing it brings the other along."""
+"""The packages that contain Lightning's Trainer. ``lightning`` comes first: installing it also installs the other."""
 
 _FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 _FABRIC_NAMES = {
@@ -59,6 +59,7 @@ _FABRIC_NAMES = {
     "move_data_to_device": "utilities",
     "reset_seed": "utilities.seed",
 }
+# Each name with the submodule that holds it, in either package.
 _NAMES = {
     "ActionConfigFile": "cli",
     "Callback": "callbacks",
@@ -82,10 +83,10 @@ _NAMES = {
     "remove_module_hooks": "strategies.deepspeed",
 }
 _OF_ONE = ("LightningCLI", "LightningArgumentParser", "LightningDataModule", "LightningModule", "Trainer")
-"""What evertune inherits from, of one package only."""
+"""Base classes of evertune's own classes, from one package only."""
 
 _OF_BOTH = ("Callback", "Checkpoint")
-"""What evertune inherits from, of every package that is imported."""
+"""Base classes of evertune's own classes, from every package that is imported."""
 
 # --- which package
 
@@ -101,12 +102,12 @@ _by_user = False  # whether the user has chosen, by an import, an installation o
 def package() -> str:
     """The package in use: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
 
-    Chosen at the first call, for the rest of the process: the one that ``EVERTUNE_LIGHTNING`` names, else the only one
-    imported, else the only one installed, else ``lightning`` (installing it brings ``pytorch_lightning`` along, so who
-    has both has asked for ``lightning``).
+    It is chosen at the first call, for the rest of the process: the one that ``EVERTUNE_LIGHTNING`` names, else the
+    only one imported, else the only one installed, else ``lightning`` (installing it also installs
+    ``pytorch_lightning``, so whoever has both has asked for ``lightning``).
 
     Raises:
-        LightningError: when neither is installed, or ``EVERTUNE_LIGHTNING`` names another or one that is missing.
+        LightningError: If neither is installed, or ``EVERTUNE_LIGHTNING`` names another package or one that is missing.
     """
     global _chosen, _by_user
     if _chosen is None:
@@ -122,10 +123,10 @@ def package() -> str:
 
 
 def package_to_inherit() -> str:
-    """The package in use, for what is a class of that package only.
+    """The package in use, for classes that can inherit from one package only.
 
     Raises:
-        LightningError: also when both are imported and the user has not chosen.
+        LightningError: As for :func:`package`, and if both are imported and the user has not chosen.
     """
     one = package()
     if not _by_user and len(imported()) > 1:
@@ -153,17 +154,24 @@ def either(name: str) -> tuple[type[Any], ...]:
 
 
 def package_of(value: object) -> str | None:
-    """The package whose classes a value's class inherits from; None if it is neither or both."""
+    """The package whose classes a value's class inherits from; None if it is neither or both.
+
+    The classes of Fabric, which each package comes with, count as well.
+    """
     roots = {base.__module__.partition(".")[0] for base in type(value).__mro__}
     found = [one for one in PACKAGES if roots & {one.partition(".")[0], _FABRIC[one].partition(".")[0]}]
     return found[0] if len(found) == 1 else None
 
 
 def refuse_other_package(owner: object, values: Sequence[object]) -> None:
-    """Refuse what was made with the other Lightning than its owner, which would not know it for what it is.
+    """Refuse values of the other package than their owner's, whose ``isinstance`` checks would not recognise them.
+
+    Args:
+        owner: Trainer, module or datamodule that the values are given to.
+        values: Objects to check; those of neither package pass.
 
     Raises:
-        TypeError: naming both packages, and how to choose.
+        TypeError: If a value is of the other package. The message names both packages, and how to choose.
     """
     own = package_of(owner)
     for value in values:
@@ -176,7 +184,7 @@ def refuse_other_package(owner: object, values: Sequence[object]) -> None:
 
 
 def is_overridden(method: str, value: object) -> bool:
-    """Whether a module or datamodule, of either package, has a method of its own that Lightning only declares."""
+    """Whether a module or datamodule of either package defines a method that Lightning only declares."""
     from lightning_utilities.core.overrides import is_overridden as is_overridden_over
 
     parents = [one for one in either("LightningModule") + either("LightningDataModule") if isinstance(value, one)]
@@ -209,6 +217,7 @@ def _is_installed(one: str) -> bool:
 
 
 def __getattr__(name: str) -> Any:
+    # Resolved here, so that the package is chosen when a name is first needed, not when this module is imported.
     if name == "pl":
         return import_module(package())
     if name not in _NAMES and name not in _FABRIC_NAMES:
@@ -220,7 +229,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _find(one: str, name: str) -> Any:
-    """A name of one of the packages."""
+    """What a name stands for in one of the packages."""
     home = f"{_FABRIC[one]}.{_FABRIC_NAMES[name]}" if name in _FABRIC_NAMES else f"{one}.{_NAMES[name]}"
     return getattr(import_module(home), name)
 
@@ -229,7 +238,7 @@ _made: dict[str, type[Any]] = {}
 
 
 def _of_both(name: str) -> type[Any]:
-    """A class that is Lightning's of that name in every package that is imported, or will be."""
+    """A class that derives from Lightning's class of that name in every package that is imported, now or later."""
     if name not in _made:
         import_module(package())
         words = f"Lightning's {name}, of every package that is imported."
@@ -241,7 +250,7 @@ def _of_both(name: str) -> type[Any]:
 
 
 def when_imported(act: Callable[[str], None]) -> None:
-    """Call ``act(package)`` for each of the packages: now if it is imported already, else right after its import."""
+    """Call ``act(package)`` for each package: now if it has been imported, else right after its import."""
     _actions.append(act)
     for one in imported():
         act(one)
@@ -253,6 +262,7 @@ def _has_been_imported(one: str) -> None:
     _awaited.remove(one)
     if not _awaited:
         sys.meta_path.remove(_Finder)
+    # Callbacks that were defined with one package become callbacks of the other as well.
     for name, made in _made.items():
         made.__bases__ = (*made.__bases__, _find(one, name))
     for act in _actions:
@@ -264,7 +274,7 @@ _awaited = [one for one in PACKAGES if sys.modules.get(one) is None]
 
 
 class _Finder:
-    """Finds Lightning as the other finders do, to learn when it has been imported."""
+    """An import hook that leaves the finding to the other finders, and notices when Lightning has been imported."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -276,7 +286,7 @@ class _Finder:
             loader, execute = spec.loader, spec.loader.exec_module
 
             def execute_and_tell(module: ModuleType) -> None:
-                vars(loader).pop("exec_module", None)  # the loader is as it was from here on
+                vars(loader).pop("exec_module", None)  # the loader is as it was again
                 execute(module)
                 _has_been_imported(name)
 
@@ -288,10 +298,13 @@ class _Finder:
 
 
 def deepspeed_base(one: str) -> type[Any]:
-    """Lightning's ``DeepSpeedStrategy`` on every device, with its engines made by methods that have plain names.
+    """Lightning's ``DeepSpeedStrategy`` for every device, with public methods that make its engines.
 
     A subclass defines ``training_engine(model, optimizer, lr_scheduler)``, which returns an engine and an optimizer,
-    and ``inference_engine(model)``.
+    and ``inference_engine(model)``, which returns an engine.
+
+    Args:
+        one: The package to inherit from.
     """
     ddp = _find(one, "DDPStrategy")
 
@@ -312,7 +325,7 @@ def deepspeed_base(one: str) -> type[Any]:
 
 
 def join_deepspeed(strategy: Any) -> None:
-    """Let a DeepSpeed strategy join the process group."""
+    """Make a DeepSpeed strategy join the process group."""
     strategy._init_deepspeed_distributed()
 
 
@@ -327,12 +340,12 @@ def return_signals(trainer: Any) -> None:
 
 
 def restore_later(trainer: Any, number: int, handler: Any) -> None:
-    """Let Lightning install this handler of a signal at the end of the fit, instead of the one that it found."""
+    """Make Lightning install this handler of a signal at the end of the fit, instead of the one that it found."""
     trainer._signal_connector._original_handlers[number] = handler
 
 
 def restore_nothing(trainer: Any, number: int) -> None:
-    """Let Lightning leave a signal alone at the end of the fit."""
+    """Make Lightning leave a signal alone at the end of the fit."""
     trainer._signal_connector._original_handlers.pop(number, None)
 
 
@@ -342,7 +355,7 @@ def cluster_environment(trainer: Any) -> Any:
 
 
 def start_method(strategy: Any) -> str | None:
-    """How a strategy starts the other processes where it copies this one: ``"spawn"``, ``"fork"``, ``"forkserver"``."""
+    """How a strategy copies this process: ``"spawn"``, ``"fork"`` or ``"forkserver"``; None if it starts new ones."""
     return getattr(strategy, "_start_method", None)
 
 
@@ -357,7 +370,7 @@ def validates_next(trainer: Any) -> bool:
 
 
 def n_processed(counts: Any) -> int:
-    """The batches that a training step has seen, of the counts of an epoch's loop."""
+    """The number of batches that a training step has processed, from the counters of an epoch's loop."""
     return int(counts.processed)
 
 
@@ -367,7 +380,7 @@ def reset_loaders(trainer: Any) -> None:
 
 
 def train_data_source(trainer: Any) -> Any:
-    """What a fit asks for its training loaders, by its method ``dataloader``."""
+    """The object whose method ``dataloader`` gives a fit its training loaders."""
     return trainer.fit_loop._data_source
 
 
@@ -382,23 +395,23 @@ def combined_mode(loaders: Any) -> str | None:
 
 
 def has_loader_states(trainer: Any) -> bool:
-    """Whether a checkpoint's state of the training loaders waits to be given to them."""
+    """Whether a checkpoint's state of the training loaders has not been restored yet."""
     return bool(trainer.fit_loop._combined_loader_states_to_load)
 
 
 def give_loader_states(trainer: Any) -> None:
-    """Give the training loaders their state from a checkpoint, if there is one, and start to read from them."""
+    """Restore the training loaders' state from a checkpoint, if there is one, and start to read from them."""
     trainer.fit_loop._load_combined_loader_states()
     iter(trainer.fit_loop._data_fetcher)
 
 
 def before_transfer(module: Any, batch: Any) -> Any:
-    """A batch after the module's own hook that runs before it is moved to the device."""
+    """A batch after the module's hook ``on_before_batch_transfer``, which runs before the move to the device."""
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def replace_method(owner: Any, name: str, method: Any) -> None:
-    """Put a function in the place of a method, on this object alone, until :func:`return_method`.
+    """Replace a method by a function, on this object alone, until :func:`return_method`.
 
     Args:
         owner: The strategy of a trainer, or its :func:`train_data_source`.
@@ -415,7 +428,7 @@ def return_method(owner: Any, name: str) -> None:
 
 
 REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint")
-"""The methods of a strategy that evertune wraps for the time of a fit."""
+"""Methods of a strategy that evertune wraps during a fit."""
 
 REPLACED_IN_SOURCE = ("dataloader",)
-"""Those of a :func:`train_data_source`."""
+"""Methods of a :func:`train_data_source` that evertune wraps during a fit."""

@@ -1,4 +1,4 @@
-"""``evertune drift``: whether new records differ from old ones, since when, and in what."""
+"""``evertune drift``: report whether new records differ from old ones, since when, and how."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ records than --reference_size is sampled at random where --block_size is 1, whic
 with larger blocks its last records are taken, in order. New records always stay in order.
 """
 
-_N_ROWS = 8  # of each table
-_N_EXAMPLES = 2  # of each side
-_WIDTH = 160  # characters of an example
+_N_ROWS = 8  # rows shown of each table
+_N_EXAMPLES = 2  # examples shown of each side
+_WIDTH = 160  # characters after which an example is cut
 
 
 def drift(arguments: Sequence[str]) -> int:
-    """Compare two sets of records as the command line asks.
+    """Compare two sets of records, print the result, and write the page and the JSON file that were asked for.
 
     Args:
-        arguments: without the name of the command.
+        arguments: Arguments of the command, without its name.
 
     Returns:
-        The exit code: 0 no drift, 1 drift, 2 nothing could be decided.
+        The exit code: 0 without drift, 1 with drift, 2 if nothing could be decided.
     """
     from rich.console import Console
 
@@ -102,13 +102,13 @@ def _compare(options: argparse.Namespace) -> Comparison:
 
     from evertune.drift.comparison.comparing import compare
 
-    featuriser: Any = None
+    featuriser: Any = None  # `compare` then hashes n-grams, which needs no model
     if options.features != "ngrams":
         from evertune.drift.featurisers import FrozenEncoder
         from evertune.utils.locate import locate
 
         featuriser = FrozenEncoder(locate(options.features))
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # so that piping stdout keeps only the result
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
@@ -135,10 +135,12 @@ def _compare(options: argparse.Namespace) -> Comparison:
 
 
 def show(found: Comparison, console: Console) -> None:
-    """Print what was found: the decision first, then what changed."""
+    """Print a comparison: the decision first, then what changed."""
     from rich.text import Text
 
     from evertune.drift.comparison.wording import decision, false_alarms
+
+    # Everything that comes from records is wrapped in Text: rich would read its square brackets as markup.
 
     console.print(Text(decision(found), style="bold red" if found.drift_detected else "bold green"))
     console.print(_facts(found))
@@ -184,7 +186,7 @@ def _show_changes(found: Comparison, console: Console) -> None:
 
     changes = found.attribution
     console.print(Text(f"\nWhat differs: {changes.n_before:,} records before, {changes.n_after:,} now", style="bold"))
-    fields = [change for change in changes.fields if sure(change)]
+    fields = [change for change in changes.fields if sure(change)]  # significant after the correction for many fields
     if changes.tokens:
         tokens = Table("word", "before", "now", "z", "p, corrected", box=None, pad_edge=False, header_style="dim")
         for token in changes.tokens[:_N_ROWS]:

@@ -1,4 +1,4 @@
-"""``evertune fit``: a stream, learned as a YAML file describes it; killed and run again, it resumes."""
+"""``evertune fit``: learn the stream that a YAML file describes. A killed run resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ _MAY_CHANGE_ON_RESUME = ("config", "launch", "out", "checkpoint_every_n_steps")
 def fit(arguments: Sequence[str]) -> int:
     """Learn a stream as a ``LightningCLI`` configuration describes it.
 
-    Sections: ``trainer`` (every argument of ``Trainer``; the callbacks are the methods), ``model`` (any LightningModule
-    by ``class_path``), ``data`` (of :class:`~evertune.streams.StreamDataModule`) and ``out``, the folder for
-    ``history.json``, ``report.html``, the ``model`` and the whole ``config.yaml``. Until they are there, the folder
-    holds ``run``: what an interrupted run resumes from.
+    Sections: ``trainer`` (every argument of ``Trainer``; the methods are among its callbacks), ``model`` (any
+    LightningModule, by ``class_path``), ``data`` (arguments of :class:`~evertune.streams.StreamDataModule`) and
+    ``out``, the folder for ``history.json``, ``report.html``, the ``model`` and the complete ``config.yaml``. Until
+    these are written, the subfolder ``run`` holds the state from which an interrupted run resumes.
+
+    Args:
+        arguments: Arguments of the command, without its name.
 
     Returns:
-        The exit code: 0, also when the run is complete already; 2 when the data or the folder cannot be used.
+        The exit code: 0 when the run is complete, also if it was before; 2 if the data or the folder cannot be used.
     """
     from evertune.metrics.history import save_history
     from evertune.training.trainer import ContinualTrainer
@@ -46,9 +49,10 @@ def fit(arguments: Sequence[str]) -> int:
     if not run_dir.exists() and (out / "history.json").is_file() and _same(out / "config.yaml", settings):
         print(f"this run is complete: see {out / 'report.html'}; to learn it again, delete {out} or pass another --out")
         return 0
+    # The module's task decides what a label may be, so it has to be known before the source is read.
     cli.datamodule.task = cli.datamodule.task or task_of(cli.model)
     try:
-        _ = cli.datamodule.stream  # read now: a bad file is reported in one line, before any process is started
+        _ = cli.datamodule.stream  # read now, so that a bad file is reported in one line before any process is started
         _begin(run_dir, settings)
     except (OSError, ValueError) as error:
         print(f"evertune fit: {error}", file=sys.stderr)
@@ -57,16 +61,16 @@ def fit(arguments: Sequence[str]) -> int:
         cli.model, cli.datamodule, run_dir=run_dir, checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"]
     )
     if not is_leader() and not dist.is_initialized():
-        return 0  # everything had been learned before; one process is enough for the rest
+        return 0  # an earlier start has learned everything; one process is enough to write the results
     if hasattr(cli.model, "save_pretrained"):
-        cli.model.save_pretrained(out / "model")
+        cli.model.save_pretrained(out / "model")  # on every rank, as sharded weights are gathered for it
     if is_writer():
         from evertune.reports.write import make_report
 
         cli.parser.save(cli.config, out / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         save_history(out / "history.json", {"run": history})
         make_report(out / "history.json", out / "report.html", None)
-        shutil.rmtree(run_dir)
+        shutil.rmtree(run_dir)  # last: killed before this line, the run resumes and writes its results again
     return 0
 
 
@@ -75,7 +79,7 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
     from evertune.streams import StreamDataModule
     from evertune.training.trainer import ContinualTrainer
 
-    load_classes()
+    load_classes()  # so that a configuration can name the classes of plug-ins
 
     class FitCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -92,7 +96,7 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
             parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            self.config = parser.parse_args(list(arguments))
+            self.config = parser.parse_args(list(arguments))  # LightningCLI would read sys.argv, `fit` included
 
     return FitCLI(
         LightningModule,
@@ -106,12 +110,13 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
 
 
 def _settings(cli: LightningCLI) -> dict[str, Any]:
-    """What of the configuration decides about the result: not where it runs."""
+    """The settings that determine the result, without those that only say where and how it is computed."""
     return _decisive(json.loads(cli.parser.dump(cli.config, format="json", skip_none=False)))
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE_ON_RESUME}
+    # A run may resume on another number of processes.
     kept["trainer"] = {name: v for name, v in kept["trainer"].items() if name not in ("devices", "num_nodes")}
     return kept
 
@@ -121,7 +126,11 @@ def _same(path: Path, settings: dict[str, Any]) -> bool:
 
 
 def _begin(run_dir: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings of a run, or compare those of the run that the folder holds."""
+    """Record the settings of a new run, or compare them with those of the run that the folder holds.
+
+    Raises:
+        ValueError: If the folder holds an interrupted run with other settings.
+    """
     path = run_dir / "settings.json"
     if path.is_file() and json.loads(path.read_bytes()) != settings:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What training costs each rank, by formula: bytes of memory, and bytes on the wire in an optimizer step.
+"""What training costs each rank, by formula: bytes of memory, and bytes sent in an optimizer step.
 
-The formulas, their sources and how far they are from what was measured are in ``docs/scaling.md``;
-``benchmarks/scaling.py`` measures.
+``docs/scaling.md`` gives the formulas, their sources and how they compare with measurements;
+``benchmarks/scaling.py`` is what measures.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 PERSISTENT = 100_000
-"""Elements of the largest parameters that ZeRO-3 keeps whole on every rank (``stage3_param_persistence_threshold``)."""
+"""Elements up to which ZeRO-3 keeps a parameter whole on every rank (``stage3_param_persistence_threshold``)."""
 
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 gathers ahead of their use (``stage3_prefetch_bucket_size``)."""
 
 GPU_BUCKET, CPU_BUCKET = 200_000_000, 10_000_000
-"""Elements of gradients that are reduced at a time: Lightning's default, and evertune's on a CPU."""
+"""Elements of gradients that are reduced together: Lightning's default on a GPU, evertune's on a CPU."""
 
 GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 18
-"""Elements of a weight that a penalty works on at a time."""
+"""Elements of a weight that a penalty processes at a time."""
 
 TOKEN_COLUMNS, RECORD = 2, 250
-"""Numbers that the replay memory keeps for each token (its id and its type), and bytes of an example besides."""
+"""Numbers that the replay memory keeps for each token (its id and its type), and further bytes for each example."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a model that decide what it costs.
+    """The sizes of a model that determine its cost.
 
     Args:
-        groups: elements of each trainable parameter, in the optimizer's groups.
-        frozen: elements of each parameter that is not trained.
-        layers: transformer layers that the backward pass goes through.
-        hidden: features.
-        intermediate: features inside the feed-forward part of a layer.
-        heads: of the attention.
-        kv_heads: heads of its keys and values.
-        gated: whether the feed-forward part has a gate (SwiGLU): three matrices instead of two.
-        rms_norm: whether the norms are RMSNorm, which transformers computes in fp32.
-        dropout: whether there is any.
-        eager_attention: whether the scores of all pairs of tokens are kept; fused kernels do not.
+        groups: Number of elements of each trainable parameter, by parameter group of the optimizer.
+        frozen: Number of elements of each parameter that is not trained.
+        layers: Number of transformer layers that the backward pass goes through.
+        hidden: Number of features of a token between layers.
+        intermediate: Number of features inside the feed-forward part of a layer.
+        heads: Number of attention heads.
+        kv_heads: Number of heads of the attention's keys and values.
+        gated: Whether the feed-forward part has a gate (SwiGLU), and so three matrices instead of two.
+        rms_norm: Whether the norms are RMSNorm, which transformers computes in fp32.
+        dropout: Whether any layer uses dropout.
+        eager_attention: Whether attention keeps the scores of all pairs of tokens, which fused kernels do not.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -61,44 +61,44 @@ class ModelShape:
 
     @property
     def trainable(self) -> int:
-        """Elements that are trained."""
+        """Number of elements that are trained."""
         return sum(map(sum, self.groups))
 
     @property
     def total(self) -> int:
-        """All elements."""
+        """Number of all elements, the frozen ones included."""
         return self.trainable + sum(self.frozen)
 
     @property
     def largest(self) -> int:
-        """Elements of the largest parameter."""
+        """Number of elements of the largest parameter."""
         return max((size for sizes in (*self.groups, self.frozen) for size in sizes), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How it is trained.
+    """How the model is trained.
 
     Args:
-        stage: 0 for one device or DDP, 1, 2, 3 for ZeRO.
-        world_size: ranks.
-        precision: of the Trainer.
-        offload: optimizer (and at stage 3 weights) in the host's memory.
-        batch_size: new examples in a micro-batch of a rank.
-        seq_length: tokens of an example.
-        accumulation: micro-batches of a step.
-        method_bytes: What the methods keep for each weight that a rank updates, once they have a past
-            (``bytes_per_weight`` of their classes).
-        estimation_batch_size: Examples at a time when a method goes over the experience again at its end, to estimate
-            the importance of the weights; 0 where none does.
-        replay_ratio: old examples per new one; 0 without Replay.
-        memory_size: examples in the replay memory.
-        preemption: whether the ranks agree after each batch on whether to stop.
-        later_fit: whether a fit of the same process came before, which leaves its fp32 masters in 16-bit training.
-        gpu: whether the ranks compute on GPUs. On CPUs evertune takes smaller buckets and a fused optimizer.
+        stage: Stage of ZeRO: 1, 2 or 3; 0 for one device or DDP.
+        world_size: Number of ranks.
+        precision: Precision of the Trainer.
+        offload: Whether the optimizer (at stage 3 also the weights) is kept in the host's memory. Needs stage 2 or 3.
+        batch_size: Number of new examples in a micro-batch of one rank.
+        seq_length: Number of tokens of an example.
+        accumulation: Number of micro-batches in an optimizer step.
+        method_bytes: Bytes that the methods keep for each weight that a rank updates, from their second experience on
+            (``bytes_per_weight`` of their classes, added up).
+        estimation_batch_size: Batch size with which a method goes over the experience again at its end to estimate the
+            importance of the weights; 0 if no method does.
+        replay_ratio: Number of replayed examples per new one; 0 without Replay.
+        memory_size: Number of examples in the replay memory.
+        preemption: Whether the ranks agree after each batch on whether to stop.
+        later_fit: Whether an earlier fit ran in the same process. In 16-bit training it leaves its fp32 masters.
+        gpu: Whether the ranks compute on GPUs. On CPUs evertune uses smaller buckets and a fused optimizer.
 
     Raises:
-        ValueError: for a value out of its range.
+        ValueError: If a value is out of range.
     """
 
     stage: int
@@ -131,17 +131,17 @@ class Training:
 
     @property
     def examples(self) -> int:
-        """Examples in a micro-batch, the replayed ones too."""
+        """Number of examples in a micro-batch, the replayed ones included."""
         return self.batch_size + round(self.batch_size * self.replay_ratio)
 
     @property
     def autocast(self) -> bool:
-        """Whether 16-bit copies of fp32 weights are computed with: mixed precision without DeepSpeed."""
+        """Whether autocast makes 16-bit copies of fp32 weights: in mixed precision without DeepSpeed."""
         return self.stage == 0 and self.precision.endswith("mixed")
 
 
 class Widths(NamedTuple):
-    """Bytes of one element."""
+    """Bytes per element of the weights, gradients, fp32 masters and optimizer states."""
 
     weight: int
     gradient: int
@@ -150,11 +150,11 @@ class Widths(NamedTuple):
 
 
 def widths(stage: int, precision: Precision) -> Widths:
-    """Bytes of one element of the weights, gradients, fp32 masters and both of Adam's moments together.
+    """Bytes per element of the weights, the gradients, the fp32 masters and Adam's two moments together.
 
     Under DeepSpeed 16-bit training keeps 16-bit weights and gradients with fp32 masters and moments (``2 + 2 + 4 + 8``;
-    Rajbhandari et al. 2020, section 3.1), also as ``bf16-mixed``. In fp32 its masters are a copy of its weights.
-    Without DeepSpeed there are no masters: mixed precision has fp32 weights, ``bf16-true`` nothing but 16-bit numbers.
+    Rajbhandari et al. 2020, section 3.1), also as ``bf16-mixed``. In fp32 its masters are a second copy of the weights.
+    Without DeepSpeed there are no masters: mixed precision has fp32 weights, and ``bf16-true`` has 16-bit numbers only.
 
     >>> widths(2, "bf16-mixed"), widths(0, "bf16-mixed")
     (Widths(weight=2, gradient=2, master=4, state=8), Widths(weight=4, gradient=4, master=0, state=8))
@@ -168,19 +168,19 @@ def widths(stage: int, precision: Precision) -> Widths:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of the rank that holds most.
+    """Memory of the rank that holds most, in bytes.
 
     Args:
-        weights: all parameters, or the rank's part of them.
-        gradients: as they are held until the step.
-        optimizer: AdamW's two moments, the fp32 masters, and those that the fit before has left.
-        methods: tensors about the weights that methods keep, such as the importance and anchor of EWC.
-        activations: what the backward pass of a micro-batch needs of the forward pass.
-        buffers: all else at the fullest moment, see :func:`footprint`.
-        total: at the fullest moment: not all of the above is there at the same time.
-        host: of the above on the host instead, with offloading, and the order in which the replay memory is drawn from.
-        disk: on each node, not each rank: the files of the replay memory, the last and the one before it. They are
-            mapped into memory; what is read of them is in the page cache, once for all ranks of the node.
+        weights: All parameters, or the rank's part of them.
+        gradients: The gradients that are held until the step.
+        optimizer: AdamW's two moments, the fp32 masters, and the masters that an earlier fit has left.
+        methods: Tensors that methods keep for the weights, such as the importance and anchor of EWC.
+        activations: What the forward pass of a micro-batch keeps for its backward pass.
+        buffers: Everything else at the moment of peak use, see :func:`footprint`.
+        total: Peak use of the device. Less than the sum of the above, which are not all held at the same time.
+        host: What offloading keeps in the host's memory instead, and the order in which the replay memory is drawn.
+        disk: Files of the replay memory on each node (not each rank): the current one and the one before it. They are
+            mapped into memory, so that what is read of them is in the page cache once for all ranks of the node.
     """
 
     weights: int
@@ -196,13 +196,13 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of communication in an optimizer step.
+    """One kind of collective communication in an optimizer step.
 
     Args:
-        operation: which.
-        size: bytes of the whole buffer, the parts of all ranks together.
-        times: how often in a step; sizes of several calls may be added up in one.
-        what: for whom.
+        operation: Name of the collective.
+        size: Bytes of the whole buffer, the parts of all ranks together. May be the sum over several calls.
+        times: How often a buffer of this size is communicated in a step.
+        what: What is communicated, as in ``"gradients"``.
     """
 
     operation: Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -211,10 +211,14 @@ class Collective:
     what: str
 
     def sent(self, world_size: int, *, gloo: bool = False) -> float:
-        """Bytes that a rank sends, by the ring algorithm (Patarasuk & Yuan 2009): as many as it gets.
+        """Bytes that each rank sends by the ring algorithm (Patarasuk & Yuan 2009); it receives the same number.
 
-        An all-gather or a reduce-scatter sends ``(n - 1) / n`` of the buffer, an all-reduce is both. gloo has no
-        reduce-scatter of its own: there it costs an all-reduce.
+        An all-gather or a reduce-scatter sends ``(n - 1) / n`` of the buffer; an all-reduce consists of both. gloo has
+        no reduce-scatter: there it costs as much as an all-reduce.
+
+        Args:
+            world_size: Number of ranks.
+            gloo: Whether the ranks communicate over gloo.
 
         >>> Collective("all_reduce", 1000, 1, "gradients").sent(4), Collective("all_gather", 1000, 2, "weights").sent(4)
         (1500.0, 1500.0)
@@ -224,23 +228,23 @@ class Collective:
 
 
 def footprint(model: ModelShape, training: Training) -> Footprint:
-    """The memory of the rank that needs most, under AdamW.
+    """Memory of the rank that needs most, under AdamW.
 
     Weights, gradients, masters and moments are those of Rajbhandari et al. (2020, "ZeRO: Memory optimizations toward
     training trillion parameter models", section 5), with DeepSpeed's own padding and remainders: ZeRO-1 and 2 cut each
     optimizer group, padded to a multiple of ``2 n`` elements, into ``n`` parts, and hold gradients of whole parameters
-    where a part begins or ends inside of one; ZeRO-3 cuts each parameter into parts of ``ceil(size / n)``, and has the
-    small ones whole as well. Methods hold fp32 numbers for each weight that the
-    rank updates, EWC two.
+    where a part begins or ends inside a parameter; ZeRO-3 cuts each parameter into parts of ``ceil(size / n)``, and
+    keeps the small ones whole as well. Methods hold fp32 numbers for each weight that the rank updates; EWC holds two.
 
-    ``total`` is what is held all the time (weights, optimizer, methods), and the largest of three moments:
+    ``total`` is what is held all the time (weights, optimizer, methods) plus the largest of three moments:
 
-    - the backward pass: gradients, activations, the buckets they are reduced in (twice, if reduction and computation
-      overlap, and one to reduce from), under DDP the buckets of all gradients, with autocast the 16-bit copies of the
-      weights, under ZeRO-3 what is gathered of the weights;
-    - the step: gradients, an fp32 copy of the part of a group, and on GPUs the temporary of torch's ``foreach`` AdamW;
-    - where methods consolidate: their new tensors beside the old ones, one parameter as a whole, and the activations of
-      a batch of the estimation.
+    - the backward pass: gradients, activations, the buckets in which gradients are reduced (two if reduction and
+      computation overlap, and one to reduce from), under DDP the buckets of all gradients, with autocast the 16-bit
+      copies of the weights, under ZeRO-3 the weights that are gathered;
+    - the step: gradients, an fp32 copy of the rank's part of a group, and on GPUs the temporary tensors of torch's
+      ``foreach`` AdamW;
+    - the consolidation of methods: their new tensors beside the old ones, one whole parameter, and the activations of
+      one batch of the estimation.
     """
     held = _Held(model, training)
     buffers = held.buffers()
@@ -249,8 +253,9 @@ def footprint(model: ModelShape, training: Training) -> Footprint:
     if training.method_bytes:
         peak = max(peak, held.standing_gradients + buffers["consolidation"])
         others = max(others, buffers["consolidation"])
+    # Offloading moves what it concerns from `on_device` to `host`, so that it is counted once.
     on_device = {"weights": held.weights, "optimizer": held.optimizer, "methods": held.methods}
-    host = 8 * training.memory_size
+    host = 8 * training.memory_size  # 8 bytes for each example: the order in which the memory is drawn
     if training.offload:
         host += on_device.pop("optimizer") + on_device.pop("methods") + held.offloaded_gradients
         if training.stage == 3:
@@ -275,11 +280,11 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
     - DDP all-reduces the gradients once, whatever the accumulation.
     - ZeRO-1 and 2 all-reduce the gradients (DeepSpeed's default ``use_multi_rank_bucket_allreduce``, where the paper
       has a reduce-scatter), at stage 2 in each micro-batch, and gather the weights after the step.
-    - ZeRO-3 gathers the weights in each forward and each backward pass (those that no gradient goes through in the
-      forward pass only), and reduce-scatters the gradients in each micro-batch.
+    - ZeRO-3 gathers the weights in each forward and each backward pass (frozen ones in the forward pass only), and
+      reduce-scatters the gradients in each micro-batch.
 
-    Methods add nothing to a step: see :func:`consolidation`. Losses, norms and checks of a few bytes are left
-    out, but for what ``Preemption`` adds.
+    Methods communicate at the end of an experience instead: see :func:`consolidation`. Losses, norms and checks take a
+    few bytes and are left out, except for what ``Preemption`` adds.
     """
     width, n = widths(training.stage, training.precision), training.world_size
     moves: list[Collective] = []
@@ -306,9 +311,15 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
 def consolidation(model: ModelShape, training: Training, *, n_classes: int, n_examples: int = 500) -> list[Collective]:
     """What is communicated once, at the end of an experience, to estimate the importance of the weights.
 
-    Where the weights are sharded, each backward pass of the estimation all-reduces the squared gradient of each weight
-    in fp32: a pass for each class but one up to 32 classes, one pass above, for each batch of ``n_examples``. ZeRO-3
-    also gathers the weights, forward and backward, for each pass. DDP all-reduces the sum once.
+    If the weights are sharded, each backward pass of the estimation all-reduces the squared gradient of each weight in
+    fp32. There is one pass for each class but one (above 32 classes a single pass) for each batch of ``n_examples``.
+    ZeRO-3 also gathers the weights for each pass, forward and backward. DDP all-reduces the sum once.
+
+    Args:
+        model: Sizes of the model.
+        training: How the model is trained.
+        n_classes: Number of classes of the head.
+        n_examples: Number of examples that the importance is estimated on, over all ranks.
     """
     n = training.world_size
     if n == 1 or not training.estimation_batch_size:
@@ -325,13 +336,18 @@ def consolidation(model: ModelShape, training: Training, *, n_classes: int, n_ex
 
 
 def activations(model: ModelShape, training: Training, examples: int) -> int:
-    """Bytes that autograd keeps of the forward pass of a micro-batch.
+    """Bytes that autograd keeps from the forward pass of a micro-batch.
 
-    Counted as in Korthikanti et al. (2023, "Reducing activation recomputation in large transformer models", section 4),
-    whose layer of ``s b h (34 + 5 a s / h)`` bytes this gives in 16 bits with dropout, ``intermediate = 4 h`` and the
-    scores of the attention kept; fused attention keeps a number for each head and token instead. Beyond the paper:
-    gated layers, fewer heads of keys and values, RMSNorm (an fp32 copy and what it gives) and autocast (norms in fp32,
-    a cast of each layer's input).
+    Counted as in Korthikanti et al. (2023, "Reducing activation recomputation in large transformer models", section 4).
+    In 16 bits with dropout, ``intermediate = 4 h`` and the attention's scores kept, a layer takes their
+    ``s b h (34 + 5 a s / h)`` bytes; fused attention keeps one number for each head and token instead. Beyond the
+    paper: gated layers, fewer heads for keys and values, RMSNorm (an fp32 copy and its output) and autocast (norms in
+    fp32, a cast of each layer's input).
+
+    Args:
+        model: Sizes of the model.
+        training: How the model is trained.
+        examples: Number of examples in the micro-batch.
     """
     wide = 4 if training.precision == "32-true" else 2
     norm = 4 if training.autocast else wide
@@ -348,7 +364,7 @@ def activations(model: ModelShape, training: Training, examples: int) -> int:
 
 
 class _Held:
-    """The parts of a footprint."""
+    """The parts of a footprint, in bytes, for the rank that holds most."""
 
     def __init__(self, model: ModelShape, training: Training) -> None:
         self._model, self._training = model, training
@@ -368,18 +384,20 @@ class _Held:
             self.persistent = width.weight * sum(size for size in _all(model) if size <= PERSISTENT)
             self.weights = width.weight * _pieces(_all(model), n) + self.persistent
             self.gradients = width.gradient * sum(self._parts)
+        # The fp32 masters of the last fit are kept beside the new ones, so that no rounding adds up over updates.
         kept = 4 if training.later_fit and width.weight == 2 and stage > 0 else 0
         self.optimizer = (width.master + width.state + kept) * sum(self._parts)
+        # Without the padding: methods hold tensors for weights only.
         owned = sum(min(part, sum(group)) for part, group in zip(self._parts, model.groups, strict=True))
         self.methods = training.method_bytes * owned
         self.activations = activations(model, training, training.examples)
         self.offloaded_gradients = (width.weight + 4) * sum(self._parts)
-        if training.offload:
+        if training.offload:  # they move to the host as the backward pass computes them
             self.gradients = 0
         self.standing_gradients = self.gradients if stage in (0, 3) else 0
 
     def buffers(self) -> dict[str, int]:
-        """What is there only for a while: in the backward pass, in the step, and where EWC consolidates."""
+        """Temporary memory: in the backward pass, in the step, and while methods consolidate."""
         model, training, width = self._model, self._training, self._width
         stage, largest_part = training.stage, max(self._parts, default=0)
         size = GPU_BUCKET if training.gpu else CPU_BUCKET
@@ -403,9 +421,10 @@ class _Held:
         return self._with_methods(bucket + flat + gathered, bucket + copies, bucket + gathered)
 
     def _with_methods(self, backward: int, step: int, others: int) -> dict[str, int]:
-        """Add what methods need: in the step a chunk and the rows of a sparse matrix, at the end their state once more.
+        """Add what methods need: in the step a chunk and the rows of a sparse matrix, at the end a copy of their state.
 
-        The rows are those of :class:`~evertune.shards.penalty.QuadraticPenalty`, where less than half of them count.
+        The rows are those that :class:`~evertune.shards.penalty.QuadraticPenalty` selects where less than half of a
+        matrix's rows matter.
         """
         model, training = self._model, self._training
         if not training.method_bytes:
@@ -413,6 +432,7 @@ class _Held:
         fragment = -(-model.largest // (1 if training.stage == 0 else training.world_size))
         rows = (training.method_bytes + 4) * fragment // 2  # of every tensor, and of the difference to the weights
         chunk = 4 * min(fragment, GPU_CHUNK if training.gpu else CPU_CHUNK)
+        # Offloaded methods work in the host's memory.
         kept = 0 if training.offload else rows + chunk
         new = 0 if training.offload else self.methods
         one = 4 * model.largest if training.stage > 0 else 0
@@ -425,7 +445,7 @@ class _Held:
 
 
 def _parts(groups: Iterable[Iterable[int]], n: int) -> list[int]:
-    """Elements of each group that a rank of ``n`` updates under ZeRO-1 and 2: a group is padded to pairs for each.
+    """Elements of each group that one of ``n`` ranks updates under ZeRO-1 and 2, padded to a multiple of ``2 n``.
 
     >>> _parts([[10, 7], [3]], 4)
     [6, 2]
@@ -434,7 +454,7 @@ def _parts(groups: Iterable[Iterable[int]], n: int) -> list[int]:
 
 
 def _pieces(sizes: Iterable[int], n: int) -> int:
-    """Elements that a rank of ``n`` holds of parameters that are cut one by one, as under ZeRO-3.
+    """Elements that one of ``n`` ranks holds of parameters that are cut one by one, as under ZeRO-3.
 
     >>> _pieces([10, 7, 3], 4)
     6
@@ -443,7 +463,7 @@ def _pieces(sizes: Iterable[int], n: int) -> int:
 
 
 def _touched(groups: Iterable[Iterable[int]], n: int) -> int:
-    """Elements of all parameters that lie in the part of a rank or reach into it, for the rank with most of them.
+    """Elements of all parameters that lie in a rank's part or reach into it, for the rank with the most of them.
 
     >>> _touched([[10, 7], [3]], 4)  # parts of 6 and 2: the second rank's reaches into both parameters of 10 and 7
     20

@@ -21,7 +21,7 @@ LAUNCHERS = {
     "slurm": "a job of SLURM, or an array of jobs for seeds and sweeps",
     "kubernetes": "a JobSet or PyTorchJob of Kubernetes",
 }
-"""The launchers that evertune brings, modules of ``evertune.launch``; others come by entry points."""
+"""Built-in launchers, modules of ``evertune.launch``. Other packages add theirs by entry point."""
 
 COMMANDS = ("fit", "update", "watch")
 
@@ -37,21 +37,21 @@ Options may also stand in the section `launch` of the command's --config file; s
   evertune launch local --processes_per_node 2 -- fit --config stream.yaml
   evertune launch slurm --nodes 4 --dry_run -- update --config live.yaml
 """
-_WATCH_MARGIN = 30.0  # seconds that a watch leaves a launcher beyond the launcher's own grace
+_WATCH_MARGIN = 30.0  # seconds that a launcher gets beyond its own `grace` before the watch kills it
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Launch a command.
 
     Args:
-        arguments: ``WHERE [options] -- COMMAND ...``.
+        arguments: Arguments of ``evertune launch``: ``WHERE [options] -- COMMAND ...``.
 
     Returns:
-        The exit code: that of the command where it is waited for, else 0 once it is under way; 2 when the arguments
-        are wrong.
+        The exit code: that of the command if the launcher waits for it, else 0 once it has been submitted; 2 if the
+        arguments are invalid.
 
     Raises:
-        SystemExit: when an option, or the section ``launch`` of the configuration, is wrong, with a message.
+        SystemExit: With a message, if an option or the section ``launch`` of the configuration is invalid.
     """
     where, *others = list(arguments) or ["--help"]
     if where in ("-h", "--help"):
@@ -79,14 +79,14 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _launcher(name: str) -> EntryPoint | None:
-    """A launcher of evertune's own, or else of another package."""
+    """The built-in launcher of this name, or else one from another package."""
     if name in LAUNCHERS:
         return EntryPoint(name, f"evertune.launch.{name}", "evertune.launchers")
     return plugins("launchers").get(name)
 
 
 def _described() -> dict[str, str]:
-    """Each launcher and what it is for: another package's by the first line of its documentation."""
+    """Each launcher with a description: for those of other packages, the first line of their docstring."""
     others = {name: load(point) for name, point in plugins("launchers").items() if name not in LAUNCHERS}
     words = {name: (found.__doc__ or "").strip().split("\n")[0] for name, found in others.items() if found is not None}
     return LAUNCHERS | words
@@ -98,12 +98,13 @@ def _launch(launcher: Any, where: str, options: Sequence[str], command: Sequence
 
     settings, dry_run, wait = read_settings(options, command, where)
     if command[0] != "watch":
+        # SIGTERM rather than a kill: the launcher still has to stop the processes that it started elsewhere.
         end_with_supervisor(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        if TOKEN in os.environ:  # the processes elsewhere work under the lease of the watch, too
+        if TOKEN in os.environ:  # processes on other machines, too, work under the lease of the watch
             settings = replace(settings, environment=settings.environment | {TOKEN: os.environ[TOKEN]})
         return int(launcher.run(settings, list(command), dry_run=dry_run, wait=wait))
     update = ["update", *command[1:]]
-    with redirect_stdout(io.StringIO()) as shown:  # refuses now what each update would refuse
+    with redirect_stdout(io.StringIO()) as shown:  # a dry run now refuses what each update would
         launcher.run(settings, update, dry_run=True, wait=True)
     if dry_run:
         print(shown.getvalue(), end="")

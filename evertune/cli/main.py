@@ -1,4 +1,4 @@
-"""The command line: ``fit`` a stream, ``update`` and ``watch`` a registry, and look at what became of it."""
+"""The command line: ``fit`` a stream, ``update`` and ``watch`` a registry, and inspect the results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _OWN_PARSER = {
     "drift": "whether new records differ from old ones, since when, and in what",
     "plan": "what a model needs of each GPU, before there is one",
 }
-"""Commands that parse their own arguments: each is a function of its name in a module of its name."""
+"""Commands that parse their own arguments. Command ``x`` is the function ``x`` of the module ``evertune.cli.x``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; by default those of the process.
+        arguments: Arguments of the command line, without the program's name; by default those of the process.
+
+    Raises:
+        SystemExit: With the exit code of the command, except after a ``report`` that succeeded.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
@@ -38,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("--out", type=Path, help="the page to write (default: report.html beside the history)")
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")
     add_registry_commands(commands)
+    # Before argparse, which knows the names of these commands but not their options.
     if arguments[:1] and arguments[0] in _OWN_PARSER:
         sys.exit(_run(arguments[0], arguments[1:]))
     known = parser.parse_args(arguments)
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:
-    """Run a command of :data:`_OWN_PARSER`; its module is loaded only now."""
+    """Run a command of :data:`_OWN_PARSER`. Its module is imported only here, so that other commands start fast."""
     try:
         code: int = getattr(import_module(f"evertune.cli.{command}"), command)(arguments)
     except LightningError as error:
@@ -58,7 +62,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _report(known: argparse.Namespace) -> str | None:
-    """Make a page; returns what is wrong, if anything is."""
+    """Write the page of a history or a registry; returns an error message, or None."""
     from evertune.registry.store import RegistryError
     from evertune.reports.write import make_report
 

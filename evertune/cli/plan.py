@@ -1,4 +1,4 @@
-"""``evertune plan``: what a model needs of each GPU under each strategy, before there is one."""
+"""``evertune plan``: what training a model takes on each GPU under each strategy, without any GPU at hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GPUS: dict[str, float] = {
     "v100": 31.5,
     "v100-16": 15.5,
 }
-"""Memory in GiB that a process can use."""
+"""GPUs by name, with the memory in GiB that a process can use."""
 
 STRATEGIES: dict[str, tuple[int, bool]] = {
     "ddp": (0, False),
@@ -53,35 +53,44 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
     "evertune_deepspeed_stage_2_offload": (2, True),
     "evertune_deepspeed_stage_3_offload": (3, True),
 }
-"""Stage and offloading, the fastest first: what communicates least."""
+"""ZeRO stage and offloading of each strategy, fastest first: those that communicate least."""
 
 RESERVE = 0.1
-"""The part of a GPU's memory that is left to CUDA, NCCL and gaps between what is allocated."""
+"""Share of a GPU's memory that is left for CUDA, NCCL and fragmentation."""
 
 _PREFIX = "evertune_deepspeed_"
 
 _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
-_MOST_GPUS = 4096
+_MOST_GPUS = 4096  # in all, up to which more nodes are tried
 
 
 def _callbacks() -> Any:
-    """The face that hands on evertune's own callbacks: users may name one by its name there."""
+    """The package whose names are evertune's own callbacks. Imported on use, as it is slow to import."""
     return import_module("evertune.callbacks")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of continual learning: its class, and the arguments that it is given or has by default."""
+    """A method of continual learning.
+
+    Args:
+        cls: Class of the method, a ``ContinualCallback``.
+        arguments: Arguments of its constructor by name: those given, else their defaults.
+    """
 
     cls: type[Any]
     arguments: Mapping[str, Any]
 
     @classmethod
     def named(cls, name: str, arguments: Mapping[str, Any] | None = None) -> Method:
-        """By the path of its class, or by its name in ``evertune.callbacks``, in any case.
+        """Find a method by name.
+
+        Args:
+            name: Import path of its class, or the name of the class in ``evertune.callbacks`` in upper or lower case.
+            arguments: Arguments of the constructor; they override its defaults.
 
         Raises:
-            ValueError: when there is none of that name.
+            ValueError: If there is no such class, or it is not a ``ContinualCallback``.
         """
         from evertune.callbacks.base import ContinualCallback
 
@@ -102,30 +111,31 @@ class Method:
 
     @property
     def bytes_per_weight(self) -> int | None:
-        """As its class declares; None where that depends on what it is given."""
+        """Bytes for each weight that a rank updates, as its class declares; None if that depends on the arguments."""
         size: int | None = self.cls.bytes_per_weight()
         return size
 
     @property
     def estimates(self) -> bool:
-        """Whether it goes over a sample of the experience at its end."""
+        """Whether it goes over a sample of the experience at the experience's end, as EWC does."""
+        # There is no declaration for this: methods that do it have these two arguments in common.
         return bool(self.bytes_per_weight) and {"n_examples", "batch_size"} <= self.arguments.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked: a model, how it is trained, and on what.
+    """What the plan is about: a model, how it is trained, and on which machines.
 
     Args:
-        model: settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
-        n_classes: rows of the head.
-        nodes: machines.
-        gpus: of each.
-        memory: bytes of a GPU.
-        training: for one device; strategies and world sizes are put in.
-        n_examples: that the importance of the weights is estimated on.
-        strategy: that the configuration names; None where it is left open.
-        notes: what the user should know of what was made of a configuration.
+        model: Settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
+        n_classes: Number of classes, which are the rows of the head.
+        nodes: Number of machines.
+        gpus: Number of GPUs of each machine.
+        memory: Memory of a GPU, in bytes.
+        training: How the model is trained. Its stage, offloading and world size are replaced for each strategy.
+        n_examples: Number of examples that the importance of the weights is estimated on.
+        strategy: Strategy that the configuration names; None if it leaves the choice open.
+        notes: What the user should know about how the configuration was read, one sentence each.
     """
 
     model: Mapping[str, Any]
@@ -140,13 +150,21 @@ class Request:
 
     @property
     def world_size(self) -> int:
-        """GPUs in all."""
+        """Number of GPUs in all, each with one process."""
         return self.nodes * self.gpus
 
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy, what it costs and whether it fits."""
+    """One strategy of the plan.
+
+    Args:
+        strategy: Name of the strategy.
+        footprint: Memory of the rank that holds most.
+        moves: Collectives of an optimizer step.
+        sent: Bytes that each rank sends in an optimizer step.
+        fits: Whether the peak leaves :data:`RESERVE` of the GPU's memory free.
+    """
 
     strategy: str
     footprint: Footprint
@@ -156,11 +174,14 @@ class Row:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Print what a model needs of each GPU under each strategy; the weights are never read.
+    """Print what a model needs on each GPU under each strategy. Its weights are never read.
+
+    Args:
+        arguments: Arguments of the command, without its name.
 
     Returns:
-        0 when it fits (under the strategy that the configuration names, or else under any), 1 when it does not, 2 when
-        the question cannot be answered.
+        The exit code: 0 if the model fits (under the strategy that the configuration names, or else under any), 1 if
+        it does not, 2 if the question cannot be answered.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -180,11 +201,14 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def read_request(options: argparse.Namespace) -> Request:
-    """Put the options over the configuration.
+    """Read the configuration, and override it with the options of the command line.
+
+    Args:
+        options: Options of the command, as its parser returns them; None where an option is not given.
 
     Raises:
-        OSError: when the configuration cannot be read.
-        ValueError: when something is missing, unknown or out of its range, with what to do.
+        OSError: If the configuration cannot be read.
+        ValueError: If a setting is missing, unknown or out of range; the message says what to do.
     """
     config = _read_config(options.config) if options.config else {}
     trainer, data, launch = (_section(config, name) for name in ("trainer", "data", "launch"))
@@ -197,6 +221,7 @@ def read_request(options: argparse.Namespace) -> Request:
         raise ValueError("which model? Give --model NAME, a folder or package:NAME/FOLDER, or a --config that names it")
     methods = _methods_of(trainer, notes)
     if options.method is not None:
+        # A method named on the command line keeps the arguments that the configuration gives it.
         configured = {method.cls: method for method in methods}
         named = [Method.named(name) for name in options.method]
         methods = [configured.get(method.cls, method) for method in named]
@@ -219,8 +244,8 @@ def read_request(options: argparse.Namespace) -> Request:
         else 0,
         replay_ratio=_first(options.replay_ratio, _argument(replaying, "replay_ratio", 0.0)) if replaying else 0.0,
         memory_size=_first(options.memory_size, _argument(replaying, "memory_size", 0)) if replaying else 0,
-        preemption="launch" in config,
-        later_fit="registry" not in config,
+        preemption="launch" in config,  # launched runs have the callback Preemption
+        later_fit="registry" not in config,  # each update of a registry is the first fit of its process
     )
     return Request(
         model=model,
@@ -236,15 +261,18 @@ def read_request(options: argparse.Namespace) -> Request:
 
 
 def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
-    """Read a model's configuration and build it, head and all, without any weights: on torch's meta device.
+    """Build a model from its configuration, with its head but without weights, on torch's meta device.
 
     Args:
-        settings: of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
-        n_classes: rows of the head.
+        settings: Settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
+        n_classes: Number of classes, which are the rows of the head.
+
+    Returns:
+        The sizes of the model.
 
     Raises:
-        OSError: when there is no such configuration.
-        ValueError: when a setting is bad, or the configuration is not that of a transformer that evertune can train.
+        OSError: If the configuration cannot be found.
+        ValueError: If a setting is invalid, or the configuration is not that of a transformer that evertune can train.
     """
     import torch
     from torch import nn
@@ -264,21 +292,25 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
         override_dropout(config, module.dropout)
     with quiet_transformers(), torch.device("meta"):
         module.backbone = AutoModel.from_config(config)
+        # Drop the pooler as the module itself does, since nothing would train it.
         if isinstance(getattr(module.backbone, "pooler", None), nn.Module):
             module.backbone.pooler = None
         freeze(module.backbone, module.freeze_layers)
         module.configure_head()
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
+    # The module's optimizer has two groups: matrices, which decay, and vectors, which do not.
     groups = ([p.numel() for p in trained if p.ndim > 1], [p.numel() for p in trained if p.ndim <= 1])
     layers = encoder_layers(module.backbone)[1]
-    text = config.get_text_config()
+    text = config.get_text_config()  # of a model of several modalities, the part that reads text
     heads = getattr(text, "num_attention_heads", None)
     if heads is None or getattr(text, "hidden_size", None) is None:
         raise ValueError(f"the configuration of {name} ({config.model_type}) does not tell its hidden_size and heads")
+    # Configurations name the width of the feed-forward part differently; some do not name it at all.
     widest = max(max(p.shape) for p in layers[0].parameters() if p.ndim > 1)
     given = (getattr(text, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim"))
     intermediate = next((size for size in given if size is not None), widest)
+    # With a gate, three matrices have this width, or two of them are fused into one of double width.
     sides = [max(p.shape) for p in layers[0].parameters() if p.ndim == 2]
     return ModelShape(
         groups=tuple(tuple(group) for group in groups if group),
@@ -296,7 +328,7 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
 
 
 def rows_of(shape: ModelShape, request: Request) -> list[Row]:
-    """What each strategy costs, in the order of :data:`STRATEGIES`."""
+    """The cost of each strategy, in the order of :data:`STRATEGIES`."""
     rows = []
     for name, (stage, offload) in STRATEGIES.items():
         training = replace(request.training, stage=stage, offload=offload, world_size=request.world_size)
@@ -307,15 +339,15 @@ def rows_of(shape: ModelShape, request: Request) -> list[Row]:
 
 
 def choose(rows: Sequence[Row], strategy: str | None = None) -> Row | None:
-    """The fastest that fits, or the one that is asked for if it does."""
+    """The fastest strategy that fits, or the one that is asked for if it fits; None if there is none."""
     return next((row for row in rows if row.fits and strategy in (None, row.strategy)), None)
 
 
 def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
-    """Changes each of which alone makes it fit."""
+    """Changes that make the model fit, each on its own, as lines of text."""
     found = []
     others = choose(rows_of(shape, request))
-    if others is not None:  # the configuration names one that does not
+    if others is not None:  # so the configuration names a strategy that does not fit
         found.append(f"strategy {others.strategy}: {_gib(others.footprint.total)}")
     nodes = request.nodes
     while (nodes := 2 * nodes) * request.gpus <= _MOST_GPUS:
@@ -326,6 +358,7 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
     batch = request.training.batch_size
     while batch > 1:
         batch //= 2
+        # More accumulation, so that a step still has as many examples and the result stays comparable.
         times = request.training.accumulation * request.training.batch_size // batch
         smaller = replace(request.training, batch_size=batch, accumulation=times)
         row = choose(rows_of(shape, replace(request, training=smaller)), request.strategy)
@@ -351,7 +384,7 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
 def as_json(
     shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row | None, advice: Sequence[str]
 ) -> dict[str, Any]:
-    """The same as the table, for programs; all sizes in bytes."""
+    """The content of the table for programs; all sizes are in bytes."""
     return {
         "model": request.model["model_name_or_path"],
         "parameters": shape.total,
@@ -383,7 +416,7 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
     from rich.table import Table
 
     training, console = request.training, Console()
-    console = console if console.is_terminal else Console(width=100)
+    console = console if console.is_terminal else Console(width=100)  # the table needs more than the 80 of a pipe
     trained = f", {shape.trainable / shape.total:.0%} of them trained" if shape.frozen else ""
     console.print(
         f"{request.model['model_name_or_path']}: {shape.total / 1e6:,.1f} million parameters{trained}; "
@@ -412,6 +445,7 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
         "much.",
         soft_wrap=True,
     )
+    # Without a choice, the last strategy stands in: the note should not disappear where nothing fits.
     if training.estimation_batch_size and request.world_size > 1:
         stage, offload = STRATEGIES[(choice or rows[-1]).strategy]
         own = replace(training, stage=stage, offload=offload, world_size=request.world_size)
@@ -492,7 +526,7 @@ def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
-    """The methods among the callbacks; a note on each callback that is not counted."""
+    """The methods among the callbacks. Adds a note for each callback whose memory is not counted."""
     callbacks_of_evertune = _callbacks().__all__
     methods = []
     callbacks = trainer.get("callbacks") or []
@@ -511,7 +545,7 @@ def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
 
 
 def _argument(methods: Sequence[Method], name: str, default: Any) -> Any:
-    """An argument of the first method that has it."""
+    """The value of an argument in the first method that has it, or else the default."""
     return next((method.arguments[name] for method in methods if name in method.arguments), default)
 
 
@@ -523,7 +557,7 @@ def _precision(value: Any) -> Any:
 
 
 def _strategy(value: Any) -> str | None:
-    """The strategy's name here, whichever way the configuration puts it."""
+    """The name in :data:`STRATEGIES` of a configured strategy: a name or a class with arguments; None for "auto"."""
     if value in (None, "auto"):
         return None
     if isinstance(value, dict) and "DeepSpeedStrategy" in str(value.get("class_path")):
@@ -540,7 +574,7 @@ def _strategy(value: Any) -> str | None:
 
 
 def _devices(value: Any) -> int:
-    """How many of a node; a number, a list of indices or a string of either."""
+    """The number of GPUs of a node, from ``devices``: a number, a list of indices, or a string of either."""
     if isinstance(value, list):
         return len(value)
     if isinstance(value, str) and "," in value:
@@ -555,7 +589,7 @@ def _devices(value: Any) -> int:
 
 
 def _memory(value: str | None) -> float:
-    """Bytes of a GPU: as given, by name, or those of the GPU here."""
+    """The memory of a GPU in bytes: given in GiB, by the GPU's name, or else that of the GPU of this machine."""
     if value is None:
         import torch
 
@@ -578,6 +612,7 @@ def _positive(name: str, value: Any) -> Any:
 
 
 def _first(*values: Any) -> Any:
+    """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 

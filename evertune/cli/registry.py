@@ -1,4 +1,4 @@
-"""``evertune registry``: look at the versions of a registry, change which is in production, check and clean up."""
+"""``evertune registry``: inspect versions, change which one is in production, verify files, clean up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _UNKNOWN = "\N{EN DASH}"
-_SHOWN = 50
+_SHOWN = 50  # versions listed without --all
 
 
 def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``registry`` and its commands to a parser; what they parse is for :func:`run_registry`."""
+    """Add ``registry`` and its actions to a parser. :func:`run_registry` takes the arguments that they parse."""
     parser = subparsers.add_parser(
         "registry",
         help="look at versions, promote, roll back, verify, clean up",
@@ -67,10 +67,13 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
 
 
 def run_registry(arguments: argparse.Namespace) -> int:
-    """Run one of the commands.
+    """Run one of the actions of ``evertune registry``.
+
+    Args:
+        arguments: What the parser of :func:`add_registry_commands` returned.
 
     Returns:
-        The exit code: 0, or 1 when something is wrong, which is then reported in one line on standard error.
+        The exit code: 0; 1 after an error, which is reported in one line on stderr, or if ``verify`` found a problem.
     """
     try:
         registry = Registry(arguments.registry)
@@ -78,6 +81,7 @@ def run_registry(arguments: argparse.Namespace) -> int:
             raise RegistryError(
                 f"there is no registry at {registry.store.root}: check the path, and that it is mounted"
             )
+        # Warnings become plain lines on stderr, without the file and line of the code that raised them.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             code = _ACTIONS[arguments.action](registry, arguments)
@@ -102,7 +106,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
     problem = ""
     try:
         aliases = registry.aliases
-    except RegistryError as error:  # the versions are what one needs to see then
+    except RegistryError as error:  # when the aliases are damaged, the list of versions is what helps to repair them
         problem, aliases = str(error), {}
     versions = registry.versions()
     found: dict[str, Any] = {
@@ -115,6 +119,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
         if not versions:
             yield f"{registry.store.root} holds no version yet"
             return
+        # Older versions are left out, except those with an alias: production may be one of them.
         newest = len(versions) if arguments.all else _SHOWN
         shown = [line for line in found["versions"][:-newest] if line["aliases"]] + found["versions"][-newest:]
         columns = ["version", "alias", "created (UTC)", "parent", "kind", "records", "accuracy", "verdict", "reason"]
@@ -143,7 +148,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
 
 
 def _line(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
-    """A version in a list."""
+    """The entry of a version in the list, as JSON values."""
     manifest = version.manifest
     return {
         "version": version.number,
@@ -195,7 +200,7 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
 
 
 def _promote(registry: Registry, arguments: argparse.Namespace) -> int:
-    before = registry.aliases if not arguments.force else {}
+    before = registry.aliases if not arguments.force else {}  # --force is for damaged aliases, too: do not read them
     version = registry.promote(
         arguments.version, arguments.reason, verify=not arguments.no_verify, force=arguments.force
     )
@@ -253,7 +258,7 @@ def _verify(registry: Registry, arguments: argparse.Namespace) -> int:
 
 def _gc(registry: Registry, arguments: argparse.Namespace) -> int:
     settings = {"keep": arguments.keep, "stale_days": arguments.stale_days}
-    if arguments.dry_run:
+    if arguments.dry_run:  # reads only, so that it needs no lease
         garbage = registry.garbage(**settings)
     else:
         with registry.lease("evertune registry gc"):
@@ -288,7 +293,7 @@ _ACTIONS = {
 
 
 def _print(arguments: argparse.Namespace, found: Any, tables: Any) -> None:
-    """JSON for machines; tables and lines for people, which are only made when they are wanted."""
+    """Print JSON for machines, or tables and lines for people; ``tables`` is only called in the second case."""
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
@@ -327,7 +332,7 @@ def _named(values: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 
 def _change(a: Any, b: Any) -> str:
-    """By how much a number has changed; nothing for other values."""
+    """The signed difference of two numbers; empty for equal numbers and for other values."""
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (a, b)):
         return ""
     return f"{b - a:+.4g}" if a != b else ""
@@ -338,7 +343,7 @@ def _percent(share: float | None) -> str:
 
 
 def _size(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes in a readable unit.
 
     Example:
         >>> _size(999), _size(92_000_000)

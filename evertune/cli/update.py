@@ -1,4 +1,4 @@
-"""``evertune update``: one update of a registry, as a YAML file describes it."""
+"""``evertune update``: make one update of the registry that a YAML file describes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 
 def updater_from(arguments: Sequence[str], program: str = "evertune update") -> tuple[Updater, argparse.Namespace]:
-    """The updater that a configuration describes, and the other settings of the command line.
+    """The updater that a configuration describes, and all settings of the command line.
 
     Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
     ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``, and,
     as in ``evertune fit``, ``model``, ``trainer`` and ``data``.
+
+    Args:
+        arguments: Arguments of the command, without its name.
+        program: Name of the command, for messages.
     """
     from evertune.training.trainer import ContinualTrainer
 
@@ -50,7 +54,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
         settings=made["update"],
         mirror=made["mirror"],
         work_dir=made["work_dir"],
-        config=_recorded(parser, config),
+        config=_recorded(parser, config),  # goes into the manifest of each version
     )
     return updater, made
 
@@ -60,7 +64,7 @@ def _parser(program: str) -> LightningArgumentParser:
     from evertune.streams.datamodule import ExperienceDataModule
     from evertune.training.trainer import ContinualTrainer
 
-    load_classes()
+    load_classes()  # so that a configuration can name the classes of plug-ins
     parser = LightningArgumentParser(
         prog=program,
         description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
@@ -78,6 +82,7 @@ def _parser(program: str) -> LightningArgumentParser:
     parser.add_argument("--mirror", type=MLflowMirror | None, default=None, help="another registry to keep informed")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(ContinualTrainer, "trainer")
+    # Not instantiated: each update makes its own datamodule, and sets what the configuration must not.
     parser.add_class_arguments(ExperienceDataModule, "data", skip=set(DATA_OF_UPDATES), instantiate=False)
     parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
@@ -87,7 +92,7 @@ def _parser(program: str) -> LightningArgumentParser:
 
 
 def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """What of the configuration decides about a version: not where it is kept; and no password in a URL."""
+    """The settings that determine a version, not those of where it is kept; URLs are recorded without passwords."""
     values = json.loads(parser.dump(config, format="json", skip_none=False))
     for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
         values.pop(name, None)
@@ -97,6 +102,7 @@ def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
 
 
 def _places(value: Any) -> Any:
+    """A copy of nested settings in which each URL is reduced to its place, without credentials."""
     if isinstance(value, dict):
         return {name: _places(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -105,12 +111,20 @@ def _places(value: Any) -> Any:
 
 
 def _end(number: int, frame: object) -> None:
-    """End at once, with the exit code of a process that SIGTERM has ended: the next call resumes."""
+    """End at once with the exit code of a process that SIGTERM has ended. The next call resumes."""
     raise SystemExit(128 + number)
 
 
 def update(arguments: Sequence[str]) -> int:
-    """Make one update; returns the exit code."""
+    """Make one update.
+
+    Args:
+        arguments: Arguments of the command, without its name.
+
+    Returns:
+        The exit code: 0 if a version was promoted, 3 if there was nothing to do, 4 if the gate refused the version, 5
+        if the data were bad, 1 after an error.
+    """
     from rich.console import Console
 
     from evertune.registry.registry import RegistryError

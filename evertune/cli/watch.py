@@ -16,18 +16,19 @@ logger = logging.getLogger("evertune.live")
 
 
 def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float = 0.0) -> int:
-    """Watch as a configuration describes it: that of ``evertune update``, and its section ``watch``.
+    """Watch as the section ``watch`` of a configuration of ``evertune update`` describes.
 
-    Each update is made by a child process, ``evertune update`` with the same arguments, so that it reads the
-    configuration again.
+    Each update runs in a child process, ``evertune update`` with the same arguments, and so reads the configuration
+    again.
 
     Args:
-        arguments: without the name of the command.
-        launcher: what comes before ``update`` where it is launched: ``["launch", "slurm", "--wait", "--"]``.
-        grace: seconds that an update needs to end, if the section ``watch`` gives it less.
+        arguments: Arguments of the command, without its name.
+        launcher: Words to put before ``update`` if updates are launched elsewhere, as in
+            ``["launch", "slurm", "--wait", "--"]``.
+        grace: Minimum time in seconds that an update gets to end; the section ``watch`` may give it more.
 
     Returns:
-        The exit code: 0 after SIGTERM or SIGINT; 1 when it cannot start, or has lost the registry to another process.
+        The exit code: 0 after SIGTERM or SIGINT; 1 if it cannot start, or has lost the registry to another process.
     """
     from evertune.cli.update import updater_from
     from evertune.live.telemetry import log_to
@@ -35,7 +36,7 @@ def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float =
     from evertune.registry.store import RegistryError
 
     command = [sys.executable, "-m", "evertune", *launcher, "update", *arguments]
-    log_to()
+    log_to()  # with the defaults, so that errors in the configuration are logged as well
     try:
         updater, options = updater_from(arguments, "evertune watch")
         settings = _settings(vars(options)["watch"])
@@ -48,7 +49,7 @@ def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float =
 
 
 def _settings(section: Mapping[str, Any]) -> WatchSettings:
-    """The section ``watch``, checked here and not by an update, which needs none of its secrets."""
+    """The section ``watch``, parsed here rather than by ``evertune update``, which does not need its secrets."""
     from jsonargparse import ArgumentParser
 
     from evertune.live.watch import WatchSettings

@@ -1,4 +1,4 @@
-"""What each rank of a run executes: ``python -m evertune.cli.worker fit --config stream.yaml``, started by torchrun."""
+"""The entry point of each rank, started by torchrun: ``python -m evertune.cli.worker fit --config stream.yaml``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How evertune starts on many processes: one launcher per file."""
+"""Launchers, one per file: they start a command of evertune on many processes."""
 
 from typing import TYPE_CHECKING
 

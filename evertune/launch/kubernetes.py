@@ -45,7 +45,7 @@ _RETRYABLE = 138
 """Exit code after which a PyTorchJob restarts a pod; it treats all codes below 128 as permanent failures."""
 _MARGIN = 30
 """Seconds after ``grace`` in which the supervisor can still end by itself."""
-_INTERVAL = 5.0
+_INTERVAL = 5.0  # seconds between two requests for the state of the job
 _RESOURCES = {"jobset": "jobsets.jobset.x-k8s.io", "pytorchjob": "pytorchjobs.kubeflow.org"}
 _JOB_LABELS = {"jobset": "jobset.sigs.k8s.io/jobset-name", "pytorchjob": "training.kubeflow.org/job-name"}
 
@@ -93,6 +93,7 @@ def manifest(settings: LaunchSettings, command: Sequence[str], run_id: str | Non
         documents.append(_jobset(settings, command, mounts_files=bool(files)))
     else:
         documents.append(_pytorchjob(settings, command, run_id or settings.name, mounts_files=bool(files)))
+    # The width keeps PyYAML from folding long shell lines.
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=10_000)
 
 
@@ -127,7 +128,7 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
 def _launch(job: _Job, *, wait: bool) -> int:
     try:
         state = job.state()
-        if state is not None:
+        if state is not None:  # the name is taken: by a finished job, or by one that must not be disturbed
             if _ending(state) is None:
                 return _say(f"{job.name} is still running: wait for it, delete it, or choose another name")
             job.delete()
@@ -252,6 +253,7 @@ def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
     if settings.modules:
         raise ValueError("modules cannot be used with Kubernetes: install what they load in kubernetes.image")
     _check_name("name", settings.name, _LABEL)
+    # Kubernetes limits host names to 63 characters and ends those of pods with five random ones.
     longest = f"{settings.name}-workers-0-{settings.nodes - 1}-abcde"
     if len(longest) > 63:
         excess = len(longest) - 63
@@ -289,7 +291,7 @@ def _with_mounted_files(command: Sequence[str]) -> tuple[list[str], dict[str, st
         if not path.is_file():
             raise ValueError(f"--config {path} is not a file")
         name = re.sub(r"[^-\w.]", "-", path.name, flags=re.ASCII)
-        name = f"{number}-{name}" if len(paths) > 1 else name
+        name = f"{number}-{name}" if len(paths) > 1 else name  # two folders may hold files of the same name
         contents[name] = path.read_text()
         places[path] = f"{_CONFIG_FOLDER}/{name}"
     rewritten = []
@@ -328,8 +330,9 @@ def _jobset(settings: LaunchSettings, command: Sequence[str], *, mounts_files: b
     )
     line = f"exec {shell_words(words)} {shlex.join(command)}"
     labels = {"RUN_ID": "batch.kubernetes.io/controller-uid"}  # changes each time that the job is recreated
+    # Elastic: the job itself replaces a lost pod. Otherwise one failed pod fails the job, and JobSet restarts all pods.
     elastic = settings.min_nodes is not None and settings.min_nodes < settings.nodes
-    decided = [code for code in DECIDED if code]
+    decided = [code for code in DECIDED if code]  # without 0, which is not a failure
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -389,6 +392,8 @@ def _on_exit_codes(codes: Sequence[int]) -> dict[str, Any]:
 def _pytorchjob(settings: LaunchSettings, command: Sequence[str], run_id: str, *, mounts_files: bool) -> dict[str, Any]:
     """Workers only: a job with a master is over as soon as the master ends, whether or not it holds rank 0."""
     words = settings.node_command([], node_rank="$NODE_RANK", master=f"{settings.name}-worker-0", run_id=run_id)
+    # This operator cannot restart on exit code 75, so bash translates it. It forwards SIGTERM, and repeats `wait`,
+    # which a trapped signal interrupts, until the supervisor has ended.
     line = "\n".join(
         [
             "trap 'kill -TERM \"$node\"' TERM",
@@ -462,6 +467,7 @@ def _pod(
 def _resources(settings: LaunchSettings) -> dict[str, Any]:
     asked = settings.kubernetes
     same = {name: value for name, value in (("cpu", asked.cpu), ("memory", asked.memory)) if value}
+    # GPUs can only be limited; Kubernetes then requests the same number.
     gpus = settings.processes if asked.gpus_per_node is None else asked.gpus_per_node
     limits = same | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     return ({"requests": same} if same else {}) | ({"limits": limits} if limits else {})

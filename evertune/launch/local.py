@@ -78,6 +78,6 @@ def forwarded(send: Callable[[signal.Signals], object]) -> Iterator[None]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # 0: the system chooses; nothing reserves the port after this function
         port: int = probe.getsockname()[1]
         return port

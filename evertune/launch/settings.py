@@ -195,10 +195,10 @@ class LaunchSettings:
     def variables(self) -> dict[str, str]:
         """Environment variables of every process: defaults for NCCL and gloo, overridden by ``environment``."""
         defaults = {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONFAULTHANDLER": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+            "OMP_NUM_THREADS": "1",  # as torchrun sets it: the ranks of a node share its cores
+            "PYTHONFAULTHANDLER": "1",  # a rank that crashes in C code leaves a stack trace
+            "TOKENIZERS_PARALLELISM": "false",  # threads of tokenizers do not survive the fork of DataLoader workers
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a collective that times out ends its rank
         }
         if self.interface:
             defaults |= {"GLOO_SOCKET_IFNAME": self.interface, "NCCL_SOCKET_IFNAME": self.interface}
@@ -267,6 +267,7 @@ def read_settings(options: Sequence[str], command: Sequence[str], where: str) ->
     for action in parser._actions:  # sections of other launchers are accepted, but not shown in the help
         if action.dest.partition(".")[0] in _GROUPS - {where}:
             action.help = SUPPRESS
+    # The section first, and the options over it: each error then names where the bad value comes from.
     try:
         section = parser.parse_object(launch_section(command))
     except ArgumentError as error:

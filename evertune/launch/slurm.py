@@ -49,7 +49,7 @@ _ENDED = {
     "NODE_FAIL",
     "BOOT_FAIL",
 }
-_POLL = 5.0
+_POLL = 5.0  # seconds between two requests for the state of a job
 _EARLY = 60  # seconds: SLURM may send a signal this much earlier than requested
 _PORTS = 1000  # a job uses one of this many ports, from `port` on, so that two jobs can share a node
 
@@ -105,6 +105,8 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
     array = _is_array(settings)
     job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
     cases = (f"    {index}) run=({shlex.join(words)}) ;;" for index, words in enumerate(_runs(settings, command)))
+    # A shell on each node expands the variables of its own task, such as $SLURM_NODEID. The command is passed to it as
+    # arguments, so that nothing in the command is expanded twice.
     on_node = shlex.quote(f'exec {_supervisor(settings)} "$@"')
     again = (
         "# It has saved, or got SIGUSR2 or SIGTERM before it could. A cancelled job is not requeued.",
@@ -119,6 +121,7 @@ def script(settings: LaunchSettings, command: Sequence[str]) -> str:
         *(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac", ""] if array else []),
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f'export EVERTUNE_MASTER="$first:$(({settings.port} + SLURM_JOB_ID % {_PORTS}))"',
+        # A restart is a run of its own: no supervisor of the last one may join its rendezvous.
         f'export EVERTUNE_RUN_ID="$SLURM_JOB_NAME-{job}-${{SLURM_RESTART_COUNT:-0}}"',
         "",
         "trap : TERM USR2  # the supervisors get these signals too; this shell waits for them",
@@ -147,8 +150,9 @@ def _head(settings: LaunchSettings) -> Iterator[str]:
         "account": slurm.account,
         "qos": slurm.qos,
         "output": f"{settings.log_dir}/%x-{'%A_%a' if array else '%j'}.out",
-        "open-mode": "append",
+        "open-mode": "append",  # a requeued job continues its log
         "requeue" if slurm.requeue else "no-requeue": "",
+        # With min_nodes, the job must survive the loss of a node.
         "no-kill": None if settings.min_nodes is None else "",
         "signal": f"USR2@{math.ceil(settings.grace)}",
         "array": _indices(settings) if array else None,
@@ -209,7 +213,7 @@ def _is_array(settings: LaunchSettings) -> bool:
 
 
 def _combinations(settings: LaunchSettings) -> list[dict[str, Any]]:
-    """What each run of an array sets."""
+    """The settings of each run of an array, by name: all combinations of the seeds and of the swept values."""
     axes: dict[str, list[Any]] = {"seed_everything": settings.slurm.seeds} if settings.slurm.seeds else {}
     axes |= settings.slurm.sweep
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -226,12 +230,13 @@ def _runs(settings: LaunchSettings, command: Sequence[str]) -> Iterator[list[str
     for index, chosen in enumerate(_combinations(settings)):
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in chosen.items()}
         parts = [f"{key.rpartition('.')[2].removesuffix('_everything')}={text}" for key, text in texts.items()]
+        # The index keeps names apart that are equal after this; 100 characters are short enough for a file name.
         name = re.sub(r"[^\w.=+-]+", "_", "-".join([str(index), *parts]))[:100]
         yield [*(f"--{key}={text}" for key, text in texts.items()), f"--out={out}/{name}"]
 
 
 def _out(command: Sequence[str]) -> str:
-    """The output folder of a ``fit``."""
+    """The output folder of a ``fit``, found as its own parser finds it: default, configuration, option."""
     out = "evertune-run"
     for file in config_files(command):
         content = yaml.safe_load(file.read_text())
@@ -320,6 +325,7 @@ def _wait(job: str) -> int:
             asked = subprocess.run(
                 ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False
             )
+            # SLURM forgets a job some minutes after its end (MinJobAge).
             if "Invalid job id" in asked.stderr:
                 raise ValueError(f"SLURM no longer knows job {job}, nor how it ended")
             states = [_facts(line) for line in asked.stdout.splitlines() if line]

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 UNREACHABLE = 255
 """Exit code of ssh itself."""
 
-_UNKNOWN = "FIRST_NODE"
+_UNKNOWN = "FIRST_NODE"  # placeholder in lines that are run by hand
 _MARGIN = 30.0  # seconds beyond the grace period after which a node is given up
 _LISTEN = 'exec 3<&0; (while read -r s <&3; do kill -s "$s" $$; done; kill -s TERM $$) >/dev/null 2>&1 &'
-"""Runs beside a supervisor over SSH: turns lines of standard input into signals, and its end into SIGTERM."""
+"""Shell code that runs beside a supervisor on its host. It reads the names of signals from standard input and sends
+them to the supervisor; the end of the input means that the connection is lost, and becomes SIGTERM."""
 
 
 def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait: bool = True) -> int:
@@ -193,6 +194,7 @@ class _Nodes:
             if code:
                 reason = ": it cannot be reached, or the connection was lost" if code == UNREACHABLE else ""
                 print(f"evertune launch torchrun: {host} ended with exit code {code}{reason}", file=sys.stderr)
+        # The node of rank 0 ends with the command's result, the others with 0: the highest code is the result.
         decided = [code for code in codes if code in (*DECIDED, PREEMPTED)]
         if self._lost or any(decided):
             return self._lost or max(decided)
@@ -204,6 +206,8 @@ class _Nodes:
     def _look(self) -> None:
         codes, grace, now = self._codes(), self.settings.grace, time.monotonic()
         failed = [code for code in codes if code]
+        # An unreachable node does not come back, so the others are asked to end at once. After any other failure they
+        # get `grace` seconds to end by themselves.
         if self._deadline is None and len(codes) - len(failed) < self._enough:
             self._deadline = now + (0 if UNREACHABLE in failed else grace)
         if self._deadline is not None and now >= self._deadline:

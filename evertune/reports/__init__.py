@@ -1,4 +1,4 @@
-"""What a person looks at: HTML pages, PNG plots and tables in the terminal."""
+"""Reports for people: HTML pages, PNG plots and tables in the terminal."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Where the marks of a line chart go, in percent of the plot: the page stretches it to any width, its text does not.
+"""Layout of line charts. Positions are in percent of the plot, so that the page can stretch it without its text.
 
 ``x`` runs from left to right and ``y`` from top to bottom, both from 0 to 100.
 """
@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 MAX_POINTS = 400
-"""Points drawn of a long series; the lowest and highest of each stretch are kept, so that no peak is lost."""
+"""Points drawn of a long series, approximately. The lowest and highest of each stretch are kept: no peak is lost."""
 
 
 @dataclass
 class Line:
-    """A line in several segments (it breaks where a value is missing), each the ``points`` of an SVG polyline."""
+    """A line of a chart.
+
+    Args:
+        segments: The ``points`` of an SVG polyline for each segment. A line breaks where a value is missing.
+        color: CSS colour.
+        dashed: Whether the line is dashed.
+    """
 
     segments: list[str]
     color: str
@@ -25,7 +31,15 @@ class Line:
 
 @dataclass
 class Mark:
-    """A dot, tick or label at a place in the plot."""
+    """A dot, tick or label in the plot.
+
+    Args:
+        x: Position from the left, in percent.
+        y: Position from the top, in percent.
+        text: What is shown there: a tick's number, a label, or the tooltip of a dot.
+        color: CSS colour; empty for that of the page.
+        name: Second part of a label at the end of a line: the name of the line.
+    """
 
     x: float
     y: float
@@ -36,7 +50,17 @@ class Mark:
 
 @dataclass
 class Chart:
-    """Everything one chart draws; ``summary`` says it in words."""
+    """Everything that one chart draws.
+
+    Args:
+        summary: The content in words, for screen readers.
+        lines: Lines, drawn first.
+        dots: Dots with a tooltip.
+        alarms: Dots that are marked as alarms, each with a vertical rule.
+        x_ticks: Ticks of the horizontal axis.
+        y_ticks: Ticks of the vertical axis, each with a grid line.
+        ends: Labels at the right end of the lines.
+    """
 
     summary: str
     lines: list[Line] = field(default_factory=list)
@@ -49,7 +73,14 @@ class Chart:
 
 @dataclass
 class Axis:
-    """A linear scale from data to percent."""
+    """A linear scale from data to positions.
+
+    Args:
+        low: Value that is placed at ``start``.
+        high: Value that is placed at ``stop``.
+        start: Position of ``low``, in percent.
+        stop: Position of ``high``, in percent; less than ``start`` for an axis that runs upwards.
+    """
 
     low: float
     high: float
@@ -57,12 +88,13 @@ class Axis:
     stop: float = 100.0
 
     def __call__(self, value: float) -> float:
-        """Where a value goes.
+        """The position of a value.
 
         Example:
             >>> Axis(0, 1, start=100, stop=0)(0.25)
             75.0
         """
+        # An axis without extent, as of a single point, places everything in the middle.
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return round(self.start + share * (self.stop - self.start), 2)
 
@@ -84,7 +116,7 @@ def polyline(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
 
 
 def ticks(high: float, count: int = 4) -> list[float]:
-    """Round numbers from 0 to at most ``high``, about ``count`` steps.
+    """Round numbers from 0 to at most ``high``, in about ``count`` steps.
 
     Example:
         >>> ticks(0.9), ticks(130)
@@ -94,11 +126,16 @@ def ticks(high: float, count: int = 4) -> list[float]:
         return [0.0]
     magnitude = 10.0 ** math.floor(math.log10(high / count))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude * count >= 0.8 * high)
+    # The factor and the rounding undo floating-point errors: 0.6 / 0.2 is less than 3, and 3 * 0.2 more than 0.6.
     return [round(i * step, 12) for i in range(int(high / step * 1.000001) + 1)]
 
 
 def thin(length: int, count: int) -> list[int]:
-    """At most ``count`` indices, evenly spaced, the first among them.
+    """At most ``count`` evenly spaced indices, starting with 0.
+
+    Args:
+        length: Number of values to choose from.
+        count: Maximum number of indices.
 
     Example:
         >>> thin(3, 10), thin(20, 10)
@@ -129,7 +166,14 @@ def keep_peaks(values: Sequence[float]) -> list[int]:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places moved apart to at least ``gap``, within 0 and 100 while they fit, in the order given.
+    """Positions moved apart by at least ``gap``, so that labels do not overlap. They stay within 0 to 100 if they fit.
+
+    Args:
+        places: Positions in percent, in any order.
+        gap: Minimum distance in percent.
+
+    Returns:
+        The new positions, in the order of ``places``.
 
     Example:
         >>> spread([50.0, 52.0, 10.0], gap=10)
@@ -139,6 +183,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     """
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
+    # Downwards first, which may push the last ones beyond 100, then back up from there.
     for before, after in pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     limit = 100.0

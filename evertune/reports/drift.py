@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing but itself."""
+"""A comparison of two sets of records as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from evertune.drift.comparison.wording import decision, described, false_alarms,
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, ticks
 from evertune.reports.page import fill
 
-_MAX_ALARMS = 60  # marked in a plot
-_SIDE, _MARGIN = 300, 8  # of the projection
+_MAX_ALARMS = 60  # alarms marked in a plot
+_SIDE, _MARGIN = 300, 8  # of the projection's SVG, in its units
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The projection as circles of an SVG, ``x`` and ``y`` each."""
+    """The features of both sides in two dimensions, as circles of an SVG.
+
+    Args:
+        before: Centres ``(x, y)`` of the circles of the reference.
+        after: Centres ``(x, y)`` of the circles of the current records.
+        size: Width and height of the SVG's view box.
+    """
 
     before: list[tuple[float, float]]
     after: list[tuple[float, float]]
@@ -31,14 +37,14 @@ def write_drift_report(found: Comparison, out: str | os.PathLike[str] = "drift.h
     what has changed, and examples side by side. All text is escaped.
 
     Args:
-        found: what :func:`~evertune.drift.comparison.compare` returned.
-        out: the file to write; its folders are created.
+        found: What :func:`~evertune.drift.comparison.compare` returned.
+        out: File to write; its folders are created.
 
     Returns:
         The path of the page.
 
     Raises:
-        ImportError: without jinja2.
+        ImportError: If jinja2 is not installed.
     """
     page = fill(
         "drift.html",
@@ -68,6 +74,7 @@ def write_drift_report(found: Comparison, out: str | os.PathLike[str] = "drift.h
 def _scores(scan: Scan) -> Chart:
     points = scan.points
     scores, thresholds = ([point[name] for point in points] for name in ("score", "threshold"))
+    # A little room above the highest point; 1.0 stands in for scores that are all 0.
     low, high = min(0.0, *scores, *thresholds), 1.08 * max(0.0, *scores, *thresholds) or 1.0
     across, up = Axis(0, scan.n_records, 1, 99), Axis(low, high, 100, 0)
     kept = keep_peaks(scores)
@@ -93,6 +100,7 @@ def _circles(found: Comparison) -> Projection | None:
         return None
     places = [*before, *after]
     axes = []
+    # Both sides share the axes. The second one is flipped, as an SVG's y runs downwards.
     for i, (start, stop) in enumerate(((_MARGIN, _SIDE - _MARGIN), (_SIDE - _MARGIN, _MARGIN))):
         values = [place[i] for place in places]
         axes.append(Axis(min(values), max(values), start, stop))

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a template beside this file."""
+"""Renders the templates beside this file, each to one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from evertune.reports.summary import duration, percent
 
 
 def fill(template: str, **values: Any) -> str:
-    """A page from one of the templates beside this file: escaped, and whole, as a name without a value is an error."""
+    """Render a template to a page.
+
+    Args:
+        template: File name of the template.
+        values: Values of the template's variables. Text in them is escaped.
+
+    Raises:
+        ImportError: If jinja2 is not installed.
+        jinja2.UndefinedError: If a variable has no value, so that no page is ever incomplete.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:

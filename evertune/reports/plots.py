@@ -1,4 +1,4 @@
-"""PNG plots of the histories, for papers and slides."""
+"""PNG plots of histories, for papers and slides."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def save_plots(runs: Runs | str | os.PathLike[str], directory: str | os.PathLike
 
     Args:
         runs: Histories by the name of their run, or the path of a ``history.json``.
-        directory: The folder to write to; it is created.
-        dpi: Dots per inch. The default gives about 1,500 pixels of width.
+        directory: Folder to write to; it is created.
+        dpi: Dots per inch. The default makes plots about 1,500 pixels wide.
 
     Returns:
-        The files: ``accuracy_over_time.png`` and ``accuracy_matrices.png``, then ``drift.png`` and ``memory.png`` when
-        a run has something to show there.
+        The paths of the files: ``accuracy_over_time.png`` and ``accuracy_matrices.png``, then ``drift.png`` and
+        ``memory.png`` if a run has something to show there.
 
     Raises:
-        ValueError: when there are no runs, or the file is no history.
+        ValueError: If there are no runs, or the file is not a history.
+        ImportError: If matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,7 +54,7 @@ def save_plots(runs: Runs | str | os.PathLike[str], directory: str | os.PathLike
     for kind, (plot, shown) in plots.items():
         if not shown:
             continue
-        figure = Figure(layout="constrained")
+        figure = Figure(layout="constrained")  # without pyplot, which would change the backend of the process
         FigureCanvasAgg(figure)
         plot(figure, shown)
         for text in figure.findobj(Text):
@@ -92,6 +93,7 @@ def _accuracy_matrices(figure: Any, runs: Runs) -> None:
         axes.imshow(matrix, cmap=colors, vmin=0, vmax=100)
         for (t, k), score in np.ndenumerate(matrix):
             if not math.isnan(score):
+                # White text where the cell is dark enough for it to be the more readable one.
                 axes.text(k, t, f"{score:.0f}", ha="center", va="center", color="white" if score >= 65.5 else "black")
         axes.set_xticks(range(matrix.shape[1]), run.experiences, rotation=35, ha="right")
         rows = ["all at once"] if is_joint(run) else [str(t + 1) for t in range(len(matrix))]

@@ -1,4 +1,4 @@
-"""The page about a registry: what is in production, what every version was worth, and why some were refused."""
+"""The page of a registry: what is in production, how accurate each version was, and why some were refused."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_SHOWN = 40
-"""Versions and slices drawn; of a longer list the newest. The timeline names all versions."""
-MAX_OPEN_PANELS = 9
-MAX_OPEN_ENTRIES = 12
-MAX_OFFSET = 400
+"""Number of versions and of slices drawn, the newest of a longer list. The timeline names all versions."""
+MAX_OPEN_PANELS = 9  # charts of slices that are shown without unfolding
+MAX_OPEN_ENTRIES = 12  # entries of the timeline that are shown without unfolding
+MAX_OFFSET = 400  # characters shown of a source offset
 
 PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = "in production", "promoted", "rolled back", "refused", "candidate"
 COLORS = {
@@ -46,7 +46,7 @@ def write_versions_report(
     out: str | os.PathLike[str] = "versions.html",
     title: str | None = None,
 ) -> Path:
-    """Write what a registry holds as one self-contained HTML page: no network, no script, phone and desktop.
+    """Write the content of a registry as one self-contained HTML page, for phone and desktop: no network, no script.
 
     It shows what is in production, the accuracy on each held-out slice over the versions, the records each version
     learned, and a timeline that says why versions were refused or rolled back. Only manifests are read. Needs the extra
@@ -54,11 +54,14 @@ def write_versions_report(
 
     Args:
         registry: A registry, its folder or its URL.
-        out: The file to write; its folders are created.
-        title: The heading of the page; None for the registry's own name.
+        out: File to write; its folders are created.
+        title: Heading of the page; by default the registry's name.
 
     Returns:
         The path of the page.
+
+    Raises:
+        ImportError: If jinja2 is not installed.
     """
     registry = _as_registry(registry)
     page = _page(registry, title or f"Registry {_name(registry)}")
@@ -71,15 +74,16 @@ def write_versions_report(
 def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     """The line of versions that led to the one in production, as the history of a run.
 
-    Row ``t`` of its accuracy matrix is the ``t``-th version of that line, column ``k`` the ``k``-th slice that the line
-    came to hold; refused and rolled back versions are no part of it. Pass it to ``write_report``, ``save_plots`` or
-    ``summary_table`` like any other: ``save_plots({"production": history_of("registry")}, "plots")``.
+    Row ``t`` of its accuracy matrix is the ``t``-th version of that line, and column ``k`` the ``k``-th slice on which
+    the line was measured. Refused and rolled back versions are not part of it. Pass it to ``write_report``,
+    ``save_plots`` or ``summary_table`` like any other history:
+    ``save_plots({"production": history_of("registry")}, "plots")``.
 
     Args:
         registry: A registry, its folder or its URL.
 
     Raises:
-        ValueError: when nothing is in production, or no version in that line was measured.
+        ValueError: If nothing is in production, or no version in that line was measured.
     """
     registry = _as_registry(registry)
     line = _line(registry.versions(), registry.production)
@@ -122,7 +126,14 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Table:
 
 @dataclass
 class VersionView:
-    """One version as the page shows it."""
+    """One version as the page shows it.
+
+    Args:
+        version: The version.
+        status: What became of it, one of the keys of :data:`COLORS`.
+        aliases: Its aliases that ``status`` does not already name.
+        change: Mean difference of its accuracies to those of its parent, over the slices of both; NaN without any.
+    """
 
     version: Version
     status: str
@@ -162,7 +173,15 @@ class VersionView:
 
 @dataclass
 class Entry:
-    """One point of the timeline: a version, or something that a person did."""
+    """One entry of the timeline: a version, or a change of production by hand.
+
+    Args:
+        at: When it happened.
+        color: CSS colour of the entry.
+        text: What happened; empty for a version.
+        reason: Why, in lines of text.
+        view: The version; None for a change by hand.
+    """
 
     at: datetime
     color: str
@@ -173,7 +192,15 @@ class Entry:
 
 @dataclass
 class SliceView:
-    """One held-out slice as production answers it."""
+    """One held-out slice and production's accuracy on it.
+
+    Args:
+        name: Name of the slice.
+        number: Version with which the slice came.
+        examples: Number of examples.
+        accuracy: Accuracy of production.
+        change: Difference to the best version before production; NaN if there is none.
+    """
 
     name: str
     number: int
@@ -184,7 +211,14 @@ class SliceView:
 
 @dataclass
 class Column:
-    """The records of one version: by kind, their height in percent of the tallest column."""
+    """The records of one version as a stacked column.
+
+    Args:
+        label: Label below the column; empty if there is no room for it.
+        tip: Tooltip.
+        heights: Height of each kind of record, in percent of the tallest column.
+        faint: Whether the column is drawn faintly, as the version did not serve.
+    """
 
     label: str
     tip: str
@@ -237,9 +271,10 @@ def _name(registry: Registry) -> str:
 
 
 def _views(registry: Registry) -> list[VersionView]:
-    """Every version, oldest first, with what became of it."""
+    """All versions, oldest first, each with its status."""
     versions, production, aliases = registry.versions(), registry.production, registry.aliases
     line = {version.number for version in _line(versions, production)}
+    # Versions that have left production. Those of them that did not lead to the current one were rolled back.
     left = {event["from"] for event in registry.events if event["action"] in ("promote", "rollback")}
     views = []
     for version in versions:
@@ -265,12 +300,13 @@ def _line(versions: Sequence[Version], last: Version | None) -> list[Version]:
     line = []
     while last is not None:
         line.append(last)
+        # `pop`, so that parents that form a circle in damaged manifests end the loop.
         last = by_number.pop(last.parent, None) if last.parent is not None else None
     return line[::-1]
 
 
 def _slices(versions: Sequence[Version]) -> dict[str, int]:
-    """The slices that versions were measured on, in the order they came, each with the version that it came with."""
+    """The slices that versions were measured on, oldest first, each with the version that was first measured on it."""
     slices: dict[str, int] = {}
     for version in versions:
         for name in _accuracy(version):
@@ -305,13 +341,13 @@ def _headline(line: Sequence[VersionView]) -> str:
 
 
 def _change(name: str, line: Sequence[VersionView]) -> float:
-    """What production gained on a slice since the best version before it; NaN where there is nothing to compare."""
+    """Production's accuracy on a slice, less that of the best version before it; NaN if no other was measured on it."""
     before = [view.accuracy[name] for view in line[:-1] if name in view.accuracy]
     return line[-1].accuracy[name] - max(before) if before else math.nan
 
 
 def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[VersionView]) -> list[tuple[str, str, str]]:
-    """Figures of the head: what, how many, and of which kinds."""
+    """The figures at the head of the page, each as its name, its value and the details below it."""
     counts = {status: sum(view.status == status for view in views) for status in (REFUSED, ROLLED_BACK)}
     promoted = sum(view.served for view in views)
     parts = [f"{promoted} promoted", *(f"{count} {status}" for status, count in counts.items() if count)]
@@ -322,7 +358,7 @@ def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[Vers
 
 
 def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
-    """How many records the journal holds beyond those that production has learned; nothing without a journal."""
+    """The number of records in the journal that production has not learned, as a figure; empty without a journal."""
     from evertune.live.journal import Journal
 
     journal = Journal(registry.store)
@@ -354,7 +390,7 @@ def _details(view: VersionView) -> list[tuple[str, str]]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """How many there are, and which; empty if there are none.
+    """The number of names and the names themselves; empty if there are none.
 
     Example:
         >>> _listed(["sport", "tech"])
@@ -364,7 +400,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _held(line: Sequence[VersionView], slices: dict[str, int]) -> list[SliceView]:
-    """The slices that production was measured on, in the order they came; of many, those that lost most."""
+    """The slices that production was measured on, oldest first; of more than fit, those that lost the most."""
     if not line:
         return []
     production = line[-1]
@@ -379,7 +415,7 @@ def _held(line: Sequence[VersionView], slices: dict[str, int]) -> list[SliceView
 
 
 def _floor(values: Sequence[float]) -> float:
-    """Where the scale of accuracies starts: the ten below the lowest, 0 if that is below a half."""
+    """Where the scale of accuracies starts: the lowest, rounded down to a tenth, or 0 if that is below a half."""
     lowest = min((value for value in values if not math.isnan(value)), default=0.0)
     low = min(math.floor(10 * lowest) / 10, 0.9)
     return low if low >= 0.5 else 0.0
@@ -421,7 +457,7 @@ def _panel(name: str, views: Sequence[VersionView], low: float) -> Chart:
 
 
 def _empty_chart(summary: str, views: Sequence[VersionView], low: float) -> tuple[Chart, Axis, Axis]:
-    """A chart over the version numbers with its ticks, and its two axes."""
+    """A chart over version numbers with its ticks, and its horizontal and vertical axes."""
     first, last = (views[0].number, views[-1].number) if views else (0, 0)
     across, up = Axis(first, last, 4, 96), Axis(low, 1, 100, 0)
     chart = Chart(summary)
@@ -435,7 +471,7 @@ def _empty_chart(summary: str, views: Sequence[VersionView], low: float) -> tupl
 
 
 def _mark(chart: Chart, views: Sequence[VersionView], values: dict[int, float], across: Axis, up: Axis) -> None:
-    """A dot for each version that was measured; a refused one is marked like an alarm."""
+    """Add a dot for each version that was measured. Refused versions are marked like alarms."""
     for view in views:
         value = values[view.number]
         if not math.isnan(value):
@@ -460,11 +496,12 @@ def _columns(views: Sequence[VersionView]) -> list[Column]:
 
 
 def _timeline(views: Sequence[VersionView], registry: Registry) -> list[Entry]:
-    """Newest first: the versions as they came and, in between, what changed production in another way."""
+    """The versions and the changes of production by hand, newest first."""
     entries = [Entry(view.version.created, view.color, reason=view.words, view=view) for view in views]
     refused = {view.number for view in views if not view.version.passed}
     for event in registry.events:
         old, new, rolled_back = event["from"], event["to"], event["action"] == "rollback"
+        # The gate promotes newer versions that pass. Any other promotion is the decision of a person.
         by_hand = event["action"] == "promote" and (new in refused or (old is not None and new < old))
         if rolled_back or by_hand:
             text = f"Rolled back from version {old} to {new}" if rolled_back else f"Version {new} promoted by hand"

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing but itself, and has no script in it."""
+"""The report of one or more runs: one self-contained HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joi
 
 N_COLORS = 6  # --run-0 to --run-5 of the template
 NBSP = "\N{NO-BREAK SPACE}"
-MAX_BARS = 24
-MAX_NAMED_UPDATES = 6
-MAX_NAMED_ALARMS = 8
+MAX_BARS = 24  # of the memory's content; the rest of a longer list is one bar
+MAX_NAMED_UPDATES = 6  # up to which ticks are the names of experiences, which need more room than numbers
+MAX_NAMED_ALARMS = 8  # whose steps are listed
 
 
 def write_report(
@@ -32,14 +32,15 @@ def write_report(
 
     Args:
         runs: Histories by the name of their run, or the path of a ``history.json``.
-        out: The file to write; its folders are created.
-        title: The heading of the page.
+        out: File to write; its folders are created.
+        title: Heading of the page.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: when there are no runs, or the file is no history.
+        ValueError: If there are no runs, or the file is not a history.
+        ImportError: If jinja2 is not installed.
     """
     page = render(as_runs(runs), title)
     path = Path(out)
@@ -49,7 +50,12 @@ def write_report(
 
 
 def render(runs: Runs, title: str) -> str:
-    """The page as text; every name in it is escaped."""
+    """The page as text. Names in it are escaped.
+
+    Args:
+        runs: Histories by the name of their run.
+        title: Heading of the page.
+    """
     views = [RunView(name, run, color) for (name, run), color in zip(runs.items(), _colors(runs), strict=True)]
     return fill(
         "template.html",
@@ -68,7 +74,13 @@ def render(runs: Runs, title: str) -> str:
 
 @dataclass
 class RunView:
-    """One run as the page shows it."""
+    """One run as the page shows it.
+
+    Args:
+        name: Name of the run.
+        history: What the run recorded.
+        color: CSS colour of the run in all charts.
+    """
 
     name: str
     history: History
@@ -99,7 +111,7 @@ class RunView:
 
     @property
     def alarm_text(self) -> str:
-        """At which steps drift was detected, in words."""
+        """The steps at which drift was detected, in words."""
         tests = zip(running_steps(self.history), self.history.drift, strict=True)
         steps = [f"{step:,}" for step, point in tests if point["alarm"]]
         if not steps:
@@ -111,7 +123,13 @@ class RunView:
 
 @dataclass
 class Bar:
-    """One bar of what the memory holds; its width in percent of the longest."""
+    """One bar of the memory's content.
+
+    Args:
+        name: Name of the experience or class.
+        count: Number of examples.
+        width: Width in percent of the longest bar.
+    """
 
     name: str
     count: int
@@ -119,7 +137,15 @@ class Bar:
 
 
 def headline(views: Sequence[RunView]) -> list[tuple[RunView | None, str]]:
-    """The outcome in one or two sentences, in pieces; a run comes with its name, to be shown in its colour."""
+    """The outcome in one or two sentences.
+
+    Args:
+        views: The runs of the page.
+
+    Returns:
+        The pieces of the sentences in order. A piece that is the name of a run comes with the run, so that the page can
+        show it in the run's colour.
+    """
     scored = [view for view in views if not math.isnan(view.history.average_accuracy)]
     if not scored:
         return [(None, "No experience was evaluated after the last update.")]
@@ -151,7 +177,7 @@ def headline(views: Sequence[RunView]) -> list[tuple[RunView | None, str]]:
 
 
 def _colors(runs: Runs) -> list[str]:
-    """Joint runs are a neutral reference; the others take the colours in order."""
+    """A colour for each run. Joint runs are a neutral reference; the others take the colours in order."""
     colors, used = [], 0
     for run in runs.values():
         colors.append("var(--reference)" if is_joint(run) else f"var(--run-{used % N_COLORS})")
@@ -185,7 +211,7 @@ def _panel(experience: str, views: Sequence[RunView]) -> Chart:
 
 
 def _accuracy_chart(series: Sequence[tuple[RunView, list[float]]], summary: str, end_gap: float = 8) -> Chart:
-    """A line for each run over its updates; a run with one update over all the data is a level, dashed."""
+    """A line for each run over its updates. A joint run has a single update and becomes a dashed level."""
     updates = max((len(values) for _, values in series), default=1)
     across, up = Axis(0, updates - 1, 4, 96), Axis(0, 1, 100, 0)
     chart = Chart(summary)
@@ -193,7 +219,7 @@ def _accuracy_chart(series: Sequence[tuple[RunView, list[float]]], summary: str,
     chart.x_ticks = [Mark(across(t), 100, str(t + 1)) for t in thin(updates, 10)]
     for view, values in series:
         xs, ys = [across(t) for t in range(len(values))], [up(value) for value in values]
-        if view.joint:
+        if view.joint:  # from edge to edge, at the height of its one value
             xs, ys = [0, 100], ys * 2
         chart.lines.append(Line(polyline(xs, ys), view.color, dashed=view.joint))
         last = next((i for i in reversed(range(len(values))) if not math.isnan(values[i])), None)
@@ -235,7 +261,7 @@ def _drift(name: str, history: History) -> Chart:
 
 
 def _bars(counts: dict[str, int]) -> list[Bar]:
-    """The longest bars; the rest of a long list in one."""
+    """The bars in the order of the counts. A long list is sorted, and its smallest counts are added up in one bar."""
     ranked = sorted(counts.items(), key=lambda item: -item[1]) if len(counts) > MAX_BARS else list(counts.items())
     shown, rest = ranked[:MAX_BARS], ranked[MAX_BARS:]
     longest = max((count for _, count in shown), default=0) or 1

@@ -1,4 +1,4 @@
-"""What a run comes down to: the figures that the terminal, the page and the plots all show."""
+"""The figures of a run that the terminal, the page and the plots have in common."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ Runs = Mapping[str, History]
 def as_runs(runs: Runs | str | os.PathLike[str]) -> Runs:
     """The runs themselves, or those in a ``history.json``.
 
+    Args:
+        runs: Histories by the name of their run, or the path of a ``history.json``.
+
     Raises:
-        ValueError: when there are none, or the file is no history.
+        ValueError: If there are no runs, or the file is not a history.
     """
     if isinstance(runs, str | os.PathLike):
         return load_history(runs)
@@ -34,7 +37,7 @@ def as_runs(runs: Runs | str | os.PathLike[str]) -> Runs:
 
 
 def is_joint(run: History) -> bool:
-    """Whether a run learned several experiences in one update: all data at once, the ceiling of the others."""
+    """Whether a run learned several experiences in one update: all data at once, as an upper bound for the others."""
     return len(run.accuracy_matrix) == 1 and len(run.experiences) > 1
 
 
@@ -48,7 +51,7 @@ def average_over_updates(run: History) -> list[float]:
 
 
 def running_steps(run: History) -> list[int]:
-    """The steps of the drift tests, counted on where a new update starts from zero again.
+    """The steps of the drift tests, numbered consecutively: each update counts its own steps from zero.
 
     Example:
         >>> points = [{"step": step, "score": 0.0, "alarm": False, "threshold": 1.0} for step in (10, 20, 5, 15)]
@@ -73,12 +76,12 @@ def percent(value: float, signed: bool = False) -> str:
     """
     if math.isnan(value):
         return UNKNOWN
-    value = round(100 * value, 1) + 0.0
+    value = round(100 * value, 1) + 0.0  # -0.0 becomes 0.0
     return f"{value:{'+' if signed and value else ''}.1f}".replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:
-    """A duration for people.
+    """A duration in readable units.
 
     Example:
         >>> duration(0.44), duration(42.4), duration(192), duration(7_260)
@@ -101,7 +104,7 @@ def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
         runs: Histories by the name of their run, or the path of a ``history.json``.
 
     Raises:
-        ValueError: when there are no runs, or the file is no history.
+        ValueError: If there are no runs, or the file is not a history.
 
     Example:
         >>> table = summary_table({"naive": History(["a", "b"], [[1.0], [0.5, 1.0]], seconds=3.0)})

@@ -1,4 +1,4 @@
-"""Which page belongs to what a run has left: the table and the page of a history or of a registry."""
+"""Writes the report that fits a path: that of a history, or that of a registry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from pathlib import Path
 
 
 def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
-    """Print the table of a history or a registry and write its HTML page (and plots)."""
+    """Print the table of a history or a registry, and write its HTML page and its plots.
+
+    Args:
+        history: Path of a ``history.json``, or the folder of a registry.
+        page: File to write the page to. By default ``report.html``: beside a history, and for a registry in the current
+            folder.
+        plots: Folder to write PNG plots to; None for no plots. For a history only.
+
+    Raises:
+        ValueError: If the file is not a history, or plots are asked for a registry.
+        ImportError: If jinja2 or matplotlib is not installed.
+    """
     from rich.console import Console
 
     from evertune.reports.plots import save_plots

@@ -1,1 +1,1 @@
-"""What looks after the ranks of a node: preflight, start, heartbeats, restart."""
+"""The supervisor of a node and its parts: preflight, start of the ranks, heartbeats, restarts."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _PACKAGES = ("evertune", "torch", "pytorch-lightning", "transformers", "deepspeed")
 _CLOCKS = 5.0  # seconds that clocks may be apart
-_SHARED_MEMORY = 2**30  # containers get 64 MB where nobody asks for more
+_SHARED_MEMORY = 2**30  # bytes; containers get 64 MB by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,15 @@ class Facts:
 
 
 def read_facts(run_id: str, configs: Sequence[str]) -> Facts:
-    """The facts of this node."""
+    """The facts of this node.
+
+    Args:
+        run_id: Identifier of the run.
+        configs: Paths of the configuration files.
+    """
     import torch
 
+    # NVML would need another package; the kernel module states its version in a file.
     driver = Path("/sys/module/nvidia/version")
     return Facts(
         host=socket.gethostname(),

@@ -1,4 +1,4 @@
-"""The ranks of one node as its supervisor sees them: finds hung ranks, and reports where they hang."""
+"""Finds the hung ranks of a node from their heartbeats, and records where they hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STOPPED = 10.0
 _AWAY = 10.0
 """Seconds without a check (the supervisor itself was stopped) after which the timeouts of all ranks start over."""
 
-_TIMES_LONGEST_STEP = 10
+_TIMES_LONGEST_STEP = 10  # a step may take this many times the longest so far, even beyond `hang_timeout`
 _INCIDENT = timedelta(seconds=60)  # hangs that are found within it are the same
 _NAME = "hang-%Y%m%d-%H%M%S"
 
@@ -257,6 +257,7 @@ def places_in(incident: Path) -> list[Place]:
 
 def furthest_behind(places: Sequence[Place]) -> list[Place]:
     """The stopped ranks; if there are none, those that have made the least progress."""
+    # In a collective all ranks wait for the one with the fewest heartbeats.
     fewest = min((place.marks for place in places), default=0)
     return [place for place in places if place.state == "T"] or [place for place in places if place.marks == fewest]
 
@@ -277,6 +278,8 @@ def _stacks(rank: Rank, file: Path) -> str:
     """The stack traces that a process writes on SIGUSR1: by faulthandler, which does not need the interpreter lock."""
     before = file.stat().st_size
     try:
+        # The handler runs only in a process that is not stopped. The signal is sent first, so that it is delivered as
+        # soon as the process continues, which then stands where it was stopped.
         os.kill(rank.pid, signal.SIGUSR1)
         if rank.state == "T":
             os.kill(rank.pid, signal.SIGCONT)

@@ -108,7 +108,7 @@ class Supervisor:
         self._tries = options.max_restarts
         self._signalled: set[int] = set()  # processes that have been asked to stop
         self._killed: set[int] = set()  # processes that hung
-        self._since: dict[str, float] = {}
+        self._since: dict[str, float] = {}  # condition to the time since which it holds, see `_for`
 
     def run(self) -> int:
         """Supervise until the run has ended on this node; returns the exit code."""
@@ -118,7 +118,7 @@ class Supervisor:
         except OSError as error:
             self._say(f"cannot write to the log folder: {error}")
             return 1
-        (self.folder / "logs").symlink_to(self.logs)
+        (self.folder / "logs").symlink_to(self.logs)  # ranks know only the folder of the node
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._ask)
         signal.signal(signal.SIGINT, self._interrupt)
@@ -130,7 +130,7 @@ class Supervisor:
             self._alive_at = time.monotonic()
             while True:
                 self._torchrun()
-        except _End as end:
+        except _End as end:  # other nodes read this file, and do not wait for this one any longer
             with suppress(OSError):
                 self._ended.write_text(str(end.code))
             return end.code
@@ -236,8 +236,9 @@ class Supervisor:
         """Torchrun has ended: end too, or return to restart it.
 
         Raises:
-            _End: with the exit code.
+            _End: With the exit code.
         """
+        # Results of the commands come first: torchrun may still fail while it shuts down.
         ranks, code = read_ranks(self.folder, process.pid), process.returncode
         decided = self._decided(ranks)
         if decided is not None:
@@ -253,7 +254,7 @@ class Supervisor:
         else:
             self._say("the ranks have failed too often")
             raise _End(1)
-        if ranks:
+        if ranks:  # restarts within that torchrun count as well; a failed rendezvous does not
             self._tries -= 1 + max(rank.restarts for rank in ranks)
         if self._tries < 0:
             self._say(f"torchrun has ended, and no restarts are left: {reason}")
@@ -328,7 +329,7 @@ class Supervisor:
         for place in places_in(found):
             if place.pid in {rank.pid for rank in late} and place.node == self.options.node_rank:
                 self._say(str(place))
-        if self.options.nodes > 1:
+        if self.options.nodes > 1:  # the rank that holds up the others may be on another node
             time.sleep(_OTHERS)
         for place in furthest_behind(places_in(found)):
             self._say(f"furthest behind: {place}")
@@ -345,7 +346,7 @@ class Supervisor:
             raise _End(1)
         if self.options.min_nodes is not None:
             return  # the remaining nodes continue
-        for path in self.logs.glob("node-*.ended"):
+        for path in self.logs.glob("node-*.ended"):  # a file from before this start is of an earlier attempt
             if path.stat().st_mtime > self._started:
                 code = int(path.read_text() or 1)
                 self._say(f"{path.stem} has ended with exit code {code}")

@@ -1,4 +1,4 @@
-"""Checks every node before training: that all join, are alike and share folders, and how fast the network is.
+"""Checks all nodes before training: that they join, are alike and share folders, and how fast the network is.
 
 Runs on all nodes at the same time, one process per node::
 
@@ -28,8 +28,8 @@ from evertune.launch.supervisor.facts import Facts, compare, read_facts
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-_SIZES = (1_000_000, 64_000_000)  # bytes reduced
-_REPEATS = 3
+_SIZES = (1_000_000, 64_000_000)  # bytes reduced: one size for latency, one for bandwidth
+_REPEATS = 3  # timed reductions of each size
 _SEEN_WITHIN = 15.0  # seconds until a file must be visible on another node
 _ANSWER = 120.0  # seconds for a node to answer
 _LOOK = (
@@ -149,6 +149,7 @@ def _gather(meeting: _Meeting, facts: Facts, options: argparse.Namespace) -> lis
         def all_here() -> bool:
             for rank in range(options.nodes):
                 if rank not in meeting.facts and meeting.has("facts", rank):
+                    # The time until the message is read counts as a difference; only seconds matter here.
                     one = Facts(**meeting.read("facts", rank))
                     meeting.facts[rank] = replace(one, clock=one.clock - time.time())
             return len(meeting.facts) == int(options.nodes)
@@ -185,6 +186,7 @@ def _check_folders(meeting: _Meeting, folders: Sequence[str]) -> None:
             for folder, file in ours.items():
                 if error := _write(file, token):
                     problems.append(f"{meeting.who(0)}: cannot write to the shared folder {folder}: {error}")
+        # The others look for the files of node 0 only after all of them have been written.
         meeting.agree("files", problems)
         if rank > 0:
             seen = {folder: _see(_file(folder, token, 0), token) or _write(ours[folder], token) for folder in folders}
@@ -271,7 +273,7 @@ def _time_reductions(meeting: _Meeting) -> list[float]:
         times = []
         for size in _SIZES:
             tensor = torch.zeros(size // 4, device="cuda:0" if meeting.gpus else "cpu")
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor)  # untimed: the first one opens the connections
             float(tensor[0])  # synchronizes with the GPU
             start = time.perf_counter()
             for _ in range(_REPEATS):
@@ -356,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check every node; runs on all of them at the same time.
 
     Args:
-        arguments: Arguments of the command line.
+        arguments: Arguments of the command line; by default those of the process.
 
     Returns:
         The exit code, the same on all nodes that have joined: 0 if training can start.

@@ -35,15 +35,16 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
     others make torchrun restart all ranks.
 
     Args:
-        command: ends by returning, or by ``SystemExit``.
-        arguments: of the command.
+        command: Command to run. It ends by returning, or by ``SystemExit`` with an exit code or a message.
+        arguments: Arguments of the command.
 
     Raises:
-        SystemExit: always.
+        SystemExit: Always.
     """
     if "EVERTUNE_NODE_DIR" not in os.environ:
         sys.exit("a rank is started by evertune.launch.supervisor.node; use `evertune launch`")
     folder, local_rank = Path(os.environ["EVERTUNE_NODE_DIR"]), os.environ["LOCAL_RANK"]
+    # Before the slow imports: the supervisor has to know this process, also if it hangs in one of them.
     _announce(folder, local_rank, awaited=arguments[:1] in [[name] for name in _TRAINS])
     from evertune.launch.settings import DECIDED
     from evertune.utils.processes import PREEMPTED
@@ -63,7 +64,11 @@ def run(command: Callable[[list[str]], object], arguments: list[str]) -> None:
 
 
 def with_layout(arguments: list[str]) -> list[str]:
-    """A command with the number of nodes and processes that there are now: one YAML serves everywhere."""
+    """A command with the current number of nodes and processes added, so that one YAML serves everywhere.
+
+    Args:
+        arguments: Command of the rank. Only ``fit`` and ``update`` train, and only these are changed.
+    """
     if arguments[:1] not in [[name] for name in _TRAINS]:
         return arguments
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -102,6 +107,8 @@ def _announce(folder: Path, local_rank: str, awaited: bool) -> None:
 
 def _end_soon_after_sigterm() -> None:
     """Kill this process soon after SIGTERM. Lightning waits for the next batch, which never comes if a rank is lost."""
+    # Python runs its handlers in the main thread between bytecodes, so not while that waits in a collective. The wakeup
+    # pipe is written at once by the handler in C, and a thread can read it.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -127,6 +134,7 @@ def _code_of(command: Callable[[list[str]], object], arguments: list[str]) -> in
 
 
 def _write(path: Path, facts: dict[str, Any]) -> None:
+    # A rename is atomic: the supervisor never reads half a file.
     draft = path.with_name(f".{path.name}")
     draft.write_text(json.dumps(facts))
     draft.replace(path)
