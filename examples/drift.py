@@ -1,9 +1,9 @@
-"""One long fit without task boundaries: a drift trigger finds out by itself when the news change topic.
+"""One long fit without known boundaries: a drift trigger detects by itself when the news change topic.
 
 A small bag-of-words classifier reads BBC News in passages of 40 words, one topic after another. Nothing in the data
 says where a topic ends. ``DriftTrigger`` watches hashed n-grams of the passages; at each alarm an experience ends, and
-``Replay`` takes what was just read into its memory. Without the trigger there is only one experience, whose end comes
-too late, and the topics before the last are forgotten. Needs ``pip install evertune[demo]``; takes seconds on a CPU.
+``Replay`` takes what was just read into its memory. Without the trigger there is only one experience, which ends after
+the last topic, and all topics before that are forgotten. Needs ``pip install evertune[demo]``; takes seconds on a CPU.
 """
 
 import logging
@@ -26,7 +26,7 @@ BATCH_SIZE, WORDS, VOCABULARY = 32, 40, 1 << 15
 
 
 def passages(texts: list[str], topic: int) -> list[dict[str, Any]]:
-    """Texts cut into passages, each an example: the numbers of its words and the number of its topic."""
+    """Texts cut into passages. Each is an example: the numbers of its words and the number of its topic."""
     found = []
     for text in texts:
         words = [1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in text.lower().split()]
@@ -85,7 +85,7 @@ def learn(topics: list[Experience], callbacks: list[pl.Callback]) -> list[float]
 
 
 def replay() -> Replay:
-    """A twelfth of the passages, two of them next to each new one."""
+    """A memory for a twelfth of the passages, of which two are replayed with each new one."""
     return Replay(memory_size=1_000, policy="class_balanced", replay_ratio=2.0)
 
 

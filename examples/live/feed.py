@@ -34,7 +34,7 @@ def news(seed: int = 0) -> list[dict[str, Any]]:
 
 
 def lines(seed: int = 0) -> Iterator[tuple[str, str]]:
-    """What arrives, line by line, and the file that it goes to: one for each month, named so that they sort."""
+    """What arrives, as pairs of a file name and a line. There is one file for each month; their names sort by time."""
     generator, late = random.Random(seed), []
     for number, article in enumerate(news(seed)):
         file = f"{article['time'][:7]}.jsonl"
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="stop after this many lines in all (default: all, about 2,500)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    # Lines are drawn from a fixed seed, so a restart skips as many as the folder already holds.
     there = sum(len(path.read_bytes().splitlines()) for path in arguments.out.glob("*.jsonl"))
     for number, (file, line) in enumerate(lines()):
         if number < there:
