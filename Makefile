@@ -30,12 +30,12 @@ test: install  ## all tests but the slow ones
 test-all: test  ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-# The same versions as in the environment above, but for the other Lightning, and so nothing to resolve.
+# The environment above without the other Lightning. Its files are hard links where the file system has them.
 $(LIGHTNING)/.dev: $(VENV)/.dev
-	test -x $(LIGHTNING)/bin/python || $(PYTHON) -m venv $(LIGHTNING)
-	$(BIN)/pip freeze --exclude-editable --exclude pytorch-lightning > $(LIGHTNING)/requirements.txt
-	$(LIGHTNING)/bin/pip install --quiet --upgrade 'pip>=25'
-	$(LIGHTNING)/bin/pip install --quiet --no-deps --requirement $(LIGHTNING)/requirements.txt --editable .
+	rm -rf $(LIGHTNING)
+	cp -al $(VENV) $(LIGHTNING) 2>/dev/null || { rm -rf $(LIGHTNING) && cp -a $(VENV) $(LIGHTNING); }
+	$(LIGHTNING)/bin/python -m pip uninstall --quiet --yes pytorch-lightning
+	rm $@  # a hard link to the other one
 	touch $@
 
 test-lightning: $(LIGHTNING)/.dev  ## the tests near Lightning, where only `lightning` is installed

@@ -10,16 +10,21 @@ from importlib import import_module
 from evertune.strategies import deepspeed
 from evertune.strategies.extensions import load_extension
 
+deepspeed._prepare_environment()
 for module in (
+    "deepspeed.runtime.zero.stage3",  # compiles at its import, for which torch loads Dynamo and Inductor
+    "deepspeed.runtime.zero.stage_1_and_2",
     "evertune.callbacks.drift_trigger",
     "evertune.live.evaluation",
     "evertune.live.training",
     "evertune.training.elastic",
     "evertune.training.stream_run",
+    "pandas",  # pyarrow imports it for its first table
     "tests.helpers.live_worker",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
 ):
     import_module(module)
 
-deepspeed._prepare_environment()
 load_extension()  # compiled here if need be: no test waits for it with a time limit of its own
