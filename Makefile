@@ -11,7 +11,7 @@ install: $(VENV)/.dev  ## the development environment in .venv
 # The environment is made anew whenever the dependencies change.
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade 'pip>=25'  # older ones take many times as long to resolve
+	$(BIN)/pip install --quiet --upgrade 'pip>=25'
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
