@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
-from evertune.tasks.base import task_of
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
 from evertune.utils.ranks import is_leader, is_writer
@@ -49,10 +48,10 @@ def fit(arguments: Sequence[str]) -> int:
     if not run_dir.exists() and (out / "history.json").is_file() and _same(out / "config.yaml", settings):
         print(f"this run is complete: see {out / 'report.html'}; to learn it again, delete {out} or pass another --out")
         return 0
-    # The module's task decides what a label may be, so it has to be known before the source is read.
-    cli.datamodule.task = cli.datamodule.task or task_of(cli.model)
     try:
-        _ = cli.datamodule.stream  # read now, so that a bad file is reported in one line before any process is started
+        cli.datamodule.stream_for(
+            cli.model
+        )  # read now, so that a bad file is reported in one line before any process is started
         _begin(run_dir, settings)
     except (OSError, ValueError) as error:
         print(f"evertune fit: {error}", file=sys.stderr)

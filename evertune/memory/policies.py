@@ -158,7 +158,7 @@ def make_policy(policy: str | Policy) -> Policy:
     """The policy named ``policy``, or ``policy`` itself.
 
     Raises:
-        ValueError: If there is no policy of that name.
+        ValueError: If the policy is unknown.
     """
     if isinstance(policy, Policy):
         return policy

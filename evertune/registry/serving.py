@@ -60,7 +60,7 @@ def load(
         on_change: Called with the new version after each swap.
 
     Raises:
-        RegistryError: If there is no registry or no such version, or the version is damaged.
+        RegistryError: If the registry or the version does not exist, or the version is damaged.
         ValueError: If the alias is unknown, or ``follow`` is not positive or is combined with the number of a version.
 
     Example::

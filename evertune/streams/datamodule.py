@@ -12,7 +12,7 @@ from evertune._lightning import LightningDataModule
 from evertune.streams import splits as scenarios
 from evertune.streams.experience import Experience, ExperienceStream
 from evertune.streams.sampler import BucketSampler, ResumableLoader
-from evertune.tasks.base import Task
+from evertune.tasks.base import Task, task_of
 
 
 class ExperienceDataModule(LightningDataModule):
@@ -292,8 +292,15 @@ class StreamDataModule(LightningDataModule):
     @property
     def stream(self) -> ExperienceStream:
         """The stream; the source is read on first access."""
+        return self._read(self.task)
+
+    def stream_for(self, module: Any) -> ExperienceStream:
+        """The stream as a module learns it: read with the module's task, unless ``task`` was given."""
+        return self._read(self.task or task_of(module))
+
+    def _read(self, task: Task | None) -> ExperienceStream:
         if self._stream is None:
-            self._stream = getattr(scenarios, self.scenario)(self.source, task=self.task, **self._cut)
+            self._stream = getattr(scenarios, self.scenario)(self.source, task=task, **self._cut)
         return self._stream
 
     def datamodule(
@@ -302,6 +309,6 @@ class StreamDataModule(LightningDataModule):
         """The batches of an experience; the same object each time, so that its texts are tokenised once."""
         known, datamodule = self._datamodules.get(id(experience), (None, None))
         if datamodule is None or known is not tokenizer:
-            datamodule = ExperienceDataModule(experience, tokenizer, task=task or self.task, **self._batches)  # type: ignore[arg-type]
+            datamodule = ExperienceDataModule(experience, tokenizer, task=self.task or task, **self._batches)  # type: ignore[arg-type]
             self._datamodules[id(experience)] = (tokenizer, datamodule)
         return datamodule

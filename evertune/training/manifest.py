@@ -14,6 +14,8 @@ from evertune.utils.typed_json import from_json, to_json
 
 MANIFEST = "checkpoint.json"
 
+Weights = Literal["replicated", "portable", "deepspeed"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -33,7 +35,7 @@ class Layout:
     """
 
     processes: int
-    weights: Literal["replicated", "portable", "deepspeed"]
+    weights: Weights
     zero_stage: int
     batch_size: int | None
     accumulation: int
@@ -42,7 +44,8 @@ class Layout:
     def of(cls, trainer: pl.Trainer) -> Layout:
         """The layout of a running fit."""
         strategy = trainer.strategy
-        stage, weights = 0, "replicated"
+        stage = 0
+        weights: Weights = "replicated"
         if isinstance(strategy, either("DeepSpeedStrategy")):
             assert isinstance(strategy.config, dict)
             stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
@@ -50,7 +53,7 @@ class Layout:
                 weights = "portable"
         return cls(
             processes=trainer.world_size,
-            weights=weights,  # type: ignore[arg-type]
+            weights=weights,
             zero_stage=stage,
             batch_size=getattr(trainer.train_dataloader, "batch_size", None),
             accumulation=trainer.accumulate_grad_batches,

@@ -94,9 +94,7 @@ class ContinualTrainer(Trainer):
             ValueError: If the stream is empty, or an experience has neither test nor validation data.
         """
         refuse_other_package(self, [module, stream])
-        if isinstance(stream, StreamDataModule):
-            stream.task = stream.task or task_of(module)
-        experiences = stream.stream if isinstance(stream, StreamDataModule) else stream
+        experiences = stream.stream_for(module) if isinstance(stream, StreamDataModule) else stream
         if len(experiences) == 0:
             raise ValueError("the stream is empty: there is nothing to learn")
         run = None if run_dir is None else self._start_run(run_dir, experiences, checkpoint_every_n_steps)

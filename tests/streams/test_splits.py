@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import date, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,6 +19,7 @@ from torch.utils.data import TensorDataset
 from evertune.streams import (
     Experience,
     ExperienceStream,
+    StreamDataModule,
     class_incremental,
     data_incremental,
     domain_incremental,
@@ -261,6 +264,18 @@ def test_the_task_says_what_a_label_is_and_which_classes_it_names() -> None:
     sizes = [[len(data or ()) for data in experience.splits().values()] for experience in stream]
     assert sizes == [[6, 2, 2]] * 2, "one stratum: the shares hold for all rows together"
     assert stream[1:].task is stream.task
+
+
+def test_a_stream_is_read_with_the_task_of_the_module_unless_it_has_its_own(tmp_path: Path) -> None:
+    (tmp_path / "houses.jsonl").write_text("".join(f'{{"text": "{i} rooms", "label": {i / 2}}}\n' for i in range(20)))
+    settings: dict[str, Any] = {"source": str(tmp_path / "houses.jsonl"), "scenario": "data_incremental"}
+    own, modules = Prices("gaussian"), Prices("gaussian")
+    module = SimpleNamespace(task=modules)
+    assert StreamDataModule(**settings, n_experiences=2).stream_for(module).task is modules
+    data = StreamDataModule(**settings, n_experiences=2, task=own)
+    stream = data.stream_for(module)
+    assert stream.task is own
+    assert data.datamodule(stream[0], task=modules).task is own
 
 
 def test_without_a_task_a_number_that_is_no_name_is_refused() -> None:
