@@ -32,7 +32,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env=inherited | settings | environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1_200,
         check=False,
     )
 

@@ -90,7 +90,7 @@ def test_drift_is_exit_code_1_with_all_that_was_found(folder: Path, capsys: pyte
 
 def test_as_a_shell_runs_it(folder: Path) -> None:
     command = [sys.executable, "-m", "evertune", "drift", "--reference", "reference.jsonl", "--current", "other.jsonl"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert "other.jsonl:128" in done.stdout
     with pytest.raises(SystemExit) as ended:

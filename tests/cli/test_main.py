@@ -68,7 +68,7 @@ def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1_200,
         check=False,
     )
 

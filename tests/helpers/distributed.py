@@ -14,7 +14,7 @@ from typing import Any
 from tests.helpers.processes import FORKS
 
 
-def run_ranks(target: str, world_size: int, timeout: float = 500, **arguments: Any) -> list[Any]:
+def run_ranks(target: str, world_size: int, timeout: float = 1_200, **arguments: Any) -> list[Any]:
     """Call ``target`` ("package.module:function") with JSON ``arguments`` on ``world_size`` processes.
 
     Each process gets the environment a launcher sets (``LOCAL_RANK``, ``WORLD_SIZE``, ...), so that

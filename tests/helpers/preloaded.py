@@ -5,6 +5,7 @@ Nothing that reads a rank's environment when it is imported belongs here.
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 
 from evertune.strategies import deepspeed
@@ -12,7 +13,8 @@ from evertune.strategies.extensions import load_extension
 
 deepspeed._prepare_environment()
 for module in (
-    "deepspeed.runtime.zero.stage3",  # compiles at its import, for which torch loads Dynamo and Inductor
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles at its import, for which torch loads Inductor
+    "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
     "evertune.callbacks.drift_trigger",
     "evertune.live.evaluation",
@@ -28,3 +30,5 @@ for module in (
     import_module(module)
 
 load_extension()  # compiled here if need be: no test waits for it with a time limit of its own
+
+gc.freeze()  # ZeRO-3 collects garbage at every start and end of a fit, and would go through all of the above

@@ -24,7 +24,7 @@ def load(**environment: str) -> Path:
     settings = {name: value for name, value in os.environ.items() if name != "TORCH_EXTENSIONS_DIR"}
     command = [sys.executable, "-c", LOAD]
     settings |= {"DS_ACCELERATOR": "cpu"} | environment
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=500, check=True)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1_200, check=True)
     return Path(done.stdout.splitlines()[-1])
 
 
