@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 
+from evertune._lightning import pl
 from evertune.callbacks.replay.callback import Replay
 from tests.callbacks.test_replay import Save, Vision, loader, module, trainer, weights
+
+CombinedLoader = pl.utilities.CombinedLoader
 
 
 class Two(Vision):

@@ -239,9 +239,7 @@ class WithDecay(Classifier):
 
 
 def scaled() -> dict[str, Any]:
-    from pytorch_lightning.plugins import MixedPrecision
-
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=1024.0))]}
+    return {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=1024.0))]}
 
 
 @pytest.mark.parametrize("accumulation", [1, 5])
