@@ -468,7 +468,6 @@ def fitted(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", ["a signal", "its time is up", "killed"])
 def test_a_disturbed_fit_ends_in_the_same_bits(how: str, fitted: Path, cluster: SlurmCluster) -> None:
     out = fitted / how.replace(" ", "-")
@@ -505,7 +504,6 @@ def test_a_disturbed_fit_ends_in_the_same_bits(how: str, fitted: Path, cluster: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_an_update_passes_its_exit_code_on(tmp_path: Path, cluster: SlurmCluster) -> None:
     prepare(tmp_path)
     feed(tmp_path, "a", ["business", "sport"], n=60)
