@@ -36,10 +36,10 @@ import evertune
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.intake import Intake
-from evertune.live.journal import Journal
 from evertune.live.triggers import Volume
 from evertune.live.update import Updater, UpdateSettings
 from evertune.memory.memory import ReplayMemory
+from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry
 from evertune.registry.store import Store

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from evertune.live.journal import Journal, Segment
 from evertune.live.plan import Plan
+from evertune.registry.journal import Journal, Segment
 from evertune.registry.registry import Registry, Version
 from evertune.utils.files import write_atomically
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.live.journal import Journal
+from evertune.registry.journal import Journal
 from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
 from evertune.sources.masking import Masker
@@ -55,7 +55,7 @@ class Intake:
     Each record is masked first, then checked, then joined with its label if labels arrive separately. Afterwards it is
     in exactly one place: in the journal, in quarantine with the reason, or among the halves that wait. Nothing reaches
     the disk unmasked. Of several records with the same id in a chunk, the newest counts; across chunks,
-    :func:`~evertune.live.journal.latest` decides.
+    :func:`~evertune.registry.journal.latest` decides.
 
     A chunk becomes a segment of the journal, whole or not at all, together with the offset at which the next one
     starts. An intake can therefore be killed at any moment: the next one reads the same records again, with the same

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from evertune.gate.gate import Check, Gate, Verdict
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
-from evertune.live.journal import Journal, Segment, latest
 from evertune.live.plan import Plan
 from evertune.live.slices import draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
+from evertune.registry.journal import Journal, Segment, latest
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, Version
 from evertune.sources.base import Row, Source, SourceError

@@ -359,7 +359,7 @@ def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[Vers
 
 def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
     """The number of records in the journal that production has not learned, as a figure; empty without a journal."""
-    from evertune.live.journal import Journal
+    from evertune.registry.journal import Journal
 
     journal = Journal(registry.store)
     try:

@@ -13,7 +13,7 @@ from decimal import Decimal
 import pytest
 
 from evertune.live.intake import Intake
-from evertune.live.journal import Journal
+from evertune.registry.journal import Journal
 from evertune.registry.store import Store
 from evertune.sources.base import Chunk, Incoming, Source, SourceError
 from evertune.sources.folder import FolderSource

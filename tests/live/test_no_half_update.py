@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import evertune
-from evertune.live.journal import Journal
+from evertune.registry.journal import Journal
 from evertune.registry.registry import Registry
 from tests.helpers import live_worker
 from tests.helpers.live_worker import feed, prepare

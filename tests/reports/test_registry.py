@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evertune.live.journal import Journal
+from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
 from evertune.reports import save_plots, write_report

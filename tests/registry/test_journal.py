@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from evertune.live.journal import Journal, latest
+from evertune.registry.journal import Journal, latest
 from evertune.registry.store import Store
 
 
