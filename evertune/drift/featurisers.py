@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from evertune.tasks.texts import max_tokens, truncation_length
+
 Featuriser: TypeAlias = Callable[[Any], Any]
 """A callable from a batch to a float tensor ``[examples, n_features]``."""
 
@@ -99,14 +101,15 @@ class FrozenEncoder:
         model_name_or_path: Hub name or folder that ``transformers.AutoModel`` can load.
         key: Key of a mapping batch that holds its strings, which the encoder's own tokenizer reads. A batch without it
             must hold ``input_ids`` (and ``attention_mask``) made by the same tokenizer.
-        max_length: Longer texts are truncated to this many tokens. Default: 128.
+        max_length: Longer texts are truncated to this many tokens. Default: 128, or what the encoder takes if that is
+            less.
         pooling: ``"mean"`` of the tokens' embeddings without padding (which most sentence encoders are trained for), or
             ``"cls"``, the embedding of the first token, for encoders that are trained to represent the sentence there.
         normalize: Whether to scale each vector to length 1. Lengths are then ignored; most encoders express the meaning
             by the direction.
 
     Raises:
-        ValueError: If ``pooling`` is neither.
+        ValueError: If ``pooling`` is neither, or ``max_length`` is more than the encoder takes.
         TypeError: If a batch holds neither strings nor token numbers.
     """
 
@@ -114,7 +117,7 @@ class FrozenEncoder:
         self,
         model_name_or_path: str,
         key: str = "text",
-        max_length: int = 128,
+        max_length: int | None = None,
         pooling: Literal["mean", "cls"] = "mean",
         normalize: bool = False,
     ) -> None:
@@ -122,10 +125,12 @@ class FrozenEncoder:
             raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
         from transformers import AutoModel, AutoTokenizer
 
-        self.key, self.max_length, self.pooling, self.normalize = key, max_length, pooling, normalize
+        self.key, self.pooling, self.normalize = key, pooling, normalize
         with _whole_weights():
             self.model: Any = AutoModel.from_pretrained(model_name_or_path).requires_grad_(False).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_name_or_path)
+        self.max_tokens = max_tokens(self.model)
+        self.max_length = truncation_length(max_length, self.tokenizer, self)
 
     @torch.no_grad()
     def __call__(self, batch: Any) -> Tensor:
@@ -164,10 +169,11 @@ class SentenceEncoder(FrozenEncoder):
     Args:
         model_name_or_path: Hub name or folder that ``transformers.AutoModel`` can load.
         key: Key of a mapping batch that holds its strings; see :class:`FrozenEncoder`.
-        max_length: Longer texts are truncated to this many tokens. Default: 128.
+        max_length: Longer texts are truncated to this many tokens. Default: 128, or what the encoder takes if that is
+            less.
     """
 
-    def __init__(self, model_name_or_path: str, key: str = "text", max_length: int = 128) -> None:
+    def __init__(self, model_name_or_path: str, key: str = "text", max_length: int | None = None) -> None:
         super().__init__(model_name_or_path, key, max_length, pooling="mean", normalize=True)
 
 

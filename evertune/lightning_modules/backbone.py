@@ -49,6 +49,14 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
     return backbone.train()  # transformers returns eval mode, which Lightning keeps
 
 
+def skeleton(model_name_or_path: str) -> Any:
+    """The transformer of a configuration without weights, on torch's meta device."""
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(model_name_or_path))
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the log messages and progress bars of transformers; errors are still raised."""

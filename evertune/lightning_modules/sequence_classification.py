@@ -16,6 +16,7 @@ from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
 from evertune.tasks.sequence_classification import SequenceClassificationTask
+from evertune.tasks.texts import truncation_length
 from evertune.utils.batches import TARGET_KEYS, targets_of
 from evertune.utils.evaluation import evaluation_mode
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from evertune.streams.experience import Experience
 
 HEAD_DROPOUT = 0.1
+_LONGEST_UNLIMITED = 512
+"""Tokens of a text for models without a maximum; attention takes memory that grows with the square of it."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -319,31 +322,34 @@ class SequenceClassificationModule(TransformerModule):
         Args:
             texts: Texts, or pairs of texts.
             batch_size: Number of texts per forward pass. Default: 32.
-            max_length: Maximum number of tokens; longer texts are truncated. None (default) uses the model's maximum.
+            max_length: Maximum number of tokens; longer texts are truncated. None (default) uses the tokenizer's and
+                the model's maximum, or 512 if neither has one.
 
         Raises:
             TypeError: If ``texts`` is a single string.
+            ValueError: If ``max_length`` is more than the model takes.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list; for one text pass [text]")
         self.configure_model()
+        from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+        longest = self.tokenizer.model_max_length
+        if longest >= VERY_LARGE_INTEGER:
+            longest = _LONGEST_UNLIMITED
+        length = truncation_length(max_length or longest, self.tokenizer, self)
         predictions: list[dict[str, float]] = []
         with evaluation_mode(self), gathered(self), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 batch = self.tokenizer(
                     list(texts[start : start + batch_size]),
                     truncation=True,
-                    max_length=max_length or self._max_length(),
+                    max_length=length,
                     padding=True,
                     return_tensors="pt",
                 )
                 predictions += self.predict_step(batch.to(self.device), start)
         return predictions
-
-    def _max_length(self) -> int:
-        positions: int | None = getattr(self.backbone.config, "max_position_embeddings", None)
-        longest: int = self.tokenizer.model_max_length
-        return min(longest, positions or longest)
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

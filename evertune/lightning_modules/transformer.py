@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from evertune._lightning import LightningModule, either, rank_zero_warn
-from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone
+from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone, skeleton
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
@@ -23,6 +23,7 @@ from evertune.lightning_modules.saving import (
     write_manifest,
 )
 from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_rate_factor, remaining_steps
+from evertune.tasks.texts import max_tokens
 from evertune.utils.loaders import resume_loaders
 from evertune.utils.locate import locate
 from evertune.utils.ranks import barrier, is_writer
@@ -114,14 +115,28 @@ class TransformerModule(LightningModule):
 
         Raises:
             RuntimeError: Before the weights are loaded.
+            ValueError: If the texts have more tokens than the transformer takes.
         """
         if self.backbone is None:
             raise RuntimeError(f"{type(self).__name__} has no weights yet: call configure_model() first")
+        tokens = inputs.get("input_ids")
+        if tokens is not None and self.max_tokens is not None and tokens.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"a batch has texts of {tokens.shape[1]} tokens, but {type(self.backbone).__name__} takes at most "
+                f"{self.max_tokens}: tokenize with truncation=True, max_length={self.max_tokens}"
+            )
         return self.backbone(**{name: value for name, value in inputs.items() if name in self._inputs})
+
+    @cached_property
+    def max_tokens(self) -> int | None:
+        """The maximum number of tokens of a text, special tokens included; None if the transformer has no maximum."""
+        return max_tokens(skeleton(self.model_name_or_path) if self.backbone is None else self.backbone)
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded on first access; without a padding token, it pads with its end token.
+        """The model's tokenizer, loaded on first access.
+
+        Without a padding token, it pads with its end token. Its ``model_max_length`` is at most :attr:`max_tokens`.
 
         Raises:
             ValueError: If the model has no tokenizer.
@@ -134,6 +149,7 @@ class TransformerModule(LightningModule):
                 raise ValueError(f"{self.model_name_or_path} has no tokenizer files")
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
             self._tokenizer = tokenizer
         return self._tokenizer
 

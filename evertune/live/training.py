@@ -24,6 +24,7 @@ from evertune.sources.schema import RecordSchema
 from evertune.streams.datamodule import ExperienceDataModule
 from evertune.streams.experience import Experience, class_names
 from evertune.tasks.base import task_of
+from evertune.tasks.texts import truncation_length
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
@@ -150,7 +151,8 @@ def _data(
         experience = Experience(plan.experience, examples, classes=classes)
         return experience, ExperienceDataModule(experience, module.tokenizer, task=task, **columns, **data)
     tokenizer = module.tokenizer
-    tokens = task.dataset(examples, tokenizer, **columns, max_length=data.get("max_length", 128))
+    length = truncation_length(data.get("max_length"), tokenizer, module)
+    tokens = task.dataset(examples, tokenizer, **columns, max_length=length)
     everything: Any = ConcatDataset([memory, tokens])  # type: ignore[list-item]
     old = Manifest.from_json((production / MANIFEST).read_bytes()).classes
     experience = Experience(plan.experience, everything, classes=list(dict.fromkeys([*old, *classes])))

@@ -202,6 +202,15 @@ class Updater:
                 f"data must not set {', '.join(given)}: an update takes them from its schema, its settings and the "
                 "module"
             )
+        limit, length = getattr(model, "max_tokens", None), self.data.get("max_length")
+        if limit is not None and length is not None and length > limit:
+            logger.warning(
+                "data.max_length is %d, but the model takes at most %d tokens: texts are truncated to %d",
+                length,
+                limit,
+                limit,
+            )
+            self.data["max_length"] = limit
         self.trigger = trigger or Volume()
         self.gate = gate or Gate()
         self.settings = settings or UpdateSettings()
@@ -614,7 +623,10 @@ class Updater:
     @property
     def _reading(self) -> dict[str, Any]:
         """The settings by which a module reads records."""
-        return {"text": self.schema.text, "label": self._label, "max_length": self.data.get("max_length", 128)}
+        from evertune.tasks.texts import truncation_length
+
+        length = truncation_length(self.data.get("max_length"), self.model.tokenizer, self.model)
+        return {"text": self.schema.text, "label": self._label, "max_length": length}
 
     def _text(self, row: Row) -> Any:
         field = self.schema.text

@@ -13,6 +13,7 @@ from evertune.streams import splits as scenarios
 from evertune.streams.experience import Experience, ExperienceStream
 from evertune.streams.sampler import BucketSampler, ResumableLoader
 from evertune.tasks.base import Task, task_of
+from evertune.tasks.texts import truncation_length
 
 
 class ExperienceDataModule(LightningDataModule):
@@ -33,7 +34,8 @@ class ExperienceDataModule(LightningDataModule):
         batch_size: Training examples per batch and rank. Default: 32.
         eval_batch_size: Validation and test examples per batch; may be larger, since no gradients are kept. Default:
             64.
-        max_length: Maximum number of tokens; longer texts are truncated. Default: 128.
+        max_length: Maximum number of tokens; longer texts are truncated. Default: 128, or what the model takes if that
+            is less. More than it takes is an error.
         num_workers: Number of processes that load batches. Default: 0, since tokens are in memory.
         seed: Seed of the order of the training examples, the same on all ranks. Default: 0.
         collate_fn: Function that collates examples into a batch. By default the task's, or torch's without a tokenizer.
@@ -46,7 +48,8 @@ class ExperienceDataModule(LightningDataModule):
             Pass ``module.task`` for a module that has one.
 
     Raises:
-        ValueError: If a size is not positive, a column is missing, or the tokenizer cannot pad.
+        ValueError: If a size is not positive, a column is missing, the tokenizer cannot pad, or ``max_length`` is more
+            than the module takes.
 
     Example:
         >>> import torch
@@ -66,7 +69,7 @@ class ExperienceDataModule(LightningDataModule):
         label: str | None = "label",
         batch_size: int = 32,
         eval_batch_size: int = 64,
-        max_length: int = 128,
+        max_length: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -78,7 +81,7 @@ class ExperienceDataModule(LightningDataModule):
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
         for name, size in sizes.items():
-            if size < 1:
+            if size is not None and size < 1:
                 raise ValueError(f"{name} must be positive, got {size}")
         self.experience = experience
         self.tokenizer = tokenizer
@@ -116,9 +119,14 @@ class ExperienceDataModule(LightningDataModule):
                 text=self.text,
                 label=self.label,
                 id_column=self.id_column,
-                max_length=self.max_length,
+                max_length=truncation_length(self.max_length, self.tokenizer, self._module),
             )
         return self._datasets[split]
+
+    @property
+    def _module(self) -> Any:
+        """The module that gets the batches; None outside a trainer."""
+        return self.trainer.lightning_module if self.trainer is not None else None
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, the same number on all ranks."""
@@ -191,7 +199,8 @@ class StreamDataModule(LightningDataModule):
             their examples.
         batch_size: Training examples per batch and rank. Default: 32.
         eval_batch_size: Validation and test examples per batch. Default: 64.
-        max_length: Maximum number of tokens; longer texts are truncated. Default: 128.
+        max_length: Maximum number of tokens; longer texts are truncated. Default: 128, or what the model takes if that
+            is less. More than it takes is an error.
         num_workers: Number of processes that load batches. Default: 0.
         bucketed: Whether to batch texts of similar length together. Default: True.
         drop_last: Whether to leave out the training examples that do not fill a step. Default: False.
@@ -236,7 +245,7 @@ class StreamDataModule(LightningDataModule):
         on_unseen_label: Literal["raise", "drop"] = "raise",
         batch_size: int = 32,
         eval_batch_size: int = 64,
-        max_length: int = 128,
+        max_length: int | None = None,
         num_workers: int = 0,
         bucketed: bool = True,
         drop_last: bool = False,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -15,6 +15,57 @@ from evertune.utils.examples import Examples, column_of
 
 _PADDING = {"token_type_ids": 0}
 """Padding value of each kind of tokens other than ``input_ids``."""
+_USUAL_LENGTH = 128
+
+
+def max_tokens(transformer: nn.Module) -> int | None:
+    """The maximum number of tokens that a transformer takes, special tokens included; None without a maximum.
+
+    It is the number of positions in the configuration. The family of RoBERTa counts positions from after the padding
+    token's, so two of 514 cannot be used; relative positions, as in XLNet and DeBERTa, have no maximum.
+
+    Args:
+        transformer: Model of transformers; its weights need not be loaded.
+    """
+    config: Any = transformer.config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    relative = getattr(config, "relative_attention", False) and not getattr(config, "position_biased_input", True)
+    if positions is None or positions < 1 or relative:
+        return None
+    for name, module in transformer.named_modules():
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return positions
+
+
+def truncation_length(max_length: int | None, tokenizer: Any, module: Any = None) -> int:
+    """The number of tokens after which texts are truncated.
+
+    Args:
+        max_length: The length that was asked for; None for 128, or for what tokenizer and module take if that is less.
+        tokenizer: Tokenizer of transformers.
+        module: The module that will get the texts. Its ``max_tokens``, if it has that attribute, is its maximum.
+
+    Raises:
+        ValueError: If ``max_length`` is more than the module takes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> truncation_length(None, SimpleNamespace(model_max_length=10**30), SimpleNamespace(max_tokens=64))
+        64
+        >>> truncation_length(512, None, SimpleNamespace(max_tokens=64))
+        Traceback (most recent call last):
+        ValueError: max_length must be at most 64, the number of tokens that SimpleNamespace takes, got 512
+    """
+    limit = getattr(module, "max_tokens", None)
+    if max_length is None:
+        return min(_USUAL_LENGTH, getattr(tokenizer, "model_max_length", _USUAL_LENGTH), limit or _USUAL_LENGTH)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length must be at most {limit}, the number of tokens that {type(module).__name__} takes, "
+            f"got {max_length}"
+        )
+    return max_length
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):

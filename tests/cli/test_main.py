@@ -165,7 +165,7 @@ def test_print_config_shows_every_setting(
     assert config["trainer"]["accumulate_grad_batches"] == 1
     assert config["trainer"]["callbacks"][0]["init_args"]["policy"] == "reservoir"
     assert config["model"]["init_args"]["warmup_ratio"] == 0.1
-    assert config["data"]["max_length"] == 128
+    assert config["data"]["max_length"] is None
 
 
 def test_a_saved_configuration_can_be_run_again(
