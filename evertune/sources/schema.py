@@ -323,7 +323,8 @@ def time_value(value: Any) -> str:
         value: ISO 8601 with a time zone, a datetime with one, or seconds or milliseconds since 1970.
 
     Raises:
-        ValueError: If it is none of these, has no time zone, or is not in the years 1900 to 2099.
+        ValueError: If it is none of these, has no time zone, is not in the years 1900 to 2099, or is a number that
+            reads as a date (``20240517``), which as seconds would be in August 1970.
 
     Example:
         >>> time_value("2024-05-17T12:00:00+02:00"), time_value(1715940000)
@@ -332,6 +333,10 @@ def time_value(value: Any) -> str:
     if isinstance(value, str):
         value = _parsed(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if _is_calendar_date(value):
+            raise ValueError(
+                f"{value:.0f} may be a date or seconds since 1970; write it like 2024-05-17T10:00:00+00:00"
+            )
         try:
             seconds = value / 1000 if abs(value) >= _MILLISECONDS else value
             value = datetime.fromtimestamp(seconds, UTC)
@@ -344,6 +349,14 @@ def time_value(value: Any) -> str:
     if value.year not in _YEARS:
         raise ValueError(f"the time {value.isoformat()} is not of the years {_YEARS[0]} to {_YEARS[-1]}")
     return value.astimezone(UTC).isoformat()
+
+
+def _is_calendar_date(number: float) -> bool:
+    """Whether a number reads as the date of our time that its digits spell, as 20240517 does."""
+    try:
+        return 10**7 < number == int(number) and datetime.strptime(str(int(number)), "%Y%m%d").year in _YEARS
+    except (ValueError, OverflowError):
+        return False
 
 
 def _parsed(text: str) -> datetime | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -36,6 +36,13 @@ def label_value(value: Any) -> str | list[str]:
         if all(isinstance(name, str) for name in names):
             return list(dict.fromkeys(names))  # type: ignore[arg-type]
     raise ValueError(f"the label {value!r} is not a name")
+
+
+def absent(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, and pandas' NaT and NA."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # by name, to do without pandas
+        return True
+    return isinstance(value, Real) and math.isnan(value)
 
 
 def is_utf8(cells: Sequence[str]) -> bool:

@@ -190,6 +190,7 @@ class StreamDataModule(LightningDataModule):
         domain: Column with the name of the domain (domain-incremental).
         date: Column with the date (time-incremental).
         period: "year", "quarter", "month", "week" or "day" (time-incremental).
+        max_time_jump: How far a date may be in the future, as "30d" (time-incremental). Default: a day.
         label: Column with the label, or null. Default: ``"label"``.
         text: Column with the text, or a pair of columns. Default: ``"text"``.
         splits: Shares of train, validation and test if the source has no splits of its own. Default: (0.6, 0.2, 0.2).
@@ -222,7 +223,7 @@ class StreamDataModule(LightningDataModule):
     _settings: Mapping[str, tuple[str, ...]] = {
         "class_incremental": ("n_experiences", "classes_per_experience", "class_order"),
         "domain_incremental": ("domain",),
-        "time_incremental": ("date", "period"),
+        "time_incremental": ("date", "period", "max_time_jump"),
         "data_incremental": ("n_experiences",),
     }
 
@@ -237,6 +238,7 @@ class StreamDataModule(LightningDataModule):
         domain: str | None = None,
         date: str | None = None,
         period: str | None = None,
+        max_time_jump: str | None = None,
         label: str | None = "label",
         text: str | tuple[str, str] = "text",
         splits: tuple[float, float, float] = (0.6, 0.2, 0.2),
@@ -263,6 +265,7 @@ class StreamDataModule(LightningDataModule):
             "domain": domain,
             "date": date,
             "period": period,
+            "max_time_jump": max_time_jump,
         }
         given = {name: value for name, value in given.items() if value is not None}
         foreign = [name for name in given if name not in self._settings[scenario]]

@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from datetime import date as Date
-from datetime import datetime, timedelta
+from functools import partial
 from itertools import pairwise
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from evertune.sources.values import text_value
+from evertune.sources.values import absent, text_value
 from evertune.streams.experience import Experience, ExperienceStream, class_names
 from evertune.streams.tables import BadRow, Normaliser, name_value, read_rows
 from evertune.tasks.base import Task
+from evertune.utils.durations import duration
 
 Period = Literal["year", "quarter", "month", "week", "day", "YE", "Y", "QE", "Q", "ME", "M", "W", "D"]
 
@@ -140,20 +143,23 @@ def time_incremental(
     *,
     date: str = "date",
     period: Period = "year",
+    max_time_jump: str | float | timedelta = "1d",
     **options: Unpack[SourceOptions],
 ) -> ExperienceStream:
     """Each experience holds the data of one period of time, in chronological order; periods without data are left out.
 
     Args:
         source: A dataset, a DataFrame, paths, a folder or a hub name; see :mod:`evertune.streams.tables`.
-        date: Column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates. Default:
-            "date".
+        date: Column with the date: ISO 8601 text ("2024-05-17", "2024-05-17T08:00:00+02:00"), or dates; never numbers,
+            which may be seconds or 20240517. Default: "date".
         period: "year" (default), "quarter", "month", "week" (ISO, from Monday) or "day"; also pandas' "YE", "QE", "ME",
             "W", "D".
+        max_time_jump: How far a date may be in the future: a duration such as "12h" or "30d", or seconds. A row beyond
+            it is bad. Default: a day, since what is dated later is a mistake, or stands for "no date" (9999-12-31).
         **options: See :class:`SourceOptions`.
 
     Raises:
-        ValueError: If the period is unknown, or the source cannot be read.
+        ValueError: If the period is unknown, ``max_time_jump`` is not valid, or the source cannot be read.
 
     Example:
         >>> from evertune.streams import time_incremental
@@ -165,7 +171,8 @@ def time_incremental(
     unit = _PERIOD_ALIASES.get(period, period)
     if unit not in _PERIODS:
         raise ValueError(f"period must be one of {[*_PERIODS, *_PERIOD_ALIASES]}, got {period!r}")
-    data = _Data.read(source, {date: _date_value}, options)
+    latest = datetime.now(UTC) + min(duration("max_time_jump", max_time_jump), timedelta(days=365 * 7_000))
+    data = _Data.read(source, {date: partial(_date_value, latest=latest)}, options)
     starts = [_PERIODS[unit][0](datetime.fromisoformat(value).date()) for value in data.values[date]]
     order = sorted(set(starts))
     home = {start: index for index, start in enumerate(order)}
@@ -371,15 +378,19 @@ def _class_counts(n_classes: int, n_experiences: int | None, given: Sequence[int
     return [whole + (index < more) for index in range(n_experiences)]
 
 
-def _date_value(value: Any) -> str:
-    """An ISO date or time as text."""
-    if value is None:
+def _date_value(value: Any, latest: datetime) -> str:
+    """An ISO date or time as text; not later than ``latest``."""
+    if absent(value):
         raise ValueError("no date")
+    if isinstance(value, Number):
+        raise ValueError(f"{value!r} is a number, not a date; write dates as text like 2024-05-17")
     text = value.isoformat() if isinstance(value, Date) else str(value).strip()
     try:
-        datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(f"{value!r} is not an ISO date (such as 2024-05-17)") from None
+    if (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) > latest:
+        raise ValueError(f"the date {text} is in the future, beyond {latest:%Y-%m-%d} (max_time_jump)")
     return text
 
 

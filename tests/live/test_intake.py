@@ -20,7 +20,7 @@ from evertune.sources.folder import FolderSource
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker, PatternMasker
 from evertune.sources.schema import RecordSchema
-from tests.live.test_journal import Dies, files
+from tests.registry.test_journal import Dies, files
 
 
 class ListSource(Source):
@@ -278,6 +278,21 @@ def test_labels_that_come_later(tmp_path):
     assert (report.expired, report.bad, report.waiting) == (1, 0, 0)
     assert contents(root)[1]["expired"] == ["list:1"]
     assert journal.last.bad == 0 and journal.last.quarantined == 1
+
+
+def test_a_record_dated_in_the_future_goes_to_quarantine_alone(tmp_path):
+    times = {"t": "2026-11-01T00:00:00Z", "l": "2026-11-02T00:00:00Z"}
+    values = [{"id": f"{number}", "text": "goal", "at": times["t"]} for number in range(20)]
+    values.append({"id": "far", "text": "goal", "label": "sport", "at": "2099-12-31T00:00:00Z"})
+    values.append({"id": "early", "text": "goal", "at": 20261101})
+    values += [{"id": f"{number}", "label": "sport", "at": times["l"]} for number in range(20)]
+    schema = RecordSchema(id="id", time="at")
+    report = intake(values, tmp_path / "r", schema, label_join=LabelJoin(window="7d", time="at")).run()
+    assert (report.read, report.good, report.bad, report.expired, report.waiting) == (42, 20, 2, 0, 0)
+    far, early = Journal(Store(tmp_path / "r")).quarantined()
+    assert (far["kind"], far["id"]) == ("refused", "far")
+    assert "more than 1 day, 0:00:00 (max_time_jump)" in far["reason"]
+    assert "20261101 may be a date or seconds since 1970" in early["reason"]
 
 
 def test_a_joined_record_is_checked_whole(tmp_path):

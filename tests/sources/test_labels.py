@@ -1,6 +1,8 @@
 """Labels that come apart from their texts."""
 
 import random
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -137,6 +139,71 @@ def test_a_bad_time_changes_nothing():
     assert join.clock == {"in_records": False, "position": None}
 
 
+def from_now(**ahead):
+    return (datetime.now(UTC) + timedelta(**ahead)).isoformat()
+
+
+@pytest.mark.parametrize("limit", ["3d", timedelta(days=3), 3 * DAY])
+@pytest.mark.parametrize("arrives", ["half", "whole", "first"])
+def test_a_time_in_the_future_is_refused_and_changes_nothing(arrives, limit):
+    join = LabelJoin(window="7d", time="at", max_time_jump=limit)
+    if arrives != "first":
+        join.add(text("1", at=from_now(days=-1)))
+    before = join.waiting, join.clock
+    for wrong in (from_now(days=4), from_now(days=3650), "2099-12-31T00:00:00Z", 4e9, 4_000_000_000_000):
+        with pytest.raises(ValueError, match=r"field 'at': .* is more than 3 days, 0:00:00 \(max_time_jump\) after"):
+            join.add(text("2", at=wrong)) if arrives != "whole" else join.passed("2", "texts:2", {"at": wrong})
+    assert (join.waiting, join.clock, join.given_up()) == (*before, [])
+    join.passed("3", "texts:3", {"at": from_now(days=2)})
+    assert len(join.waiting) == len(before[0])
+
+
+def test_by_default_a_day_in_the_future_is_refused():
+    join = LabelJoin(window="7d", time="at")
+    join.passed("1", "texts:1", {"at": from_now(hours=23)})
+    with pytest.raises(ValueError, match="is more than 1 day, 0:00:00"):
+        join.passed("1", "texts:1", {"at": from_now(hours=25)})
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_one_wrong_time_in_the_past_does_not_end_the_wait(restart):
+    join = LabelJoin(window="2d", time="at")
+
+    def again():
+        fresh = LabelJoin(window="2d", time="at")
+        fresh.restore(join.waiting, join.clock)
+        return fresh if restart else join
+
+    join.add(text("1", at=day(1)))
+    join.add(text("wrong", at="2025-05-01T00:00:00Z"))
+    join = again()
+    join.add(text("2", at=day(2)))
+    assert join.given_up() == [] and ids(join) == ["1", "wrong", "2"]
+    assert join.add(label("1", at=day(3))) is not None
+    join.passed("x", "texts:9", {"at": "2024-05-04T00:00:01Z"})
+    assert [one.half.id for one in join.given_up()] == ["wrong", "2"]
+    join.add(text("3", at=day(5)))
+    join.add(text("4", at="2024-09-01T00:00:00Z"))  # the stream has paused for months: the next record confirms it
+    join = again()
+    join.add(text("5"))
+    assert join.given_up() == []
+    join.add(text("6", at="2024-09-01T01:00:00Z"))
+    assert [one.half.id for one in join.given_up()] == ["3"]
+    assert ids(join) == ["4", "5", "6"]
+
+
+def test_a_clock_that_stands_in_the_future_starts_over():
+    """As versions left it that let one record move the clock."""
+    join = LabelJoin(window="2d", time="at")
+    half = {"id": "1", "origin": "texts:1", "value": {"id": "1"}, "has_text": True, "since": time.time() + 365 * DAY}
+    join.restore([half], {"in_records": False, "position": time.time() + 365 * DAY})
+    join.passed("x", "texts:2", {"at": from_now(days=-9)})
+    assert ids(join) == ["1"]
+    join.passed("y", "texts:3", {"at": from_now(days=-6)})
+    join.passed("z", "texts:4", {"at": from_now(days=-6)})
+    assert [one.half.id for one in join.given_up()] == ["1"]
+
+
 def test_only_so_many_wait():
     join = LabelJoin(window=1000, max_waiting=3)
     for number in range(5):
@@ -195,6 +262,9 @@ def test_another_kind_of_window_starts_the_wait_anew():
         ({"window": 0}, "must be positive"),
         ({"window": "0d", "time": "at"}, "must be positive"),
         ({"window": 5, "max_waiting": 0}, "must be positive"),
+        ({"window": 5, "max_time_jump": "a day"}, "max_time_jump must be a number and a unit .* got 'a day'"),
+        ({"window": 5, "max_time_jump": 0}, "max_time_jump must be"),
+        ({"window": 5, "max_time_jump": float("nan")}, "max_time_jump must be"),
     ],
 )
 def test_settings_that_cannot_be(settings, words):

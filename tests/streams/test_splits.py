@@ -147,6 +147,41 @@ def test_kinds_of_dates():
         time_incremental(rows_of({"a": 3}, date="2024-01-01"), period="decade")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("9999-12-31", "the date 9999-12-31 is in the future"),
+        (date(9999, 12, 31), "the date 9999-12-31 is in the future"),
+        (datetime.max, "in the future"),
+        ("9999-12-31T23:59:59.999999-12:00", "in the future"),
+        (20240517, "20240517 is a number, not a date"),
+        (1715940000.0, "is a number, not a date"),
+        (float("nan"), "no date"),
+        (pd.NaT, "no date"),
+        (pd.NA, "no date"),
+        (None, "no date"),
+    ],
+)
+@pytest.mark.parametrize("period", ["year", "quarter", "month", "week", "day"])
+def test_dates_that_cannot_be(wrong, reason, period):
+    rows = [{"text": f"{number}", "label": "a", "date": "2024-05-01"} for number in range(9)]
+    rows.append({"text": "wrong", "label": "a", "date": wrong})
+    with pytest.raises(ValueError, match=reason):
+        time_incremental(rows, period=period)
+    with pytest.warns(UserWarning, match="skipped 1 bad row"):
+        stream = time_incremental(rows, period=period, on_bad_row="skip")
+    assert [row.row for row in stream.bad_rows] == [10] and len(stream) == 1
+
+
+def test_dates_in_the_future_if_asked_for():
+    rows = rows_of({"a": 6}, date=f"{date.today().year + 5}-05-01")
+    with pytest.raises(ValueError, match=r"in the future.*max_time_jump"):
+        time_incremental(rows)
+    assert len(time_incremental(rows, max_time_jump="3650d")) == 1
+    with pytest.raises(ValueError, match="max_time_jump must be"):
+        time_incremental(rows, max_time_jump="soon")
+
+
 def test_data_incremental_is_stratified():
     stream = data_incremental(rows_of({"a": 60, "b": 30}), n_experiences=3)
     for experience in stream:

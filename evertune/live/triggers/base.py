@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evertune.gate.predictions import Label, Predictions
     from evertune.registry.registry import Version
-
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +80,6 @@ class Trigger(ABC):
     @abstractmethod
     def reason(self, situation: Situation) -> str | None:
         """Why an update is due, as a message; None if it is not."""
-
-
-def duration(name: str, period: str) -> timedelta:
-    """The length of a period: a number and a unit, such as ``"90s"``, ``"30m"``, ``"12h"``, ``"1d"`` or ``"2w"``.
-
-    Raises:
-        ValueError: If the period cannot be parsed or is not positive. ``name`` is the name of the argument in the
-            message.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", period.strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"{name} must be a number and a unit (s, m, h, d, w), such as '12h', got {period!r}")
-    return timedelta(**{_UNITS[match[2]]: float(match[1])})
 
 
 def positive(name: str, value: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
-from evertune.live.triggers.base import Situation, Trigger, duration, positive
+from evertune.live.triggers.base import Situation, Trigger, positive
+from evertune.utils.durations import duration
 from evertune.utils.extras import library
 
 

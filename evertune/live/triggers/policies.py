@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from evertune.live.triggers.base import Situation, Trigger, duration, positive
+from evertune.live.triggers.base import Situation, Trigger, positive
+from evertune.utils.durations import duration
 
 
 class CoolDown(Trigger):
