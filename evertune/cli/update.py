@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evertune.gate.gate import Gate
 from evertune.live.triggers import Trigger
 from evertune.live.update import DATA_OF_UPDATES, Updater, UpdateSettings
+from evertune.live.watch import WatchSettings
 from evertune.registry.mlflow import MLflowMirror
 from evertune.sources.base import Source
 from evertune.sources.labels import LabelJoin
@@ -23,13 +24,17 @@ from evertune.utils.secrets import place_of
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
 
+WATCH = "evertune watch"
+"""The program whose section ``watch`` is used; other commands check it, and ignore it."""
+
 
 def updater_from(arguments: Sequence[str], program: str = "evertune update") -> tuple[Updater, argparse.Namespace]:
     """The updater that a configuration describes, and all settings of the command line.
 
     Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
-    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``, and,
-    as in ``evertune fit``, ``model``, ``trainer`` and ``data``.
+    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``,
+    ``watch`` (:class:`~evertune.live.watch.WatchSettings`; made for :data:`WATCH` only) and, as in
+    ``evertune fit``, ``model``, ``trainer`` and ``data``.
 
     Args:
         arguments: Arguments of the command, without its name.
@@ -39,7 +44,10 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
 
     parser = _parser(program)
     config = parser.parse_args(list(arguments))
-    made = parser.instantiate_classes(config)
+    recorded = _recorded(parser, config)  # goes into the manifest of each version
+    if program != WATCH:
+        del config["watch"]  # an update does not need its secrets
+    made = parser.instantiate(config)
     updater = Updater(
         made["registry"],
         made["source"],
@@ -54,7 +62,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
         settings=made["update"],
         mirror=made["mirror"],
         work_dir=made["work_dir"],
-        config=_recorded(parser, config),  # goes into the manifest of each version
+        config=recorded,
     )
     return updater, made
 
@@ -70,6 +78,8 @@ def _parser(program: str) -> LightningArgumentParser:
         description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+    if program == WATCH:
+        parser.add_class_arguments(WatchSettings, "watch")  # first, so that its help begins with its own settings
     parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
     parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
     parser.add_argument("--source", type=Source, required=True, help="where records come from")
@@ -81,10 +91,11 @@ def _parser(program: str) -> LightningArgumentParser:
     parser.add_class_arguments(UpdateSettings, "update")
     parser.add_argument("--mirror", type=MLflowMirror | None, default=None, help="another registry to keep informed")
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-    parser.add_lightning_class_args(ContinualTrainer, "trainer")
     # Not instantiated: each update makes its own datamodule, and sets what the configuration must not.
     parser.add_class_arguments(ExperienceDataModule, "data", skip=set(DATA_OF_UPDATES), instantiate=False)
-    parser.add_argument("--watch", type=dict[str, Any], default={}, help="settings of `evertune watch`")
+    if program != WATCH:
+        parser.add_class_arguments(WatchSettings, "watch")
+    parser.add_lightning_class_args(ContinualTrainer, "trainer")  # last: it has the most options
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
     parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")
     parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
