@@ -227,6 +227,7 @@ class Updater:
             )
         self.staging = Path(work_dir) if work_dir is not None else self.registry.store.local("staging")
         self._backlog = Backlog(self.registry, self.journal, self.staging, self._config_digest())
+        self._verified: dict[int, Path] = {}
 
     # --- pending work
 
@@ -283,6 +284,7 @@ class Updater:
 
     def due(self) -> str | None:
         """Why an update is due now, as a message; None if there is nothing to do."""
+        self._verified.clear()
         plan = self._interrupted()
         if plan is not None:
             return f"update {plan.version} was interrupted"
@@ -300,7 +302,9 @@ class Updater:
         Raises:
             LeaseHeld: If another updater is at work on this registry.
             SourceError: If the source cannot be read; records taken in before are kept.
+            RegistryError: If a file of the version in production is missing or was changed.
         """
+        self._verified.clear()
         if not is_leader():
             return self._follow()
         with self.registry.lease():
@@ -358,7 +362,7 @@ class Updater:
             plan,
             rows,
             self.staging,
-            self._folder_of(plan.parent),
+            None if plan.parent is None else self._folder(self.registry.version(plan.parent)),
             self.model,
             self.trainer,
             self.schema,
@@ -389,7 +393,7 @@ class Updater:
         champion: dict[str, Predictions] | None = None
         costs, shown_to_both = None, {}
         if production is not None:
-            module = self._opened(production.folder() / MODEL)
+            module = self._opened(self._folder(production) / MODEL)
             # The champion's answers were stored when it was judged itself: only slices that it has not seen are
             # predicted.
             stored = self._evaluation(production)
@@ -469,7 +473,7 @@ class Updater:
 
     def _finish(self, plan: Plan, version: Version, seconds: Mapping[str, float]) -> Outcome:
         """Change the aliases, which commits the records; notify the source; clear the staging folder. Idempotent."""
-        verdict = Verdict.from_dict(json.loads((version.folder() / _VERDICT).read_bytes()))
+        verdict = Verdict.from_dict(json.loads(version.read(_VERDICT)))
         production = self.registry.production
         if not verdict.passed:
             self.registry.set_candidate(version.number)
@@ -545,7 +549,7 @@ class Updater:
         refusals, limit = self._backlog.refusals(production), self.settings.rebuild_after
         if limit is None or refusals < limit:
             return "update"
-        if remembered(production.folder()) is None:
+        if remembered(self._folder(production)) is None:
             logger.warning("no rebuild after %d refusals: production has no replay memory", refusals)
             return "update"
         return "rebuild"
@@ -597,7 +601,7 @@ class Updater:
 
         if production is None:
             return {}
-        stored = json.loads((production.folder() / _EVALUATION).read_bytes())["slices"]
+        stored = json.loads(production.read(_EVALUATION))["slices"]
         return {name: Predictions.from_dict(values) for name, values in stored.items()}
 
     def _waiting(self) -> list[Row]:
@@ -613,7 +617,7 @@ class Updater:
         from evertune.live.training import MODEL
 
         numbered = [{"id": str(place), "record": {self._label: "", **row["record"]}} for place, row in enumerate(rows)]
-        module = self._opened(production.folder() / MODEL)
+        module = self._opened(self._folder(production) / MODEL)
         said = evaluate(module, {"": numbered}, **self._reading)[""]
         del module
         if torch.cuda.is_available():  # a watching process must not hold GPU memory that the update needs
@@ -632,8 +636,11 @@ class Updater:
         field = self.schema.text
         return row["record"][field] if isinstance(field, str) else [row["record"][one] for one in field]
 
-    def _folder_of(self, number: int | None) -> Path | None:
-        return None if number is None else self.registry.version(number).folder()
+    def _folder(self, version: Version) -> Path:
+        """The files of a version, verified once in an update: its weights, memory and learning state are read here."""
+        if version.number not in self._verified:
+            self._verified[version.number] = version.verified_folder()
+        return self._verified[version.number]
 
     def _config_digest(self) -> str:
         return hashlib.sha256(_json(self.config)).hexdigest()[:16]

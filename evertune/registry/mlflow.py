@@ -118,7 +118,7 @@ class MLflowMirror:
         source = f"{version.store.address(f'versions/{version.number}')}/{MODEL}"
         server = client.tracking_uri.startswith(("http://", "https://", "databricks"))
         if version.store.is_local and server if self.upload is None else self.upload:
-            client.log_artifacts(run.info.run_id, str(version.folder() / MODEL), MODEL)
+            client.log_artifacts(run.info.run_id, str(version.verified_folder(MODEL) / MODEL), MODEL)
             source = f"{run.info.artifact_uri}/{MODEL}"
         created = client.create_model_version(
             self.name, source, run.info.run_id, tags=tags, description=words[:MAX_TAG], await_creation_for=0

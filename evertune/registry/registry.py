@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
 import socket
@@ -87,6 +88,53 @@ class Version:
             RegistryError: If the files of a remote registry are damaged.
         """
         return self.store.local(_folder(self.number))
+
+    def verified_folder(self, part: str = "") -> Path:
+        """Like :meth:`folder`, with every file compared with its SHA-256 in the manifest.
+
+        Use it wherever weights or learning state are loaded, or a decision rests on what the files say.
+
+        Args:
+            part: Subfolder to compare, such as ``"model"``. By default all files.
+
+        Raises:
+            RegistryError: If a file is missing, was changed or was added, or the manifest names none.
+        """
+        folder = self.folder()
+        expected = {name for name in self.manifest.files if not part or name.startswith(f"{part}/")}
+        paths = (folder / part).rglob("*")
+        found = {path.relative_to(folder).as_posix() for path in paths if path.is_file()} - {MANIFEST}
+        problems = [f"{name} is missing" for name in sorted(expected - found)]
+        problems += [f"{name} is not in its manifest" for name in sorted(found - expected)]
+        problems += [
+            f"{name} does not match its sha256"
+            for name in sorted(expected & found)
+            if sha256(folder / name) != self.manifest.files[name]
+        ]
+        if problems or not expected:
+            raise self._damaged(*problems or [f"it holds no {part or 'files'}"])
+        return folder
+
+    def read(self, name: str) -> bytes:
+        """The content of one of its files, compared with its SHA-256 in the manifest.
+
+        Raises:
+            RegistryError: If the file is missing or was changed.
+        """
+        file = f"{_folder(self.number)}/{name}"
+        content = self.store.read_all([file]).get(file)
+        if content is None:
+            raise self._damaged(f"{name} is missing")
+        if hashlib.sha256(content).hexdigest() != self.manifest.files.get(name):
+            raise self._damaged(f"{name} does not match its sha256")
+        return content
+
+    def _damaged(self, *problems: str) -> RegistryError:
+        root = self.store.root
+        return RegistryError(
+            f"version {self.number} of {root} is damaged: {'; '.join(problems)}. "
+            f"If it is in production, go back with `evertune registry rollback {root}`"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
-from evertune.utils.files import sha256
 
 if TYPE_CHECKING:
     import torch
 
-MODEL = "model/"
+MODEL = "model"
 PATIENCE = 10.0
 """Seconds that ``close``, or the exit of the process, waits for a version that is being loaded."""
 
@@ -232,8 +231,7 @@ class Served:
 
     def _open(self, number: int) -> Answering:
         version = self._registry.version(number)
-        folder = version.folder()
-        _verify(version, folder, self._registry)
+        folder = version.verified_folder(MODEL)
         module: Any = (self._module_class or _own_class(version)).from_pretrained(folder / MODEL)
         return Answering(version, _ready(module, self._device))
 
@@ -268,25 +266,6 @@ def _absent(registry: Registry, alias: str) -> str:
         f"{root} has no {alias} version yet: promote one of {numbers} with `evertune registry promote {root} N`, "
         "or load one by its number"
     )
-
-
-def _verify(version: Version, folder: Path, registry: Registry) -> None:
-    """Check the model's files against the manifest: nothing missing, nothing changed, nothing added."""
-    expected = {name: digest for name, digest in version.manifest.files.items() if name.startswith(MODEL)}
-    found = {path.relative_to(folder).as_posix() for path in (folder / MODEL).rglob("*") if path.is_file()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
-    problems += [f"{name} is not in its manifest" for name in sorted(found - expected.keys())]
-    problems += [
-        f"{name} does not match its sha256"
-        for name in sorted(expected.keys() & found)
-        if sha256(folder / name) != expected[name]
-    ]
-    if problems or not expected:
-        root = registry.store.root
-        raise RegistryError(
-            f"version {version.number} of {root} is damaged: {'; '.join(problems) or 'it holds no model'}. "
-            f"If it is in production, go back with `evertune registry rollback {root}`"
-        )
 
 
 def _own_class(version: Version) -> Any:

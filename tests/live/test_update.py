@@ -17,7 +17,7 @@ from evertune.live.training import remembered
 from evertune.live.triggers import Volume
 from evertune.live.update import Outcome, Updater, UpdateSettings
 from evertune.registry.manifest import Manifest
-from evertune.registry.registry import LeaseHeld, Registry
+from evertune.registry.registry import LeaseHeld, Registry, RegistryError, Version
 from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import PatternMasker
@@ -243,6 +243,43 @@ def test_reading_on_from_another_offset(folder: Path) -> None:
     live.read_on_from(last.offset)
     assert live.run().status == "promoted"
     assert manifest(folder, 2).records == {"train": 48, "held_out": 12, "quarantined": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("evaluation.json", "does not match its sha256"),
+        ("model/evertune.json", "does not match its sha256"),
+        ("learning/Replay/memory.json", "does not match its sha256"),
+        ("learning/EWC/added.json", "is not in its manifest"),
+        ("learning/Replay/memory.json", "is missing"),
+    ],
+)
+def test_production_is_verified_before_anything_is_learned_from_it(folder: Path, name: str, words: str) -> None:
+    path = folder / "registry/versions/1" / name
+    if words == "is missing":
+        path.unlink()
+    else:
+        path.write_bytes((path.read_bytes() if path.exists() else b"{}") + b" ")  # valid JSON still
+    feed(folder, "b", ["politics", "sport"], n=60)
+    with pytest.raises(RegistryError, match=f"version 1 of .* is damaged: {name} {words}"):
+        updater(folder).run()
+    assert production(folder) == 1
+    assert not (folder / "registry/versions/2").exists()
+
+
+def test_production_is_verified_once_in_an_update(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    verify = Version.verified_folder
+
+    def counted(version: Version) -> Path:
+        hashed.append(version.number)
+        return verify(version)
+
+    monkeypatch.setattr(Version, "verified_folder", counted)
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+    assert hashed == [1]
 
 
 def test_one_updater_at_a_time(folder: Path) -> None:
