@@ -24,6 +24,7 @@ from evertune.cli.footprint import (
     consolidation,
     footprint,
 )
+from evertune.utils.pretrained import load_config
 
 GIB = 2**30
 
@@ -276,7 +277,7 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
     """
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     from evertune.lightning_modules import SequenceClassificationModule
     from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
@@ -285,7 +286,7 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
     module = SequenceClassificationModule(**{**settings, "classes": classes})
     name = module.model_name_or_path
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder ({config.model_type}), which is not supported")
     if module.dropout is not None:

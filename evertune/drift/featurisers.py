@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evertune.tasks.texts import max_tokens, truncation_length
+from evertune.utils.pretrained import load_model, load_tokenizer
 
 Featuriser: TypeAlias = Callable[[Any], Any]
 """A callable from a batch to a float tensor ``[examples, n_features]``."""
@@ -109,7 +110,8 @@ class FrozenEncoder:
             by the direction.
 
     Raises:
-        ValueError: If ``pooling`` is neither, or ``max_length`` is more than the encoder takes.
+        ValueError: If ``pooling`` is neither, ``max_length`` is more than the encoder takes, the weights are a pickle,
+            or the model asks for code that comes with it.
         TypeError: If a batch holds neither strings nor token numbers.
     """
 
@@ -123,12 +125,10 @@ class FrozenEncoder:
     ) -> None:
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
-        from transformers import AutoModel, AutoTokenizer
-
         self.key, self.pooling, self.normalize = key, pooling, normalize
         with _whole_weights():
-            self.model: Any = AutoModel.from_pretrained(model_name_or_path).requires_grad_(False).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_name_or_path)
+            self.model: Any = load_model(model_name_or_path).requires_grad_(False).eval()
+        self.tokenizer: Any = load_tokenizer(model_name_or_path)
         self.max_tokens = max_tokens(self.model)
         self.max_length = truncation_length(max_length, self.tokenizer, self)
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from evertune.utils.pretrained import load_config, load_model
+
 Pooling = Literal["auto", "mean", "cls", "last"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
@@ -25,19 +27,19 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If its weights are damaged or incomplete, or it is an encoder-decoder.
+        ValueError: If its weights are damaged, incomplete or a pickle, it asks for code that comes with it, or it is an
+            encoder-decoder.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(model_name_or_path)
+    config = load_config(model_name_or_path)
     if config.is_encoder_decoder:
         raise ValueError(f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which is not supported")
     if dropout is not None:
         override_dropout(config, dropout)
     try:
         with quiet_transformers():
-            backbone, info = AutoModel.from_pretrained(
+            backbone, info = load_model(
                 model_name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
             )
     except SafetensorError as error:
@@ -51,10 +53,10 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
 
 def skeleton(model_name_or_path: str) -> Any:
     """The transformer of a configuration without weights, on torch's meta device."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     with torch.device("meta"):
-        return AutoModel.from_config(AutoConfig.from_pretrained(model_name_or_path))
+        return AutoModel.from_config(load_config(model_name_or_path))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from evertune.utils.files import sha256
+from evertune.utils.pretrained import check_folder
 from evertune.utils.ranks import is_writer
-from evertune.utils.typed_json import from_json
+from evertune.utils.typed_json import decode, from_json
 
 MANIFEST = "evertune.json"
 BACKBONE = "backbone."
@@ -130,11 +131,15 @@ class SavedModule:
 
 def write_manifest(folder: Path, module: str, hparams: dict[str, Any]) -> None:
     """Write ``evertune.json`` last, with the SHA-256 of every other file: without it, a folder holds no module."""
-    files = sorted(
+    manifest = SavedModule(module, hparams, {path.name: sha256(path) for path in _hashed(folder)})
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def _hashed(folder: Path) -> list[Path]:
+    """The files of a saved module that its manifest lists."""
+    return sorted(
         path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
     )
-    manifest = SavedModule(module, hparams, {path.name: sha256(path) for path in files})
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> SavedModule:
@@ -142,13 +147,13 @@ def read_manifest(folder: Path) -> SavedModule:
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, truncated or of another format.
+        ValueError: If a file is damaged, truncated, of another format, not listed or could run code.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it was not written by save_pretrained")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = decode(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -157,7 +162,12 @@ def read_manifest(folder: Path) -> SavedModule:
         manifest = from_json(SavedModule, content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    check_folder(folder, saved=True)
+    if added := sorted(path.name for path in _hashed(folder) if path.name not in manifest.sha256):
+        raise ValueError(f"{folder / added[0]} is not listed in {MANIFEST}: it was added later")
     for name, expected in manifest.sha256.items():
+        if Path(name).name != name:
+            raise ValueError(f"{path} names a file outside its folder: {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
         if sha256(folder / name) != expected:

@@ -26,6 +26,7 @@ from evertune.lightning_modules.schedule import SCHEDULES, Schedule, learning_ra
 from evertune.tasks.texts import max_tokens
 from evertune.utils.loaders import resume_loaders
 from evertune.utils.locate import locate
+from evertune.utils.pretrained import load_tokenizer
 from evertune.utils.ranks import barrier, is_writer
 
 
@@ -142,9 +143,7 @@ class TransformerModule(LightningModule):
             ValueError: If the model has no tokenizer.
         """
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+            tokenizer = load_tokenizer(self.model_name_or_path)
             if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the fallback of transformers if files are missing
                 raise ValueError(f"{self.model_name_or_path} has no tokenizer files")
             if tokenizer.pad_token is None:
@@ -245,7 +244,7 @@ class TransformerModule(LightningModule):
 
         Raises:
             FileNotFoundError: If the folder or one of its files is missing.
-            ValueError: If a file is damaged, truncated or written by another kind of module.
+            ValueError: If a file is damaged, truncated, written by another kind of module, or could run code.
         """
         folder = Path(directory)
         manifest = read_manifest(folder)
@@ -264,7 +263,7 @@ class TransformerModule(LightningModule):
         Raises:
             FileNotFoundError: If the folder or one of its files is missing.
             RuntimeError: If the weights are already loaded.
-            ValueError: If a file is damaged, truncated or written by another kind of module.
+            ValueError: If a file is damaged, truncated, written by another kind of module, or could run code.
         """
         if self.backbone is not None:
             raise RuntimeError(f"{type(self).__name__} has its weights already: call start_from() before fit")

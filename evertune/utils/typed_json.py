@@ -1,18 +1,72 @@
-"""Dataclasses from JSON objects, with every field checked, and back to plain values."""
+"""JSON from elsewhere: decoded within limits, parsed into dataclasses with every field checked, and written back."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
+MOST_BYTES = 256 * 2**20
+"""Size up to which a file of JSON is decoded, which takes about ten times as much memory."""
+MOST_LEVELS = 100
+"""Number of nested lists and objects up to which JSON is decoded; evertune's own files need fewer than ten."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+
+
+def decode(content: bytes | str, *, most_bytes: int = MOST_BYTES, surrogates: bool = False) -> Any:
+    """Decode JSON that somebody else may have written or damaged. Whatever is wrong with it is a ValueError.
+
+    Args:
+        content: The JSON.
+        most_bytes: Size up to which it is decoded. Default: 256 MiB.
+        surrogates: Whether strings may contain half of a surrogate pair, which no file or terminal can show. Default:
+            False.
+
+    Raises:
+        ValueError: If it is not JSON in UTF-8, too large, nested too deep, or holds a number that is not finite.
+
+    Example:
+        >>> decode(b'{"loss": 0.5}')
+        {'loss': 0.5}
+        >>> decode(b'{"loss": 1e400}')
+        Traceback (most recent call last):
+        ValueError: it holds the number 1e400, which is not finite
+    """
+    raw = content.encode(errors="surrogatepass") if isinstance(content, str) else content
+    if len(raw) > most_bytes:
+        raise ValueError(f"it has {len(raw)} bytes, more than the {most_bytes} that are read")
+    try:
+        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep") from None
+    # Counting the brackets costs nothing, and rules out deep nesting in nearly all files.
+    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS and _is_deeper(value, MOST_LEVELS):
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+    if not surrogates and _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is not text") from None
+    return value
+
+
+def read_json(kind: type[T], content: bytes | str, *, most_bytes: int = MOST_BYTES) -> T:
+    """Decode JSON that somebody else may have written or damaged, and parse it as :func:`from_json` does.
+
+    Raises:
+        ValueError: As for :func:`decode` and :func:`from_json`.
+    """
+    return from_json(kind, decode(content, most_bytes=most_bytes))
 
 
 def from_json(kind: type[T], value: Any) -> T:
@@ -68,8 +122,8 @@ def _parsed(kind: Any, value: Any, path: str) -> Any:
         [inner] = [one for one in arguments if one is not NoneType]
         parsed = None if value is None else _parsed(inner, value, path)
     elif origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{path!r} must be one of {list(arguments)}, got {value!r}")
+        if not isinstance(value, str | int) or value not in arguments:
+            raise ValueError(f"{path!r} must be one of {list(arguments)}, got {_shown(value)}")
         parsed = value
     elif origin is list:
         items = _checked(list, value, path, "a list")
@@ -80,10 +134,10 @@ def _parsed(kind: Any, value: Any, path: str) -> Any:
     elif is_dataclass(kind):
         parsed = _object(kind, _checked(dict, value, path, "an object"), path)
     elif kind is datetime:
-        parsed = datetime.fromisoformat(_checked(str, value, path, "a time in ISO 8601"))
+        parsed = _time(_checked(str, value, path, "a time in ISO 8601"), path)
     else:
         if kind is float and type(value) is int:
-            value = float(value)
+            value = _float(value, path)
         parsed = _checked(kind, value, path, _WORDS[kind])
     return parsed
 
@@ -102,5 +156,43 @@ def _object(kind: Any, value: Mapping[str, Any], path: str) -> Any:
 def _checked(kind: type, value: Any, path: str, words: str) -> Any:
     # Not isinstance: a bool is an int.
     if type(value) is not kind:
-        raise ValueError(f"{repr(path) if path else 'it'} must be {words}, got {value!r}")
+        raise ValueError(f"{repr(path) if path else 'it'} must be {words}, got {_shown(value)}")
     return value
+
+
+def _time(value: str, path: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(value)
+        time.astimezone(UTC)  # fails within a day of the first and the last year
+    except (ValueError, OverflowError):
+        raise ValueError(f"{path!r} must be a time in ISO 8601, got {_shown(value)}") from None
+    return time
+
+
+def _float(value: int, path: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{path!r} must be a number, got {_shown(value)}, which is too large") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds the number {text[:40]}, which is not finite")
+    return number
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than so many levels deep."""
+    level = [value]
+    for _ in range(levels):
+        inner = (one.values() if type(one) is dict else one for one in level if type(one) in (dict, list))
+        level = [one for many in inner for one in many]
+    return any(type(one) in (dict, list) for one in level)
+
+
+def _shown(value: Any) -> str:
+    """A foreign value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
