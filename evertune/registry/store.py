@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -13,10 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from evertune.utils.files import sha256, sync_folder, sync_tree, write_atomically
+from evertune.utils.typed_json import read_json
 
 MANIFEST = "manifest.json"
 """The file of a published folder that lists its other files. It is written last and deleted first."""
@@ -35,6 +36,13 @@ _ADVICE = {
     errno.ESTALE: "the network mount is gone; mount it again and run again",
     errno.ENOTCONN: "the network mount is gone; mount it again and run again",
 }
+
+
+@dataclass
+class _Files:
+    """The part of a manifest that says which files its folder has."""
+
+    files: dict[str, str]
 
 
 class RegistryError(RuntimeError):
@@ -136,7 +144,7 @@ class Store:
         Empty if there is no such folder.
         """
         with _explained("list", self.address(folder) if folder else self.root):
-            return sorted(name for name in self._files.list(folder) if not name.startswith("."))
+            return sorted(name for name in self._files.list(folder) if not name.startswith(".") and _is_name(name))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The size in bytes of every file in a folder and its subfolders, by its name relative to the folder."""
@@ -161,9 +169,9 @@ class Store:
         """The local path of a file or a published folder, for reading.
 
         For a local store, this is the path itself, whether or not it exists. For a bucket, it is a copy in the cache: a
-        folder is checked against the ``files`` (SHA-256 by name) of its ``manifest.json`` when it is downloaded and
-        once in every process, and downloaded again if it is damaged. Copies of folders that the bucket no longer holds
-        are deleted.
+        folder consists of the ``files`` (SHA-256 by name) of its ``manifest.json``, which are checked when they are
+        downloaded and once in every process, and downloaded again if one is damaged. Copies of folders that the bucket
+        no longer holds are deleted.
 
         Raises:
             FileNotFoundError: If it does not exist, or is a folder of a bucket without ``manifest.json``.
@@ -466,9 +474,16 @@ class _Bucket:
         path = self._cache / name
         temporary = path.with_name(_temporary_name(path.name))
         try:
-            for file in (files := self.sizes(name)):
+            # Named by the manifest and not by the bucket, whose keys may contain "..": nothing is written elsewhere.
+            try:
+                files = list(_files_of(manifest))
+            except ValueError as error:
+                raise RegistryError(f"{self.root}/{name}/{MANIFEST} is damaged: {error}") from None
+            for file in (*files, MANIFEST):
                 (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            self.each(lambda file: self._fs.get_file(f"{self._of(name)}/{file}", str(temporary / file)), list(files))
+            with suppress(FileNotFoundError):  # reported below
+                self.each(lambda file: self._fs.get_file(f"{self._of(name)}/{file}", str(temporary / file)), files)
+            (temporary / MANIFEST).write_bytes(manifest)
             if not _holds(temporary, manifest):
                 raise RegistryError(
                     f"{self.root}/{name} is damaged or was changed while it was read: see `evertune registry verify`"
@@ -512,9 +527,16 @@ class _Bucket:
 
 def _checked(name: str) -> str:
     parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
+    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name or name[1:2] == ":":
         raise ValueError(f"names in a registry are relative, with / between parts and without . and .., got {name!r}")
     return name
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(_checked(name))
+    except ValueError:
+        return False
 
 
 def _default_cache() -> Path:
@@ -535,10 +557,22 @@ def _holds(folder: Path, manifest: bytes) -> bool:
     try:
         if (folder / MANIFEST).read_bytes() != manifest:
             return False
-        files: dict[str, str] = json.loads(manifest)["files"]
-        return all(sha256(folder / _checked(name)) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return all(sha256(folder / name) == digest for name, digest in _files_of(manifest).items())
+    except (OSError, ValueError):
         return False
+
+
+def _files_of(manifest: bytes) -> dict[str, str]:
+    """The files that a manifest lists, with their SHA-256, each inside its folder.
+
+    Raises:
+        ValueError: If the manifest is damaged, or names a file elsewhere.
+    """
+    files = read_json(_Files, manifest).files
+    for name in files:
+        if _checked(name) == MANIFEST:
+            raise ValueError(f"it lists {MANIFEST} itself")
+    return files
 
 
 def _remove(path: Path) -> None:

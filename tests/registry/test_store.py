@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from evertune.registry.store import RegistryError, Store
 
@@ -256,6 +257,29 @@ def test_a_bucket_that_is_damaged_itself(bucket: Store, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"versions/1 is damaged or was changed while it was read"):
         bucket.local("versions/1")
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+OUTSIDE = ["../planted", "../../../../planted", "model/../../planted", "/planted", "{tmp}/planted", "C:planted", "a\\b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_bucket_writes_nothing_outside_the_cache(bucket: Store, tmp_path: Path, name: str) -> None:
+    name = name.format(tmp=tmp_path)
+    bucket.publish(folder_of(tmp_path / "new", weights_bin=b"abc"), "versions/1")
+    manifest = bucket.read("versions/1/manifest.json")
+    key = f"{bucket._files._of('versions/1')}/{name}"  # type: ignore[union-attr]
+    files = bucket._files._fs  # type: ignore[union-attr]
+    files.store[key] = MemoryFile(files, key, b"planted")  # object stores take any key as it is
+    before = set(tmp_path.rglob("*"))
+    copy = bucket.local("versions/1")
+    assert contents(copy).keys() == {"weights.bin", "manifest.json"}
+    planted = json.loads(manifest)
+    planted["files"][name] = hashlib.sha256(b"planted").hexdigest()
+    bucket.write("versions/1/manifest.json", json.dumps(planted).encode())
+    with pytest.raises(RegistryError, match=r"manifest.json is damaged: names in a registry are relative"):
+        bucket.local("versions/1")
+    written = [path for path in set(tmp_path.rglob("*")) - before if path.is_file()]
+    assert all(path.is_relative_to(copy) for path in written)
 
 
 def test_half_a_folder_in_a_bucket_is_not_there(bucket: Store, tmp_path: Path) -> None:
