@@ -297,6 +297,12 @@ class _Finder:
 # --- what is private to Lightning
 
 
+def message_loggers() -> list[str]:
+    """The loggers to which Lightning writes messages for the user, in either package."""
+    fabric = [f"{one}.utilities.{name}" for one in _FABRIC.values() for name in ("rank_zero", "seed")]
+    return [f"{one}.utilities.rank_zero" for one in PACKAGES] + fabric
+
+
 def deepspeed_base(one: str) -> type[Any]:
     """Lightning's ``DeepSpeedStrategy`` for every device, with public methods that make its engines.
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
+from evertune.cli.quiet import quiet, unset_output
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
 from evertune.utils.ranks import is_leader, is_writer
 
 if TYPE_CHECKING:
-    from evertune._lightning import LightningCLI
+    from evertune._lightning import LightningCLI, Trainer
 
 _MAY_CHANGE_ON_RESUME = ("config", "launch", "out", "checkpoint_every_n_steps")
 """Settings that may differ when a run is resumed."""
@@ -37,6 +38,11 @@ def fit(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 when the run is complete, also if it was before; 2 if the data or the folder cannot be used.
     """
+    with quiet():
+        return _fit(arguments)
+
+
+def _fit(arguments: Sequence[str]) -> int:
     from evertune.metrics.history import save_history
     from evertune.training.trainer import ContinualTrainer
 
@@ -96,6 +102,9 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             self.config = parser.parse_args(list(arguments))  # LightningCLI would read sys.argv, `fit` included
+
+        def instantiate_trainer(self, **settings: Any) -> Trainer:
+            return super().instantiate_trainer(**unset_output(self.config_init["trainer"]), **settings)
 
     return FitCLI(
         LightningModule,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
 from evertune.live.triggers import Trigger
 from evertune.live.update import DATA_OF_UPDATES, Updater, UpdateSettings
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 WATCH = "evertune watch"
 """The program whose section ``watch`` is used; other commands check it, and ignore it."""
+
+logger = logging.getLogger("evertune.live")
 
 
 def updater_from(arguments: Sequence[str], program: str = "evertune update") -> tuple[Updater, argparse.Namespace]:
@@ -52,7 +57,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
         made["registry"],
         made["source"],
         made["model"],
-        ContinualTrainer(**made["trainer"].as_dict()),
+        ContinualTrainer(**{**made["trainer"].as_dict(), **unset_output(made["trainer"].as_dict())}),
         schema=made["schema"],
         data=config["data"].as_dict(),
         masker=made["masker"],
@@ -144,16 +149,24 @@ def update(arguments: Sequence[str]) -> int:
 
     end_with_supervisor()
     signal.signal(signal.SIGTERM, _end)
-    try:
-        updater, options = updater_from(arguments)
-        if options.read_on_from is not None:
-            updater.read_on_from(options.read_on_from)
-        outcome = updater.run(dry_run=options.dry_run)
-    except (SourceError, RegistryError, OSError, ValueError) as error:
-        print(f"evertune update: {error}", file=sys.stderr)
-        return 1
+    watched = "EVERTUNE_LEASE" in os.environ  # of the watch that runs this process and reads its output
+    with quiet(), say_progress(as_json=watched):
+        try:
+            updater, options = updater_from(arguments)
+            if options.read_on_from is not None:
+                updater.read_on_from(options.read_on_from)
+            outcome = updater.run(dry_run=options.dry_run)
+        except (SourceError, RegistryError, OSError, ValueError) as error:
+            print(f"evertune update: {error}", file=sys.stderr)
+            return 1
+        if watched:
+            facts = {} if outcome.verdict is None else outcome.verdict.to_dict()
+            about = {"event": "verdict" if facts else "outcome", "status": outcome.status, "version": outcome.version}
+            logger.info("%s", outcome.words, extra={**about, **facts})
+            return outcome.code
     console = Console()
     if outcome.verdict is not None:
         console.print(outcome.verdict.table())
-    console.print(outcome.words, soft_wrap=True)
+    if outcome.status != "trained":  # the words of the other ranks
+        console.print(outcome.words, soft_wrap=True)
     return outcome.code

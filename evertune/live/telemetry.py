@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -57,6 +58,14 @@ class Telemetry:
         self._source_up = gauge("source_up", "0 while the source cannot be read")
         self._source_up.set(1)
         self._production = gauge("production_version", "Number of the version in production, 0 before the first")
+        self._accuracy = gauge(
+            "production_accuracy", "Average accuracy of the version in production on held-out records"
+        )
+        self._accuracy.set(math.nan)  # unknown
+        text = "Values of the last verdict: of production, of the new version, and the gate's limit"
+        self._gate = prometheus.Gauge("evertune_gate_value", text, ("check", "slice", "of"), registry=self.registry)
+        text = "1 for each check of the last verdict that passed, 0 for each that did not"
+        self._gate_passed = prometheus.Gauge("evertune_gate_passed", text, ("check", "slice"), registry=self.registry)
         self._pending = gauge("pending_records", "Records that production has not learned")
         self._new = gauge("new_records", "Pending records that no update was tried on")
         self._last_update = gauge("last_update_timestamp", "When the last update was tried, in Unix seconds")
@@ -88,6 +97,27 @@ class Telemetry:
         self._new.set(new)
         if last_update is not None:
             self._last_update.set(last_update.timestamp())
+
+    def serves(self, accuracy: float | None) -> None:
+        """Report the average accuracy of the version in production; None if it was not measured."""
+        self._accuracy.set(math.nan if accuracy is None else accuracy)
+
+    def judged(self, checks: Any) -> None:
+        """Report the checks of a verdict, as :meth:`~evertune.gate.gate.Verdict.to_dict` lists them.
+
+        They come from another process: what is not a list of checks is left out.
+        """
+        self._gate.clear()
+        self._gate_passed.clear()
+        for check in checks if isinstance(checks, list) else []:
+            if not isinstance(check, dict):
+                continue
+            place = (str(check.get("name")), str(check.get("slice")))
+            self._gate_passed.labels(*place).set(bool(check.get("passed")))
+            values = {"production": "champion", "candidate": "challenger", "limit": "limit"}
+            for name, key in values.items():
+                if isinstance(check.get(key), int | float):
+                    self._gate.labels(*place, name).set(check[key])
 
     def measured(self, readings: Mapping[str, float]) -> None:
         """Report the readings of a trigger: ``drift_score`` becomes the metric ``evertune_drift_score``."""

@@ -337,7 +337,7 @@ class Updater:
         return plan.version < self.registry.next_number()
 
     def _carry_out(self, plan: Plan, seconds: dict[str, float], dry_run: bool) -> Outcome:
-        logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "update", "version": plan.version})
+        logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "training", "version": plan.version})
         if self._is_published(plan):  # killed after publishing, before the aliases changed
             return self._finish(plan, self.registry.version(plan.version), seconds)
         with _timed(seconds, "train"):
@@ -498,7 +498,10 @@ class Updater:
     # --- planning and its inputs
 
     def _plan(self) -> Plan | Outcome:
-        self.intake()
+        arrived = self.intake().read
+        logger.info(
+            "%s", f"{arrived:,} record{'s' * (arrived != 1)} arrived", extra={"event": "intake", "read": arrived}
+        )
         production = self.registry.production
         situation = self.situation()
         if not situation.n_new:

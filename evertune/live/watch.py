@@ -3,6 +3,7 @@ due."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
@@ -33,6 +34,7 @@ OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
 """The meaning of the exit codes of ``evertune update``; all others except :data:`PREEMPTED` are errors."""
 
 _TAIL = 20  # lines of an update's output that are kept to report why it failed
+_OF_RECORDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # names that fields must not have
 _MIN_READ = 20  # records below which the share of bad ones is not judged
 
 _T = TypeVar("_T")
@@ -201,6 +203,8 @@ class Watch:
         situation = self.updater.situation()
         self._version = situation.production.number if situation.production else None
         self.telemetry.stands(self._version, situation.n_pending, situation.n_new, situation.last_update)
+        if situation.production is not None:
+            self.telemetry.serves(situation.production.manifest.metrics.average_accuracy)
         reason = self.updater.due()
         readings = self.updater.trigger.readings
         self.telemetry.measured(readings)
@@ -293,7 +297,7 @@ class Watch:
             raise
         finally:
             os.close(theirs)
-        reader = threading.Thread(target=_pass_on, args=(process, tail), name="evertune-output", daemon=True)
+        reader = threading.Thread(target=self._pass_on, args=(process, tail), name="evertune-output", daemon=True)
         reader.start()
         deadline: float | None = None
         while process.poll() is None:
@@ -311,6 +315,18 @@ class Watch:
         os.close(ours)
         reader.join(5)
         return process.returncode
+
+    def _pass_on(self, process: subprocess.Popen[str], tail: deque[str]) -> None:
+        """Log the output of a child process line by line, and keep its last lines."""
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                if line := line.rstrip():
+                    level, words, facts = _understood(line)
+                    tail.append(words)
+                    logger.log(level, "%s", words, extra=facts)
+                    if facts["event"] == "verdict":
+                        self.telemetry.judged(facts.get("checks"))
 
     # --- failures, reports and alerts
 
@@ -451,14 +467,17 @@ class _Trouble:
         self.count, self._until, self.told = 0, 0.0, False
 
 
-def _pass_on(process: subprocess.Popen[str], tail: deque[str]) -> None:
-    """Log the output of a child process line by line, and keep its last lines."""
-    assert process.stdout is not None
-    with process.stdout:
-        for line in process.stdout:
-            if line := line.rstrip():
-                tail.append(line)
-                logger.info("%s", line, extra={"event": "output"})
+def _understood(line: str) -> tuple[int, str, dict[str, Any]]:
+    """A line of an update's output as level, message and fields: a log line of evertune's, or any other text."""
+    try:
+        fields = json.loads(line) if line.startswith("{") else {}
+    except (ValueError, RecursionError):
+        fields = {}
+    if not {"event", "level", "message"} <= fields.keys():
+        return logging.INFO, line, {"event": "output"}
+    level = getattr(logging, str(fields["level"]).upper(), logging.INFO)
+    facts = {name: value for name, value in fields.items() if name not in ("time", "level", *_OF_RECORDS)}
+    return level if isinstance(level, int) else logging.INFO, str(fields["message"]), facts
 
 
 def _drifting(readings: Mapping[str, float]) -> bool:

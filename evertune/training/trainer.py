@@ -115,7 +115,7 @@ class ContinualTrainer(Trainer):
                 evaluation.add_experience(experience.name, loader, experience.classes)
             if number < learned:
                 continue
-            rank_zero_info(f"update {number + 1} of {len(experiences)}: {experience!r}")
+            rank_zero_info(f"experience {number + 1} of {len(experiences)}: {experience!r}")
             if run is None:
                 self.fit_experience(module, experience, data)
             else:
@@ -170,11 +170,14 @@ class ContinualTrainer(Trainer):
         prepare = getattr(module, "prepare_experience", None)
         if callable(prepare):
             prepare(experience)
+        limit = self.limit_val_batches
+        if isinstance(datamodule, ExperienceDataModule) and experience.val is None:
+            self.limit_val_batches = 0  # Lightning warns of a loader without batches
         self.experience = experience
         try:
             self.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
         finally:
-            self.experience = None
+            self.experience, self.limit_val_batches = None, limit
 
     def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
         """A trainer with the settings of this one, and copies of its callbacks with what they have learned so far.

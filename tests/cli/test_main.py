@@ -41,9 +41,6 @@ trainer:
       init_args: {memory_size: 6}
     - class_path: evertune.callbacks.EWC
       init_args: {ewc_lambda: 10.0, n_examples: 8}
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
 """
 
 
@@ -79,6 +76,8 @@ def fitted(workspace: Path) -> Path:
     done = evertune(workspace, "fit", "--config", "stream.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "report: run/report.html" in done.stdout
+    lines = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"experience {n} of 3" for n in (1, 2, 3)], done.stderr
     return workspace / "run"
 
 

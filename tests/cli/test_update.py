@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -37,9 +38,6 @@ trainer:
   max_epochs: 2
   accelerator: cpu
   devices: 1
-  logger: false
-  enable_progress_bar: false
-  enable_model_summary: false
   callbacks:
     - class_path: evertune.callbacks.Replay
       init_args: {memory_size: 30, id: id}
@@ -71,6 +69,8 @@ def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     first = evertune(folder, "update", "--config", "live.yaml")
     assert first.returncode == 0, first.stderr
     assert "version 1 is in production" in first.stdout
+    assert first.stderr.splitlines() == ["62 records arrived", "update 1: 60 new records (10 asked for)"]
+    assert not list(folder.rglob("lightning_logs"))
     monkeypatch.chdir(folder)
     assert update(["--config", "live.yaml"]) == 3
     assert capsys.readouterr().out == "nothing new since the last update; 0 records are pending\n"
@@ -98,6 +98,17 @@ def test_terminated_update_goes_on(folder: Path) -> None:
     done = evertune(folder, *slow)
     assert done.returncode == 0, done.stderr
     assert Registry(folder / "registry").aliases == {"production": 1}
+
+
+def test_a_watch_reads_the_verdict_as_one_line(folder: Path) -> None:
+    with Registry(folder / "registry").lease("evertune watch") as lease:
+        command = [sys.executable, "-m", "evertune", "update", "--config", "live.yaml"]
+        environment = ENVIRONMENT | {"EVERTUNE_LEASE": lease.token}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in lines] == ["intake", "training", "verdict"], done.stderr
+    assert lines[-1]["passed"] and lines[-1]["version"] == 1
+    assert {check["name"] for check in lines[-1]["checks"]} >= {"bad records", "numbers"}
 
 
 def test_lightning_starts_the_other_rank(folder: Path) -> None:

@@ -4,6 +4,7 @@ What it does stands in FOLDER/mode. It learns what has arrived by copying `arriv
 that loads nothing, so that it starts in milliseconds.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,16 @@ def main() -> int:
     if mode == "preempt":
         return 75
     if mode == "promote":
+        check = {
+            "name": "accuracy",
+            "slice": "sports",
+            "champion": 0.9,
+            "challenger": 0.95,
+            "limit": 0.8,
+            "passed": True,
+        }
+        verdict = {"event": "verdict", "level": "info", "message": "passed", "passed": True, "checks": [check]}
+        print(json.dumps(verdict), flush=True)
         (folder / "learned").write_bytes((folder / "arrived").read_bytes())
     (folder / "attempted").write_bytes((folder / "arrived").read_bytes())
     (folder / "plan").unlink()

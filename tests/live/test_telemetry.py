@@ -73,6 +73,11 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
     telemetry.stands(7, 312, 12, moment)
     telemetry.measured({"drift_score": 0.03, "drift_threshold": 0.01})
     telemetry.measured({"drift_score": 0.02, "drift_threshold": 0.01})
+    telemetry.serves(0.93)
+    old = {"name": "old", "slice": "", "champion": 0.5, "challenger": 0.5, "limit": 0.5, "passed": True}
+    telemetry.judged([old])
+    drop = {"name": "drop", "slice": "update-1", "champion": 0.9, "challenger": 0.7, "limit": None, "passed": False}
+    telemetry.judged([drop, "not a check"])
     telemetry.updating(True)
     telemetry.updated("promoted", 42.0)
     telemetry.updated("refused", 3.0)
@@ -81,6 +86,10 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
     now = samples(port)
     expected = {
         "evertune_production_version": 7,
+        "evertune_production_accuracy": 0.93,
+        "evertune_gate_value{check=drop}{of=production}{slice=update-1}": 0.9,
+        "evertune_gate_value{check=drop}{of=candidate}{slice=update-1}": 0.7,
+        "evertune_gate_passed{check=drop}{slice=update-1}": 0,
         "evertune_pending_records": 312,
         "evertune_new_records": 12,
         "evertune_read_records_total": 120,
@@ -99,6 +108,7 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
         "evertune_healthy": 1,
     }
     assert {name: now[name] for name in expected} == expected
+    assert sum(name.startswith("evertune_gate_") for name in now) == 3, "values of an earlier verdict are still there"
     telemetry.recovered("source")
     assert samples(port)["evertune_source_up"] == 1
 

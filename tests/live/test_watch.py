@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,9 +27,9 @@ from evertune.cli.watch import watch as watch_command
 from evertune.live.alerts import Alert, Webhook
 from evertune.live.telemetry import log_to
 from evertune.live.triggers import Drift, Situation, Volume
-from evertune.live.watch import Watch, WatchSettings, _drifting
+from evertune.live.watch import Watch, WatchSettings, _drifting, _understood
 from evertune.registry.lease import LeaseHeld
-from evertune.registry.manifest import Manifest, VerdictSummary
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry
 from evertune.sources.base import SourceError
 
@@ -169,7 +170,8 @@ def root(tmp_path: Path) -> Path:
     mode(tmp_path, "promote")
     (tmp_path / "version").mkdir()
     registry = Registry(tmp_path / "registry")
-    manifest = Manifest(version=7, verdict=VerdictSummary(True, "sports got better"))
+    metrics = Metrics({"sports": 0.875}, 0.875)
+    manifest = Manifest(version=7, verdict=VerdictSummary(True, "sports got better"), metrics=metrics)
     registry.promote(registry.publish(tmp_path / "version", manifest).number)
     return tmp_path
 
@@ -228,6 +230,10 @@ def test_an_update_runs_when_it_is_due_and_the_service_goes_on(watch: Callable[.
     first = running.until("promotion")[0]
     assert first["outcome"] == "promoted" and first["version"] == 7 and first["seconds"] >= 0
     assert [line["message"] for line in running.events("output")] == ["updating é promote"]
+    (verdict,) = running.events("verdict")
+    assert verdict["passed"] and [check["slice"] for check in verdict["checks"]] == ["sports"]
+    assert running.metric('evertune_gate_value{check="accuracy",of="candidate",slice="sports"}') == 0.95
+    assert running.metric("evertune_production_accuracy") == 0.875
     arrives(root, 5)
     running.until("promotion", 2)
     until(lambda: running.metric("evertune_pending_records") == 0)
@@ -322,6 +328,30 @@ def test_an_update_that_dies_is_tried_again_until_it_works(watch: Callable[..., 
     assert running.get("/healthz")[0] == 200
     failures = running.metric('evertune_updates_total{outcome="error"}')
     assert failures >= 3 and failures == running.metric('evertune_errors_total{where="update"}')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plain",
+        "{",
+        "[" * 100_000,
+        "{" * 100_000,
+        "{}",
+        '{"event": "x", "level": "info"}',
+        '{"time": 1, "message": "m"}',
+    ],
+)
+def test_other_output_is_a_line_of_text(line: str) -> None:
+    assert _understood(line) == (logging.INFO, line, {"event": "output"})
+
+
+@pytest.mark.parametrize(
+    ("level", "number"), [("warning", logging.WARNING), ("getLogger", logging.INFO), (3, logging.INFO)]
+)
+def test_a_log_line_keeps_its_level_and_fields(level: Any, number: int) -> None:
+    line = json.dumps({"event": "verdict", "level": level, "message": "m", "name": "clashes", "checks": [1]})
+    assert _understood(line) == (number, "m", {"event": "verdict", "checks": [1]})
 
 
 def test_a_preempted_update_is_started_again_and_is_no_error(watch: Callable[..., Running], root: Path) -> None:
