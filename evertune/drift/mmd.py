@@ -97,8 +97,10 @@ def median_distance(records: Tensor) -> float:
 
     If all records are equal up to rounding, their length, or 1 if that is 0.
     """
-    records = records[:1_000]
+    records = records[:1_000].double()
+    unit = records.abs().max().item() or 1.0  # squares of very large and very small features cannot be represented
+    records = records / unit
     length = records.norm(dim=1).max().item()
     distances = torch.nn.functional.pdist(records)
     distances = distances[distances > 1e-6 * length]
-    return distances.median().item() if len(distances) else length or 1.0
+    return (distances.median().item() if len(distances) else length or 1.0) * unit

@@ -25,6 +25,7 @@ from evertune.utils.extras import library
 _CUT_CONFIDENCE = 0.001  # River's default: where HDDM sets its cuts
 _MIN_BLOCKS = 50  # fewer independent blocks show too little of how a sum varies
 _MIN_RUN = 10  # minimum average run length in blocks
+_MIN_EVENTS = 10  # with fewer rare events, chance decides how rare they look: up to twice as many false alarms
 
 
 class _RiverDetector(ReferenceDetector):
@@ -63,6 +64,7 @@ class _RiverDetector(ReferenceDetector):
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         values = reference[:, 0].double()
+        _check_events(values)
         self._centre, self._scale = (value.item() for value in standard(values))
         self.threshold = threshold_of_detector(
             values, self._paths, self._transformed, self.arl, self.block_size, generator
@@ -119,6 +121,21 @@ class _RiverDetector(ReferenceDetector):
         """Bring a new detector of River into the state that :meth:`_saved` returned."""
 
 
+def _check_events(values: Tensor) -> None:
+    """Refuse a reference in which almost all values are the same: the rate of the others cannot be estimated from it.
+
+    A reference without any other value is accepted, as any other value is then a change.
+    """
+    distinct, counts = values.unique(return_counts=True)
+    events = len(values) - int(counts.max())
+    if 0 < events < _MIN_EVENTS:
+        raise ValueError(
+            f"only {events} of the {len(values)} records of the reference differ from {distinct[counts.argmax()]:g}, "
+            f"too few to keep a rate of false alarms: {_MIN_EVENTS} are needed, so reference_size must be about "
+            f"{math.ceil(len(values) * _MIN_EVENTS / events)}"
+        )
+
+
 class PageHinkley(_RiverDetector):
     """Detects a shift of the mean of one number, up or down, at a stated false-alarm rate; the quickest of the three.
 
@@ -153,7 +170,8 @@ class PageHinkley(_RiverDetector):
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ValueError: If a setting is out of its range, or the reference is too small or has too few rare events (the
+            message names the size needed).
         ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 
@@ -221,7 +239,8 @@ class HDDM(_RiverDetector):
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ValueError: If a setting is out of its range, or the reference is too small or has too few rare events (the
+            message names the size needed).
         ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 
@@ -291,7 +310,8 @@ class ADWIN(_RiverDetector):
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: If a setting is out of its range, or the reference is too small (the message names the size needed).
+        ValueError: If a setting is out of its range, or the reference is too small or has too few rare events (the
+            message names the size needed).
         ModuleNotFoundError: If River is not installed (``pip install "evertune[drift]"``).
     """
 

@@ -43,7 +43,7 @@ class WindowDetector(SumDetector):
             message names the size needed).
     """
 
-    _kept: tuple[str, ...] = (*SumDetector._kept, "_null")
+    _kept: tuple[str, ...] = (*SumDetector._kept, "_null", "_rounding")
     _lattice = False
     """Whether scores repeat, as those of counts do. Ties are then broken at random, so that any false-alarm rate can be
     met."""
@@ -83,6 +83,7 @@ class WindowDetector(SumDetector):
     def _clear(self) -> None:
         super()._clear()
         self._null = torch.empty(0)  # scores of resampled windows, ascending
+        self._rounding = 0.0  # scores up to it are rounding errors, and count as 0
 
     def _arm(self, reference: Tensor, generator: torch.Generator) -> None:
         mapped = self._mapped(reference, generator)
@@ -102,9 +103,8 @@ class WindowDetector(SumDetector):
             scores[part] = self._distance(windows, references)
         if self._lattice:
             scores = scores.double() * (1 + _JITTER * torch.rand(scores.shape, generator=generator))
-        rounding = _ROUNDING * mapped.square().sum(1).mean().item()
-        self._calibrate(scores)
-        self.threshold = max(self.threshold, rounding)
+        self._rounding = _ROUNDING * mapped.square().sum(1).mean().item()
+        self._calibrate(scores.masked_fill(scores <= self._rounding, 0.0))
 
     def _n_resampled(self) -> int:
         """The number of windows to resample."""
@@ -130,6 +130,8 @@ class WindowDetector(SumDetector):
             if self._filled == self.window_size:
                 mean = self._window / self.window_size - self._mean
                 score = self._distance(mean[None], torch.zeros_like(mean)[None]).item()
+                if score <= self._rounding:
+                    score = 0.0
                 if self._lattice:
                     score *= 1 + _JITTER * torch.rand(1, generator=self._generator_of_test()).item()
                 self._window, self._filled = torch.zeros_like(self._window), 0
