@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -26,3 +28,36 @@ def no_seed_is_left_behind() -> Iterator[None]:
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
+
+
+_TO_INSTALL = re.compile(r"\((apt-get install|pip install) ([^()]+)\)")
+NO_SKIPS = "EVERTUNE_NO_SKIPS"
+"""Set it where everything that tests need is installed: a test that is skipped then fails the run."""
+
+
+def skips(config: pytest.Config) -> list[str]:
+    """The reasons of the skipped tests, other than that there is no GPU."""
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reasons = [str(report.longrepr[2]) for report in reports if isinstance(report.longrepr, tuple)]
+    return [reason for reason in reasons if "GPU" not in reason]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get(NO_SKIPS) and not hasattr(session.config, "workerinput") and skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what to install so that no test is skipped."""
+    reasons = skips(config)
+    if not reasons:
+        return
+    packages: defaultdict[str, set[str]] = defaultdict(set)
+    for command, names in _TO_INSTALL.findall("\n".join(reasons)):
+        packages[command].update(names.split())
+    commands = "; ".join(f"{command} {' '.join(sorted(names))}" for command, names in sorted(packages.items()))
+    terminalreporter.line("")
+    terminalreporter.line(f"{len(reasons)} tests were skipped. To run them too: {commands or 'see the reasons above'}")
+    if os.environ.get(NO_SKIPS):
+        terminalreporter.line(f"{NO_SKIPS} is set, so this run has failed", red=True)

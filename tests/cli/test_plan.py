@@ -343,7 +343,10 @@ def test_configurations_without_an_answer(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(shutil.which("unshare") is None or shutil.which("ip") is None, reason="needs network namespaces")
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or shutil.which("ip") is None,
+    reason="ip is not installed (apt-get install iproute2)",
+)
 def test_real_ranks_hold_and_send_what_the_formulas_say() -> None:
     """The benchmark's quick run: two ranks, DDP and ZeRO-1, 2 and 3."""
     root = Path(__file__).resolve().parents[2]

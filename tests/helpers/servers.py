@@ -118,7 +118,7 @@ class Redis:
 
     def __init__(self, folder: Path, durable: bool = True, password: str | None = None) -> None:
         if shutil.which("redis-server") is None:
-            pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+            pytest.skip("redis-server is not installed (apt-get install redis-server)")
         self.socket = folder / "redis.sock"
         secret = f":{password}@" if password else ""
         self.url = f"unix://{secret}{self.socket}"
@@ -153,8 +153,8 @@ class Postgres:
         folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
         binaries = next((folder for folder in folders if (folder / "postgres").exists()), None)
         if binaries is None:
-            pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-        pytest.importorskip("psycopg", reason='the driver is not installed: pip install "psycopg[binary]"')
+            pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+        pytest.importorskip("psycopg", reason='psycopg is not installed (pip install "psycopg[binary]")')
         self.folder = Path(tempfile.mkdtemp(prefix="evertune-postgres-"))
         self._as_user: list[str] = []
         if os.geteuid() == 0:  # the server refuses to run as root

