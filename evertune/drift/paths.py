@@ -20,6 +20,7 @@ from evertune.drift.calibration import resample, threshold_of_paths
 Array = NDArray[np.float64]
 
 _REFERENCES, _STREAMS = 64, 4  # number of resampled references, and of streams for each
+_OWN_STREAMS = 64  # number of streams that follow the reference itself
 _LENGTH = 3  # length of a stream in run lengths, as the probability of an alarm changes with time
 _MOMENTS = 64  # moments at which alarms are checked for
 
@@ -151,7 +152,8 @@ def threshold_of_detector(
     reference, as the real stream will be by the real one. If records are correlated, the statistics grow with the
     variance of sums, which a reference shows only approximately. They are therefore divided by its estimate
     (:func:`inflation`) from each resampled reference, so that the threshold accounts for the error of this estimate
-    (the studentised bootstrap; Hall 1988).
+    (the studentised bootstrap; Hall 1988). If most records are equal, streams after the reference itself must keep the
+    run length, too.
 
     Args:
         reference: The reference, ``[records]``.
@@ -166,24 +168,35 @@ def threshold_of_detector(
     """
     reference, n = reference.double(), len(reference)
     references = reference[resample(n, (_REFERENCES, n), block_size, generator)]
-    centre, scale = standard(references)
-    scale = torch.where(scale > 0, scale, standard(reference)[1])
-
-    def values(records: Tensor) -> Any:
-        standardised = (records - centre[:, None, None]) / scale[:, None, None]
-        return transform(standardised.reshape(_REFERENCES * _STREAMS, -1).T.contiguous().numpy())
-
-    watched = paths(_REFERENCES * _STREAMS)
-    watched.feed(values(references[:, None].expand(-1, _STREAMS, -1)))
     length = math.ceil(_LENGTH * arl / _MOMENTS / block_size) * block_size
-    largest, maxima = np.full(_REFERENCES * _STREAMS, -np.inf), []
-    for _ in range(math.ceil(_LENGTH * arl / length)):
-        positions = resample(n, (_REFERENCES, _STREAMS, length), block_size, generator)
-        watched.feed(values(reference[positions]), largest)
-        maxima.append(torch.from_numpy(largest.reshape(_REFERENCES, _STREAMS).T.copy()))
-    scores = torch.stack(maxima) / inflation(references, block_size)
-    times = length * torch.arange(1, len(maxima) + 1)
-    return threshold_of_paths(scores, times, arl) * inflation(reference, block_size).item()
+    times = length * torch.arange(1, math.ceil(_LENGTH * arl / length) + 1)
+
+    def maxima(references: Tensor, streams: int) -> Tensor:
+        """The largest statistic of each stream after each reference, up to each time, ``[times, streams,
+        references]``."""
+        centre, scale = standard(references)
+        scale = torch.where(scale > 0, scale, standard(reference)[1])
+
+        def values(records: Tensor) -> Any:
+            standardised = (records - centre[:, None, None]) / scale[:, None, None]
+            return transform(standardised.reshape(len(references) * streams, -1).T.contiguous().numpy())
+
+        watched = paths(len(references) * streams)
+        watched.feed(values(references[:, None].expand(-1, streams, -1)))
+        largest, found = np.full(len(references) * streams, -np.inf), []
+        for _ in times:
+            positions = resample(n, (len(references), streams, length), block_size, generator)
+            watched.feed(values(reference[positions]), largest)
+            found.append(torch.from_numpy(largest.reshape(len(references), streams).T.copy()))
+        return torch.stack(found)
+
+    scores = maxima(references, _STREAMS) / inflation(references, block_size)
+    threshold = threshold_of_paths(scores, times, arl) * inflation(reference, block_size).item()
+    if reference.unique(return_counts=True)[1].max() > n / 2:
+        # Statistics of rare events take few values, and half of the references have them above the threshold: the first
+        # event after this one must not be an alarm.
+        threshold = max(threshold, threshold_of_paths(maxima(reference[None], _OWN_STREAMS), times, arl))
+    return threshold
 
 
 def standard(records: Tensor) -> tuple[Tensor, Tensor]:

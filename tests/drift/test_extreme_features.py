@@ -49,7 +49,9 @@ def test_rare_events_need_a_reference_that_holds_some(make):
         make(arl=1_000, reference_size=600).update(events(600, 200))
     detector = make(arl=1_000, reference_size=2_000)
     detector.update(events(2_000, 200))
-    assert detector.armed and not detector.drift_detected
+    assert detector.armed
+    detector.update(events(250, 250))
+    assert not detector.drift_detected, "one event, as often as in the reference"
     detector.update(events(400, 20))
     assert detector.drift_detected
     make(arl=1_000, reference_size=600).update(torch.zeros(600, 1))
