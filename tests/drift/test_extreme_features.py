@@ -50,7 +50,7 @@ def test_rare_events_need_a_reference_that_holds_some(make):
     detector = make(arl=1_000, reference_size=2_000)
     detector.update(events(2_000, 200))
     assert detector.armed and not detector.drift_detected
-    detector.update(events(400, 20))
+    detector.update(events(400, 3))
     assert detector.drift_detected
     make(arl=1_000, reference_size=600).update(torch.zeros(600, 1))
 
