@@ -41,4 +41,3 @@ def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float =
     except (RegistryError, OSError, ValueError, ModuleNotFoundError) as error:
         logger.error("evertune watch: %s", error, extra={"event": "error"})
         return 1
-
