@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,24 +42,22 @@ def drift(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 without drift, 1 with drift, 2 if nothing could be decided.
     """
-    from rich.console import Console
-
     from evertune.sources.base import SourceError
 
     options = _parser().parse_args(arguments)
-    console = Console()
+    screen = console()
     try:
         found = _compare(options)
-        show(found, console)
+        show(found, screen)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
         if options.out is not None:
             from evertune.reports.drift import write_drift_report
 
-            console.print(f"\nreport: {write_drift_report(found, options.out)}", markup=False, soft_wrap=True)
+            screen.print(f"\nreport: {write_drift_report(found, options.out)}", soft_wrap=True)
     except (OSError, ValueError, TypeError, ImportError, SourceError) as error:
-        print(f"evertune drift: {error}", file=sys.stderr)
+        complain("evertune drift", error)
         return 2
     return int(found.drift_detected)
 
@@ -97,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace) -> Comparison:
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from evertune.drift.comparison.comparing import compare
@@ -108,9 +106,9 @@ def _compare(options: argparse.Namespace) -> Comparison:
         from evertune.utils.locate import locate
 
         featuriser = FrozenEncoder(locate(options.features))
-    console = Console(stderr=True)  # so that piping stdout keeps only the result
+    screen = console(stderr=True)  # so that piping stdout keeps only the result
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(side: str, n: int) -> None:
@@ -134,83 +132,78 @@ def _compare(options: argparse.Namespace) -> Comparison:
         )
 
 
-def show(found: Comparison, console: Console) -> None:
+def show(found: Comparison, screen: Console) -> None:
     """Print a comparison: the decision first, then what changed."""
-    from rich.text import Text
 
     from evertune.drift.comparison.wording import decision, false_alarms
 
-    # Everything that comes from records is wrapped in Text: rich would read its square brackets as markup.
-
-    console.print(Text(decision(found), style="bold red" if found.drift_detected else "bold green"))
-    console.print(_facts(found))
+    screen.print(foreign(decision(found), "bold red" if found.drift_detected else "bold green"))
+    screen.print(_facts(found))
     for line in false_alarms(found):
-        console.print(Text(line))
+        screen.print(foreign(line))
     for title, aside in ((found.reference, found.set_aside_reference), (found.current, found.set_aside_current)):
         if aside.n:
-            console.print(Text(f"{title}: {_set_aside(aside)}", style="yellow"))
-    _show_changes(found, console)
+            screen.print(foreign(f"{title}: {_set_aside(aside)}", "yellow"))
+    _show_changes(found, screen)
     for title, examples in (("Typical of before", found.examples_before), ("Typical of now", found.examples_after)):
         if examples:
-            console.print(Text(f"\n{title}", style="bold"))
+            screen.print(foreign(f"\n{title}", "bold"))
         for example in examples[:_N_EXAMPLES]:
-            console.print(Text(_one_line(example)))
+            screen.print(foreign(_one_line(example)))
 
 
 def _facts(found: Comparison) -> Any:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("reference", Text(f"{found.n_reference:,} records of {found.reference}"))
-    table.add_row("current", Text(f"{found.n_current:,} records of {found.current}"))
-    table.add_row("features", Text(found.features))
+    table.add_row("reference", foreign(f"{found.n_reference:,} records of {found.reference}"))
+    table.add_row("current", foreign(f"{found.n_current:,} records of {found.current}"))
+    table.add_row("features", foreign(found.features))
     for scan in found.scans:
         alarms = f"{len(scan.alarms):,} alarm{'s' * (len(scan.alarms) > 1)}" if scan.alarms else "no alarm"
         if scan.alarms:
             first = scan.alarms[0]
             alarms += f", first at record {first.record:,} = {first.origin}"
         armed = f"{scan.detector}, armed with {scan.n_reference:,} records for one false alarm in {scan.arl:,.0f}"
-        table.add_row(Text(scan.of), Text(f"{armed}: {scan.n_tests:,} tests, {alarms}"))
+        table.add_row(foreign(scan.of), foreign(f"{armed}: {scan.n_tests:,} tests, {alarms}"))
     return table
 
 
-def _show_changes(found: Comparison, console: Console) -> None:
+def _show_changes(found: Comparison, screen: Console) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from evertune.drift.comparison.wording import described, sure
     from evertune.reports.summary import percent
 
     changes = found.attribution
-    console.print(Text(f"\nWhat differs: {changes.n_before:,} records before, {changes.n_after:,} now", style="bold"))
+    screen.print(foreign(f"\nWhat differs: {changes.n_before:,} records before, {changes.n_after:,} now", "bold"))
     fields = [change for change in changes.fields if sure(change)]  # significant after the correction for many fields
     if changes.tokens:
         tokens = Table("word", "before", "now", "z", "p, corrected", box=None, pad_edge=False, header_style="dim")
         for token in changes.tokens[:_N_ROWS]:
             tokens.add_row(
-                Text(token.token),
+                foreign(token.token),
                 f"{token.before:,}",
                 f"{token.after:,}",
                 f"{token.z:+.1f}",
                 f"{token.p_corrected:.2g}",
             )
-        console.print(tokens)
+        screen.print(tokens)
     if changes.topics:
         topics = Table("topic", "before, %", "now, %", "z", box=None, pad_edge=False, header_style="dim")
         for topic in changes.topics[:_N_ROWS]:
-            words = Text(" ".join(topic.words))
+            words = foreign(" ".join(topic.words))
             topics.add_row(words, percent(topic.before), percent(topic.after), f"{topic.z:+.1f}")
-        console.print(topics)
+        screen.print(topics)
     if fields:
         table = Table("field", "change", "p, corrected", box=None, pad_edge=False, header_style="dim")
         for change in fields[:_N_ROWS]:
-            table.add_row(Text(change.name), Text(described(change)), f"{change.p_corrected:.2g}")
-        console.print(table)
+            table.add_row(foreign(change.name), foreign(described(change)), f"{change.p_corrected:.2g}")
+        screen.print(table)
     if not (changes.tokens or fields):
-        console.print("no word and no field beyond chance")
+        screen.print("no word and no field beyond chance")
 
 
 def _set_aside(aside: SetAside) -> str:

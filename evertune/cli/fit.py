@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from evertune.cli.quiet import quiet, unset_output
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
 from evertune.utils.ranks import is_leader, is_writer
+from evertune.utils.terminal import complain
 
 if TYPE_CHECKING:
     from evertune._lightning import LightningCLI, Trainer
@@ -60,7 +60,7 @@ def _fit(arguments: Sequence[str]) -> int:
         )  # read now, so that a bad file is reported in one line before any process is started
         _begin(run_dir, settings)
     except (OSError, ValueError) as error:
-        print(f"evertune fit: {error}", file=sys.stderr)
+        complain("evertune fit", error)
         return 2
     history = cli.trainer.fit_stream(
         cli.model, cli.datamodule, run_dir=run_dir, checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from evertune.launch.settings import read_settings
 from evertune.utils.plugins import load, plugins
+from evertune.utils.terminal import complain
 
 LAUNCHERS = {
     "local": "processes on this machine",
@@ -116,5 +116,5 @@ def _launch(launcher: Any, where: str, options: Sequence[str], command: Sequence
 
 
 def _refuse(where: str, why: str) -> int:
-    print(f"{f'evertune launch {where}'.strip()}: {why}", file=sys.stderr)
+    complain(f"evertune launch {where}".strip(), why)
     return 2

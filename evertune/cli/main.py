@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evertune._lightning import LightningError
 from evertune.cli.registry import add_registry_commands, run_registry
+from evertune.utils.terminal import complain, guard
 
 _OWN_PARSER = {
     "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: With the exit code of the command, except after a ``report`` that succeeded.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    guard()
     parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in _OWN_PARSER.items():
@@ -56,18 +58,19 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     try:
         code: int = getattr(import_module(f"evertune.cli.{command}"), command)(arguments)
     except LightningError as error:
-        print(f"evertune {command}: {error}", file=sys.stderr)
+        complain(f"evertune {command}", error)
         return 2
     return code
 
 
-def _report(known: argparse.Namespace) -> str | None:
-    """Write the page of a history or a registry; returns an error message, or None."""
+def _report(known: argparse.Namespace) -> int:
+    """Write the page of a history or a registry; returns the exit code, 1 after an error."""
     from evertune.registry.store import RegistryError
     from evertune.reports.write import make_report
 
     try:
         make_report(known.history, known.out, known.plots)
     except (OSError, ValueError, RegistryError) as error:
-        return f"evertune report: {error}"
-    return None
+        complain("evertune report", error)
+        return 1
+    return 0

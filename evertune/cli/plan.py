@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -25,6 +24,7 @@ from evertune.cli.footprint import (
     footprint,
 )
 from evertune.utils.pretrained import load_config
+from evertune.utils.terminal import complain, console
 
 GIB = 2**30
 
@@ -190,7 +190,7 @@ def plan(arguments: Sequence[str]) -> int:
         shape = shape_of(request.model, request.n_classes)
         rows = rows_of(shape, request)
     except (OSError, ValueError, TypeError) as error:
-        print(f"evertune plan: {error}", file=sys.stderr)
+        complain("evertune plan", error)
         return 2
     choice = choose(rows, request.strategy)
     advice = [] if choice is not None else what_would_fit(shape, request)
@@ -413,13 +413,12 @@ def as_json(
 
 def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row | None, advice: Sequence[str]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    training, console = request.training, Console()
-    console = console if console.is_terminal else Console(width=100)  # the table needs more than the 80 of a pipe
+    training, screen = request.training, console()
+    screen = screen if screen.is_terminal else console(width=100)  # the table needs more than the 80 of a pipe
     trained = f", {shape.trainable / shape.total:.0%} of them trained" if shape.frozen else ""
-    console.print(
+    screen.print(
         f"{request.model['model_name_or_path']}: {shape.total / 1e6:,.1f} million parameters{trained}; "
         f"{request.nodes} x {request.gpus} GPUs of {_gib(request.memory)}; {training.precision}; "
         f"{training.examples} examples of {training.seq_length} tokens on each GPU"
@@ -439,8 +438,8 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
         style = "bold" if row is choice else None
         gib = (f"{size / GIB:.{2 if size < 100 * GIB else 0}f}" for size in sizes)
         table.add_row(row.strategy.removeprefix(_PREFIX), *gib, "yes" if row.fits else "no", style=style)
-    console.print(table)
-    console.print(
+    screen.print(table)
+    screen.print(
         f"In GiB. stage_N: strategy={_PREFIX}stage_N. peak: the fullest moment of a GPU, not all parts at once; a "
         "tenth of the GPU must stay free. host: of each process. sent: by each GPU in an optimizer step, which gets as "
         "much.",
@@ -452,19 +451,19 @@ def _print(shape: ModelShape, request: Request, rows: Sequence[Row], choice: Row
         own = replace(training, stage=stage, offload=offload, world_size=request.world_size)
         moves = consolidation(shape, own, n_classes=request.n_classes, n_examples=request.n_examples)
         once = sum(move.sent(request.world_size) for move in moves)
-        console.print(f"Estimating the importance sends {_gib(once)} more at the end of each experience.")
+        screen.print(f"Estimating the importance sends {_gib(once)} more at the end of each experience.")
     if training.memory_size:
         disk = f"{rows[0].footprint.disk / 2**20:,.1f} MiB"
-        console.print(f"The replay memory takes up to {disk} on the disk of each node, which its processes map.")
+        screen.print(f"The replay memory takes up to {disk} on the disk of each node, which its processes map.")
     for note in request.notes:
-        console.print(f"Note: {note}.", soft_wrap=True)
+        screen.print(f"Note: {note}.", soft_wrap=True)
     if choice is not None:
-        console.print(f"It fits: {choice.strategy}.")
+        screen.print(f"It fits: {choice.strategy}.")
         return
     asked = f"{request.strategy} does not fit." if request.strategy else "Nothing fits."
-    console.print(asked + (" What would:" if advice else " Nor would more GPUs, smaller batches or frozen layers."))
+    screen.print(asked + (" What would:" if advice else " Nor would more GPUs, smaller batches or frozen layers."))
     for line in advice:
-        console.print(f"- {line}", soft_wrap=True)
+        screen.print(f"- {line}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:

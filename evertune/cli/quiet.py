@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from evertune._lightning import message_loggers
+from evertune.utils.terminal import complain
 
 _LOGGED = (
     "GPU available: ",
@@ -97,7 +98,7 @@ def _show(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    complain("warning", " ".join(str(message).split()))
 
 
 @contextmanager

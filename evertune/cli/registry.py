@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +94,7 @@ def run_registry(arguments: argparse.Namespace) -> int:
 
 
 def _complain(arguments: argparse.Namespace, words: str) -> None:
-    print(f"evertune registry {arguments.action}: {' '.join(words.split())}", file=sys.stderr)
+    complain(f"evertune registry {arguments.action}", " ".join(words.split()))
 
 
 def _list(registry: Registry, arguments: argparse.Namespace) -> int:
@@ -297,25 +297,22 @@ def _print(arguments: argparse.Namespace, found: Any, tables: Any) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    screen = console()
     for number, part in enumerate(tables()):
         if number:
-            console.print()
-        console.print(part, markup=False)
+            screen.print()
+        screen.print(part)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         last = number == len(columns) - 1
         table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
     for row in rows:
-        table.add_row(*(Text(_text(value)) for value in row))
+        table.add_row(*(foreign(_text(value)) for value in row))
     return table
 
 

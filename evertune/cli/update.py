@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
 from evertune.utils.plugins import load_classes
 from evertune.utils.secrets import place_of
+from evertune.utils.terminal import complain, console
 
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
@@ -141,8 +141,6 @@ def update(arguments: Sequence[str]) -> int:
         The exit code: 0 if a version was promoted, 3 if there was nothing to do, 4 if the gate refused the version, 5
         if the data were bad, 1 after an error.
     """
-    from rich.console import Console
-
     from evertune.registry.registry import RegistryError
     from evertune.sources.base import SourceError
     from evertune.utils.processes import end_with_supervisor
@@ -157,16 +155,16 @@ def update(arguments: Sequence[str]) -> int:
                 updater.read_on_from(options.read_on_from)
             outcome = updater.run(dry_run=options.dry_run)
         except (SourceError, RegistryError, OSError, ValueError) as error:
-            print(f"evertune update: {error}", file=sys.stderr)
+            complain("evertune update", error)
             return 1
         if watched:
             facts = {} if outcome.verdict is None else outcome.verdict.to_dict()
             about = {"event": "verdict" if facts else "outcome", "status": outcome.status, "version": outcome.version}
             logger.info("%s", outcome.words, extra={**about, **facts})
             return outcome.code
-    console = Console()
+    screen = console()
     if outcome.verdict is not None:
-        console.print(outcome.verdict.table())
+        screen.print(outcome.verdict.table())
     if outcome.status != "trained":  # the words of the other ranks
-        console.print(outcome.words, soft_wrap=True)
+        screen.print(outcome.words, soft_wrap=True)
     return outcome.code

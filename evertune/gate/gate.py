@@ -15,6 +15,7 @@ from evertune.gate.label_noise import UNSURE_LEARNT, Noise, label_noise
 from evertune.gate.label_noise import known_classes as classes_seen
 from evertune.gate.predictions import Cost, Predictions
 from evertune.sources.base import Row
+from evertune.utils.terminal import foreign
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +101,6 @@ class Verdict:
     def table(self) -> Table:
         """All checks as a table for the terminal: ``rich.print(verdict.table())``."""
         from rich.table import Table
-        from rich.text import Text
 
         table = Table("check", "slice", box=None, header_style="bold", pad_edge=False)
         for header in ("production", "candidate", "limit", "p"):
@@ -109,10 +109,10 @@ class Verdict:
         for check in self.checks:
             values = (_shown(value, check.unit) for value in (check.champion, check.challenger, check.limit))
             p_value = "" if check.p_value is None else _p(check.p_value).removeprefix("p ").removeprefix("= ")
-            verdict = Text("passed", style="green") if check.passed else Text("refused", style="bold red")
+            verdict = foreign("passed", "green") if check.passed else foreign("refused", "bold red")
             if not check.applicable:
-                verdict = Text("not applicable", style="dim")
-            table.add_row(Text(check.name), Text(check.slice), *values, p_value, verdict)
+                verdict = foreign("not applicable", "dim")
+            table.add_row(foreign(check.name), foreign(check.slice), *values, p_value, verdict)
         return table
 
     def to_dict(self) -> dict[str, Any]:

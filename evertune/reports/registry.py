@@ -18,6 +18,7 @@ from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, th
 from evertune.reports.page import fill
 from evertune.reports.stream import NBSP
 from evertune.reports.summary import UNKNOWN, percent
+from evertune.utils.terminal import foreign
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,11 +117,11 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Table:
     table.add_column("")
     styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
     for view in _views(_as_registry(registry)):
-        words = Text(view.status, styles.get(view.status, ""))
+        words = foreign(view.status, styles.get(view.status, ""))
         if view.status == REFUSED and view.words:
-            words = Text.assemble(words, f": {shorten(view.words, 72, placeholder='…')}")
+            words = Text.assemble(words, foreign(f": {shorten(view.words, 72, placeholder='…')}"))
         records = f"{view.records['train']:,}"
-        table.add_row(str(view.number), view.created, Text(view.name), records, percent(view.average), words)
+        table.add_row(str(view.number), view.created, foreign(view.name), records, percent(view.average), words)
     return table
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from evertune.metrics import functional
 from evertune.metrics.history import History, load_history
+from evertune.utils.terminal import foreign
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +113,6 @@ def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
         ['run', 'average accuracy', 'forgetting', 'backward transfer', 'time']
     """
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("run", box=None, header_style="bold", pad_edge=False)
     for header in ("average accuracy", "forgetting", "backward transfer", "time"):
@@ -120,7 +120,7 @@ def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
     for name, run in as_runs(runs).items():
         several = len(run.accuracy_matrix) > 1
         table.add_row(
-            Text(name),
+            foreign(name),
             f"{percent(run.average_accuracy)} %",
             percent(run.forgetting) if several else UNKNOWN,
             percent(run.backward_transfer, signed=True) if several else UNKNOWN,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evertune.utils.terminal import console
+
 
 def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
     """Print the table of a history or a registry, and write its HTML page and its plots.
@@ -18,24 +20,22 @@ def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
         ValueError: If the file is not a history, or plots are asked for a registry.
         ImportError: If jinja2 or matplotlib is not installed.
     """
-    from rich.console import Console
-
     from evertune.reports.plots import save_plots
     from evertune.reports.stream import write_report
     from evertune.reports.summary import summary_table
 
-    console = Console()
+    screen = console()
     if history.is_dir():
         from evertune.reports.registry import versions_table, write_versions_report
 
         if plots is not None:
             raise ValueError("--plots is for a history.json; the page of a registry has its plots in it")
-        console.print(versions_table(history))
+        screen.print(versions_table(history))
         page = write_versions_report(history, page or Path("report.html"))
     else:
-        console.print(summary_table(history))
+        screen.print(summary_table(history))
         page = write_report(history, page or history.with_name("report.html"))
-    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    screen.print(f"report: {page}", soft_wrap=True)
     if plots is not None:
         save_plots(history, plots)
-        console.print(f"plots: {plots}", markup=False, soft_wrap=True)
+        screen.print(f"plots: {plots}", soft_wrap=True)

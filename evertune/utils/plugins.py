@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from evertune.utils.terminal import complain
 
 CLASSES = ("sources", "triggers", "methods")
 """Kinds of entry points that are classes, which YAML can name; the fourth kind is ``launchers``."""
@@ -24,9 +25,7 @@ def load(point: EntryPoint) -> Any:
     except Exception as error:  # a broken package must not break the others
         package = f" of {point.dist.name}" if point.dist else ""
         reason = f"{type(error).__name__}: {error}"
-        print(
-            f"evertune: the entry point {point.group}: {point.name}{package} cannot be used: {reason}", file=sys.stderr
-        )
+        complain("evertune", f"the entry point {point.group}: {point.name}{package} cannot be used: {reason}")
         return None
     return found
 

@@ -57,6 +57,19 @@ def run(folder: Path, current: str, *more: str, reference: str = "reference.json
     return drift(["--reference", str(folder / reference), "--current", str(folder / current), *more])
 
 
+def test_what_a_terminal_would_obey_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[31mred\x1b]0;owned\x07"
+    write(tmp_path / "reference.jsonl", records(400, WEATHER, label="[/x]"))
+    rows = records(200, [f"{word}\u202e\x1b[2J" for word in MONEY], seed=3, label=evil, **{f"[/{evil}]": evil})
+    write(tmp_path / "current.jsonl", [*rows, *[json.dumps(evil)] * 5])
+    assert run(tmp_path, "current.jsonl", "--label", "label") == 1
+    out, err = capsys.readouterr()
+    assert "[\\x1b[31mred\\x1b]0;owned\\x07]" in out
+    assert not set(out + err) & set("\x1b\x07\u202e")
+    assert run(tmp_path, f"gone{evil}.jsonl") == 2
+    assert "gone\\x1b[31m" in capsys.readouterr().err
+
+
 # --- decisions and exit codes
 
 

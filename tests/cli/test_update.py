@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from evertune.cli.main import main
 from evertune.cli.update import update
 from evertune.live.training import remembered
 from evertune.registry.registry import Registry
@@ -118,6 +119,29 @@ def test_lightning_starts_the_other_rank(folder: Path) -> None:
     registry = Registry(folder / "registry")
     assert registry.aliases == {"production": 1}
     assert registry.verify() == []
+
+
+def test_labels_that_a_terminal_or_rich_would_obey_are_shown_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "300")
+    (folder / "live.yaml").write_text(CONFIG.replace("path: inbox", "path: inbox, settle: 0"))
+    evil = "[/x]\x1b]0;owned\x07\u202e"
+    lines = (folder / "inbox/a.jsonl").read_text()
+    (folder / "inbox/a.jsonl").write_text(lines.replace('"business"', json.dumps(evil)))
+    assert update(["--config", "live.yaml"]) == 0
+    rows = [{"id": f"n{n}", "text": f"goal {n}", "label": evil} for n in range(60)]
+    (folder / "inbox/n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert update(["--config", "live.yaml", "--gate.max_class_share", "0.5"]) == 5  # the check names the label
+    shown = capsys.readouterr()
+    for command in (["show", "registry"], ["list", "registry"], ["list", "registry", "--events"]):
+        with pytest.raises(SystemExit) as end:
+            main(["registry", *command])
+        assert end.value.code == 0
+    commands = capsys.readouterr()
+    assert "[/x]\\x1b]0;owned" in shown.out and "[/x]\\x1b]0;owned" in commands.out
+    assert not set(shown.out + shown.err + commands.out + commands.err) & set("\x1b\x07\u202e")
 
 
 def test_errors_take_one_line(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.launch.supervisor.facts import Facts, compare, read_facts
+from evertune.utils.terminal import console
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -287,7 +288,6 @@ def _time_reductions(meeting: _Meeting) -> list[float]:
 
 def _show(meeting: _Meeting, seconds: Mapping[int, Sequence[float]]) -> None:
     """Print a table with a line for each node."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{len(meeting.nodes)} nodes", title_justify="left")
@@ -310,8 +310,8 @@ def _show(meeting: _Meeting, seconds: Mapping[int, Sequence[float]]) -> None:
             bandwidth = 2 * (n - 1) / n * size / took / 1e9  # of each node's link, for a ring all-reduce
             row.append(f"{took * 1e3:.1f} ms, {bandwidth:.2f} GB/s")
         table.add_row(*row)
-    console = Console()
-    Console(width=console.width if console.is_terminal else 160).print(table, markup=False)
+    screen = console()
+    (screen if screen.is_terminal else console(width=160)).print(table)
 
 
 def _gib(size: int) -> str:

@@ -1,0 +1,101 @@
+"""Prints foreign text safely: labels, names, reasons and ids come from records, and may hold markup or escapes.
+
+A label is only text, but a terminal obeys escape sequences, rich reads square brackets as markup, and a reordering
+character shows something else than what is there. Whatever a command prints goes through this module: :func:`console`
+for results, :func:`complain` for errors, and :func:`guard` for the logs and warnings of the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# Control characters but tab and newline, line separators, what reorders text, and surrogates, which cannot be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    """A text that a terminal shows as it is: control characters are escaped, tabs and line breaks stay.
+
+    Example:
+        >>> print(visible("a\\x1b[31mb"))
+        a\\x1b[31mb
+    """
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def foreign(text: object, style: str = "") -> Text:
+    """The same as an element of rich, for cells of tables: its square brackets are not markup.
+
+    Args:
+        text: The text, or a value that becomes one.
+        style: A style of rich for the whole of it, as in ``"bold red"``.
+    """
+    from rich.text import Text
+
+    return Text(visible(text), style)
+
+
+def console(stderr: bool = False, **settings: Any) -> Console:
+    """A console of rich that reads no markup, and escapes the control characters of whatever it prints.
+
+    Args:
+        stderr: Print to standard error instead of standard output.
+        settings: Further arguments of ``rich.console.Console``, such as ``width``.
+    """
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
+
+    class Safe(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(visible(text), **settings)
+
+        def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            # The last resort, for elements that no :func:`foreign` made: it comes after widths were measured.
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else visible(text), style, control)
+
+    return Safe(stderr=stderr, markup=False, emoji=False, highlight=False, **settings)
+
+
+def complain(program: str, words: object) -> None:
+    """Print an error or a warning of a command to standard error.
+
+    Args:
+        program: The command, such as ``"evertune update"``.
+        words: What is wrong and what to do, or the error that says so.
+    """
+    print(f"{program}: {visible(words)}", file=sys.stderr)
+
+
+def guard() -> None:
+    """Escape control characters in all logs and warnings of this process, whoever writes them.
+
+    Texts that the encoding of the terminal does not have are escaped too, rather than ending the command.
+    """
+    logging.setLogRecordFactory(_SafeRecord)
+    warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # replaced by an object that is not a file, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+class _SafeRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802
+        return visible(super().getMessage())
+
+
+_plain_format = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, *where: Any, **more: Any) -> str:
+    return visible(_plain_format(message, *where, **more))
