@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from evertune.live.plan import Plan
 from evertune.registry.journal import Journal, Segment
 from evertune.registry.registry import Registry, Version
 from evertune.utils.files import write_atomically
@@ -56,28 +56,49 @@ class Backlog:
             if version.parent == parent and version.manifest.config_digest == self._config
         ]
         # An update that was stopped before training has published no version: only the mark shows that it was tried.
-        if self._mark.is_file():
-            mark = json.loads(self._mark.read_bytes())
-            if (mark["parent"], mark["config"]) == (parent, self._config):
-                tried.append(mark["consumed"])
+        mark = self._stopped(production)
+        if mark is not None and mark["tried"]:
+            tried.append(mark["consumed"])
         return max(tried, default=0)
+
+    def reported(self, production: Version | None) -> int:
+        """Number of the last segment whose bad records have stopped a run under these settings; 0 for none."""
+        mark = self._stopped(production)
+        return mark["consumed"] if mark is not None else 0
 
     def last_attempt(self) -> datetime | None:
         """When an update was last tried, whatever its outcome; None before the first."""
         moments = [version.created for version in self._registry.versions()]
-        if self._mark.is_file():
-            moments.append(datetime.fromisoformat(json.loads(self._mark.read_bytes())["created"]))
+        mark = self._read_mark()
+        if mark is not None and mark["tried"]:
+            moments.append(datetime.fromisoformat(mark["created"]))
         return max(moments, default=None)
 
     def refusals(self, production: Version) -> int:
         """Number of updates of this version that the gate has refused."""
         return sum(v.parent == production.number and not v.passed for v in self._registry.versions())
 
-    def stop(self, plan: Plan) -> None:
-        """Record that the checks of the data have stopped this update."""
+    def stop(self, parent: int | None, consumed: int, created: str, tried: bool = True) -> None:
+        """Record that the checks of the data have stopped a run.
+
+        Args:
+            parent: Number of the version in production.
+            consumed: Number of the last segment that was checked.
+            created: Time at which it was stopped (ISO 8601, UTC).
+            tried: Whether an update was due. If not, its good records still count as new.
+        """
         self._mark.parent.mkdir(parents=True, exist_ok=True)
-        mark = {name: getattr(plan, name) for name in ("parent", "consumed", "config", "created")}
+        mark = {"parent": parent, "consumed": consumed, "created": created, "config": self._config, "tried": tried}
         write_atomically(self._mark, json.dumps(mark).encode())
+
+    def _stopped(self, production: Version | None) -> dict[str, Any] | None:
+        """The mark of the last run that was stopped, if it had this parent and these settings."""
+        mark = self._read_mark()
+        here = (production.number if production else None, self._config)
+        return mark if mark is not None and (mark["parent"], mark["config"]) == here else None
+
+    def _read_mark(self) -> dict[str, Any] | None:
+        return {"tried": True, **json.loads(self._mark.read_bytes())} if self._mark.is_file() else None
 
     def quarantine_given_up(self, production: Version | None) -> None:
         """Put the records that a rollback has given up into quarantine. Idempotent."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evertune.registry.journal import Journal
+from evertune.registry.reasons import Reason, Reasons
 from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
 from evertune.sources.masking import Masker
@@ -32,6 +33,9 @@ class IntakeReport:
         waiting: Number of texts and labels that are waiting for their other half now.
         segments: Number of segments written.
         seconds: Duration of the intake in seconds.
+        reasons: Why records went to quarantine, the commonest reason first.
+        words: The same as a message: how many of how many, the commonest reasons with an example, and where they are.
+            Empty if none did.
     """
 
     read: int
@@ -42,6 +46,8 @@ class IntakeReport:
     waiting: int
     segments: int
     seconds: float
+    reasons: Sequence[Reason] = ()
+    words: str = ""
 
     @property
     def bad_share(self) -> float:
@@ -97,6 +103,8 @@ class Intake:
                 f"the labels are joined by id={label_join.id!r} as label={label_join.label!r}, but the schema has "
                 f"id={schema.id!r} and label={schema.label!r}: name the same fields in both"
             )
+        if label_join is not None:
+            label_join.zone = schema.zone
         self.source, self.schema, self.journal = source, schema, journal
         self.masker, self.label_join, self.chunk_size = masker, label_join, chunk_size
 
@@ -118,7 +126,7 @@ class Intake:
         if self.label_join is not None:
             self.label_join.restore(waiting, last.clock if last is not None else None)
             waiting = []
-        kinds: Counter[str] = Counter()
+        reasons = Reasons()
         read = good = segments = 0
         while limit is None or read < limit:
             size = self.chunk_size if limit is None else min(self.chunk_size, limit - read)
@@ -143,9 +151,12 @@ class Intake:
             read += len(chunk.records)
             good += len(batch.rows)
             segments += 1
-            kinds.update(row["kind"] for row in batch.bad)
+            reasons.add(batch.bad)
             if not chunk.records:
                 break
+        kinds = Counter[str]()
+        for reason in reasons.all:
+            kinds[reason.kind] += reason.count
         return IntakeReport(
             read=read,
             good=good,
@@ -155,6 +166,8 @@ class Intake:
             waiting=len(self.label_join.waiting) if self.label_join is not None else 0,
             segments=segments,
             seconds=time.perf_counter() - began,
+            reasons=reasons.all,
+            words=reasons.report(read, self.journal.store.root),
         )
 
     def _batch(self, records: Sequence[Incoming], orphans: Sequence[Mapping[str, Any]]) -> _Batch:
@@ -223,7 +236,7 @@ class Intake:
             return
         assert schema.id is not None
         if not (schema.has_text(value) or schema.has_label(value)):
-            raise ValueError("it has neither text nor label")
+            raise ValueError(f"it has neither text nor label{schema.instead(value)}")
         try:
             id = id_value(schema.get(value, schema.id))
         except ValueError as error:

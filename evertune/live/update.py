@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from evertune.live.slices import draw, hold_out, load_slice, save_slice, thin
 from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.registry.journal import Journal, Segment, latest
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
+from evertune.registry.reasons import Reasons
 from evertune.registry.registry import Registry, Version
 from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
@@ -234,16 +235,20 @@ class Updater:
     def intake(self) -> IntakeReport:
         """Take the records that have arrived from the source into the journal. Requires the registry's lease.
 
-        It stops after twice ``max_records``; the next call takes in the rest.
+        It stops after twice ``max_records``; the next call takes in the rest. Records that go to quarantine are logged.
 
         Raises:
             SourceError: If the source cannot be read further.
         """
         production = self.registry.production
         self._backlog.quarantine_given_up(production)
-        return self._intake.run(
+        report = self._intake.run(
             limit=2 * self.settings.max_records, start=production.manifest.offset if production else None
         )
+        if report.words:
+            facts = {"event": "set_aside", "read": report.read, "bad": report.bad}
+            logger.log(logging.WARNING if report.bad else logging.INFO, "%s", report.words, extra=facts)
+        return report
 
     def read_on_from(self, offset: Mapping[str, Any]) -> None:
         """Continue to read the source from another offset, after a :class:`SourceError` has reported lost records.
@@ -310,16 +315,27 @@ class Updater:
         with self.registry.lease():
             seconds: dict[str, float] = {}
             decision: Plan | Outcome | None = None
+            set_aside = ""
             try:
                 with _timed(seconds, "plan"):
                     decision = self._interrupted() or self._plan()
+                    set_aside = self._set_aside(decision)
             finally:
                 # In a finally clause: the other ranks wait for this message, and would hang if planning failed here.
                 if started_together():
                     tell_all(b"train" if isinstance(decision, Plan) and self._to_be_trained(decision) else b"")
-            if isinstance(decision, Outcome):
-                return decision
-            return self._carry_out(decision, seconds, dry_run)
+            outcome = decision if isinstance(decision, Outcome) else self._carry_out(decision, seconds, dry_run)
+            return replace(outcome, words=f"{outcome.words}{set_aside}")
+
+    def _set_aside(self, decision: Plan | Outcome) -> str:
+        """What became of the records since the last update that are not learned, as the end of a message."""
+        if isinstance(decision, Plan):
+            segments = self._segments(decision)
+        else:
+            segments = self._backlog.pending(self.registry.production)
+        reasons = Reasons(self.journal.quarantined([segment for segment in segments if segment.quarantined]))
+        words = reasons.report(sum(segment.read for segment in segments), self.registry.store.root)
+        return f". {words}" if words else ""
 
     def _follow(self) -> Outcome:
         """The part of the other ranks: they take part in training, if there is any."""
@@ -504,11 +520,14 @@ class Updater:
         )
         production = self.registry.production
         situation = self.situation()
-        if not situation.n_new:
-            return Outcome("nothing", f"nothing new since the last update; {situation.n_pending} records are pending")
-        reason = self.trigger.reason(situation)
+        reason = self.trigger.reason(situation) if situation.n_new else None
         if reason is None:
-            return Outcome("nothing", f"{situation.n_pending} records are pending: {self.trigger.explanation}")
+            return self._too_many_bad(production) or Outcome(
+                "nothing",
+                f"{situation.n_pending} records are pending: {self.trigger.explanation}"
+                if situation.n_new
+                else f"nothing new since the last update; {situation.n_pending} records are pending",
+            )
         segments = self._backlog.pending(production, at_most=self.settings.max_records)
         plan = Plan(
             version=self.registry.next_number(),
@@ -524,10 +543,24 @@ class Updater:
         self._clear_staging()
         verdict = Verdict.of(self._check_data(plan))
         if not verdict.passed:
-            self._backlog.stop(plan)
+            self._backlog.stop(plan.parent, plan.consumed, plan.created)
             return Outcome("stopped", f"stopped before training: {_reasons(verdict)}", verdict=verdict)
         plan.save(self.staging)
         return plan
+
+    def _too_many_bad(self, production: Version | None) -> Outcome | None:
+        """Stop, although no update is due, if too many records were bad since the last update. Said once."""
+        segments = self._backlog.pending(production)
+        if not segments or segments[-1].number <= self._backlog.reported(production):
+            return None
+        n_bad, n_read = sum(segment.bad for segment in segments), sum(segment.read for segment in segments)
+        checks = self.gate.judge_data([], n_bad=n_bad, n_read=n_read)
+        verdict = Verdict.of(check for check in checks if check.name == "bad records")
+        if verdict.passed:
+            return None
+        parent, now = production.number if production else None, datetime.now(UTC).isoformat(timespec="seconds")
+        self._backlog.stop(parent, segments[-1].number, now, tried=False)
+        return Outcome("stopped", f"stopped, and no update is due: {_reasons(verdict)}", verdict=verdict)
 
     def _interrupted(self) -> Plan | None:
         """The plan of an unfinished update, if it is still valid."""

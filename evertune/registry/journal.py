@@ -202,20 +202,25 @@ class Journal:
         else:
             self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
 
-    def quarantined(self) -> list[Row]:
-        """All records in quarantine with their reasons: first those of the segments, then those added later.
+    def quarantined(self, segments: Iterable[Segment] | None = None) -> list[Row]:
+        """The records in quarantine with their reasons: first those of the segments, then those added later.
+
+        Args:
+            segments: Return only the records that went to quarantine with these segments. None returns all.
 
         Files may be deleted once somebody has dealt with them; they are simply left out.
 
         Raises:
             ValueError: If a file is damaged.
         """
-        numbers = self._numbers()
-        described = {segment.number: segment for segment in self.segments()}
+        numbers = self._numbers() if segments is None else []
+        described = {segment.number: segment for segment in (self.segments() if segments is None else segments)}
         rows: list[Row] = []
         for file in self.store.list(_QUARANTINE):
             name = file.removesuffix(".jsonl")
             if not name.isdecimal():
+                if segments is not None:
+                    continue
                 rows += self._rows(f"{_QUARANTINE}/{file}")
             elif int(name) in described:
                 segment = described[int(name)]

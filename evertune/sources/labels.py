@@ -7,7 +7,7 @@ import time as clocks
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from evertune.sources.schema import time_value
@@ -97,6 +97,7 @@ class LabelJoin:
         max_time_jump: str | float | timedelta = "1d",
     ) -> None:
         self.id, self.label, self.window, self.time, self.max_waiting = id, label, window, time, max_waiting
+        self.zone: tzinfo | None = None  # of times without one; the intake sets it to the schema's
         self._span: float
         if isinstance(window, str):
             match = _DURATION.fullmatch(window)
@@ -207,15 +208,15 @@ class LabelJoin:
 
     def _time_of(self, value: Any) -> float:
         try:
-            own = datetime.fromisoformat(time_value(value)).timestamp()
+            own = datetime.fromisoformat(time_value(value, self.zone)).timestamp()
         except ValueError as error:
             raise ValueError(f"field {self.time!r}: {error}") from None
         now = clocks.time()
         if own > now + self._jump:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
             raise ValueError(
-                f"field {self.time!r}: {time_value(value)} is more than {self.max_time_jump} (max_time_jump) after "
-                f"{arrived}, when it arrived"
+                f"field {self.time!r}: {time_value(value, self.zone)} is more than {self.max_time_jump} "
+                f"(max_time_jump) after {arrived}, when it arrived"
             )
         return own
 

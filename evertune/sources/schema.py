@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, tzinfo
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, to_jsonable_python
@@ -98,6 +100,8 @@ class RecordSchema:
             origin.
         time: Name of the field with the time of a record: ISO 8601 with a time zone, or seconds or milliseconds since
             1970. It is kept as ISO 8601 in UTC.
+        time_zone: Time zone of times without one: a name (``"Europe/Berlin"``) or an offset (``"+02:00"``). An hour
+            that the clock repeats is its first pass. Default: None, which refuses such times.
         max_text_length: Maximum length of a text in characters. The default of 100,000 is far more than a transformer
             reads, and keeps a runaway file out of memory.
         closed_classes: The only labels that are allowed; None allows any.
@@ -125,6 +129,7 @@ class RecordSchema:
         time: str | None = None,
         max_text_length: int = 100_000,
         closed_classes: list[str] | None = None,
+        time_zone: str | None = None,
     ) -> None:
         self.text, self.label, self.id, self.time = text, label, id, time
         self.texts = [text] if isinstance(text, str) else list(text)
@@ -134,6 +139,8 @@ class RecordSchema:
             raise ValueError(f"max_text_length must be positive, got {max_text_length}")
         if closed_classes is not None and (isinstance(closed_classes, str) or not closed_classes):
             raise ValueError(f"closed_classes must be a list of labels, got {closed_classes!r}")
+        self.time_zone = time_zone
+        self.zone = None if time_zone is None else _zone(time_zone)
         self.max_text_length = max_text_length
         self.closed_classes = None if closed_classes is None else list(dict.fromkeys(closed_classes))
         self._classes = frozenset(self.closed_classes or ())
@@ -194,7 +201,7 @@ class RecordSchema:
                 record[field] = id_value(record[field])
             if self.time is not None and record[self.time] is not None:
                 field = self.time
-                record[field] = time_value(record[field])
+                record[field] = time_value(record[field], self.zone)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"field {field!r}: {error}") from None
         return record
@@ -243,6 +250,22 @@ class RecordSchema:
         """The value of a field as it arrived, under its name or its alias; None if it is missing."""
         return next((value[key] for key in self.arrives_as[name] if value.get(key) is not None), None)
 
+    def instead(self, value: Mapping[str, Any], missing: Sequence[str] = ()) -> str:
+        """The end of a message about missing fields: the fields that did arrive although nothing declares them.
+
+        Args:
+            value: The fields of the record.
+            missing: Names of the missing fields; by default those of the text and the label.
+        """
+        arrived = {str(key).casefold(): str(key) for key in value if key not in self.known_keys}
+        if not arrived:
+            return ""
+        names = missing or [*self.texts, self.label or ""]
+        close = [match for name in names for match in difflib.get_close_matches(name.casefold(), arrived, n=1)]
+        if close:
+            return f"; did you mean {' and '.join(_show(arrived[name]) for name in dict.fromkeys(close))}?"
+        return f"; the record has {_some([_show(key) for key in arrived.values()])} instead"
+
     def _validated(self, value: Mapping[str, Any], but: Collection[str] = ()) -> Any:
         """The value as an instance of the model. Errors in the fields ``but`` are ignored, and None is returned for
         them."""
@@ -252,7 +275,8 @@ class RecordSchema:
             details = error.errors(include_url=False, include_context=False)
             details = [detail for detail in details if not detail["loc"] or detail["loc"][0] not in but]
             if details:
-                raise ValueError(_reasons(details)) from None
+                missing = [str(detail["loc"][-1]) for detail in details if detail["type"] == "missing"]
+                raise ValueError(_reasons(details) + (self.instead(value, missing) if missing else "")) from None
         except Exception as error:  # from a user's own validator: a fault in it costs one record, not the stream
             raise ValueError(f"the record could not be checked ({type(error).__name__}: {error})") from None
         return None
@@ -316,11 +340,12 @@ def id_value(value: Any) -> str:
     return value
 
 
-def time_value(value: Any) -> str:
+def time_value(value: Any, zone: tzinfo | None = None) -> str:
     """A time as ISO 8601 in UTC.
 
     Args:
         value: ISO 8601 with a time zone, a datetime with one, or seconds or milliseconds since 1970.
+        zone: Time zone of a time without one; None refuses it.
 
     Raises:
         ValueError: If it is none of these, has no time zone, is not in the years 1900 to 2099, or is a number that
@@ -344,11 +369,28 @@ def time_value(value: Any) -> str:
             raise ValueError(f"{_show(value)} is not a time since 1970") from None
     if not isinstance(value, datetime):
         raise ValueError(f"{_show(value)} is not a time")
+    if value.tzinfo is None and zone is None:
+        raise ValueError(
+            f"the time {value.isoformat()} has no time zone; write {value.isoformat()}+00:00 for UTC, or set "
+            "time_zone in the schema"
+        )
     if value.tzinfo is None:
-        raise ValueError(f"the time {value.isoformat()} has no time zone; write {value.isoformat()}+00:00 for UTC")
+        value = value.replace(tzinfo=zone)
     if value.year not in _YEARS:
         raise ValueError(f"the time {value.isoformat()} is not of the years {_YEARS[0]} to {_YEARS[-1]}")
-    return value.astimezone(UTC).isoformat()
+    utc: str = value.astimezone(UTC).isoformat()
+    return utc
+
+
+def _zone(name: str) -> tzinfo:
+    try:
+        if name[:1] in ("+", "-"):
+            return datetime.strptime(name, "%z").tzinfo or UTC
+        return ZoneInfo(name)
+    except (ValueError, OSError, KeyError, TypeError):
+        raise ValueError(
+            f"time_zone must be a name such as 'Europe/Berlin', or an offset such as '+02:00', got {name!r}"
+        ) from None
 
 
 def _is_calendar_date(number: float) -> bool:

@@ -488,3 +488,45 @@ def test_ten_thousand_fuzzed_records(tmp_path, settings):
             json.loads(line or "{}", parse_constant=pytest.fail)  # NaN is no JSON
         if "masker" in settings:
             assert b"ann@example.com" not in content
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason", "origin"),
+    [
+        ({"time": "time"}, "field 'time': the time 2026-03-01T00:00:00 has no time zone", "list:0"),
+        ({"label": "lable"}, "field 'lable' is missing; did you mean 'label'?", "list:0"),
+        ({"text": "Txt"}, "field 'Txt' is missing; did you mean 'text'?", "list:0"),
+        ({"id": "ID"}, "field 'ID' is missing; did you mean 'id'?", "list:0"),
+        ({"text": "body"}, "field 'body' is missing; the record has 'text', 'time' instead", "list:0"),
+        ({"closed_classes": ["tax"]}, "field 'label': 'billing' is none of the closed classes tax", "list:0"),
+    ],
+)
+def test_what_is_set_aside_is_reported_with_its_reason(tmp_path, schema, reason, origin):
+    values = [ticket(str(number)) | {"time": f"2026-03-01T00:00:{number:02}"} for number in range(30)]
+    report = intake(values, tmp_path / "r", schema=RecordSchema(**{"id": "id"} | schema)).run()
+    assert (report.read, report.bad) == (30, 30)
+    (found,) = report.reasons
+    assert (found.kind, found.count, found.origin) == ("refused", 30, origin)
+    assert found.words.startswith(reason)
+    assert report.words.startswith(f"30 of 30 records went to quarantine: {reason}")
+    assert f"evertune quarantine list --registry {tmp_path / 'r'}" in report.words
+
+
+def test_the_commonest_reasons_come_first(tmp_path):
+    values = [ticket("a"), ticket("b", text=""), *("{" * 5), ticket("c", label=None), ticket("d", text=7), ticket("a")]
+    report = intake(values, tmp_path / "r").run()
+    assert (report.reasons[0].kind, report.reasons[0].count) == ("unreadable", 5)
+    assert report.words.startswith("9 of 10 records went to quarantine: not valid JSON (5 records, such as list:2); ")
+    assert "2 for other reasons" in report.words
+    assert intake([ticket("a")], tmp_path / "s").run().words == ""
+
+
+@pytest.mark.parametrize("join", [None, LabelJoin(window="1d", time="time")])
+def test_times_without_a_zone_are_of_the_schemas(tmp_path, join):
+    value = ticket("a") | {"time": "2026-07-01T12:00:00"}
+    schema = RecordSchema(id="id", time="time", time_zone="Europe/Berlin")
+    parts = [value] if join is None else [{**value, "label": None}, {"id": "a", "label": "x", "time": value["time"]}]
+    report = intake(parts, tmp_path / "r", schema=schema, label_join=join).run()
+    assert (report.good, report.bad) == (1, 0)
+    journal = Journal(Store(tmp_path / "r"))
+    assert journal.records(journal.segments())[0]["record"]["time"] == "2026-07-01T10:00:00+00:00"

@@ -141,6 +141,34 @@ def test_bad_data_stop_an_update_before_training(folder: Path) -> None:
     assert updater(folder).run().status == "promoted"
 
 
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (RecordSchema(id="id", time="when"), "has no time zone"),
+        (RecordSchema(id="id", label="lable"), "field 'lable' is missing; did you mean 'label'?"),
+        (RecordSchema(id="id", text="body"), "field 'body' is missing; the record has 'text', 'when' instead"),
+    ],
+)
+def test_all_records_bad_stop_the_run_although_nothing_is_due(
+    folder: Path, schema: RecordSchema, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("b", "c"):
+        rows = [{"id": f"{part}{i}", "text": "a", "label": "sport", "when": "2026-01-01T00:00"} for i in range(30)]
+        (folder / f"inbox/{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        n = 30 if part == "b" else 60
+        outcome = updater(folder, schema=schema).run()
+        assert (outcome.status, outcome.code) == ("stopped", 5)
+        assert f"{n} of {n} records do not fit the schema" in outcome.words
+        assert f"{n} of {n} records went to quarantine: field" in outcome.words
+        assert reason in outcome.words
+        assert f"evertune quarantine list --registry {folder / 'registry'}" in outcome.words
+        assert "30 of 30 records went to quarantine" in caplog.text
+        caplog.clear()
+    again = updater(folder, schema=schema).run()
+    assert again.status == "nothing"
+    assert "60 of 60 records went to quarantine" in again.words
+
+
 def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     outcome = updater(folder).run(dry_run=True)

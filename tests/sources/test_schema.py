@@ -363,3 +363,20 @@ def test_annotated_models_work_too():
 
     words = refusal(RecordSchema(Short), {"text": "too long", "label": "a"})
     assert words == "field 'text': String should have at most 3 characters"
+
+
+@pytest.mark.parametrize(
+    ("zone", "utc"),
+    [("UTC", "12"), ("Europe/Berlin", "10"), ("+05:30", "06:30"), ("-0300", "15")],
+)
+def test_the_zone_of_times_without_one(zone, utc):
+    schema = RecordSchema(time="at", time_zone=zone)
+    value = {"text": "x", "label": "a", "at": "2024-05-17T12:00"}
+    assert schema.check(value)["at"].startswith(f"2024-05-17T{utc}")
+    assert schema.check(value | {"at": "2024-05-17T12:00+01:00"})["at"] == "2024-05-17T11:00:00+00:00"
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "+25:99", "../etc/passwd", "+1"])
+def test_an_unknown_zone_is_refused(zone):
+    with pytest.raises(ValueError, match="time_zone must be a name such as 'Europe/Berlin'"):
+        RecordSchema(time="at", time_zone=zone)
