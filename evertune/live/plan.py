@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class Plan:
     def experience(self) -> str:
         """Name of the records of this update in tables and plots."""
         return f"update-{self.version}"
+
+    @property
+    def identity(self) -> str:
+        """A hash of the plan, with which the results of an update are marked: those of another plan are never taken."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the plan to a folder; from then on, the update is resumed until it is published or refused."""

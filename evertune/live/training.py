@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
 from evertune.training.trainer import ContinualTrainer
-from evertune.utils.files import write_atomically
+from evertune.utils.files import delete, write_atomically
 from evertune.utils.ranks import barrier, is_writer
 
 MODEL = "model"
@@ -37,12 +36,14 @@ LEARNING = "learning"
 CHECKPOINTS = "checkpoints"
 VERSION = "version"
 _TRAINED = "trained.json"
+_STARTED = "started.json"
 
 
-def trained(staging: Path) -> dict[str, Any] | None:
-    """The results that :func:`train` wrote when it finished; None if it has not."""
+def trained(staging: Path, plan: Plan) -> dict[str, Any] | None:
+    """The results that :func:`train` wrote when it finished this plan; None if it has not."""
     path = staging / _TRAINED
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    content = json.loads(path.read_bytes()) if path.is_file() else {}
+    return content if content.get("plan") == plan.identity else None
 
 
 def train(
@@ -77,6 +78,9 @@ def train(
         RuntimeError: If the fit was interrupted.
     """
     start = time.perf_counter()
+    if is_writer():
+        _claim(staging, plan)
+    barrier()
     checkpoints = staging / CHECKPOINTS
     callbacks: list[pl.Callback] = [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)]
     if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher supervises this process
@@ -103,7 +107,7 @@ def train(
     # A run that died after the fit may have left part of the folder. The other ranks wait for the new one, as all of
     # them take part in saving.
     if is_writer():
-        shutil.rmtree(version, ignore_errors=True)
+        delete(version)
         version.mkdir(parents=True)
     barrier()
     module.save_pretrained(version / MODEL)
@@ -111,12 +115,23 @@ def train(
         callback.save(version / LEARNING / name)
     if is_writer():
         content = {
+            "plan": plan.identity,
             "steps": learner.global_step,
             "classes": list(getattr(module, "classes", [])),
             "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start},
         }
         # Written last: its existence says that weights and learning state are complete.
         write_atomically(staging / _TRAINED, json.dumps(content).encode())
+
+
+def _claim(staging: Path, plan: Plan) -> None:
+    """Delete what an update of another plan has left in the folder, and mark it as this one's."""
+    mark = staging / _STARTED
+    content = json.dumps({"plan": plan.identity}).encode()
+    if not mark.is_file() or mark.read_bytes() != content:
+        for name in (_TRAINED, VERSION, CHECKPOINTS):
+            delete(staging / name)
+        write_atomically(mark, content)
 
 
 def starting_module(model: Any, production: Path | None) -> Any:

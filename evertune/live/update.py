@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
-from evertune.utils.files import write_atomically
+from evertune.utils.files import empty, write_atomically
 from evertune.utils.ranks import is_leader, started_together, tell_all
 
 if TYPE_CHECKING:
@@ -347,7 +346,7 @@ class Updater:
     def _to_be_trained(self, plan: Plan) -> bool:
         from evertune.live.training import trained
 
-        return not self._is_published(plan) and trained(self.staging) is None
+        return not self._is_published(plan) and trained(self.staging, plan) is None
 
     def _is_published(self, plan: Plan) -> bool:
         return plan.version < self.registry.next_number()
@@ -371,7 +370,7 @@ class Updater:
     def _train(self, plan: Plan) -> None:
         from evertune.live.training import train, trained
 
-        if trained(self.staging):
+        if trained(self.staging, plan):
             return
         rows, _, _ = self._split(plan)
         train(
@@ -458,7 +457,7 @@ class Updater:
             )
         evaluation = json.loads((folder / _EVALUATION).read_bytes())["slices"]
         accuracy = {name: Predictions.from_dict(values).accuracy for name, values in evaluation.items()}
-        training = trained(self.staging)
+        training = trained(self.staging, plan)
         assert training is not None
         segments = self._segments(plan)
         manifest = Manifest(
@@ -683,7 +682,7 @@ class Updater:
 
     def _clear_staging(self) -> None:
         (self.staging / "plan.json").unlink(missing_ok=True)  # first, so that leftovers of a crash belong to no update
-        shutil.rmtree(self.staging, ignore_errors=True)
+        empty(self.staging)
 
 
 def _task_for_updates(model: Any) -> Task:

@@ -18,7 +18,7 @@ from evertune.strategies.masters import LiveMasters, SavedMasters, leave_masters
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
-from evertune.utils.files import sync_folder, sync_tree, write_atomically
+from evertune.utils.files import delete, sync_folder, sync_tree, write_atomically
 from evertune.utils.random_state import random_state, set_random_state
 from evertune.utils.ranks import barrier, is_leader, is_writer, rank_and_world_size
 
@@ -130,7 +130,7 @@ class StreamRun:
         whole = self.directory / f"{_STATE}{learned}"
         draft = whole.with_name(f".{whole.name}")
         if is_writer():
-            shutil.rmtree(draft, ignore_errors=True)
+            delete(draft)
             draft.mkdir(parents=True)
         barrier()
         _save_module(module, draft)
@@ -146,7 +146,7 @@ class StreamRun:
             draft.rename(whole)
             sync_folder(self.directory)
             # Only after the rename: until then, the checkpoint is the only way to resume this experience.
-            shutil.rmtree(self.checkpoint.directory, ignore_errors=True)
+            delete(self.checkpoint.directory)
             for path in self.directory.glob(f"{_STATE}*"):
                 if path != whole:
                     shutil.rmtree(path.rename(path.with_name(f".{path.name}")))

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, and hashes of files."""
+"""Atomic and durable writes, deletions that leave nothing behind, and hashes of files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,31 @@ def write_atomically(path: Path, data: Any) -> None:
         draft.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with everything in it, or a link but not what it leads to; a missing one is not an error.
+
+    Raises:
+        OSError: If it is not deleted. Nothing is ignored, since what stays would be taken for something else later.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def empty(folder: Path) -> None:
+    """Delete everything in a folder, and the folder itself unless it is a link to one; a missing one is not an error.
+
+    Raises:
+        OSError: If something is not deleted.
+    """
+    if not folder.is_symlink():
+        delete(folder)
+        return
+    for path in list(folder.iterdir()):
+        delete(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from evertune.gate.gate import Gate
+from evertune.live.plan import Plan
 from evertune.live.training import remembered
 from evertune.live.triggers import Volume
 from evertune.live.update import Outcome, Updater, UpdateSettings
@@ -22,6 +24,7 @@ from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import PatternMasker
 from evertune.sources.schema import RecordSchema
+from evertune.utils.files import empty
 from tests.helpers.distributed import run_ranks
 from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
 
@@ -177,6 +180,59 @@ def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
     weights = (folder / "registry/staging/version/model/model.safetensors").read_bytes()
     assert updater(folder).run().status == "promoted"
     assert (folder / "registry/versions/2/model/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("place", ["work_dir", "staging"])
+def test_a_staging_folder_behind_a_link_is_emptied(folder: Path, place: str) -> None:
+    """What an update under other settings has left there is not published as the next one's."""
+    (folder / "scratch").mkdir()
+    link = folder / "work" if place == "work_dir" else folder / "registry/staging"
+    empty(link)
+    link.symlink_to(folder / "scratch")
+    work_dir = link if place == "work_dir" else None
+    feed(folder, "b", ["business", "sport"], n=40)
+    assert updater(folder, config={"lr": 1}, work_dir=work_dir).run(dry_run=True).status == "promoted"
+    old = (folder / "scratch/version/model/model.safetensors").read_bytes()
+    feed(folder, "c", ["politics", "sport"], n=60)
+    assert updater(folder, config={"lr": 2}, work_dir=work_dir).run().status == "promoted"
+    assert link.is_symlink()
+    assert list((folder / "scratch").iterdir()) == []
+    assert manifest(folder, 2).classes == ["business", "sport", "politics"]
+    assert (folder / "registry/versions/2/model/model.safetensors").read_bytes() != old
+
+
+def test_a_staging_folder_that_cannot_be_emptied_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(folder, "b", ["business", "sport"], n=40)
+    updater(folder, config={"lr": 1}).run(dry_run=True)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "staging")
+
+    monkeypatch.setattr("evertune.utils.files.shutil.rmtree", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        updater(folder, config={"lr": 2}).run()
+    monkeypatch.undo()
+    assert updater(folder, config={"lr": 2}).run().status == "promoted"
+
+
+def test_results_of_another_plan_are_never_taken(folder: Path) -> None:
+    """Weights, checkpoints and verdict carry the plan that they belong to."""
+    feed(folder, "b", ["business", "sport"], n=40)
+    updater(folder, config={"lr": 1}).run(dry_run=True)
+    staging = folder / "registry/staging"
+    old = (staging / "version/model/model.safetensors").read_bytes()
+    feed(folder, "c", ["politics", "sport"], n=60)
+    (staging / "plan.json").unlink()
+    left = folder / "left"
+    shutil.copytree(staging, left)
+    later = updater(folder, config={"lr": 2})
+    with later.registry.lease():
+        plan = later._plan()
+    assert isinstance(plan, Plan)
+    shutil.copytree(left, staging, dirs_exist_ok=True)
+    assert later.run().status == "promoted"
+    assert manifest(folder, 2).classes == ["business", "sport", "politics"]
+    assert (folder / "registry/versions/2/model/model.safetensors").read_bytes() != old
 
 
 def test_rollback_gives_the_records_back(folder: Path) -> None:
