@@ -21,7 +21,7 @@ from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
 from evertune.utils.plugins import load_classes
-from evertune.utils.secrets import place_of
+from evertune.utils.secrets import without_secrets
 from evertune.utils.terminal import complain, console
 
 if TYPE_CHECKING:
@@ -108,22 +108,13 @@ def _parser(program: str) -> LightningArgumentParser:
 
 
 def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """The settings that determine a version, not those of where it is kept; URLs are recorded without passwords."""
+    """The settings that determine a version, not those of where it is kept, and no secrets."""
     values = json.loads(parser.dump(config, format="json", skip_none=False))
     for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
         values.pop(name, None)
     for name in ("devices", "num_nodes"):  # an interrupted update may resume elsewhere
         values["trainer"].pop(name, None)
-    return dict(_places(values))
-
-
-def _places(value: Any) -> Any:
-    """A copy of nested settings in which each URL is reduced to its place, without credentials."""
-    if isinstance(value, dict):
-        return {name: _places(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_places(inner) for inner in value]
-    return place_of(value) if isinstance(value, str) and "://" in value else value
+    return without_secrets(values)
 
 
 def _end(number: int, frame: object) -> None:

@@ -92,7 +92,7 @@ class Webhook(Alert):
         if timeout <= 0 or retries < 0 or pause < 0:
             raise ValueError(f"timeout must be positive, retries and pause not negative, got {timeout, retries, pause}")
         self.host, self.timeout, self.retries, self.pause = parts.hostname, timeout, retries, pause
-        self._headers = {name: fill_in(value) for name, value in (headers or {}).items()}
+        self._headers = fill_in(dict(headers or {}))
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None

@@ -237,7 +237,7 @@ class JsonLines(logging.Formatter):
     """One JSON object per line: ``time``, ``level``, ``event``, ``message``, and the fields that were passed as
     ``extra``.
 
-    Passwords in URLs are redacted.
+    Secrets are masked: see :func:`~evertune.utils.secrets.without_secrets`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -250,7 +250,7 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name != "event"}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return without_secrets(json.dumps(line, default=str))
+        return json.dumps(without_secrets(line), default=lambda value: without_secrets(str(value)))
 
 
 class Words(logging.Formatter):
@@ -260,7 +260,8 @@ class Words(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        # Further lines are indented: a label with a line break cannot look like an entry of its own.
+        return without_secrets(super().format(record)).replace("\n", "\n    ")
 
 
 def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging.Handler:

@@ -21,6 +21,7 @@ from evertune.sources.formats import (
     digest,
     kind,
 )
+from evertune.utils.secrets import fill_in
 
 _T = TypeVar("_T")
 _Info = dict[str, Any]
@@ -65,7 +66,8 @@ class FolderSource(Source):
         path: The folder: a local path, or a URL that fsspec supports, such as ``s3://bucket/tickets``.
         pattern: Glob pattern of the files to read, relative to ``path``: ``*.jsonl``, ``2026-*/**/*.csv``.
         exclude: Patterns of files to ignore, even if they have been read in part.
-        storage_options: Options of fsspec for the URL: credentials, endpoints.
+        storage_options: Options of fsspec for the URL: credentials, endpoints. ``${NAME}``, here and in the URL, is
+            taken from the environment, so that secrets stay out of configurations and versions.
         delimiter: Character between the fields of CSV files.
         settle: Seconds without a change after which an unfinished end counts as final. 5 by default: programs that
             write line by line rarely pause for longer.
@@ -73,7 +75,8 @@ class FolderSource(Source):
             that a line can take.
 
     Raises:
-        ValueError: If a setting is out of range, or fsspec does not support the kind of URL.
+        ValueError: If a setting is out of range, a name is not set in the environment, or fsspec does not support the
+            kind of URL.
 
     Example:
         >>> from pathlib import Path
@@ -377,7 +380,7 @@ def _filesystem(path: str, options: dict[str, Any]) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     try:
-        fs, root = url_to_fs(path, **options)
+        fs, root = url_to_fs(fill_in(path) if "://" in path else path, **fill_in(options))
     except ImportError as error:
         raise ModuleNotFoundError(f'{path}: {error}; for s3://, pip install "evertune[s3]"') from error
     except (ValueError, TypeError) as error:

@@ -86,7 +86,7 @@ class KafkaSource(Source):
         self._trouble = ""  # the last error that the library reported
         self._committed: str | None = None  # result of a commit: None while pending, "" on success, else the error
         self._position: tuple[int, int] | None = None  # the partition and offset that the consumer returns next
-        filled = {name: fill_in(value) if isinstance(value, str) else value for name, value in settings.items()}
+        filled = fill_in(settings)
         ours_now = {
             "bootstrap.servers": bootstrap_servers,
             "group.id": group,

@@ -143,7 +143,9 @@ _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _BEFORE = r"(?<![\w+.,:/-])"  # an American or local phone number must not follow these
 _PATTERNS: dict[str, list[_Pattern]] = {
     "url_credentials": [_Pattern(_AT, re.compile(r"://[^\s/?#]*@"), "://<CREDENTIALS>@")],
-    "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]*+@[\w-]++(?:\.[\w-]++)++"), "<EMAIL>")],
+    # An address has at most 254 characters (RFC 5321). Without that limit, each quote in a long text of letters and
+    # quotes would begin a search to its end.
+    "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]{0,253}+@[\w-]++(?:\.[\w-]++)++"), "<EMAIL>")],
     "secret": [
         _Pattern(
             re.compile("AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|AIza|sk-|k_live_|k_test_|xox|eyJ"),

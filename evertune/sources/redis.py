@@ -8,7 +8,7 @@ from typing import Any
 from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
 from evertune.sources.json import json_object
 from evertune.utils.extras import library
-from evertune.utils.secrets import fill_in, place_of
+from evertune.utils.secrets import fill_in, without_secrets
 
 _RETRIES = 3
 _FIRST = "0-0"
@@ -61,7 +61,7 @@ class RedisSource(Source):
         self._redis = library("redis", "redis")
         retry = library("redis.retry", "redis").Retry(library("redis.backoff", "redis").ExponentialBackoff(), _RETRIES)
         url = fill_in(url)
-        self._place = place_of(url)
+        self._place = without_secrets(url)
         try:
             self._client: Any = self._redis.Redis.from_url(
                 url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=retry

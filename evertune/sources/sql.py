@@ -14,7 +14,7 @@ from uuid import UUID
 from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
 from evertune.sources.json import plain
 from evertune.utils.extras import library
-from evertune.utils.secrets import fill_in, place_of
+from evertune.utils.secrets import fill_in, without_secrets
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -100,7 +100,7 @@ class SQLSource(Source):
         self._query = (query or "").strip().rstrip(";")
         self._sa = library("sqlalchemy", "sql")
         url = fill_in(url)
-        self._place = place_of(url)
+        self._place = without_secrets(url)
         try:
             self._engine = self._sa.create_engine(
                 url,

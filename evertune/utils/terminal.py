@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from evertune.utils.secrets import without_secrets
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -68,17 +70,17 @@ def console(stderr: bool = False, **settings: Any) -> Console:
 
 
 def complain(program: str, words: object) -> None:
-    """Print an error or a warning of a command to standard error.
+    """Print an error or a warning of a command to standard error, without secrets.
 
     Args:
         program: The command, such as ``"evertune update"``.
         words: What is wrong and what to do, or the error that says so.
     """
-    print(f"{program}: {visible(words)}", file=sys.stderr)
+    print(f"{program}: {visible(without_secrets(str(words)))}", file=sys.stderr)
 
 
 def guard() -> None:
-    """Escape control characters in all logs and warnings of this process, whoever writes them.
+    """Escape control characters and mask secrets in all logs and warnings of this process, whoever writes them.
 
     Texts that the encoding of the terminal does not have are escaped too, rather than ending the command.
     """
@@ -91,11 +93,11 @@ def guard() -> None:
 
 class _SafeRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802
-        return visible(super().getMessage())
+        return visible(without_secrets(super().getMessage()))
 
 
 _plain_format = warnings.formatwarning
 
 
 def _format_warning(message: Warning | str, *where: Any, **more: Any) -> str:
-    return visible(_plain_format(message, *where, **more))
+    return visible(without_secrets(_plain_format(message, *where, **more)))

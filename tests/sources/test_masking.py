@@ -1,6 +1,8 @@
 """Masking: what must not get through, what must, and that no text can make it slow."""
 
+import itertools
 import sys
+import time
 from datetime import datetime
 from decimal import Decimal
 from importlib.util import find_spec
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evertune.sources.masking import Masker, PatternMasker, PresidioMasker
+from evertune.sources.masking import _PATTERNS, Masker, PatternMasker, PresidioMasker
 from evertune.utils.locate import locate
 
 MASKER = PatternMasker()
@@ -186,11 +188,40 @@ EVIL = ["a", "1", "1 ", "4", "4 4", "4111 ", "a@", "@", "a.", "a@a.", "://", ":/
 EVIL += ["a:", "1.", "::", "DE89 ", "DE8", "eyJ", "eyJ.", "sk-", "-", "٣", "é@", "-----BEGIN PRIVATE KEY-----"]
 
 
+EVIL += ["a'", "''a", "-----BEGIN ", "eyJaaaaaaaaaa.", "xoxb-", "(0", "(5", "00", "+1 ", "ab12 "]
+PAIRS = ["".join(pair) for pair in itertools.product("a1@'.-+: /_é", repeat=2)]
+"""What a text repeats: alone or together with a hint for every pattern, none may be searched for again and again."""
+
+
+@pytest.mark.parametrize("pattern", [one for found in _PATTERNS.values() for one in found])
+def test_time_grows_with_the_text_and_no_more(pattern):
+    """Eight times the text takes eight times as long, not 64 times.
+
+    In processor time and with three attempts, so that a busy machine changes nothing.
+    """
+
+    def seconds(text):
+        start = time.process_time()
+        pattern.mask(text)
+        pattern.hint.search(text)
+        return time.process_time() - start
+
+    for evil in EVIL + PAIRS:
+        short, long = ("@ " + evil * (n // len(evil)) + "!" for n in (2_000, 16_000))
+        limit = 24 * max(seconds(short), 0.0005)
+        assert any(seconds(long) < limit for _ in range(3)), evil
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_text_takes_for_ever(evil):
     """A second or less; time that grew with the square of the length would be hours."""
-    MASKER.mask(evil * (300_000 // len(evil)) + "!")
+    MASKER.mask("@ " + evil * (300_000 // len(evil)) + "!")
+
+
+def test_addresses_are_found_among_quotes_and_as_long_as_they_may_be():
+    for text in ("'ann@example.com'", "''ann@example.com''", "o'hara@example.com", f"{'a' * 200}@example.com"):
+        assert "ann" not in MASKER.mask(text) and "hara" not in MASKER.mask(text) and "aaa" not in MASKER.mask(text)
 
 
 def test_values_are_masked_through_and_through():
