@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from evertune.gate import statistics
+from evertune.gate.best import Best
 from evertune.gate.label_noise import UNSURE_LEARNT, Noise, label_noise
 from evertune.gate.label_noise import known_classes as classes_seen
-from evertune.gate.predictions import Cost, Predictions
+from evertune.gate.predictions import Cost, Label, Predictions
 from evertune.sources.base import Row
 from evertune.utils.terminal import foreign
 
@@ -22,11 +23,22 @@ if TYPE_CHECKING:
 
 Test = Literal["mcnemar", "bootstrap"]
 Unit = Literal["share", "records", "ms", "bytes", "agreement"]
+Limit = Literal["value", "less", "more"]
+State = Literal["passed", "refused", "cannot tell", "not applicable"]
 
 POOLED = "all past slices"
-_FEWEST = 20
-"""Number of records below which a share is too noisy: checks that rest on a share alone are skipped."""
+FEW = 20
+"""Number of records below which a share is too noisy: checks that rest on a share alone are skipped, and a class is
+also judged on records that were trained on."""
+MANY = 10
+"""Number of passed checks of one kind above which a table shows them in one line."""
 _DIGITS = 6
+_STYLES: Mapping[State, str] = {
+    "passed": "green",
+    "refused": "bold red",
+    "cannot tell": "yellow",
+    "not applicable": "dim",
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,17 @@ class Check:
         slice: Slice that was checked; empty if the check is not about a slice.
         champion: Value of the version in production; None if it has none.
         challenger: Value of the new version, or of the data.
-        limit: Limit of the gate.
+        limit: Limit of the gate; see ``limit_on``.
         p_value: Probability of such a result by chance; None if chance plays no part.
-        passed: Whether the value is within the limit.
+        passed: Whether the value is within the limit; None if there is too little evidence to tell, which refuses
+            nothing and is reported.
         words: The facts, as a message.
         stage: ``"data"`` for a check of the records before training, ``"model"`` for one of the new version.
         unit: Unit of the values.
         applicable: False if the limit is set but the task has no classes to check it on; the check then counts as
             passed.
+        limit_on: What the limit is on: the new version's ``"value"``, or how much ``"less"`` or ``"more"`` it is than
+            production's.
     """
 
     name: str
@@ -54,11 +69,19 @@ class Check:
     challenger: float | None
     limit: float | None
     p_value: float | None
-    passed: bool
+    passed: bool | None
     words: str
     stage: Literal["data", "model"] = "model"
     unit: Unit = "share"
     applicable: bool = True
+    limit_on: Limit = "value"
+
+    @property
+    def state(self) -> State:
+        """The result in one word, as the table shows it."""
+        if not self.applicable:
+            return "not applicable"
+        return "cannot tell" if self.passed is None else "passed" if self.passed else "refused"
 
 
 @dataclass(frozen=True)
@@ -68,7 +91,7 @@ class Verdict:
     The same predictions give the same verdict, and :meth:`to_dict` the same JSON, byte for byte.
 
     Args:
-        passed: Whether all checks passed.
+        passed: Whether no check has refused. Those that cannot tell refuse nothing.
         checks: All checks that were made.
     """
 
@@ -83,12 +106,17 @@ class Verdict:
         'passed: nothing was checked'
         """
         made = list(checks)
-        return cls(all(check.passed for check in made), made)
+        return cls(all(check.passed is not False for check in made), made)
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that did not pass."""
-        return [check for check in self.checks if not check.passed]
+        """The checks that refused."""
+        return [check for check in self.checks if check.passed is False]
+
+    @property
+    def undecided(self) -> list[Check]:
+        """The checks that had too little evidence to pass or to refuse."""
+        return [check for check in self.checks if check.passed is None]
 
     def words(self) -> str:
         """The decision as a message: why the new version was refused, or how it compares."""
@@ -96,23 +124,31 @@ class Verdict:
             return "refused: " + "; ".join(check.words for check in self.failed)
         told = [check.words for check in self.checks if check.name in ("new records", "forgetting", "accuracy")][-2:]
         n_checks = f"{len(self.checks)} checks" if self.checks else "nothing was checked"
-        return "passed: " + "; ".join([n_checks, *told])
+        open_ = [f"{check.name} {check.slice!r} {check.words.partition(':')[0]}" for check in self.undecided]
+        more = [f"and {len(open_) - 3} more cannot tell"] if len(open_) > 3 else []
+        return "passed: " + "; ".join([n_checks, *told, *open_[:3], *more])
 
     def table(self) -> Table:
-        """All checks as a table for the terminal: ``rich.print(verdict.table())``."""
+        """All checks as a table for the terminal: ``rich.print(verdict.table())``.
+
+        More than 10 passed checks of one kind, such as those of many classes, are one line.
+        """
         from rich.table import Table
 
         table = Table("check", "slice", box=None, header_style="bold", pad_edge=False)
-        for header in ("production", "candidate", "limit", "p"):
+        for header in ("production", "new version", "limit", "p"):
             table.add_column(header, justify="right")
         table.add_column("verdict")
+        passed = Counter(check.name for check in self.checks if check.state == "passed")
         for check in self.checks:
-            values = (_shown(value, check.unit) for value in (check.champion, check.challenger, check.limit))
-            p_value = "" if check.p_value is None else _p(check.p_value).removeprefix("p ").removeprefix("= ")
-            verdict = foreign("passed", "green") if check.passed else foreign("refused", "bold red")
-            if not check.applicable:
-                verdict = foreign("not applicable", "dim")
-            table.add_row(foreign(check.name), foreign(check.slice), *values, p_value, verdict)
+            verdict = foreign(check.state, _STYLES[check.state])
+            if check.state == "passed" and (n := passed[check.name]) > MANY:
+                passed[check.name] = -1
+                table.add_row(foreign(check.name), f"{n} of them", "", "", "", "", verdict)
+            elif check.state != "passed" or passed[check.name] >= 0:
+                values = (_shown(check.champion, check.unit), _shown(check.challenger, check.unit), _limit(check))
+                p_value = "" if check.p_value is None else _p(check.p_value).removeprefix("p ").removeprefix("= ")
+                table.add_row(foreign(check.name), foreign(check.slice), *values, p_value, verdict)
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +172,13 @@ class Gate:
     """Compares a new version (the challenger) with the one in production (the champion), and decides.
 
     Before training, :meth:`judge_data` checks the records. Afterwards, :meth:`judge` compares the predictions of both
-    versions on held-out records: the past ones, slice by slice and pooled, and the new ones.
+    versions on held-out records: the past ones, slice by slice, class by class and pooled, and the new ones.
+
+    Many losses below the limit, one in each update, would add up. The new version is therefore also compared with the
+    best version so far on each past slice (:mod:`evertune.gate.best`).
+
+    A check that could not have refused whatever the records showed, because there are too few, says "cannot tell". It
+    refuses nothing.
 
     A limit on a difference of accuracy is exceeded if the measured difference is larger **and** chance is ruled out at
     level ``alpha`` by a test that compares the two versions on the same examples. A small slice therefore cannot refuse
@@ -159,6 +201,14 @@ class Gate:
         max_forgetting: Maximum loss of accuracy on a past slice, on all past slices together, and on the new records.
             Default: 0.02, two points.
         max_drop: Maximum loss of accuracy on a past slice of 50 records or more, whatever the test says. Default: 0.15.
+        max_total_forgetting: Maximum loss of accuracy on a past slice, and on all past slices together, since the best
+            version so far, over all updates. Default: 0.05.
+        accepted: Numbers of versions by slice, which make a loss on a slice the new normal: versions before that number
+            are no longer among the best so far. ``{"update-1": 12}`` accepts what version 12 lost on ``update-1``,
+            ``{"all past slices": 12}`` what it lost anywhere. Each use is reported. Default: None, nothing.
+        max_class_drop: Maximum loss of accuracy on the records of one class that production knows. Classes of fewer
+            than 20 held-out records are also judged on records that were trained on. Default: 0.3, which finds a class
+            that collapses among 8 records.
         max_negative_flips: Maximum share of past records that production has right and the new version wrong (Yan et
             al. 2021): users notice them as regressions even if the accuracy is the same. Default: 0.1.
         max_calibration_error_increase: Maximum increase of the expected calibration error on past records (Guo et al.
@@ -178,7 +228,8 @@ class Gate:
             nothing else. A new class may come alone. Raise the limit for streams that are naturally one-sided. Default:
             0.9.
         min_records: Minimum number of records to train on. Default: 20.
-        slice_by: Name of a field of the records; the versions are also compared on each of its values.
+        slice_by: Name of a field of the records; the versions are also compared on each of its values. Classes need
+            none: they are always compared.
         alpha: Probability with which chance alone may exceed a limit. Default: 0.01.
         test: ``"mcnemar"`` (exact) or ``"bootstrap"`` (paired, with 10,000 resamples).
         seed: Seed of the random resampling.
@@ -204,6 +255,9 @@ class Gate:
         *,
         max_forgetting: float | None = 0.02,
         max_drop: float | None = 0.15,
+        max_total_forgetting: float | None = 0.05,
+        accepted: dict[str, int] | None = None,
+        max_class_drop: float | None = 0.3,
         max_negative_flips: float | None = 0.1,
         max_calibration_error_increase: float | None = 0.1,
         max_label_noise: float | None = 0.04,
@@ -224,6 +278,8 @@ class Gate:
         shares = {
             "max_forgetting": max_forgetting,
             "max_drop": max_drop,
+            "max_total_forgetting": max_total_forgetting,
+            "max_class_drop": max_class_drop,
             "max_negative_flips": max_negative_flips,
             "max_calibration_error_increase": max_calibration_error_increase,
             "max_label_noise": max_label_noise,
@@ -240,6 +296,11 @@ class Gate:
         for name, ratio in (("max_latency_ratio", max_latency_ratio), ("max_size_ratio", max_size_ratio)):
             if ratio is not None and not 1 <= ratio < math.inf:
                 raise ValueError(f"{name} is a multiple of production's and at least 1, or None; got {ratio}")
+        for name, number in (accepted or {}).items():
+            if number < 1:
+                raise ValueError(
+                    f"accepted gives a slice the number of a version, counted from 1; got {name}: {number}"
+                )
         if min_records is not None and min_records < 1:
             raise ValueError(f"min_records must be positive, or None; got {min_records}")
         if not 0 < alpha < 0.5:
@@ -248,6 +309,9 @@ class Gate:
             raise ValueError(f"test must be one of {list(get_args(Test))}, got {test!r}")
         self.max_forgetting = max_forgetting
         self.max_drop = max_drop
+        self.max_total_forgetting = max_total_forgetting
+        self.accepted = dict(accepted or {})
+        self.max_class_drop = max_class_drop
         self.max_negative_flips = max_negative_flips
         self.max_calibration_error_increase = max_calibration_error_increase
         self.max_label_noise = max_label_noise
@@ -339,6 +403,8 @@ class Gate:
         data_checks: Iterable[Check] = (),
         trained: str | None = None,
         groups: Mapping[str, str] | None = None,
+        best: Mapping[str, Best] | None = None,
+        remembered: tuple[Predictions, Predictions] | None = None,
     ) -> Verdict:
         """Compare two versions.
 
@@ -352,6 +418,9 @@ class Gate:
             trained: Name of the slice, if there is one, with records of this update that the challenger was trained on.
                 They count only for the label noise; enough to make 500 together with the held-out ones suffice.
             groups: Result of :meth:`groups`.
+            best: The best predictions so far on the past slices, where they are not production's.
+            remembered: Predictions of the champion and of the challenger on records of the past that were trained on.
+                They count only for classes of which few records were held out.
 
         Raises:
             ValueError: If a slice is missing on one side, or no record of it was predicted by both versions.
@@ -369,16 +438,27 @@ class Gate:
         shown = pairs.pop(trained) if trained is not None else None
         past = {name: pair for name, pair in pairs.items() if len(pair[0])}
         pooled = (pool(old for old, _ in past.values()), pool(now for _, now in past.values()))
-        checks += self._compared("forgetting", past)
+        checks += self._compared("forgetting", past, self.max_forgetting)
         if len(past) > 1:
-            checks += self._compared("forgetting", {POOLED: pooled})
+            checks += self._compared("forgetting", {POOLED: pooled}, self.max_forgetting)
+        since, accepted = self._since_best(best or {}, past)
+        checks += accepted
+        if since:
+            checks += self._compared("forgetting in all", since, self.max_total_forgetting, best or {})
+        if since and len(past) > 1:
+            whole = [since.get(name, pair) for name, pair in past.items()]
+            everything = {POOLED: (pool(old for old, _ in whole), pool(now for _, now in whole))}
+            checks += self._compared("forgetting in all", everything, self.max_total_forgetting, best or {})
         if groups:
-            checks += self._compared("group", _grouped([*past.values(), fresh], groups, self.slice_by or "group"))
+            grouped = _grouped([*past.values(), fresh], groups, self.slice_by or "group")
+            checks += self._compared("group", grouped, self.max_forgetting)
+        trained_on = [pair for pair in (shown, remembered) if pair is not None]
+        checks += self._classes([*past.values(), fresh], list(since.values()), trained_on)
         if past:
             checks += self._negative_flips(*pooled)
             checks += self._calibration(*pooled)
         if len(fresh[1]):
-            checks += self._compared("new records", {new: fresh})
+            checks += self._compared("new records", {new: fresh}, self.max_forgetting)
             if self.min_new_accuracy is not None:
                 checks.append(_at_least("new accuracy", new, fresh[1], self.min_new_accuracy))
             checks += self._agreement(new, fresh[1], pooled[1])
@@ -387,26 +467,111 @@ class Gate:
             checks += self._costs(*costs)
         return Verdict.of(checks)
 
-    def _compared(self, name: str, pairs: Mapping[str, tuple[Predictions, Predictions]]) -> list[Check]:
-        """Paired tests on some slices, with the family-wise error rate ``alpha`` over all of them together."""
-        if self.max_forgetting is None:
+    def standing(self, best: Mapping[str, Best]) -> dict[str, Best]:
+        """The best predictions so far that no setting of ``accepted`` has overruled."""
+        return {
+            name: one
+            for name, one in best.items()
+            if one.version >= max(self.accepted.get(name, 0), self.accepted.get(POOLED, 0))
+        }
+
+    def _since_best(
+        self, best: Mapping[str, Best], past: Mapping[str, tuple[Predictions, Predictions]]
+    ) -> tuple[dict[str, tuple[Predictions, Predictions]], list[Check]]:
+        """The best predictions so far beside the new ones, and a report on those that no longer count."""
+        if self.max_total_forgetting is None:
+            return {}, []
+        pairs = {
+            name: aligned(name, {name: one.predictions}, {name: past[name][1]})
+            for name, one in best.items()
+            if name in past and not set(one.predictions.ids).isdisjoint(past[name][1].ids)
+        }
+        counted = self.standing(best)
+        reports = []
+        for name, (old, now) in pairs.items():
+            if name not in counted:
+                words = (
+                    f"on {name!r} version {best[name].version}, which was right on {_percent(old.accuracy)}, is no "
+                    f"longer the standard (gate.accepted); the new version is right on {_percent(now.accuracy)}"
+                )
+                reports.append(_check("accepted", name, old.accuracy, now.accuracy, None, True, words))
+        return {name: pair for name, pair in pairs.items() if name in counted}, reports
+
+    def _compared(
+        self,
+        name: str,
+        pairs: Mapping[str, tuple[Predictions, Predictions]],
+        limit: float | None,
+        best: Mapping[str, Best] | None = None,
+    ) -> list[Check]:
+        """Paired tests on some slices, with the family-wise error rate ``alpha`` over all of them together.
+
+        With ``best``, the old predictions are the best so far instead of production's.
+        """
+        if limit is None:
             return []
         p_values = statistics.holm([self._p_value(old, now) for old, now in pairs.values()])
         checks = []
         for (slice_name, (old, now)), p_value in zip(pairs.items(), p_values, strict=True):
             drop = round(old.accuracy - now.accuracy, 9)  # 0.9 - 0.88 must not exceed a limit of 0.02
-            broken = drop > self.max_forgetting and p_value < self.alpha
-            collapsed = self.max_drop is not None and drop > self.max_drop and len(now) >= 50
-            limit = self.max_drop if collapsed and not broken and self.max_drop is not None else self.max_forgetting
+            broken = drop > limit and p_value < self.alpha
+            collapsed = best is None and self.max_drop is not None and drop > self.max_drop and len(now) >= 50
+            broken_limit = self.max_drop if collapsed and not broken and self.max_drop is not None else limit
             how, on = ("is right on", "on ") if now.has_classes else ("scores", "")
             of = "of" if now.has_classes else "on"
+            whose = "the one in production"
+            if best is not None:
+                one = best.get(slice_name)
+                whose = "the best so far" + (f", version {one.version}," if one else " of each slice")
             words = (
                 f"on {slice_name!r} the new version {how} {_percent(now.accuracy)} {of} {len(now)} held-out "
-                f"records, the one in production {on}{_percent(old.accuracy)} "
-                f"({_p(p_value)}, limit {100 * limit:.1f} points)"
+                f"records, {whose} {on}{_percent(old.accuracy)} "
+                f"({_p(p_value)}, limit {100 * broken_limit:.1f} points"
             )
+            words += ")" if best is None else " over all updates; gate.accepted makes it the new normal)"
             passed = not (broken or collapsed)
-            checks.append(_check(name, slice_name, old.accuracy, now.accuracy, limit, passed, words, p_value))
+            checks.append(
+                _check(name, slice_name, old.accuracy, now.accuracy, broken_limit, passed, words, p_value, on="less")
+            )
+        return checks
+
+    def _classes(
+        self,
+        held_out: Sequence[tuple[Predictions, Predictions]],
+        since_best: Sequence[tuple[Predictions, Predictions]],
+        trained_on: Sequence[tuple[Predictions, Predictions]],
+    ) -> list[Check]:
+        """Whether a class has collapsed, by an exact test of the records that were right and are wrong now.
+
+        The test asks how probable that many losses are if the class lost no more than the limit. It does not ask for
+        proof of *any* loss, as that of a slice does, so that a few records are enough to find a class that is gone.
+        """
+        limit = self.max_class_drop
+        if limit is None or not held_out or not all(now.has_classes for _, now in held_out):
+            return []
+        found = {name: _Class.of(name, held_out) for name in _names_in(held_out)}
+        for name, one in found.items():
+            if one.right < FEW:
+                found[name] = _Class.of(name, [*held_out, *trained_on], n_held_out=one.records)
+            then = _Class.of(name, since_best)
+            if then.right and then.drop > found[name].drop:
+                found[name] = then
+        known = {name: one for name, one in found.items() if one.right}
+        p_values = statistics.holm([statistics.binomial_tail(one.lost, one.right, limit) for one in known.values()])
+        checks = []
+        for (name, one), p_value in zip(known.items(), p_values, strict=True):
+            beyond = one.drop > limit
+            # With all of its records lost, could the test have refused?
+            blind = len(known) * limit**one.right >= self.alpha
+            passed = False if beyond and p_value < self.alpha else None if beyond or blind else True
+            words = (
+                f"of class {name!r} the new version is right on {_percent(one.after)} of {one.records} records"
+                f"{one.origin}, the one before on {_percent(one.before)} "
+                f"({_p(p_value)}, limit {100 * limit:.0f} points)"
+            )
+            if passed is None:
+                words = f"cannot tell ({one.right} {'record' if one.right == 1 else 'records'}): {words}"
+            checks.append(_check("class", name, one.before, one.after, limit, passed, words, p_value, on="less"))
         return checks
 
     def _p_value(self, old: Predictions, now: Predictions) -> float:
@@ -450,12 +615,12 @@ class Gate:
             f"production by {100 * before:.1f} (limit {100 * limit:.1f} points more)"
         )
         passed = p_value is None or p_value >= self.alpha
-        return [_check("calibration error", POOLED, before, after, limit, passed, words, p_value)]
+        return [_check("calibration error", POOLED, before, after, limit, passed, words, p_value, on="more")]
 
     def _agreement(self, new: str, fresh: Predictions, past: Predictions) -> list[Check]:
         if self.min_new_agreement is not None and not fresh.has_classes:
             return [_not_applicable("agreement")]
-        if self.min_new_agreement is None or min(len(fresh), len(past)) < _FEWEST:
+        if self.min_new_agreement is None or min(len(fresh), len(past)) < FEW:
             return []
         now, then = statistics.kappa(fresh.labels, fresh.predicted), statistics.kappa(past.labels, past.predicted)
         if now is None or then is None:  # all records of one class
@@ -512,7 +677,7 @@ class Gate:
             if excused:
                 words += f"; {now.resolved} labels that production contradicts could be learned: the world has changed"
             passed = excused or not (now.share - then.share > limit and p_value < self.alpha)
-            checks.append(_check("label noise", name, then.share, now.share, limit, passed, words, p_value))
+            checks.append(_check("label noise", name, then.share, now.share, limit, passed, words, p_value, on="more"))
         return checks
 
     def _costs(self, old: Cost, now: Cost) -> list[Check]:
@@ -581,6 +746,53 @@ def pool(parts: Iterable[Predictions]) -> Predictions:
     )
 
 
+@dataclass(frozen=True)
+class _Class:
+    """The records of one class: how many there are, how many each version has right, and how many were lost."""
+
+    records: int
+    right: int
+    right_now: int
+    lost: int
+    n_held_out: int
+
+    @classmethod
+    def of(cls, name: str, pairs: Iterable[tuple[Predictions, Predictions]], n_held_out: int | None = None) -> _Class:
+        """Count the records with this label. With several labels, the other labels of a record do not matter."""
+        old, now = [], []
+        for before, after in pairs:
+            for label, said, says in zip(after.labels, before.predicted, after.predicted, strict=True):
+                if name in _as_list(label):
+                    old.append(name in _as_list(said))
+                    now.append(name in _as_list(says))
+        lost = sum(was and not still for was, still in zip(old, now, strict=True))
+        return cls(len(old), sum(old), sum(now), lost, len(old) if n_held_out is None else n_held_out)
+
+    @property
+    def before(self) -> float:
+        return self.right / max(self.records, 1)
+
+    @property
+    def after(self) -> float:
+        return self.right_now / max(self.records, 1)
+
+    @property
+    def drop(self) -> float:
+        return round(self.before - self.after, 9)
+
+    @property
+    def origin(self) -> str:
+        return "" if self.n_held_out == self.records else f" ({self.records - self.n_held_out} of them trained on)"
+
+
+def _names_in(pairs: Iterable[tuple[Predictions, Predictions]]) -> list[str]:
+    return sorted({name for _, now in pairs for label in now.labels for name in _as_list(label)})
+
+
+def _as_list(label: Label) -> list[str]:
+    return [label] if isinstance(label, str) else label
+
+
 def _noise_p_value(now: Noise, then: Noise) -> float:
     """The probability of at least as many contradictions at the past rate, smoothed by Laplace's rule: a few past
     records without a contradiction do not prove that there are none."""
@@ -606,7 +818,7 @@ def _finite(challenger: Mapping[str, Predictions]) -> Check:
     numbers = [said.confidence if said.scores is None else said.scores for said in challenger.values()]
     bad = sum(int((~np.isfinite(one)).sum()) for one in numbers)
     words = f"the new version gives no number for {bad} of {total} records" + (": its training diverged" if bad else "")
-    return _check("numbers", "all slices", None, bad / max(total, 1), 0.0, bad == 0, words)
+    return _check("without a number", "all slices", None, bad, 0, bad == 0, words, unit="records")
 
 
 def _at_least(name: str, slice_name: str, said: Predictions, limit: float) -> Check:
@@ -634,15 +846,17 @@ def _check(
     name: str,
     slice_name: str,
     champion: float | None,
-    challenger: float,
-    limit: float,
-    passed: bool,
+    challenger: float | None,
+    limit: float | None,
+    passed: bool | None,
     words: str,
     p_value: float | None = None,
     unit: Unit = "share",
+    on: Limit = "value",
 ) -> Check:
     before, after, allowed, chance = (_rounded(value) for value in (champion, challenger, limit, p_value))
-    return Check(name, slice_name, before, after, allowed, chance, bool(passed), words, "model", unit)
+    passed = None if passed is None else bool(passed)
+    return Check(name, slice_name, before, after, allowed, chance, passed, words, "model", unit, limit_on=on)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -661,6 +875,13 @@ def _percent(share: float) -> str:
 
 def _p(p_value: float) -> str:
     return "p < 0.0001" if p_value < 0.0001 else f"p = {p_value:.2g}"
+
+
+def _limit(check: Check) -> str:
+    """The limit as the table shows it: how much less or more than production's value, if it is not on the value."""
+    if check.limit is None or check.limit_on == "value":
+        return _shown(check.limit, check.unit)
+    return f"{100 * check.limit:.1f} points {check.limit_on}"
 
 
 def _shown(value: float | None, unit: Unit) -> str:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
-from evertune.gate.predictions import Cost, Predictions
+from evertune.gate.predictions import Cost, Label, Predictions
 from evertune.lightning_modules.saving import gathered
 from evertune.sources.base import Row
 from evertune.tasks.base import task_of
-from evertune.tasks.predicting import answers
+from evertune.tasks.predicting import answers, scores_of
 from evertune.utils.evaluation import evaluation_mode
 
 
@@ -55,6 +56,28 @@ def evaluate(
             name: _evaluate(module, name, list(rows), text, label, batch_size, max_length)
             for name, rows in slices.items()
         }
+
+
+def evaluate_examples(module: Any, examples: Sequence[Any], labels: Sequence[str], batch_size: int = 64) -> Predictions:
+    """Whether a module is right on examples that are tokenised already, such as those of a replay memory.
+
+    Args:
+        module: The module, as for :func:`evaluate`.
+        examples: The examples, as its task collates them.
+        labels: The class of each example.
+        batch_size: Number of examples that are predicted at a time. Default: 64.
+
+    Returns:
+        The predictions under the ids ``"0"``, ``"1"``, ...: the label where the module is right, ``""`` where it is
+        wrong, and no probabilities.
+    """
+    task, scores = task_of(module), np.empty(len(examples))
+    with _predicting(module):
+        for start in range(0, len(examples), batch_size):
+            scores[start : start + batch_size] = scores_of(task, module, examples[start : start + batch_size])
+    predicted: list[Label] = [label if score == 1 else "" for label, score in zip(labels, scores, strict=True)]
+    unknown = np.full(len(examples), np.nan)
+    return Predictions([str(n) for n in range(len(examples))], list(labels), predicted, unknown, unknown)
 
 
 def measure(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evertune.gate.gate import Check, Gate, Verdict
+from evertune.gate.gate import FEW, Check, Gate, Verdict
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.plan import Plan
@@ -32,6 +33,7 @@ from evertune.utils.files import empty, write_atomically
 from evertune.utils.ranks import is_leader, started_together, tell_all
 
 if TYPE_CHECKING:
+    from evertune.gate.best import Best
     from evertune.gate.predictions import Predictions
     from evertune.registry.mlflow import MLflowMirror
     from evertune.tasks.base import Task
@@ -388,6 +390,7 @@ class Updater:
 
     def _judge(self, plan: Plan) -> Verdict:
         """Evaluate the new version and the one in production side by side, and let the gate compare them."""
+        from evertune.gate.best import Best, still_best
         from evertune.live.evaluation import evaluate, measure
         from evertune.live.training import MODEL, VERSION
 
@@ -406,16 +409,18 @@ class Updater:
         challenger = self._opened(folder / MODEL)
         said = evaluate(challenger, slices, **settings)
         champion: dict[str, Predictions] | None = None
-        costs, shown_to_both = None, {}
+        costs, shown_to_both, remembered = None, {}, None
+        best: dict[str, Best] = {}
         if production is not None:
             module = self._opened(self._folder(production) / MODEL)
             # The champion's answers were stored when it was judged itself: only slices that it has not seen are
             # predicted.
-            stored = self._evaluation(production)
+            stored, best = self._stored(production)
             champion = {name: stored[name] for name in slices if name in stored}
             unseen = {name: chosen for name, chosen in slices.items() if name not in stored}
             champion |= evaluate(module, unseen | shown, **settings)
             shown_to_both = evaluate(challenger, shown, **settings)
+            remembered = self._on_memory(production, module, challenger, [*said.values()])
             texts = [self._text(row) for row in (held_out or rows)[:8]]
             costs = measure(module, challenger, texts, max_length=settings["max_length"])
         verdict = self.gate.judge(
@@ -426,9 +431,17 @@ class Updater:
             data_checks=self._check_data(plan),
             trained=_SHOWN if shown_to_both else None,
             groups=self.gate.groups(row for chosen in slices.values() for row in chosen),
+            best=best,
+            remembered=remembered,
         )
+        evaluation = {"slices": {name: said[name].to_dict() for name in sorted(said)}}
+        if champion is not None and plan.parent is not None:
+            before = {name: Best(plan.parent, champion[name]) for name in champion if name not in (new, _SHOWN)}
+            standing = still_best(before | self.gate.standing(best), said, self.gate.alpha)
+            # Kept with the new version, as the version that made them may be deleted.
+            evaluation["best"] = {name: standing[name].to_dict() for name in sorted(standing) if name in slices}
         # The verdict is written last: a resumed update takes it as proof that the evaluation is complete.
-        write_atomically(folder / _EVALUATION, _json({"slices": {name: said[name].to_dict() for name in sorted(said)}}))
+        write_atomically(folder / _EVALUATION, _json(evaluation))
         write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
         return verdict
 
@@ -632,12 +645,41 @@ class Updater:
 
     def _evaluation(self, production: Version | None) -> dict[str, Predictions]:
         """The predictions of a version on the records held out of each update, from when the gate judged it."""
+        return {} if production is None else self._stored(production)[0]
+
+    def _stored(self, version: Version) -> tuple[dict[str, Predictions], dict[str, Best]]:
+        """The predictions of a version by slice, and those of earlier versions where they were better."""
+        from evertune.gate.best import Best
         from evertune.gate.predictions import Predictions
 
-        if production is None:
-            return {}
-        stored = json.loads(production.read(_EVALUATION))["slices"]
-        return {name: Predictions.from_dict(values) for name, values in stored.items()}
+        stored = json.loads(version.read(_EVALUATION))
+        return (
+            {name: Predictions.from_dict(values) for name, values in stored["slices"].items()},
+            {name: Best.from_dict(values) for name, values in stored.get("best", {}).items()},
+        )
+
+    def _on_memory(
+        self, production: Version, champion: Any, challenger: Any, said: Sequence[Predictions]
+    ) -> tuple[Predictions, Predictions] | None:
+        """The predictions of both versions on remembered records of the classes of which few are held out."""
+        from evertune.live.evaluation import evaluate_examples
+        from evertune.live.training import remembered
+
+        memory = remembered(self._folder(production))
+        if memory is None or not all(one.has_classes for one in said):
+            return None
+        held_out = Counter(name for one in said for label in one.labels for name in self.task.label_names(label))
+        missing = {name: FEW - held_out[name] for name in production.manifest.classes}
+        slots = []
+        for slot, name in enumerate(memory.labels):
+            if name is not None and missing.get(name, 0) > 0:
+                missing[name] -= 1
+                slots.append(slot)
+        if not slots:
+            return None
+        labels = [str(memory.labels[slot]) for slot in slots]
+        examples = [memory[slot] for slot in slots]
+        return evaluate_examples(champion, examples, labels), evaluate_examples(challenger, examples, labels)
 
     def _waiting(self) -> list[Row]:
         """The texts that are waiting for their labels."""

@@ -63,18 +63,21 @@ def predict_scores(
     """``task.score`` of each record, using ``task.dataset`` and ``task.collator``."""
     scores = np.empty(len(rows))
     if rows:
-        tokenizer = module.tokenizer
         pair = text if isinstance(text, str) else tuple(text)
         data = [dict(row["record"]) for row in rows]
-        examples = task.dataset(data, tokenizer, text=pair, label=label, id_column=None, max_length=max_length)
-        collate = task.collator(tokenizer)
-        device = next(module.parameters()).device
+        examples = task.dataset(data, module.tokenizer, text=pair, label=label, id_column=None, max_length=max_length)
         for places in _batches(columns_of(rows, text), batch_size):
-            batch = module.on_before_batch_transfer(collate([examples[row] for row in places]), 0)
-            batch = module.transfer_batch_to_device(batch, device, 0)
-            scores[places] = task.score(module, module.on_after_batch_transfer(batch, 0)).double().cpu().numpy()
+            scores[places] = scores_of(task, module, [examples[row] for row in places])
     labels = [row["record"][label] for row in rows]
     return Predictions.scored([row["id"] for row in rows], labels, scores)
+
+
+def scores_of(task: Any, module: Any, examples: Sequence[Any]) -> np.ndarray:
+    """The score of each example of one batch, ``[examples]``: collated and moved as Lightning does it."""
+    batch = module.on_before_batch_transfer(task.collator(module.tokenizer)(list(examples)), 0)
+    batch = module.transfer_batch_to_device(batch, next(module.parameters()).device, 0)
+    scores: np.ndarray = task.score(module, module.on_after_batch_transfer(batch, 0)).double().cpu().numpy()
+    return scores
 
 
 def _batches(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list[int]]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evertune.gate.gate import Check, Gate, Verdict, aligned, pool
+from evertune.gate.best import Best, still_best
+from evertune.gate.gate import MANY, Check, Gate, Verdict, aligned, pool
 from evertune.gate.label_noise import label_noise
 from evertune.gate.predictions import Cost, Predictions
 from evertune.gate.statistics import binomial_tail, bootstrap, calibration_error, calibration_test, holm, kappa, mcnemar
@@ -226,7 +227,7 @@ def test_a_version_that_diverged_is_refused() -> None:
     old = {"old": said(90, 100), "new": said(50, 50)}
     new = {"old": said(90, 100, np.nan), "new": said(50, 50, np.nan)}
     verdict = Gate().judge(old, new, "new")
-    assert ("numbers", "all slices") in failed(verdict)
+    assert ("without a number", "all slices") in failed(verdict)
     assert "no number for 150 of 150 records: its training diverged" in verdict.words()
     json.dumps(verdict.to_dict(), allow_nan=False)
     assert Gate().judge(new, old, "new").passed  # a diverged production is no reason to refuse a good version
@@ -266,8 +267,161 @@ def test_every_limit_off_checks_next_to_nothing() -> None:
     gate = Gate(**dict.fromkeys(names))
     old, new = {"old": said(90, 100), "new": said(90, 100)}, {"old": said(0, 100), "new": said(0, 100)}
     verdict = gate.judge(old, new, "new", costs=(Cost(1, 1, 1), Cost(9, 9, 9)))
-    assert [check.name for check in verdict.checks] == ["numbers"]
+    assert [check.name for check in verdict.checks] == ["without a number"]
     assert gate.judge_data([]) == []
+
+
+# --- many small losses
+
+
+def ratchet(gate: Gate, start: int, step: int, n: int = 500, updates: int = 24) -> tuple[int, Verdict]:
+    """Updates that each lose a little, until one is refused: how many were promoted, and the last verdict."""
+    right, best, new = start, dict[str, Best](), {"new": said(50, 50, start=10_000)}
+    for number in range(2, 2 + updates):
+        old, now = {"old": said(right, n)} | new, {"old": said(right - step, n)} | new
+        verdict = gate.judge(old, now, "new", best=best)
+        if not verdict.passed:
+            return number - 2, verdict
+        best = still_best({"old": Best(number - 1, old["old"])} | gate.standing(best), now, gate.alpha)
+        right -= step
+    return updates, verdict
+
+
+@pytest.mark.parametrize("step", [10, 5, 3])
+def test_losses_that_each_pass_are_refused_once_they_add_up(step: int) -> None:
+    promoted, verdict = ratchet(Gate(max_label_noise=None), 490, step)
+    assert promoted == 25 // step  # five points of 500 records
+    assert failed(verdict) == [("forgetting in all", "old")]
+    assert "the best so far, version 1, on 98.0 %" in verdict.words()
+    assert ratchet(Gate(max_label_noise=None, max_total_forgetting=None, max_class_drop=None), 490, step)[0] == 24
+
+
+def test_small_slices_add_up_too() -> None:
+    names = [f"{n}" for n in range(8)]
+    new = {"new": said(50, 50, start=10_000)}
+    best = {name: Best(1, said(40, 40)) for name in names}
+    old, now = ({name: said(right, 40) for name in names} | new for right in (37, 37))
+    verdict = Gate(max_label_noise=None).judge(old, now, "new", best=best)
+    assert failed(verdict) == [("forgetting in all", "all past slices")]
+    assert "the best so far of each slice on 100.0 %" in verdict.words()
+
+
+@pytest.mark.parametrize("name", ["old", "all past slices"])
+def test_a_new_normal_is_accepted_by_name_and_reported(name: str) -> None:
+    new = {"new": said(50, 50, start=10_000)}
+    old, now = {"old": said(465, 500)} | new, {"old": said(460, 500)} | new
+    best = {"old": Best(3, said(490, 500))}
+    assert failed(Gate(max_label_noise=None).judge(old, now, "new", best=best)) == [("forgetting in all", "old")]
+    assert not Gate(max_label_noise=None, accepted={name: 3}).judge(old, now, "new", best=best).passed
+    gate = Gate(max_label_noise=None, accepted={name: 7})
+    verdict = gate.judge(old, now, "new", best=best)
+    assert verdict.passed and gate.standing(best) == {}
+    (report,) = (check.words for check in verdict.checks if check.name == "accepted")
+    assert report == (
+        "on 'old' version 3, which was right on 98.0 %, is no longer the standard (gate.accepted); "
+        "the new version is right on 92.0 %"
+    )
+
+
+def test_chance_does_not_raise_the_standard() -> None:
+    """Of 50 equal versions, the luckiest is not the best: else none of the others would pass any more."""
+    rng, gate, n = np.random.default_rng(0), Gate(), 200
+    best: dict[str, Best] = {}
+    refused = 0
+    ids, labels = [str(number) for number in range(n)], ["sport"] * n
+    hard = rng.random(n)
+    for number in range(1, 51):
+        right = np.where(rng.random(n) < 0.3, rng.random(n), hard) < 0.9
+        made = ["sport" if one else "law" for one in right]
+        now = {"old": Predictions(ids, labels, made, np.full(n, 0.9), np.full(n, 0.5))}
+        since, _ = gate._since_best(best, {"old": (now["old"], now["old"])})
+        refused += any(not check.passed for check in gate._compared("x", since, 0.05, best))
+        best = still_best({"old": Best(number, now["old"])} | best, now, gate.alpha)
+    assert refused <= 1
+
+
+def test_the_best_so_far_survives_json_and_records_that_are_gone() -> None:
+    best = Best(3, said(100, 100))
+    again = Best.from_dict(json.loads(json.dumps(best.to_dict())))
+    assert (again.version, again.predictions.ids) == (3, best.predictions.ids)
+    assert still_best({"a": best}, {"a": said(100, 100, start=500)}, 0.01) == {}
+    now = {"a": said(100, 100).pick(range(40, 60)), "new": said(9, 9)}
+    assert Gate().judge({**now, "new": said(9, 9)}, now, "new", best={"a": best, "b": best}).passed
+    with pytest.raises(ValueError, match="name their version, got None"):
+        Best.from_dict(best.predictions.to_dict())
+
+
+# --- classes
+
+
+def classes(counts: dict[str, tuple[int, int]], several: bool = False) -> Predictions:
+    """Records of each class, some of them right."""
+    labels = [name for name, (_, n) in counts.items() for _ in range(n)]
+    made = [name if number < right else "?" for name, (right, n) in counts.items() for number in range(n)]
+    ids, sure = [str(number) for number in range(len(labels))], np.full(len(labels), 0.9)
+    if several:
+        return Predictions(ids, [[one, "all"] for one in labels], [[one, "all"] for one in made], sure, sure)
+    return Predictions(ids, list(labels), list(made), sure, sure)
+
+
+def class_states(
+    before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], several: bool = False, **rest: Any
+) -> tuple[dict[str, str], Verdict]:
+    new = classes({"c0": (40, 40)}, several)
+    verdict = Gate(max_label_noise=None, max_negative_flips=None, max_forgetting=None).judge(
+        {"old": classes(before, several), "new": new}, {"old": classes(after, several), "new": new}, "new", **rest
+    )
+    return {check.slice: check.state for check in verdict.checks if check.name == "class"}, verdict
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("n", "lost", "state"),
+    [(8, 8, "refused"), (8, 4, "cannot tell"), (8, 0, "passed"), (4, 4, "cannot tell"), (4, 0, "cannot tell"),
+     (1, 0, "cannot tell"), (60, 60, "refused"), (60, 10, "passed"), (60, 22, "cannot tell")],
+)  # fmt: skip
+def test_a_class_that_collapses_among_24(n: int, lost: int, state: str, several: bool) -> None:
+    others = {f"c{number}": (40, 40) for number in range(23)}
+    states, verdict = class_states(others | {"rare": (n, n)}, others | {"rare": (n - lost, n)}, several)
+    assert states.pop("rare") == state
+    assert set(states.values()) == {"passed"}
+    assert verdict.passed == (state != "refused")
+    if state == "cannot tell":
+        assert f"class 'rare' cannot tell ({n} record" in verdict.words()
+        assert [check.passed for check in verdict.undecided] == [None]
+
+
+def test_few_held_out_records_of_a_class_are_joined_by_those_trained_on() -> None:
+    before, after = {"c0": (40, 40), "rare": (2, 2)}, {"c0": (40, 40), "rare": (0, 2)}
+    assert class_states(before, after)[0]["rare"] == "cannot tell"
+    memory = classes({"rare": (18, 18)}), classes({"rare": (1, 18)})
+    states, verdict = class_states(before, after, remembered=memory)
+    assert states["rare"] == "refused"
+    assert "right on 5.0 % of 20 records (18 of them trained on), the one before on 100.0 %" in verdict.words()
+    kept = classes({"rare": (18, 18), "c0": (9, 9)}), classes({"rare": (18, 18), "c0": (0, 9)})
+    assert class_states(before, before, remembered=kept)[0] == {"c0": "passed", "rare": "passed"}
+
+
+def test_a_class_that_falls_step_by_step_is_compared_with_the_best() -> None:
+    before, after = {"c0": (160, 160), "rare": (15, 20)}, {"c0": (160, 160), "rare": (10, 20)}
+    assert class_states(before, after)[0]["rare"] == "passed"
+    before, after = {**before, "rare": (10, 20)}, {**after, "rare": (5, 20)}
+    best = {"old": Best(1, classes({"c0": (160, 160), "rare": (20, 20)}))}
+    assert class_states(before, after, best=best)[0]["rare"] == "refused"
+    assert class_states(before, after)[0]["rare"] != "refused"
+
+
+def test_many_classes_are_one_line_of_the_table() -> None:
+    many = {f"c{number}": (40, 40) for number in range(MANY + 5)}
+    _, verdict = class_states(many | {"rare": (8, 8)}, many | {"rare": (0, 8)})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(verdict.table())
+    lines = [line.split() for line in capture.get().splitlines() if line.startswith("class")]
+    assert lines == [
+        ["class", f"{MANY + 5}", "of", "them", "passed"],
+        ["class", "rare", "100.0", "%", "0.0", "%", "30.0", "points", "less", "0.001", "refused"],
+    ]
 
 
 # --- alignment
@@ -373,7 +527,7 @@ def test_a_verdict_is_the_same_bytes_each_time_and_survives_json() -> None:
 def test_the_table_shows_every_check() -> None:
     verdict = Verdict.of(
         [
-            Check("forgetting", "old", 0.925, 0.81, 0.02, 0.0003, False, "words"),
+            Check("forgetting", "old", 0.925, 0.81, 0.02, 0.0003, False, "words", limit_on="less"),
             Check("size", "", 91e6, 91e6, 136.5e6, None, True, "words", unit="bytes"),
         ]
     )
@@ -381,8 +535,8 @@ def test_the_table_shows_every_check() -> None:
     with console.capture() as capture:
         console.print(verdict.table())
     lines = [line.split() for line in capture.get().splitlines()]
-    assert lines[0] == ["check", "slice", "production", "candidate", "limit", "p", "verdict"]
-    assert lines[1] == ["forgetting", "old", "92.5", "%", "81.0", "%", "2.0", "%", "0.0003", "refused"]
+    assert lines[0] == ["check", "slice", "production", "new", "version", "limit", "p", "verdict"]
+    assert lines[1] == ["forgetting", "old", "92.5", "%", "81.0", "%", "2.0", "points", "less", "0.0003", "refused"]
     assert lines[2] == ["size", "91.0", "MB", "91.0", "MB", "136.5", "MB", "passed"]
 
 
@@ -390,6 +544,10 @@ def test_the_table_shows_every_check() -> None:
     ("settings", "message"),
     [
         ({"max_forgetting": 2}, "max_forgetting is a share between 0 and 1 .* got 2"),
+        (
+            {"accepted": {"update-1": 0}},
+            "accepted gives a slice the number of a version, counted from 1; got update-1: 0",
+        ),
         ({"max_latency_ratio": 0.5}, "max_latency_ratio is a multiple of production's and at least 1"),
         ({"min_records": 0}, "min_records must be positive"),
         ({"alpha": 0.0}, "alpha must be between 0 and 0.5, got 0.0"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evertune.callbacks import Replay
 from evertune.gate.gate import Gate
 from evertune.live.plan import Plan
 from evertune.live.training import remembered
@@ -131,6 +132,42 @@ def test_rebuild_after_refusals(folder: Path) -> None:
     memory = remembered(folder / "registry/versions/4")
     assert memory is not None
     assert memory.settings["seen"] == found.records["train"] + 30  # what is pending, and all that was remembered
+
+
+def test_what_was_lost_long_ago_counts_until_it_is_accepted(folder: Path) -> None:
+    """Version 2 is promoted by a gate that looks away; version 3 is no worse, but far from version 1, which is gone."""
+    feed(folder, "b", ["business", "sport"], n=200)
+    lines = [json.loads(line) for line in (folder / "inbox/b.jsonl").read_text().splitlines()]
+    turned = [{**line, "label": "sport" if line["label"] == "business" else "business"} for line in lines]
+    (folder / "inbox/b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in turned))
+    settings = {"gate": lenient_gate(alpha=0.4), "trainer": {"callbacks": [Replay(memory_size=30, id="id")]}}
+    assert updater(folder, **settings).run().status == "promoted"
+    before, after = (manifest(folder, number).metrics.accuracy["update-1"] for number in (1, 2))
+    assert before is not None and after is not None and before - after > 0.3
+    stored = json.loads((folder / "registry/versions/2/evaluation.json").read_bytes())
+    assert {name: one["version"] for name, one in stored["best"].items()} == {"update-1": 1}
+    shutil.rmtree(folder / "registry/versions/1")
+
+    feed(folder, "c", ["politics"], n=40)
+    strict = {**settings, "gate": lenient_gate(alpha=0.4, max_total_forgetting=0.05)}
+    refused = updater(folder, **strict).run()
+    assert refused.status == "refused"
+    assert "the best so far, version 1, on " in refused.words
+    accepting = {**settings, "gate": lenient_gate(alpha=0.4, max_total_forgetting=0.05, accepted={"update-1": 2})}
+    outcome = updater(folder, **accepting, config={"accepted": 2}).run()
+    assert outcome.status == "promoted" and outcome.verdict is not None
+    assert [check.slice for check in outcome.verdict.checks if check.name == "accepted"] == ["update-1"]
+    stored = json.loads((folder / "registry/versions/4/evaluation.json").read_bytes())
+    assert {name: one["version"] for name, one in stored["best"].items()} == {"update-1": 2, "update-2": 2}
+
+
+def test_remembered_records_show_a_class_of_which_few_are_held_out(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=60)
+    outcome = updater(folder, gate=lenient_gate(max_class_drop=0.3)).run()
+    assert outcome.verdict is not None
+    classes = {check.slice: check for check in outcome.verdict.checks if check.name == "class"}
+    assert set(classes) == {"business", "sport"}
+    assert "of them trained on)" in classes["business"].words
 
 
 def test_bad_data_stop_an_update_before_training(folder: Path) -> None:
