@@ -258,12 +258,7 @@ def _verify(registry: Registry, arguments: argparse.Namespace) -> int:
 
 def _gc(registry: Registry, arguments: argparse.Namespace) -> int:
     settings = {"keep": arguments.keep, "stale_days": arguments.stale_days}
-    if arguments.dry_run:  # reads only, so that it needs no lease
-        garbage = registry.garbage(**settings)
-    else:
-        with registry.lease("evertune registry gc"):
-            garbage = registry.garbage(**settings)
-            registry.gc(**settings)
+    garbage = registry.garbage(**settings) if arguments.dry_run else registry.collect(**settings)
     size = sum(entry.size for entry in garbage)
     found = {
         "dry_run": arguments.dry_run,

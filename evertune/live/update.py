@@ -218,7 +218,7 @@ class Updater:
         self.settings = settings or UpdateSettings()
         self.mirror = mirror
         self.config = dict(config or {})
-        self.journal = Journal(self.registry.store)
+        self.journal = Journal(self.registry.store, self.registry.check_lease)
         self._intake = Intake(source, self.schema, self.journal, masker=masker, label_join=label_join)
         if self.schema.label is None:
             raise ValueError("an update is judged by labels: the schema needs the field that holds them")

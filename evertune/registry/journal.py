@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evertune.registry.lease import LeaseLost
 from evertune.registry.store import Store
 from evertune.sources.base import Offset, Row
 
@@ -67,10 +69,14 @@ class Journal:
     the :attr:`last` segment therefore neither loses nor duplicates a record. Every file is checked against its SHA-256
     when it is read.
 
-    Only one process at a time may write, which the registry's lease ensures; any number may read.
+    Only one process at a time may write, which the registry's lease ensures; any number may read. A process that has
+    lost the lease while it was stopped cannot write: it checks the lease under the store's lock, and in a bucket, which
+    has no lock, it creates the files of a segment exclusively.
 
     Args:
         store: Store that holds the files.
+        check_lease: Raises if this process has lost the right to write, as
+            :meth:`Registry.check_lease <evertune.registry.registry.Registry.check_lease>` does. None checks nothing.
 
     Example:
         >>> journal = Journal(Store("memory://doc/journal"))
@@ -80,8 +86,9 @@ class Journal:
         (1, {'line': 1}, True)
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, check_lease: Callable[[], None] | None = None) -> None:
         self.store = store
+        self._check_lease = check_lease or (lambda: None)
 
     def segments(self, after: int = 0) -> list[Segment]:
         """The segments with a number above ``after``, oldest first.
@@ -122,8 +129,21 @@ class Journal:
             clock: State of the label join's clock.
 
         Raises:
+            LeaseLost: If another process has taken over; nothing of it is overwritten.
             OSError: If the segment cannot be written.
         """
+        with self._writing():
+            return self._append(records, bad, waiting, offset, read, clock)
+
+    def _append(
+        self,
+        records: Sequence[Row],
+        bad: Sequence[Row],
+        waiting: Sequence[Mapping[str, Any]],
+        offset: Offset | None,
+        read: int | None,
+        clock: dict[str, Any] | None,
+    ) -> Segment:
         last = self.last
         if last is not None and last.empty and not (records or bad or read):
             number = last.number
@@ -146,13 +166,22 @@ class Journal:
         # The order matters for crash safety: the description is written last and makes the segment valid. The halves
         # that waited before are deleted only afterwards, because the previous segment needs them until then.
         if bad:
-            self.store.write(_quarantine_name(number), refused)
+            self._create(_quarantine_name(number), refused)
         else:  # a killed process may have left the file
             self.store.delete(_quarantine_name(number))
         if waiting:
-            self.store.write(_waiting_name(number), halves)
-        self.store.write(_records_name(number), kept)
-        self.store.write(_meta_name(number), json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode())
+            self._create(_waiting_name(number), halves)
+        self._create(_records_name(number), kept)
+        self._check_lease()  # where the store has no lock, this is what a process that wakes up too late meets
+        description = json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode()
+        if self.store.is_local or (last is not None and last.number == number):
+            self.store.write(_meta_name(number), description)
+        else:
+            try:
+                self.store.create(_meta_name(number), description)
+            except FileExistsError:
+                address = self.store.address(_meta_name(number))
+                raise LeaseLost(f"another process has written {address} meanwhile: run it again") from None
         for name in self.store.list(_FOLDER):  # files of earlier segments, and leftovers of killed processes
             if name.endswith(_WAITING) and not (waiting and f"{_FOLDER}/{name}" == _waiting_name(number)):
                 self.store.delete(f"{_FOLDER}/{name}")
@@ -197,10 +226,11 @@ class Journal:
         if not _NAME.fullmatch(name):
             raise ValueError(f"name must start with a letter and have letters, digits, ., - and _ only, got {name!r}")
         rows = [{"reason": reason, "kind": kind, **row, "segment": name} for row in records]
-        if rows:
-            self.store.write(f"{_QUARANTINE}/{name}.jsonl", _lines(rows))
-        else:
-            self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
+        with self._writing():
+            if rows:
+                self.store.write(f"{_QUARANTINE}/{name}.jsonl", _lines(rows))
+            else:
+                self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
 
     def quarantined(self, segments: Iterable[Segment] | None = None) -> list[Row]:
         """The records in quarantine with their reasons: first those of the segments, then those added later.
@@ -240,6 +270,25 @@ class Journal:
                 # Records before the description: after a crash in between, discarding again finds and deletes the rest.
                 self.store.delete(_records_name(number))
                 self.store.delete(_meta_name(number))
+
+    def _create(self, name: str, content: bytes) -> None:
+        """Write a file of a segment that does not exist yet. If the file does, a killed process has left it."""
+        if self.store.is_local:  # nobody else can write meanwhile: this process has the lock
+            self.store.write(name, content)
+            return
+        try:
+            self.store.create(name, content)
+        except FileExistsError:
+            self._check_lease()  # or another process has taken over, and it belongs to that one's segment
+            self.store.write(name, content)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The right to write, which nobody can take over until the end: a process that is stopped in here keeps the
+        lock, without which no other process can take the lease."""
+        with self.store.locked():
+            self._check_lease()
+            yield
 
     def _numbers(self) -> list[int]:
         found = (_META.fullmatch(name) for name in self.store.list(_FOLDER))

@@ -10,11 +10,13 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from evertune.registry.store import RegistryError, Store
+from evertune.utils.typed_json import read_json
 
 TOKEN = "EVERTUNE_LEASE"
 """Environment variable by which a child process works under the lease of its parent."""
@@ -25,7 +27,28 @@ _BEATS = 5
 _GRACE = 1.0
 """Seconds that a process of this machine that was just killed is given to disappear."""
 
+_TRIES = 1000
+"""How often the newest file is looked for, where others take and release leases all the time."""
+_MOST_TTL = 600.0
+"""Seconds after which a holder without heartbeats is replaced at the latest, unless this process asks for longer."""
+_MOST_BYTES = 2**16
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Record:
+    """The content of a lease's file."""
+
+    owner: str = "another process"
+    pid: int = 0
+    started: int | None = None
+    host: str = ""
+    since: str = "an unknown time"
+    ttl: float = 60.0
+    token: str = ""
+    beat: int = 0
+    released: bool = False
 
 
 class LeaseHeld(RegistryError):  # noqa: N818
@@ -164,7 +187,7 @@ class Lease:
                     f"{self._store.root} is being written to by {_holder(record)}, since {record.get('since')}: "
                     "wait until it is done, or end it"
                 )
-            elif now - since >= record.get("ttl", self.ttl) and self._take(seen):
+            elif now - since >= self._patience(record) and self._take(seen):
                 return
             time.sleep(min(0.05, self.ttl / 20))
 
@@ -224,15 +247,27 @@ class Lease:
     def _newest(self) -> tuple[int, bytes]:
         """The highest number and the content of its file; 0 if there has never been a lease."""
         # The next holder may delete a file between listing and reading: then the list is read again.
-        while numbers := self._numbers():
+        numbers: list[int] = []
+        for _ in range(_TRIES):
+            numbers = self._numbers()
+            if not numbers:
+                return 0, b""
             found = self._store.read_all([_name(numbers[-1])])
             if found:
                 return numbers[-1], found[_name(numbers[-1])]
-        return 0, b""
+            time.sleep(0.001)
+        address = self._store.address(_name(numbers[-1]))
+        raise RegistryError(f"{address} is listed but cannot be read: delete it if no other process is writing")
 
     def _numbers(self) -> list[int]:
-        stems = (name.removesuffix(".json") for name in self._store.list(_FOLDER))
-        return sorted(int(stem) for stem in stems if stem.isdecimal())
+        # Names that a lease would not write, such as 007.json, are not its files.
+        stems = (name.removesuffix(".json") for name in self._store.list(_FOLDER) if name.endswith(".json"))
+        return sorted(int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem)
+
+    def _patience(self, record: dict[str, Any]) -> float:
+        """Seconds without a heartbeat after which the holder counts as gone, whatever its file says."""
+        ttl = float(record.get("ttl", self.ttl))
+        return min(ttl, max(self.ttl, _MOST_TTL)) if ttl > 0 else self.ttl
 
 
 def _name(number: int) -> str:
@@ -242,10 +277,9 @@ def _name(number: int) -> str:
 def _parsed(content: bytes) -> dict[str, Any]:
     """The record of a lease; empty if the file cannot be parsed, which counts as a holder without heartbeats."""
     try:
-        record = json.loads(content)
+        return asdict(read_json(_Record, content, most_bytes=_MOST_BYTES))
     except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _holder(record: dict[str, Any]) -> str:
@@ -258,13 +292,13 @@ def _is_dead(record: dict[str, Any]) -> bool:
     if record.get("started") is None or record.get("host") != _host():
         return False
     # The start time distinguishes the holder from a later process with the same number.
-    return bool(_process(int(record["pid"]))[0] != record["started"])
+    return bool(_process(record["pid"])[0] != record["started"])
 
 
 def _is_running(record: dict[str, Any]) -> bool:
     """Whether the holder is a process that this one can see, and is not stopped."""
     seen = record.get("started") is not None and record.get("host") == _host()
-    return seen and not _is_dead(record) and _process(int(record["pid"]))[1] not in "Tt"
+    return seen and not _is_dead(record) and _process(record["pid"])[1] not in "Tt"
 
 
 def _process(pid: int) -> tuple[int | None, str]:

@@ -184,7 +184,8 @@ class Registry:
     ``aliases.json`` holds the aliases and the last 200 events. A version goes into production by an atomic replacement
     of this file, whatever process is killed or disk is full. The manifest of a version names the records that it has
     learned (``consumed``, ``offset``): the same replacement therefore commits them, and a rollback makes them pending
-    again.
+    again. Aliases are changed under the store's lock, for which no lease is needed: a rollback must be possible while
+    :class:`~evertune.live.watch.Watch` holds the lease.
 
     Args:
         root: A local folder, or the URL of a folder in an object store (``s3://bucket/registry``). It is created by the
@@ -288,6 +289,15 @@ class Registry:
             self._lease = lease
         return lease
 
+    def check_lease(self) -> None:
+        """Make sure that this process has not lost the lease that it has taken; without one, nothing is checked.
+
+        Raises:
+            LeaseLost: If another process has taken over.
+        """
+        if self._lease is not None and self._lease.held:
+            self._lease.check()
+
     def publish(self, folder: Path, manifest: Manifest) -> Version:
         """Make a local folder the version ``manifest.version``, as a whole or not at all. The folder is moved.
 
@@ -298,7 +308,7 @@ class Registry:
             OSError: If it cannot be written; the folder stays where it is.
         """
         number = manifest.version
-        self._check_lease()
+        self.check_lease()
         if self.store.exists(_manifest(number)):
             raise RegistryError(f"{self.store.root} has a version {number}, and versions never change")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
@@ -352,6 +362,7 @@ class Registry:
         if problems:
             raise RegistryError(f"version {version.number} is damaged and not promoted: {'; '.join(problems)}")
         with self._changing(repair=force) as state:
+            self._check_exists(version.number)
             now = state.aliases.get("production")
             if now == version.number:
                 return version
@@ -372,6 +383,7 @@ class Registry:
         """
         version = self.version(which)
         with self._changing() as state:
+            self._check_exists(version.number)
             now = state.aliases.get("candidate")
             if now != version.number:
                 state.aliases["candidate"] = version.number
@@ -511,6 +523,9 @@ class Registry:
         Raises:
             RegistryError: If the aliases, or a manifest that is needed to decide, are damaged.
         """
+        return self._garbage(keep, stale_days)
+
+    def _garbage(self, keep: int, stale_days: float) -> list[Garbage]:
         if keep < 1:
             raise ValueError(f"keep must be positive, got {keep}: the newest version is never deleted")
         numbers, aliases = self._numbers(), self.aliases
@@ -523,16 +538,16 @@ class Registry:
         for number in numbers:
             if number not in retained:
                 why = "old" if number in published else "never published whole"
-                garbage.append(self._garbage(_folder(number), why))
+                garbage.append(self._entry(_folder(number), why))
         needed = {entry.file for manifest in manifests for entry in manifest.slices}
         for name in self.store.list(_SLICES) if retained else []:
             if f"{_SLICES}/{name}" not in needed:
-                garbage.append(self._garbage(f"{_SLICES}/{name}", "no version needs it"))
+                garbage.append(self._entry(f"{_SLICES}/{name}", "no version needs it"))
         garbage += self._learned_segments(manifests)
         old = [name for name in self.store.leftovers() if self.store.age(name) > stale_days * _DAY]
-        garbage += [self._garbage(name, "left by a process that was killed") for name in old]
+        garbage += [self._entry(name, "left by a process that was killed") for name in old]
         if self.store.exists(_STAGING) and self.store.age(_STAGING) > stale_days * _DAY:
-            garbage.append(self._garbage(_STAGING, "an update that nobody went on with"))
+            garbage.append(self._entry(_STAGING, "an update that nobody went on with"))
         return garbage
 
     def gc(self, keep: int = 5, dry_run: bool = False, *, stale_days: float = 7.0) -> list[str]:
@@ -540,7 +555,8 @@ class Registry:
 
         Kept are the versions behind the aliases, the newest ``keep`` versions, their held-out slices, the records after
         the smallest ``consumed`` among them, the newest segment of records, and all quarantined records. The lease is
-        taken, unless this object or the parent process holds it.
+        taken, unless this object or the parent process holds it. Aliases may be changed meanwhile: what is deleted is
+        then decided again.
 
         Args:
             keep: Number of newest versions to keep, promoted or refused. Default: 5.
@@ -554,16 +570,26 @@ class Registry:
         Raises:
             LeaseHeld: If another process is writing.
         """
-        if dry_run:
-            return [entry.name for entry in self.garbage(keep, stale_days)]
+        found = self.garbage(keep, stale_days) if dry_run else self.collect(keep, stale_days)
+        return [entry.name for entry in found]
+
+    def collect(self, keep: int = 5, stale_days: float = 7.0) -> list[Garbage]:
+        """Like :meth:`gc`, and returns what was deleted with its size and why it was not needed."""
         leased = self._lease is not None and self._lease.held
+        deleted = []
         with nullcontext() if leased else self.lease("evertune registry gc"):
-            names = [entry.name for entry in self.garbage(keep, stale_days)]
-            for name in names:
-                # Before each deletion: deleting a large version may take longer than the time to live.
-                self._check_lease()
-                self.store.delete(name)
-        return names
+            decided, garbage = self.aliases, self.garbage(keep, stale_days)
+            while garbage:
+                # Before each deletion: they may take longer than the lease lives, and somebody may have put an old
+                # version into production. Under the lock, nobody can until it is deleted, and then it is refused.
+                with self.store.locked():
+                    self.check_lease()
+                    if self.aliases == decided:
+                        self.store.delete(garbage[0].name)
+                        deleted.append(garbage.pop(0))
+                        continue
+                decided, garbage = self.aliases, self._garbage(keep, stale_days)
+        return deleted
 
     # --- internals
 
@@ -576,14 +602,19 @@ class Registry:
         newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
         for name in segments:
             if int(name.partition(".")[0]) <= min(learned, newest - 1):
-                yield self._garbage(f"{_PENDING}/{name}", "every version that is kept has learned it")
+                yield self._entry(f"{_PENDING}/{name}", "every version that is kept has learned it")
 
-    def _garbage(self, name: str, why: str) -> Garbage:
+    def _entry(self, name: str, why: str) -> Garbage:
         sizes = self.store.sizes(name)
         return Garbage(name, sum(sizes.values()), why)
 
     def _numbers(self) -> list[int]:
         return sorted(int(name) for name in self.store.list(_VERSIONS) if name.isdecimal() and str(int(name)) == name)
+
+    def _check_exists(self, number: int) -> None:
+        if not self.store.exists(_manifest(number)):
+            numbers = _listed(self._numbers())
+            raise RegistryError(f"version {number} was deleted meanwhile; {self.store.root} has {numbers}")
 
     def _number(self, which: int | str) -> int:
         if isinstance(which, int) or which.isdecimal():
@@ -637,7 +668,7 @@ class Registry:
     def _changing(self, repair: bool = False) -> Iterator[_State]:
         """The aliases, to be changed: read, compared and replaced while no other process does the same."""
         with self.store.locked():
-            self._check_lease()
+            self.check_lease()
             try:
                 state = self._state()
             except RegistryError:
@@ -650,10 +681,6 @@ class Registry:
             yield state
             if state.encoded() != before:
                 self.store.write(_ALIASES, state.encoded())
-
-    def _check_lease(self) -> None:
-        if self._lease is not None and self._lease.held:
-            self._lease.check()
 
     def _inspect(self, number: int, hashes: bool = True) -> list[Finding]:
         """The defects of one version; without ``hashes``, only those that show without reading its files."""

@@ -1,14 +1,19 @@
 """The journal: segments are whole or not there, whenever the process dies."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import time
+import uuid
 
 import pytest
 
 from evertune.registry.journal import Journal, latest
+from evertune.registry.lease import LeaseLost
+from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.store import Store
 
 
@@ -258,3 +263,99 @@ def test_killed_by_the_system_at_any_time(tmp_path):
         assert [line["id"] for line in waiting] == [str(len(segments))][: len(segments)]
         assert len(segments) >= seen
         seen = len(segments)
+
+
+# --- writers that have lost the lease
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def root(request, tmp_path):
+    return str(tmp_path / "registry") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/registry"
+
+
+@pytest.fixture
+def foreign_lease(monkeypatch):
+    """No process looks like one of this machine: only heartbeats count."""
+    hosts = itertools.count()
+    monkeypatch.setattr("evertune.registry.lease._host", lambda: f"host-{next(hosts)}")
+
+
+def stale(root):
+    registry = Registry(root)
+    lease = registry.lease(ttl=0.05)
+    lease.__enter__()
+    lease._stop.set()
+    return Journal(registry.store, registry.check_lease)
+
+
+def take_over(root, name):
+    registry = Registry(root)
+    with registry.lease(ttl=0.05):
+        journal = Journal(registry.store, registry.check_lease)
+        return journal.append([row(name)], [bad(name)], [half(name)], {"line": 2})
+
+
+def untouched(root, name):
+    journal = Journal(Registry(root).store)
+    assert [one["id"] for one in journal.records(journal.segments())] == [name]
+    assert [one["id"] for one in journal.waiting()] == [name]
+    assert [one["origin"] for one in journal.quarantined()] == [name]
+    return True
+
+
+def test_a_writer_that_has_lost_the_lease_writes_nothing(root, foreign_lease):
+    journal = stale(root)
+    take_over(root, "b")
+    with pytest.raises(LeaseLost, match="has lost its lease"):
+        journal.append([row("a")], [bad("a")], [half("a")], {"line": 1})
+    with pytest.raises(LeaseLost, match="has lost its lease"):
+        journal.quarantine("withdrawn", [row("a")], "late")
+    assert untouched(root, "b")
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_writer_of_a_bucket_that_loses_the_lease_while_it_writes_overwrites_nothing(foreign_lease, step):
+    root = f"memory://{uuid.uuid4().hex}/registry"
+    journal, seen = stale(root), itertools.count()
+    create = journal.store.create
+
+    def slow(name, data):
+        if next(seen) == step:
+            take_over(root, "b")
+        create(name, data)
+
+    journal.store.create = slow
+    with pytest.raises(LeaseLost):
+        journal.append([row("a")], [bad("a")], [half("a")], {"line": 1})
+    assert untouched(root, "b")
+
+
+def _stopped_while_it_writes(root):
+    registry = Registry(root)
+    with registry.lease(ttl=0.05):
+        journal = Journal(registry.store, registry.check_lease)
+        write = journal.store.write
+
+        def stopping(name, data):
+            if name == "pending/000001.jsonl":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            write(name, data)
+
+        journal.store.write = stopping
+        journal.append([row("a")], [], [], {"line": 1})
+
+
+def test_a_writer_that_is_stopped_while_it_writes_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("evertune.registry.store._PATIENCE", 0.2)
+    root = str(tmp_path / "registry")
+    process = multiprocessing.get_context("fork").Process(target=_stopped_while_it_writes, args=(root,))
+    process.start()
+    assert process.pid is not None
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    with pytest.raises(RegistryError, match=r"another process has held .*\.lock for"):
+        take_over(root, "b")
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    take_over(root, "b")
+    journal = Journal(Registry(root).store)
+    assert [one["id"] for one in journal.records(journal.segments())] == ["a", "b"]

@@ -18,7 +18,7 @@ import pytest
 
 from evertune.registry import lease as leases
 from evertune.registry.lease import TOKEN, Lease, LeaseHeld, LeaseLost
-from evertune.registry.store import Store
+from evertune.registry.store import RegistryError, Store
 
 FORK = multiprocessing.get_context("fork")
 NEVER = 1e6
@@ -279,3 +279,52 @@ def test_bad_settings(store: Store) -> None:
     for ttl in (0, -1.0):
         with pytest.raises(ValueError, match=f"ttl must be a positive number of seconds, got {ttl}"):
             Lease(store, ttl=ttl)
+
+
+# --- files that no lease has written
+
+
+@pytest.mark.parametrize(
+    "name", ["007.json", "7.txt", "7", "\N{FULLWIDTH DIGIT SEVEN}.json", "-7.json", "7.json.json", "x.json"]
+)
+def test_other_files_in_the_folder_are_not_leases(store: Store, name: str) -> None:
+    store.write(f"lease/{name}", b"{}")
+    with Lease(store) as lease:
+        assert lease.number == 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"ttl": 1e12},
+        {"ttl": -1e12},
+        {"ttl": "long"},
+        {"ttl": 1e12, "pid": "../../self", "started": 1},
+        {"pid": -1},
+        {"released": "yes"},
+        [],
+    ],
+)
+def test_a_foreign_file_without_heartbeats_is_taken_over(
+    store: Store, record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_MOST_TTL", 0.1)
+    if isinstance(record, dict) and "pid" in record:
+        record["host"] = leases._host()
+    store.write("lease/7.json", json.dumps(record).encode())
+    with Lease(store, ttl=0.1) as lease:
+        assert lease.number == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"ttl": 1e400}', b'{"owner": "' + b"x" * 100_000 + b'"}'])
+def test_a_file_that_cannot_be_parsed_is_a_holder_without_heartbeats(store: Store, content: bytes) -> None:
+    store.write("lease/7.json", content)
+    with Lease(store, ttl=0.1) as lease:
+        assert lease.number == 8
+
+
+def test_a_file_that_is_listed_but_not_there_is_named(store: Store) -> None:
+    store.write("lease/1.json", b"{}")
+    (store.local("lease") / "7.json").symlink_to("nowhere")
+    with pytest.raises(RegistryError, match=r"lease/7\.json is listed but cannot be read: delete it"), Lease(store):
+        raise AssertionError

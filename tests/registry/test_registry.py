@@ -526,6 +526,67 @@ def test_gc_sweeps_what_is_stale(disk: Registry) -> None:
     assert disk.verify() == []
 
 
+@pytest.mark.parametrize("act", ["promote", "roll back", "roll back twice", "candidate"])
+@pytest.mark.parametrize("when", ["decided", "deleting"])
+def test_gc_keeps_what_was_promoted_meanwhile(registry: Registry, act: str, when: str) -> None:
+    for number in range(1, 7):
+        registry.store.write(f"pending/{number:06d}.jsonl", b"{}\n")
+        release(registry)
+    other = Registry(registry.store.root)
+    changes: dict[str, Callable[[], Any]] = {
+        "promote": lambda: other.promote(2),
+        "roll back": other.rollback,
+        "roll back twice": lambda: (other.rollback(), other.rollback()),
+        "candidate": lambda: other.set_candidate(2),
+    }
+    calls = iter([changes[act]])
+    name = "garbage" if when == "decided" else "check_lease"
+    before = getattr(registry, name)
+
+    def meanwhile(*arguments: Any) -> Any:
+        """Between the decision and the first deletion, or right before it."""
+        found = before(*arguments)
+        next(calls, lambda: None)()
+        return found
+
+    if when == "deleting" and registry.store.is_local:  # the lock keeps others out there
+        with pytest.raises(RegistryError, match="another process has held"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("evertune.registry.store._PATIENCE", 0.02)
+            registry.check_lease = meanwhile  # type: ignore[method-assign]
+            registry.gc(keep=1)
+        return
+    setattr(registry, name, meanwhile)
+    registry.gc(keep=1)
+    assert other.verify() == []
+    assert set(other.aliases.values()) <= {version.number for version in other.versions()}
+
+
+@pytest.mark.parametrize("act", ["promote", "set_candidate"])
+def test_what_gc_deletes_meanwhile_is_not_promoted(registry: Registry, act: str) -> None:
+    for _ in range(4):
+        release(registry)
+    other = Registry(registry.store.root)
+    before = other._changing
+
+    def meanwhile(*arguments: Any, **named: Any) -> Any:
+        registry.gc(keep=1)
+        return before(*arguments, **named)
+
+    other._changing = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(RegistryError, match=r"version 1 was deleted meanwhile; .* has 3, 4"):
+        getattr(other, act)(1)
+    assert registry.verify() == []
+
+
+def test_aliases_are_changed_while_another_process_holds_the_lease(registry: Registry) -> None:
+    for _ in range(3):
+        release(registry)
+    with registry.lease("a watch", ttl=1e6):
+        other = Registry(registry.store.root)
+        assert other.rollback().number == 2
+        assert other.promote(1).number == 1
+
+
 def test_gc_and_the_lease(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evertune.registry.lease._GRACE", 0.02)
     for _ in range(3):
