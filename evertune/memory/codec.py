@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from evertune.memory.objects import MissingTypeError, put_together, take_apart
+from evertune.utils import typed_json
 
 _MAGIC = b"EVX1"
 _ALIGNMENT = 16
+_DEEPEST = 30  # nested containers; a dataclass counts twice
 _PACK_FROM = 8  # length; shorter lists of numbers stay in the header
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError, struct.error)
 _TORCH_DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -45,7 +48,8 @@ def encode(example: Any) -> bytes:
             left out). Also namedtuples, dataclasses and enums whose class can be found by its module and name.
 
     Raises:
-        TypeError: If the example contains anything else; the message names its type and its place.
+        TypeError: If the example contains anything else, or is nested more than 30 levels deep; the message names the
+            type and the place.
 
     Example:
         >>> decode(encode({"text": "hello", "ids": (1, 2), "x": torch.ones(2)}))
@@ -60,6 +64,8 @@ def encode(example: Any) -> bytes:
 def decode(data: bytes | bytearray | memoryview) -> Any:
     """Decode an example that :func:`encode` encoded. Tensors and arrays own their memory and are writable.
 
+    The bytes may come from anyone: what they claim is compared with what they hold before memory is taken for it.
+
     The attributes of a dataclass are restored; its ``__init__`` and ``__post_init__`` do not run again.
 
     Raises:
@@ -73,11 +79,11 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
             raise ValueError("wrong magic number")
         (length,) = struct.unpack_from("<I", memory, 4)
         start = 8 + length
-        header = json.loads(memory[8:start])
-        return _build(header, memory, start + -start % _ALIGNMENT)
+        header = typed_json.decode(memory[8:start].decode(), surrogates=True)
+        return _Builder(memory, start + -start % _ALIGNMENT).build(header)
     except MissingTypeError:
         raise
-    except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+    except _DAMAGED as error:
         raise ValueError(f"not an encoded example, or a damaged one: {error}") from error
 
 
@@ -97,22 +103,25 @@ class _Buffers:
         return offset, len(data)
 
 
-def _describe(value: Any, buffers: _Buffers, where: str) -> Any:  # noqa: PLR0911  (one return a type)
+def _describe(value: Any, buffers: _Buffers, where: str, level: int = 0) -> Any:  # noqa: PLR0911, PLR0912  (one a type)
     kind = type(value)
     if value is None or kind in (bool, str, int):
         return value
     if kind is float:
         return value if math.isfinite(value) else ["float", str(value)]
+    if level >= _DEEPEST and kind in (dict, list, tuple):
+        raise TypeError(f"cannot store {where}: it is nested more than {_DEEPEST} levels deep")
     if kind is dict:
         for key in value:
             if type(key) not in (str, int):
                 raise TypeError(f"cannot store {where}: a dict key of type {type(key).__name__}; {_SUPPORTED}")
-        return ["dict", [[key, _describe(item, buffers, f"{where}[{key!r}]")] for key, item in value.items()]]
+        return ["dict", [[k, _describe(item, buffers, f"{where}[{k!r}]", level + 1)] for k, item in value.items()]]
     if kind in (list, tuple):
         # A list of token ids as JSON numbers would take several times the space and time.
         if kind is list and len(value) >= _PACK_FROM and (packed := _pack(value)) is not None:
             return ["numbers", packed.dtype.str, *buffers.add(packed.tobytes())]
-        return [kind.__name__, [_describe(item, buffers, f"{where}[{index}]") for index, item in enumerate(value)]]
+        items = (_describe(item, buffers, f"{where}[{index}]", level + 1) for index, item in enumerate(value))
+        return [kind.__name__, list(items)]
     if kind is bytes:
         return ["bytes", *buffers.add(value)]
     if kind is Tensor and value.layout is torch.strided and str(value.dtype) in _TORCH_DTYPES:
@@ -124,7 +133,7 @@ def _describe(value: Any, buffers: _Buffers, where: str) -> Any:  # noqa: PLR091
         return ["scalar", value.dtype.str, *buffers.add(value.tobytes())]
     if (parts := take_apart(value)) is not None:
         name, details, inner = parts
-        return ["object", name, details, _describe(inner, buffers, where)]
+        return ["object", name, details, _describe(inner, buffers, where, level + 1)]
     raise TypeError(f"cannot store {where}, a {kind.__module__}.{kind.__qualname__}; {_SUPPORTED}")
 
 
@@ -143,37 +152,60 @@ def _pack(values: list[Any]) -> np.ndarray[Any, Any] | None:
     return None
 
 
-def _build(node: Any, memory: bytearray, base: int) -> Any:  # noqa: PLR0911  (one return a type)
-    if not isinstance(node, list):
-        return node
-    kind, *details = node
-    match kind:
-        case "float":
-            return float(details[0])
-        case "dict":
-            return {key: _build(item, memory, base) for key, item in details[0]}
-        case "list":
-            return [_build(item, memory, base) for item in details[0]]
-        case "tuple":
-            return tuple(_build(item, memory, base) for item in details[0])
-        case "object":
-            return put_together(details[0], details[1], _build(details[2], memory, base))
-    *description, offset, length = details
-    start, stop = base + offset, base + offset + length
-    if not base <= start <= stop <= len(memory):
-        raise ValueError("truncated")
-    if kind == "bytes":
-        return bytes(memory[start:stop])
-    if kind == "tensor":
-        dtype, shape = _TORCH_DTYPES[description[0]], description[1]
-        return (
-            torch.frombuffer(memory[start:stop], dtype=dtype).reshape(shape)
-            if length
-            else torch.empty(shape, dtype=dtype)
-        )
-    if kind not in ("array", "scalar", "numbers"):
-        raise ValueError(f"unknown kind {kind!r}")
-    array = np.frombuffer(memory[start:stop], dtype=np.dtype(description[0]))
-    if kind == "array":
-        return array.reshape(description[1])
-    return array.tolist() if kind == "numbers" else array[0]
+class _Builder:
+    """Builds an example from its description. Each buffer belongs to one tensor, array or text, in the order in which
+    they are described, so that the example takes no more memory than its bytes."""
+
+    def __init__(self, memory: bytearray, base: int) -> None:
+        self.memory = memory
+        self.base = self.free = base
+
+    def build(self, node: Any) -> Any:  # noqa: PLR0911  (one return a type)
+        if not isinstance(node, list):
+            return node
+        kind, *details = node
+        match kind:
+            case "float":
+                return float(details[0])
+            case "dict":
+                return {key: self.build(item) for key, item in details[0]}
+            case "list":
+                return [self.build(item) for item in details[0]]
+            case "tuple":
+                return tuple(self.build(item) for item in details[0])
+            case "object":
+                return put_together(details[0], details[1], self.build(details[2]))
+        *description, offset, length = details
+        buffer = self._take(offset, length)
+        if kind == "bytes":
+            return bytes(buffer)
+        if kind == "tensor":
+            dtype, shape = _TORCH_DTYPES[description[0]], description[1]
+            _check_shape(shape, length, dtype.itemsize)
+            return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if length else torch.empty(shape, dtype=dtype)
+        if kind not in ("array", "scalar", "numbers"):
+            raise ValueError(f"unknown kind {kind!r}")
+        numpy_dtype = np.dtype(str(description[0]))
+        if numpy_dtype.kind not in "biufcSUmM" or not numpy_dtype.itemsize:
+            raise ValueError(f"an array of {numpy_dtype}")
+        if kind == "array":
+            _check_shape(description[1], length, numpy_dtype.itemsize)
+        array = np.frombuffer(buffer, dtype=numpy_dtype)
+        if kind == "array":
+            return array.reshape(description[1])
+        return array.tolist() if kind == "numbers" else array[0]
+
+    def _take(self, offset: int, length: int) -> bytearray:
+        """A copy of a buffer, which must begin behind the one before it."""
+        start, stop = self.base + offset, self.base + offset + length
+        if not self.free <= start <= stop <= len(self.memory):
+            raise ValueError("truncated, or its buffers overlap")
+        self.free = stop
+        return self.memory[start:stop]
+
+
+def _check_shape(shape: list[int], length: int, itemsize: int) -> None:
+    if any(type(size) is not int or not 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"the shape {str(shape)[:100]}")
+    if math.prod(shape) * itemsize != length:
+        raise ValueError(f"the shape {str(shape)[:100]} of {itemsize} bytes each, in {length} bytes")

@@ -11,8 +11,9 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from evertune.memory.codec import decode, encode
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
+from evertune.utils import typed_json
 from evertune.utils.files import write_atomically
 
 Label = str | None
@@ -39,6 +41,24 @@ _SCHEMA = pa.schema(
 _FORMAT = "evertune-memory-1"
 _MANIFEST = "memory.json"
 _CHUNK = 4096
+
+
+@dataclass
+class _Manifest:
+    """The file that holds a saved memory, and its checksum."""
+
+    file: str
+    sha256: str
+
+
+@dataclass
+class _Settings:
+    """The settings under which the examples of a file were chosen."""
+
+    format: Literal["evertune-memory-1"]
+    policy: str
+    seed: int
+    seen: int
 
 
 class Examples(Protocol):
@@ -59,7 +79,7 @@ class MemoryView:
         self._table = table
         self._data = table.column("data").chunk(0) if len(table) else []
         self._pass: tuple[tuple[int, int], Indices] | None = None
-        self.settings: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"evertune", b"{}"))
+        self.settings: dict[str, Any] = typed_json.decode((table.schema.metadata or {}).get(b"evertune", b"{}"))
 
     @classmethod
     def open(cls, path: str | Path) -> MemoryView:
@@ -69,8 +89,8 @@ class MemoryView:
             ValueError: If the file is not an Arrow file, or is truncated.
         """
         try:
-            return cls(pa.ipc.open_file(_mapped(Path(path))).read_all())
-        except pa.ArrowInvalid as error:
+            return cls(_checked_table(_mapped(Path(path))))
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path} is not the Arrow file of a memory, or is truncated: {error}") from None
 
     @classmethod
@@ -376,10 +396,10 @@ class ReplayMemory:
         content = path.read_bytes()
         _refuse_pickle(content, path)
         try:
-            manifest = json.loads(content)
-            name, digest = str(manifest["file"]), str(manifest["sha256"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is corrupt or truncated: {error!r}") from error
+            manifest = typed_json.read_json(_Manifest, content)
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+        name, digest = manifest.file, manifest.sha256
         if Path(name).name != name:
             raise ValueError(f"{path} names a file outside its folder: {name!r}")
         file = Path(directory) / name
@@ -465,22 +485,20 @@ class ReplayMemory:
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{source} is corrupt or truncated: its sha256 is not the one recorded when it was saved")
         try:
-            view = MemoryView(pa.ipc.open_file(data).read_all())
-            valid = view.table.schema.equals(_SCHEMA) and view.settings["format"] == _FORMAT
-        except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{source} is corrupt: {error}") from error
-        if not valid:
-            raise ValueError(f"{source} is not a replay memory of this version ({_FORMAT})")
+            view = MemoryView(_checked_table(data))
+            settings = typed_json.from_json(_Settings, view.settings)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{source} is corrupt, or is not a replay memory of this version: {error}") from error
         for name, mine in (("policy", self.policy.name), ("seed", self.seed)):
-            if view.settings[name] != mine:
+            if (filled := getattr(settings, name)) != mine:
                 raise ValueError(
-                    f"{source} was filled with {name}={view.settings[name]!r}, this memory has {name}={mine!r}; "
+                    f"{source} was filled with {name}={filled!r}, this memory has {name}={mine!r}; "
                     "what was kept under one does not merge with the other"
                 )
         if is_writer:
             table = view.table
             kept = self.policy.select(table.column("priority").to_numpy(), view.ids, view.labels, self.memory_size)
-            self._write([table.take(pa.array(kept))], view.settings["seen"])
+            self._write([table.take(pa.array(kept))], settings.seen)
         self.generation += 1
 
     # checks
@@ -524,6 +542,26 @@ def _serialise(table: pa.Table, settings: dict[str, Any]) -> pa.Buffer:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
+
+
+def _checked_table(data: pa.Buffer) -> pa.Table:
+    """The rows of an Arrow file that somebody else may have written.
+
+    Offsets are compared with the buffers that they point into: Arrow itself would read beyond them. The columns are
+    checked before any row is read.
+
+    Raises:
+        ArrowInvalid, OSError, ValueError: If it is not the file of a memory.
+    """
+    reader = pa.ipc.open_file(data)
+    if not reader.schema.equals(_SCHEMA):
+        raise ValueError(f"it has other columns ({', '.join(reader.schema.names)[:200]})")
+    table = reader.read_all()
+    table.validate(full=True)
+    for name in ("id", "experience", "priority", "data"):
+        if table.column(name).null_count:
+            raise ValueError(f"a row has no {name}")
+    return table.combine_chunks() if reader.num_record_batches > 1 else table
 
 
 def _mapped(path: Path) -> pa.Buffer:

@@ -1,9 +1,14 @@
 """The replay memory: what it keeps, how it draws, and that nothing in its files can run code."""
 
+import hashlib
 import itertools
+import json
 import pickle
+import struct
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -85,6 +90,175 @@ def test_codec_refuses_damaged_bytes():
             decode(data[:cut])
     with pytest.raises(ValueError, match="magic"):
         decode(pickle.dumps({"a": 1}))
+
+
+def raw(header, buffers=b""):
+    """The bytes of an example with any description: what :func:`encode` would not write."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    prefix = b"EVX1" + struct.pack("<I", len(header)) + header
+    return prefix + bytes(-len(prefix) % 16) + buffers
+
+
+def deep(kind, levels):
+    node = 1
+    for _ in range(levels):
+        node = [kind, [["a", node]] if kind == "dict" else [node]]
+    return node
+
+
+HOSTILE = {
+    "2^31 numbers in no bytes": ["tensor", "torch.float32", [2**31], 0, 0],
+    "2^31 numbers in 16 bytes": ["tensor", "torch.float32", [2**31], 0, 16],
+    "2^31 numbers of numpy in no bytes": ["array", "<f4", [2**31], 0, 0],
+    "a shape that overflows": ["tensor", "torch.float32", [0, 2**62, 2**62], 0, 0],
+    "a size below zero": ["tensor", "torch.float32", [-1], 0, 16],
+    "a size of numpy below zero": ["array", "<f4", [-1, 2], 0, 16],
+    "a size that is not a number": ["tensor", "torch.float32", ["4"], 0, 16],
+    "a size of true": ["tensor", "torch.float32", [True, 4], 0, 16],
+    "another shape": ["tensor", "torch.float32", [5], 0, 16],
+    "a buffer beyond the end": ["bytes", 0, 2**40],
+    "a buffer before the start": ["bytes", -16, 16],
+    "a buffer of negative length": ["bytes", 8, -8],
+    "a buffer used many times": ["list", [["bytes", 0, 16]] * 1000],
+    "an unknown type of torch": ["tensor", "torch.load", [4], 0, 16],
+    "objects": ["array", "|O", [2], 0, 16],
+    "a record type": ["array", "f4,i4", [2], 0, 16],
+    "a huge subarray": ["array", "2147483647f4", [1], 0, 16],
+    "strings of no length": ["array", "<U0", [2**31], 0, 0],
+    "a scalar without bytes": ["scalar", "<f4", 0, 0],
+    "an unknown kind": ["pickle", 0, 16],
+    "an unknown object": ["object", 3, [None, None], {}],
+    "a date that is none": ["object", "date", ["yesterday"], None],
+    "days beyond time": ["object", "timedelta", [10**12, 0, 0], None],
+    "a zone that is a path": ["object", "datetime", ["2024-01-01", 0, ["../../etc/passwd"]], None],
+    "a number that is too large": b"1e999",
+    "deep lists": deep("list", 60),
+    "very deep lists": b'["list",[' * 100_000 + b"1" + b"]]" * 100_000,
+    "deep dicts": deep("dict", 60),
+    "not JSON": b"{",
+    "not UTF-8": b'"\xff"',
+    "a dict with a list for a key": ["dict", [[["a"], 1]]],
+    "a dict of one": ["dict", [["a"]]],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE)
+def test_what_an_example_claims_is_compared_with_its_bytes(header):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="not an encoded example"):
+            decode(raw(header, bytes(range(16))))
+        assert tracemalloc.get_traced_memory()[1] < 2**26  # what a shape claims is never allocated
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("levels", "fits"), [(30, True), (31, False)])
+def test_examples_are_nested_as_deep_as_they_can_be_read(levels, fits):
+    for wrap in (lambda inner: [inner], lambda inner: {"a": inner}, lambda inner: (inner, torch.ones(1))):
+        example = 1.5
+        for _ in range(levels):
+            example = wrap(example)
+        if fits:
+            assert same(decode(encode(example)), example)
+        else:
+            with pytest.raises(TypeError, match="nested more than 30 levels deep"):
+                encode(example)
+
+
+def resealed(folder, change):
+    """Change the Arrow file of a saved memory and its checksum, as somebody who publishes one could."""
+    (file,) = folder.glob("*.arrow")
+    file.write_bytes(change(file.read_bytes()))
+    manifest = folder / "memory.json"
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(fields | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
+
+
+def offset(column, value):
+    """Replaces the second offset of a column of two rows."""
+
+    def change(data):
+        rows = pa.ipc.open_file(data).read_all().column(column).cast(pa.large_binary()).to_pylist()
+        old = struct.pack("<3q", 0, len(rows[0]), len(rows[0]) + len(rows[1]))
+        assert data.count(old) == 1
+        return data.replace(old, old[:8] + struct.pack("<q", value) + old[16:])
+
+    return change
+
+
+def column(name, values):
+    """Replaces a column."""
+
+    def change(data):
+        table = pa.ipc.open_file(data).read_all()
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, name, pa.array(values)) if at >= 0 else table.append_column(name, pa.array(values))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    return change
+
+
+def settings(text):
+    """Replaces the settings."""
+
+    def change(data):
+        table = pa.ipc.open_file(data).read_all().replace_schema_metadata({b"evertune": text.encode()})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    return change
+
+
+SETTINGS = {"format": "evertune-memory-1", "policy": "reservoir", "seed": 0, "seen": 2}
+CHANGES = {
+    "an offset beyond the ids": offset("id", 2**40),
+    "an offset before the ids": offset("id", -8),
+    "an offset beyond the data": offset("data", 2**40),
+    "an offset before the data": offset("data", -8),
+    "an offset out of order": offset("data", 10**6),
+    "another type": column("priority", [1, 2]),
+    "a column more": column("more", [1, 2]),
+    "a row without an id": column("id", pa.array(["a", None], pa.large_string())),
+    "a row without data": column("data", pa.array([None, None], pa.large_binary())),
+    "settings that are not JSON": settings("{"),
+    "settings that are deep": settings("[" * 100_000),
+    "settings of another type": settings("[]"),
+    "no settings": settings("{}"),
+    "a count that is a text": settings(json.dumps(SETTINGS | {"seen": "2"})),
+    "a seed that is too large": settings(json.dumps(SETTINGS)[:-1] + ', "seed": 1e400}'),
+    "another format": settings(json.dumps(SETTINGS | {"format": "evertune-memory-9"})),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_memory_from_elsewhere_is_checked_before_it_is_read(tmp_path, change):
+    memory = ReplayMemory(5)
+    memory.update(["x", "y"], "e", ids=["a", "bb"])
+    memory.save(tmp_path)
+    resealed(tmp_path, change)
+    mine = ReplayMemory(5)
+    with pytest.raises(ValueError, match="is corrupt, or is not a replay memory of this version"):
+        mine.load(tmp_path)
+    assert len(mine) == 0
+    if "offset" in str(change):
+        (file,) = tmp_path.glob("*.arrow")
+        with pytest.raises(ValueError, match="not the Arrow file of a memory"):
+            MemoryView.open(file)
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, "[]", "{}", '{"file": 3, "sha256": "a"}', '{"a": 1e400}', "\xff"])
+def test_a_manifest_from_elsewhere_is_checked(tmp_path, manifest):
+    ReplayMemory(5).save(tmp_path)
+    (tmp_path / "memory.json").write_text(manifest, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"memory.json is corrupt or truncated"):
+        ReplayMemory(5).load(tmp_path)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
