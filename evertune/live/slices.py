@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evertune.registry.manifest import SliceEntry
@@ -56,6 +56,43 @@ def hold_out(
         chosen = sorted(members, key=draw)[: min(int(due + 1e-9) - len(held), len(members) - 1)]
         held.update(row["id"] for row in chosen)
     return [row for row in rows if row["id"] not in held], [row for row in rows if row["id"] in held]
+
+
+def sent_again(
+    rows: Sequence[Row], before: Mapping[str, Sequence[Row]], id: str | None
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Find the records that an earlier update has held out, and that have been sent again.
+
+    A record is recognised by its id; without one, by its content.
+
+    Args:
+        rows: All records of an update.
+        before: The records held out of earlier updates, by the name of their slice.
+        id: Name of the field with the id, as in the schema.
+
+    Returns:
+        The other records; those with an id that was held out, but another content; and those with the same content,
+        each with a ``reason``. Neither of the latter two may be trained on.
+    """
+    held = {_identity(row, id): (name, row) for name, slice in before.items() for row in slice}
+    new: list[Row] = []
+    changed: list[Row] = []
+    same: list[Row] = []
+    for row in rows:
+        name, older = held.get(_identity(row, id), ("", None))
+        if older is None:
+            new.append(row)
+        elif row["record"] != older["record"]:
+            changed.append(row)
+        else:
+            same.append({**row, "reason": f"sent again, and held out already ({name})"})
+    return new, changed, same
+
+
+def _identity(row: Row, id: str | None) -> str:
+    if id is not None and row["record"].get(id) is not None:
+        return f"id {row['id']}"
+    return hashlib.sha256(json.dumps(row["record"], sort_keys=True).encode()).hexdigest()
 
 
 def thin(slices: dict[str, list[Row]], budget: int) -> dict[str, list[Row]]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evertune.gate.gate import FEW, Check, Gate, Verdict
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.plan import Plan
-from evertune.live.slices import draw, hold_out, load_slice, save_slice, thin
+from evertune.live.slices import draw, hold_out, load_slice, save_slice, sent_again, thin
 from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.registry.journal import Journal, Segment, latest
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
@@ -374,10 +374,9 @@ class Updater:
 
         if trained(self.staging, plan):
             return
-        rows, _, _ = self._split(plan)
         train(
             plan,
-            rows,
+            self._split(plan).train,
             self.staging,
             None if plan.parent is None else self._folder(self.registry.version(plan.parent)),
             self.model,
@@ -397,11 +396,10 @@ class Updater:
         folder = self.staging / VERSION
         if (folder / _VERDICT).is_file():
             return Verdict.from_dict(json.loads((folder / _VERDICT).read_bytes()))
-        rows, held_out, _ = self._split(plan)
+        rows, held_out, *_ = self._split(plan)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
-        store, new = self.registry.store, plan.experience
-        entries = production.manifest.slices if production else []
-        slices = {entry.name: load_slice(store, entry) for entry in entries} | {new: held_out}
+        new = plan.experience
+        slices = self._slices(plan) | {new: held_out}
         # ``thin`` and ``draw`` depend on the ids alone, so that a resumed update is judged on the same records.
         slices = thin(slices, self.settings.max_evaluation)
         shown = {_SHOWN: sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]}
@@ -458,16 +456,14 @@ class Updater:
         from evertune.live.training import VERSION, trained
 
         folder = self.staging / VERSION
-        rows, held_out, superseded = self._split(plan)
+        rows, held_out, put_aside, n_again = self._split(plan)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         slices = list(production.manifest.slices) if production else []
         if held_out:
             # Written before the manifest that names it; if the process dies in between, the same file is written again.
             slices.append(save_slice(self.registry.store, plan.experience, held_out))
-        if superseded and verdict.passed:
-            self.journal.quarantine(
-                "superseded by a newer record with the same id", superseded, f"superseded-{plan.version}"
-            )
+        if put_aside and verdict.passed:
+            self.journal.quarantine("put aside", put_aside, f"superseded-{plan.version}")
         evaluation = json.loads((folder / _EVALUATION).read_bytes())["slices"]
         accuracy = {name: Predictions.from_dict(values).accuracy for name, values in evaluation.items()}
         training = trained(self.staging, plan)
@@ -487,7 +483,8 @@ class Updater:
             records={
                 "train": len(rows),
                 "held_out": len(held_out),
-                "quarantined": sum(segment.quarantined for segment in segments) + len(superseded),
+                "quarantined": sum(segment.quarantined for segment in segments) + len(put_aside),
+                **({"sent_again": n_again} if n_again else {}),
             },
             slices=slices,
             verdict=VerdictSummary(verdict.passed, _reasons(verdict)),
@@ -521,6 +518,8 @@ class Updater:
         self._clear_staging()
         status: Status = "promoted" if verdict.passed else "refused"
         words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {_reasons(verdict)}"
+        if n_again := version.manifest.records.get("sent_again"):
+            words += f"; {n_again} records that were held out before were sent again, and stay held out"
         return Outcome(status, words, version.number, verdict, {**version.manifest.seconds, **seconds})
 
     # --- planning and its inputs
@@ -557,6 +556,12 @@ class Updater:
         if not verdict.passed:
             self._backlog.stop(plan.parent, plan.consumed, plan.created)
             return Outcome("stopped", f"stopped before training: {_reasons(verdict)}", verdict=verdict)
+        split = self._split(plan)
+        if not split.train:
+            self._backlog.stop(plan)
+            return Outcome(
+                "nothing", f"{split.n_again} records are pending: all were held out before, and stay held out"
+            )
         plan.save(self.staging)
         return plan
 
@@ -608,13 +613,24 @@ class Updater:
     def _rows(self, segments: Sequence[Segment]) -> list[Row]:
         return self.journal.records(segments)
 
-    def _split(self, plan: Plan) -> tuple[list[Row], list[Row], list[Row]]:
-        """The records of an update to train on, those held out, and those that a newer one has superseded."""
-        rows, superseded = latest(self._rows(self._segments(plan)))
+    def _split(self, plan: Plan) -> _Split:
+        """Decide what each record of an update is for, in the same way in every attempt.
+
+        A record that was held out of an earlier update stays held out when it is sent again, changed or not: production
+        is judged on it.
+        """
+        rows, put_aside = latest(self._rows(self._segments(plan)))
+        rows, changed, same = sent_again(rows, self._slices(plan), self.schema.id)
         train, held_out = hold_out(
             rows, self._label, self.settings.holdout, self.settings.max_holdout, self._classes_of
         )
-        return train, held_out, superseded
+        return _Split(train, held_out + changed, put_aside + same, len(changed) + len(same))
+
+    def _slices(self, plan: Plan) -> dict[str, list[Row]]:
+        """The records held out of all updates before this one, by the name of their slice."""
+        production = self.registry.version(plan.parent) if plan.parent is not None else None
+        entries = production.manifest.slices if production else []
+        return {entry.name: load_slice(self.registry.store, entry) for entry in entries}
 
     def _classes_of(self, label: Any) -> Any:
         """The classes by which a label is held out: the label itself, or none for a task without classes."""
@@ -725,6 +741,16 @@ class Updater:
     def _clear_staging(self) -> None:
         (self.staging / "plan.json").unlink(missing_ok=True)  # first, so that leftovers of a crash belong to no update
         empty(self.staging)
+
+
+class _Split(NamedTuple):
+    """The records of an update to train on, those held out, and those put aside with their ``reason``: a newer one has
+    superseded them, or they are held out already. ``n_again`` had been held out before."""
+
+    train: list[Row]
+    held_out: list[Row]
+    put_aside: list[Row]
+    n_again: int
 
 
 def _task_for_updates(model: Any) -> Task:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evertune.live.slices import hold_out, load_slice, save_slice, thin
+from evertune.live.slices import hold_out, load_slice, save_slice, sent_again, thin
 from evertune.registry.store import Store
 
 
@@ -55,6 +55,28 @@ def test_several_labels() -> None:
     some = [{"id": str(i), "origin": "", "record": {"label": ["x", "y"] if i % 2 else ["x"]}} for i in range(40)]
     _, held_out = hold_out(some, "label", share=0.2, at_most=500)
     assert Counter(len(row["record"]["label"]) for row in held_out) == {1: 4, 2: 4}
+
+
+def test_what_was_held_out_is_recognised() -> None:
+    def row(id: str, text: str, origin: str = "f:1") -> dict[str, Any]:
+        return {"id": id, "origin": origin, "record": {"id": id, "text": text, "label": "a"}}
+
+    before = {"update-1": [row("1", "one"), row("2", "two")], "update-2": [row("2", "two, changed")]}
+    rows = [row("1", "one", "g:1"), row("2", "two", "g:2"), row("3", "three"), row("4", "one")]
+    new, changed, same = sent_again(rows, before, id="id")
+    assert ([one["id"] for one in new], [one["id"] for one in changed]) == (["3", "4"], ["2"])
+    assert [(one["id"], one["reason"]) for one in same] == [("1", "sent again, and held out already (update-1)")]
+
+
+@pytest.mark.parametrize("id", [None, "id"])
+def test_without_an_id_the_content_is_recognised(id: str | None) -> None:
+    def row(origin: str, **record: Any) -> dict[str, Any]:
+        return {"id": origin, "origin": origin, "record": record if id is None else {**record, "id": None}}
+
+    before = {"update-1": [row("f:1", text="one", label="a"), row("f:2", text="two", label="a")]}
+    rows = [row("g:7", label="a", text="one"), row("f:2", text="another file of this name", label="a")]
+    new, changed, same = sent_again(rows, before, id)
+    assert (new, changed, [one["id"] for one in same]) == ([rows[1]], [], ["g:7"])
 
 
 def test_thin_takes_from_the_longest_and_keeps_what_it_kept() -> None:
