@@ -558,7 +558,7 @@ class Updater:
             return Outcome("stopped", f"stopped before training: {_reasons(verdict)}", verdict=verdict)
         split = self._split(plan)
         if not split.train:
-            self._backlog.stop(plan)
+            self._backlog.stop(plan.parent, plan.consumed, plan.created)
             return Outcome(
                 "nothing", f"{split.n_again} records are pending: all were held out before, and stay held out"
             )

@@ -32,6 +32,7 @@ _TAGS = ("ETag", "etag", "md5Hash")  # names of a file's version in object store
 _TIMES = ("mtime", "created", "ino", "LastModified", "last_modified", "updated", "modified")
 _CHUNK_BYTES = 1 << 26  # bytes of text in a chunk, give or take a line: bounds the memory that long documents take
 _ATTEMPTS = 3  # attempts to read a file that changes meanwhile
+_ABANDONED = 86_400.0  # seconds after which half a JSON object at the end of a file is taken for a bad line
 _BAD = -1  # the position that marks a file which cannot be read at all
 
 
@@ -295,7 +296,7 @@ class FolderSource(Source):
                 if kind(name).startswith(".csv"):
                     more = reader.read_csv(limit, room, self._delimiter, final=sealed or self._settled(info))
                 else:
-                    more = reader.read_jsonl(limit, room, final=sealed)
+                    more = reader.read_jsonl(limit, room, final=sealed or self._settled(info, _ABANDONED))
                 records, position, line = reader.records, reader.position, reader.line
                 size = position - start
                 more = more and (sealed or position < blob.size)
@@ -341,15 +342,15 @@ class FolderSource(Source):
             return left[1]
         return ParquetReader(blob) if kind(name) == ".parquet" else Gunzip(blob)
 
-    def _settled(self, info: _Info) -> bool:
+    def _settled(self, info: _Info, at_least: float = 0.0) -> bool:
         """Whether a file has not changed for ``settle`` seconds; ``abs``, as the clock may have been set back since."""
         modified = info.get("mtime")
         try:
             if not isinstance(modified, (int, float)):
                 modified = self._call(self._fs.modified, info["name"]).timestamp()
         except SourceError:  # the filesystem does not store times
-            return True
-        return abs(time.time() - modified) >= self._settle
+            return not at_least
+        return abs(time.time() - modified) >= max(self._settle, at_least)
 
 
 class _Mark(NamedTuple):

@@ -7,7 +7,7 @@ import gzip
 import io
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
@@ -42,6 +42,12 @@ class BadFileError(Exception):
 
 class ChangedError(Exception):
     """A file changed while it was read."""
+
+
+def different_names(names: Sequence[str]) -> None:
+    """Raise :class:`BadFileError` if two columns have the same name: one of them would be lost."""
+    if len(set(names)) < len(names):
+        raise BadFileError(f"two columns have the same name: {', '.join(names)}")
 
 
 class _Header(NamedTuple):
@@ -130,6 +136,11 @@ class Gunzip:
                 return b""
         return self._data[position - self._start :][:size]
 
+    def read(self) -> bytes:
+        """The whole content."""
+        self._rewind()
+        return b"".join(iter(self._unpack, b""))
+
     def _rewind(self) -> None:
         self._file.seek(0)
         self._stream = gzip.GzipFile(fileobj=self._file)
@@ -159,8 +170,7 @@ class ParquetReader:
             # Decodes everything once, so that damage is found before the first record is taken.
             for _ in self._file.iter_batches(self._n_batch):
                 pass
-        if len(set(names)) < len(names):
-            raise BadFileError(f"two columns have the same name: {', '.join(names)}")
+        different_names(names)
         self._batch: Any = b""
         self._next = -1
 
@@ -201,16 +211,18 @@ class ParquetReader:
 class TextReader:
     """Reads records of a text file from a position on: ``records``, and the ``position`` and ``line`` after them.
 
-    The methods return whether the file, as it is now, may hold more records.
+    The methods return whether the file, as it is now, may hold more records. With ``strict=False``, JSON may hold
+    values that cannot be written back (:func:`~evertune.sources.json.json_object`).
     """
 
-    def __init__(self, name: str, text: _Text, position: int, line: int, most: int) -> None:
+    def __init__(self, name: str, text: _Text, position: int, line: int, most: int, strict: bool = True) -> None:
         self.records: list[Incoming] = []
         self.position = position
         self.line = line
         self._name = name
         self._text = text
         self._most = most
+        self._strict = strict
 
     def read_jsonl(self, limit: int, room: int, final: bool) -> bool:
         """Read up to ``limit`` records and ``room`` bytes; ``final``: nothing will be appended to the last line."""
@@ -263,9 +275,8 @@ class TextReader:
             position += row.length
             line += row.n_lines
             if row.error:
-                raise BadFileError(f"the header cannot be read: {row.error}")
-            if len(set(row.fields)) < len(row.fields):
-                raise BadFileError(f"two columns have the same name: {', '.join(row.fields)}")
+                raise BadFileError(f"the header cannot be read: {row.error}; save the file as UTF-8 CSV")
+            different_names(row.fields)
             if row.fields:
                 return _Header(row.fields, position, line)
         return None
@@ -287,7 +298,7 @@ class TextReader:
         if length > self._most:
             return self._too_long(length, raw)
         try:
-            return Incoming(f"{self._name}:{self.line + 1}", json_object(raw))
+            return Incoming(f"{self._name}:{self.line + 1}", json_object(raw, self._strict))
         except ValueError as error:
             return self._bad(str(error), raw, self.line + 1) if raw.strip() else None
 

@@ -12,11 +12,16 @@ from uuid import UUID
 _MAX_DEPTH = 100
 
 
-def json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes, strict: bool = True) -> dict[str, Any]:
     """Parse a JSON object.
 
+    Args:
+        data: Its text, in UTF-8.
+        strict: Refuse values that cannot be written back as JSON: NaN, numbers and nesting that are too large, half
+            surrogate pairs. Otherwise only what cannot be parsed, and nesting that is too deep, is refused.
+
     Raises:
-        ValueError: With the reason, if ``data`` is not a JSON object, or one that cannot be written back as JSON.
+        ValueError: With the reason, if ``data`` is not a JSON object, or has values that are refused.
 
     Example:
         >>> json_object(b'{"text": "hello"}')
@@ -27,7 +32,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ValueError("not valid UTF-8") from None
     try:
-        value = _DECODER.decode(text)
+        value = (_DECODER if strict else _LENIENT).decode(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {_MAX_DEPTH}") from None
     except ValueError as error:
@@ -35,8 +40,11 @@ def json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but a {type(value).__name__}")
     # The full check is slow and needed only for deep nesting, or for an escape that may be half a surrogate pair.
-    if text.count("{") + text.count("[") > _MAX_DEPTH or "\\ud" in text or "\\uD" in text:
+    deep = text.count("{") + text.count("[") > _MAX_DEPTH
+    if strict and (deep or "\\ud" in text or "\\uD" in text):
         plain(value)
+    elif deep and _depth(value, _MAX_DEPTH) > _MAX_DEPTH:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
     return value
 
 
@@ -80,6 +88,14 @@ def plain(value: Any, depth: int = _MAX_DEPTH, decode: bool = False) -> Any:  # 
     raise ValueError(f"a value of type {type(value).__name__} has no JSON equivalent")
 
 
+def _depth(value: Any, most: int) -> int:
+    """How deep a value is nested, 0 for a number; counted to ``most + 1``."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if parts is None or most < 0:
+        return 0
+    return 1 + max((_depth(part, most - 1) for part in parts), default=0)
+
+
 def _whole(text: str) -> str:
     try:
         text.encode()
@@ -99,4 +115,5 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
+_LENIENT = json.JSONDecoder()
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 
 def text_value(value: Any) -> str:
     """Return the value if it is a text that is not empty."""
-    if value is None:
+    if absent(value):
         raise ValueError("no text")
     if not isinstance(value, str):
         raise ValueError(f"the text is a {type(value).__name__}, not a string")
@@ -22,20 +23,27 @@ def text_value(value: Any) -> str:
 
 
 def label_value(value: Any) -> str | list[str]:
-    """The name of a label, or the names of several labels; whole numbers and truth values become names."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+    """The name of a label, or the names of several labels; whole numbers and truth values become names.
+
+    Scalars of numpy and torch count as the values they hold.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if absent(value) or (isinstance(value, str) and value == ""):
         raise ValueError("no label")
     if isinstance(value, str):
+        if not is_utf8([value]):
+            raise ValueError("the label has a lone surrogate, which no encoding can write")
         return value
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    if isinstance(value, Sequence) or hasattr(value, "tolist"):
+    if hasattr(value, "tolist") or (isinstance(value, Sequence) and not isinstance(value, bytes | bytearray)):
         names = [label_value(name) for name in value]
         if all(isinstance(name, str) for name in names):
             return list(dict.fromkeys(names))  # type: ignore[arg-type]
-    raise ValueError(f"the label {value!r} is not a name")
+    raise ValueError(f"the label {reprlib.repr(value)} is not a name")
 
 
 def absent(value: Any) -> bool:

@@ -3,16 +3,18 @@
 A source is a Hugging Face ``Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, a list of dicts, the path of a JSONL,
 CSV or Parquet file (also ``.gz``), a list of such paths, a dict of paths by split, a folder of ``<label>/*.txt``, or
 the name of a dataset on the Hugging Face hub. A path may start with ``package:NAME/`` for data in an installed package.
+
+JSONL and CSV files are read by the reader of the live path, with its checks. Columns that nobody asked for are kept as
+they are where Arrow can hold them; a column with several kinds of values, or with values that Arrow cannot hold, is
+kept as text, with a warning.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
 import json
+import reprlib
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,8 @@ from typing import Any, BinaryIO, Literal
 from uuid import uuid4
 from warnings import warn
 
-from evertune.sources.values import is_utf8, label_value
+from evertune.sources.formats import BadFileError, Blob, ChangedError, Gunzip, TextReader, different_names
+from evertune.sources.values import absent, label_value
 from evertune.utils.locate import locate
 
 Normaliser = Callable[[Any], Any]
@@ -31,6 +34,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 """Names that a split may have in a source, with its canonical name."""
 
 _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+_MAX_ROW_BYTES = 1 << 26  # a longer line, or an open quote, is a bad row: bounds memory and time
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class _Part:
 
     origin: str
     rows: Any
-    numbers: Sequence[int]
+    numbers: list[int]
     bad: list[BadRow] = field(default_factory=list)
     path: Path | None = None
     split: str | None = None
@@ -86,13 +90,7 @@ class _Part:
 
     def values(self, column: str) -> list[Any]:
         """A column; the numbers of a ``ClassLabel`` become the names they stand for."""
-        if isinstance(self.rows, list):
-            return [row.get(column) for row in self.rows]
-        feature = self.rows.features[column]
-        values = self.rows.with_format(None)[column][:]
-        if hasattr(feature, "int2str"):
-            return [None if value is None or value < 0 else feature.int2str(value) for value in values]
-        return list(values)
+        return [row.get(column) for row in self.rows] if isinstance(self.rows, list) else _values(self.rows, column)
 
     def dataset(self, good: Sequence[int], checked: Mapping[str, list[Any]]) -> Any:
         """The good rows as a ``Dataset`` with the checked values."""
@@ -159,7 +157,12 @@ def read_rows(
         raise ValueError(f"{', '.join(part.origin for part in parts)}: no usable row")
     if split_column is not None:
         split = values.pop(split_column)
-    return Rows(_join(datasets), values, split if set(split) != {"train"} else None, bad_rows)
+    return Rows(
+        _join(datasets, ", ".join(part.origin for part in parts)),
+        values,
+        split if set(split) != {"train"} else None,
+        bad_rows,
+    )
 
 
 def name_value(value: Any) -> str:
@@ -180,18 +183,17 @@ def split_name(value: Any) -> str:
 def _check(part: _Part, columns: Mapping[str, Normaliser]) -> tuple[list[int], dict[str, list[Any]]]:
     """The positions of the good rows and their normalised values; bad rows are appended to ``part.bad``."""
     present = part.columns()
-    absent = [column for column in columns if column not in present]
-    if absent and len(part.rows):
-        raise ValueError(f"{part.origin} has no column {absent[0]!r}; its columns are {present}")
-    raw = {column: [] if absent else part.values(column) for column in columns}
+    missing = [column for column in columns if column not in present]
+    if missing and len(part.rows):
+        raise ValueError(f"{part.origin} has no column {missing[0]!r}; its columns are {present}")
+    raw = {column: [] if missing else part.values(column) for column in columns}
     checked: dict[str, list[Any]] = {column: [] for column in columns}
     good = []
     for position, number in enumerate(part.numbers):
         try:
             row = {column: _normalised(columns[column], column, raw[column][position]) for column in columns}
         except ValueError as error:
-            record = json.dumps(part.rows[position], default=str)
-            part.bad.append(BadRow(part.origin, number, str(error), record))
+            part.bad.append(BadRow(part.origin, number, str(error), _raw(part.rows, position)))
             continue
         good.append(position)
         for column, value in row.items():
@@ -200,10 +202,26 @@ def _check(part: _Part, columns: Mapping[str, Normaliser]) -> tuple[list[int], d
 
 
 def _normalised(normaliser: Normaliser, column: str, value: Any) -> Any:
+    """The value as the stream uses it; whatever is wrong with it is a ValueError, so that it costs one row."""
     try:
+        if isinstance(value, Exception):
+            raise value
         return normaliser(value)
-    except ValueError as error:
-        raise ValueError(f"column {column!r}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"column {column!r}: {kind}{error}") from None
+
+
+def _raw(rows: Any, position: int) -> str:
+    """A row as text, for the side file."""
+    try:
+        return _as_text(rows[position])
+    except MemoryError:
+        raise
+    except Exception as error:  # a cell that cannot be decoded
+        return f"the row cannot be shown ({type(error).__name__}: {error})"
 
 
 def _keep_bad_rows(parts: Sequence[_Part], bad_rows_file: str | Path | None) -> str:
@@ -244,7 +262,11 @@ def _parts(source: Any) -> Iterator[_Part]:
     elif isinstance(source, Dataset):
         yield _part("Dataset", source)
     elif "pandas" in sys.modules and isinstance(source, sys.modules["pandas"].DataFrame):
-        yield _part("DataFrame", Dataset.from_pandas(source, preserve_index=False))
+        names = [str(name) for name in source.columns]
+        with _readable("DataFrame"):
+            different_names(names)
+        rows = (dict(zip(names, row, strict=True)) for row in source.itertuples(index=False, name=None))
+        yield _part("DataFrame", list(rows))
     elif isinstance(source, (str, Path)):
         yield from _path_parts(str(source))
     elif isinstance(source, Sequence) and source and all(isinstance(item, Mapping) for item in source):
@@ -261,20 +283,19 @@ def _parts(source: Any) -> Iterator[_Part]:
 
 
 def _part(origin: str, rows: Any, path: Path | None = None) -> _Part:
-    return _Part(origin, rows, range(1, len(rows) + 1), path=path)
+    return _Part(origin, rows, list(range(1, len(rows) + 1)), path=path)
 
 
 def _path_parts(source: str) -> Iterator[_Part]:
     path = Path(locate(source)).expanduser()
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if path.is_dir():
         yield _read_folder(path)
     elif suffix in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
-        with _readable(path):
-            reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_jsonl)
-            yield reader(path)
+        with _readable(str(path)), path.open("rb") as file:
+            yield _read_parquet(path, file) if suffix == ".parquet" else _read_text(path, file, csv=suffix == ".csv")
     elif path.exists():
         raise ValueError(f"{path}: cannot read files of this kind; use one of {', '.join(_SUFFIXES)} (also .gz)")
     else:
@@ -295,80 +316,54 @@ def _load_from_hub(source: str) -> Any:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(origin: str) -> Iterator[None]:
     """Name the corrupt file in the error, whichever library detects it."""
     import pyarrow as pa
 
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: corrupt or truncated gzip file ({error})") from error
+    except BadFileError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    except ChangedError as error:
+        raise ValueError(f"{origin}: it was truncated while it was read; read it again") from error
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: corrupt or truncated file ({error})") from error
+        raise ValueError(f"{origin}: corrupt or truncated file ({error})") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def _content(path: Path, file: BinaryIO) -> Blob | Gunzip:
+    def fetch(start: int, end: int) -> bytes:
+        file.seek(start)
+        return file.read(end - start)
+
+    blob = Blob(fetch, path.stat().st_size)
+    return Gunzip(blob) if path.name.lower().endswith(".gz") else blob
 
 
-def _read_jsonl(path: Path) -> _Part:
-    records: list[Mapping[str, Any]] = []
-    numbers: list[int] = []
-    bad: list[BadRow] = []
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                reason = "not valid UTF-8"
-            except ValueError as error:
-                reason = f"not valid JSON ({error})"
-            else:
-                if isinstance(record, dict):
-                    records.append(record)
-                    numbers.append(number)
-                    continue
-                reason = f"not a JSON object but a {type(record).__name__}"
-            bad.append(BadRow(str(path), number, reason, line.decode(errors="backslashreplace").rstrip("\n")))
-    return _Part(str(path), records, numbers, bad, path)
+def _read_text(path: Path, file: BinaryIO, csv: bool) -> _Part:
+    reader = TextReader(str(path), _content(path, file), 0, 0, _MAX_ROW_BYTES, strict=False)
+    if csv:
+        reader.read_csv(sys.maxsize, sys.maxsize, ",", final=True)
+    else:
+        reader.read_jsonl(sys.maxsize, sys.maxsize, final=True)
+    part = _Part(str(path), [], [], path=path)
+    for place, record in enumerate(reader.records, start=1):
+        number = place if csv else int(record.origin.rpartition(":")[2])
+        if record.value is None:
+            part.bad.append(BadRow(str(path), number, record.error or "it cannot be read", record.raw))
+        else:
+            part.rows.append(record.value)
+            part.numbers.append(number)
+    return part
 
 
-def _read_csv(path: Path) -> _Part:
-    records: list[Mapping[str, Any]] = []
-    numbers: list[int] = []
-    bad: list[BadRow] = []
-    limit = csv.field_size_limit(2**31 - 1)  # fields may be longer than csv's default limit of 128 KiB
-    try:
-        # Undecodable bytes become surrogates, so that a bad row is reported instead of ending the whole file.
-        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            for number, row in enumerate((row for row in rows if row), start=1):
-                if len(row) != len(header):
-                    reason = f"has {len(row)} fields, the header has {len(header)}"
-                elif not is_utf8(row):
-                    reason = "not valid UTF-8"
-                else:
-                    records.append({name: cell or None for name, cell in zip(header, row, strict=True)})
-                    numbers.append(number)
-                    continue
-                bad.append(BadRow(str(path), number, reason, json.dumps(row)))
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV file ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
-    return _Part(str(path), records, numbers, bad, path)
-
-
-def _read_parquet(path: Path) -> _Part:
+def _read_parquet(path: Path, file: BinaryIO) -> _Part:
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-    with _open(path) as file:
-        table = pq.read_table(io.BytesIO(file.read()) if path.name.endswith(".gz") else file)
-    return _part(str(path), Dataset(table), path)
+    content = _content(path, file)
+    with pq.ParquetFile(io.BytesIO(content.read()) if isinstance(content, Gunzip) else content) as parquet:
+        different_names(parquet.schema_arrow.names)
+        return _part(str(path), Dataset(parquet.read()), path)
 
 
 def _read_folder(path: Path) -> _Part:
@@ -391,19 +386,107 @@ def _table(columns: Mapping[str, list[Any]], origin: str) -> Any:
     import pyarrow as pa
     from datasets import Dataset
 
-    arrays = {}
-    for column, values in columns.items():
-        try:
-            arrays[column] = pa.array(values)
-        except (pa.ArrowException, UnicodeEncodeError) as error:
-            raise ValueError(f"{origin}: column {column!r} does not hold one kind of value ({error})") from error
-    return Dataset(pa.table(arrays))
+    return Dataset(pa.table({_writable(str(name)): _array(values, name, origin) for name, values in columns.items()}))
 
 
-def _join(datasets: Sequence[Any]) -> Any:
-    from datasets import concatenate_datasets
+def _array(values: Sequence[Any], column: str, origin: str) -> Any:
+    """An Arrow array; of text, with a warning, if Arrow has no type for all the values."""
+    import pyarrow as pa
 
     try:
-        return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
-    except ValueError as error:
-        raise ValueError(f"the parts of the source do not have the same columns: {error}") from error
+        return pa.array(values, from_pandas=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        warn(
+            f"{origin}: column {column!r} is kept as text, since Arrow has no one type for its values ({error})",
+            stacklevel=6,
+        )
+        return pa.array([None if absent(value) else _as_text(value) for value in values], pa.string())
+
+
+def _as_text(value: Any) -> str:
+    """A value as text: a string as it is, anything else as JSON as far as possible."""
+    if isinstance(value, str):
+        return _writable(value)
+    try:
+        return json.dumps(value, default=str)
+    except MemoryError:
+        raise
+    except Exception:  # nested too deep, or keys that JSON does not have
+        return _writable(reprlib.repr(value))
+
+
+def _writable(text: str) -> str:
+    """The text with lone surrogates, which no encoding can write, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _values(dataset: Any, column: str) -> list[Any]:
+    """A column of a dataset, with names for the numbers of a ``ClassLabel``; an exception for a value that cannot be
+    read."""
+    plain, name = dataset.with_format(None), _namer(dataset.features[column])
+    try:
+        values = list(plain[column][:])
+    except MemoryError:
+        raise
+    except Exception:
+        values = [_cell(plain, column, row) for row in range(len(plain))]
+    return values if name is None else [value if isinstance(value, Exception) else name(value) for value in values]
+
+
+def _cell(dataset: Any, column: str, row: int) -> Any:
+    try:
+        return dataset[row : row + 1][column][0]
+    except MemoryError:
+        raise
+    except Exception as error:
+        return error
+
+
+def _namer(feature: Any) -> Callable[[Any], Any] | None:
+    """A function that gives the names of classes for their numbers, also in lists; None without a ``ClassLabel``."""
+    if hasattr(feature, "int2str"):
+        names = feature.names
+
+        def name(number: int | None) -> Any:
+            if number is None or number < 0:  # by convention, -1 is an example without a label
+                return None
+            return (
+                str(names[number]) if number < len(names) else ValueError(f"{number} is none of {len(names)} classes")
+            )
+
+        return name
+    inner = _namer(feature.feature) if hasattr(feature, "feature") else None
+    if inner is None:
+        return None
+
+    def listed(numbers: Any) -> Any:
+        named = None if numbers is None else [inner(number) for number in numbers]
+        return next((part for part in named or () if isinstance(part, Exception)), named)
+
+    return listed
+
+
+def _join(datasets: Sequence[Any], origin: str) -> Any:
+    """The datasets below each other. A column that has other types in some of them gets one that holds all values."""
+    from datasets import concatenate_datasets
+
+    if len(datasets) == 1:
+        return datasets[0]
+    kinds: dict[str, list[Any]] = {}
+    for dataset in datasets:
+        for column, feature in dataset.features.items():
+            kinds.setdefault(column, []).append(feature)
+    joined = list(datasets)
+    for column in (column for column, features in kinds.items() if any(other != features[0] for other in features)):
+        values = [_values(dataset, column) if column in dataset.features else [] for dataset in datasets]
+        whole = _table({column: [value for part in values for value in part]}, origin)
+        start = 0
+        for place, part in enumerate(values):
+            if part:
+                others = joined[place].remove_columns(column)
+                own = whole.select(range(start, start + len(part)))
+                joined[place] = concatenate_datasets([others, own], axis=1) if others.column_names else own
+                start += len(part)
+    return concatenate_datasets(joined)

@@ -901,3 +901,16 @@ def check_store(store: Any, root: str, url: str, **options: Any) -> None:
     assert read_all(url, offset=offset, **options) == []
     with pytest.raises(SourceError, match=r"a\.jsonl was deleted"):
         read_on(url, offset=half, **options)
+
+
+@pytest.mark.parametrize("content", [b'{"text": "a"}\r{"text": "b"}\r', b'{"text": "a', b"\xff"])
+def test_an_end_that_has_not_come_for_days_is_a_bad_line(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n' + content)
+    source = FolderSource(str(tmp_path))
+    chunk = source.read(None, 10)
+    assert [record.value for record in chunk.records] == [{"text": "first"}]
+    os.utime(path, (1, 1))
+    later = source.read(chunk.offset, 10)
+    assert [(record.origin, record.value) for record in later.records] == [("a.jsonl:2", None)]
+    assert source.read(later.offset, 10).records == []
