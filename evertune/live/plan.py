@@ -28,6 +28,8 @@ class Plan:
         reason: Why there is an update, as a message.
         created: Time at which it was planned (ISO 8601, UTC).
         config: Hash of the settings. An update that was interrupted under other settings is not resumed.
+        records: Number of records in its segments when it was planned. If some were withdrawn since, it is not resumed.
+            None in a plan of an earlier release, which is resumed.
     """
 
     version: int
@@ -39,6 +41,7 @@ class Plan:
     reason: str
     created: str
     config: str
+    records: int | None = None
 
     @property
     def experience(self) -> str:

@@ -243,6 +243,7 @@ class Updater:
         """
         production = self.registry.production
         self._backlog.quarantine_given_up(production)
+        self._check_pending_again(production)
         report = self._intake.run(
             limit=2 * self.settings.max_records, start=production.manifest.offset if production else None
         )
@@ -269,8 +270,8 @@ class Updater:
         attempted = self._backlog.attempted(production)
         return Situation(
             records=lambda: self._rows(segments),
-            n_pending=sum(segment.records for segment in segments),
-            n_new=sum(segment.records for segment in segments if segment.number > attempted),
+            n_pending=self.journal.counts(segments).pending,
+            n_new=self.journal.counts(segment for segment in segments if segment.number > attempted).pending,
             production=production,
             memory_texts=lambda: self._known_texts(production),
             last_update=self._backlog.last_attempt(),
@@ -319,7 +320,7 @@ class Updater:
             set_aside = ""
             try:
                 with _timed(seconds, "plan"):
-                    decision = self._interrupted() or self._plan()
+                    decision = self._resumable() or self._plan()
                     set_aside = self._set_aside(decision)
             finally:
                 # In a finally clause: the other ranks wait for this message, and would hang if planning failed here.
@@ -334,7 +335,7 @@ class Updater:
             segments = self._segments(decision)
         else:
             segments = self._backlog.pending(self.registry.production)
-        reasons = Reasons(self.journal.quarantined([segment for segment in segments if segment.quarantined]))
+        reasons = Reasons(self.journal.quarantined(segments))
         words = reasons.report(sum(segment.read for segment in segments), self.registry.store.root)
         return f". {words}" if words else ""
 
@@ -540,6 +541,7 @@ class Updater:
                 else f"nothing new since the last update; {situation.n_pending} records are pending",
             )
         segments = self._backlog.pending(production, at_most=self.settings.max_records)
+        self._withdraw_unlearnable(segments)
         plan = Plan(
             version=self.registry.next_number(),
             parent=production.number if production else None,
@@ -550,6 +552,7 @@ class Updater:
             reason=reason,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             config=self._config_digest(),
+            records=self.journal.counts(segments).pending,
         )
         self._clear_staging()
         verdict = Verdict.of(self._check_data(plan))
@@ -570,8 +573,8 @@ class Updater:
         segments = self._backlog.pending(production)
         if not segments or segments[-1].number <= self._backlog.reported(production):
             return None
-        n_bad, n_read = sum(segment.bad for segment in segments), sum(segment.read for segment in segments)
-        checks = self.gate.judge_data([], n_bad=n_bad, n_read=n_read)
+        counts = self.journal.counts(segments)
+        checks = self.gate.judge_data([], n_bad=counts.bad, n_read=counts.read)
         verdict = Verdict.of(check for check in checks if check.name == "bad records")
         if verdict.passed:
             return None
@@ -588,11 +591,57 @@ class Updater:
         # Once promoted, a plan is done, even if production is the parent again after a rollback.
         flipped = any(event["action"] == "promote" and event["to"] == plan.version for event in self.registry.events)
         parent_stands = (production.number if production else None) == plan.parent
-        if not flipped and parent_stands and plan.config == self._config_digest():
+        same = plan.config == self._config_digest() and self._is_whole(plan)
+        if not flipped and parent_stands and same:
             return plan
-        logger.info("update %d is dropped: it was planned under other settings or another version", plan.version)
+        logger.info("update %d is dropped: it had other settings, records or another parent", plan.version)
         self._clear_staging()
         return None
+
+    def _is_whole(self, plan: Plan) -> bool:
+        """Whether no record of an update was withdrawn since it was planned; once published, that does not matter."""
+        if plan.records is None or self._is_published(plan):
+            return True
+        return self.journal.counts(self._segments(plan)).pending == plan.records
+
+    def _resumable(self) -> Plan | None:
+        """The plan of an unfinished update, unless a record in it would end it again."""
+        self._check_pending_again(self.registry.production)
+        plan = self._interrupted()
+        if plan is None or not self._to_be_trained(plan) or not self._withdraw_unlearnable(self._segments(plan)):
+            return plan
+        self._clear_staging()
+        return None
+
+    def _withdraw_unlearnable(self, segments: Sequence[Segment]) -> bool:
+        """Move the records that would end the training into quarantine; returns whether there are any."""
+        from evertune.live.learnable import unlearnable
+
+        rows, _ = latest(self.journal.records(segments, numbered=True))
+        found = unlearnable(rows, self.task, self.model, self.schema, self.data.get("max_length"))
+        self._withdraw(found)
+        return bool(found)
+
+    def _check_pending_again(self, production: Version | None) -> None:
+        """If the schema or the task has changed, move the pending records that no longer fit into quarantine."""
+        accepts = [self.schema.digest, type(self.task).__qualname__, {k: repr(v) for k, v in vars(self.task).items()}]
+        digest = hashlib.sha256(_json(accepts)).hexdigest()[:16]
+        if self.journal.schema == digest:
+            return
+        bad = []
+        for row in self.journal.records(self._backlog.pending(production), numbered=True):
+            try:
+                self.schema.check_again(row["record"])
+            except ValueError as error:
+                bad.append({**row, "kind": "refused", "reason": f"{error} (checked again under another schema)"})
+        self._withdraw(bad)
+        self.journal.schema = digest
+
+    def _withdraw(self, rows: Sequence[Row]) -> None:
+        self.journal.withdraw(rows)
+        if rows:
+            words = f"{len(rows)} pending records went to quarantine: {Reasons(rows).words()}"
+            logger.warning("%s", words, extra={"event": "set_aside", "withdrawn": len(rows)})
 
     def _kind(self, production: Version | None) -> Literal["first", "update", "rebuild"]:
         if production is None:
@@ -639,14 +688,15 @@ class Updater:
     def _check_data(self, plan: Plan) -> list[Check]:
         segments = self._segments(plan)
         rows, _ = latest(self._rows(segments))
+        counts = self.journal.counts(segments)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         return self.gate.judge_data(
             rows,
             text=self.schema.text,
             label=self._label,
             known_classes=production.manifest.classes if production else [],
-            n_bad=sum(segment.bad for segment in segments),
-            n_read=sum(segment.read for segment in segments),
+            n_bad=counts.bad,
+            n_read=counts.read,
             names=self.task.label_names,
         )
 

@@ -17,10 +17,12 @@ from evertune.sources.base import Offset, Row
 _FOLDER = "pending"
 _QUARANTINE = "quarantine"
 _WAITING = ".waiting.jsonl"
+_WITHDRAWN = f"{_FOLDER}/withdrawn.jsonl"
+_SCHEMA = f"{_FOLDER}/schema.json"
 _META = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
 _FORMAT = 1
-_BAD = ("unreadable", "refused")
+_BAD = ("unreadable", "refused", "unlearnable")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -59,6 +61,21 @@ class Segment:
     def empty(self) -> bool:
         """Whether nothing but the offset has changed."""
         return not (self.read or self.records or self.quarantined)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many records some segments hold now.
+
+    Args:
+        read: Number of records that were read.
+        pending: Number of good records that were not withdrawn.
+        bad: Number of records in quarantine that were unreadable, refused or could not be learned.
+    """
+
+    read: int
+    pending: int
+    bad: int
 
 
 class Journal:
@@ -187,17 +204,54 @@ class Journal:
                 self.store.delete(f"{_FOLDER}/{name}")
         return segment
 
-    def records(self, segments: Iterable[Segment]) -> list[Row]:
-        """The records of these segments, in the order in which they arrived.
+    def records(self, segments: Iterable[Segment], numbered: bool = False) -> list[Row]:
+        """The records of these segments that were not withdrawn, in the order in which they arrived.
+
+        Args:
+            segments: Segments of the journal.
+            numbered: Add the number of its ``segment`` to each row, as :meth:`withdraw` needs it.
 
         Raises:
             ValueError: If a file is damaged or missing.
         """
+        withdrawn = {(row["segment"], row["id"]) for row in self._withdrawn()}
         return [
-            row
+            {**row, "segment": segment.number} if numbered else row
             for segment in segments
             for row in self._rows(_records_name(segment.number), segment.sha256, segment.records)
+            if (segment.number, row["id"]) not in withdrawn
         ]
+
+    def counts(self, segments: Iterable[Segment]) -> Counts:
+        """How many records these segments hold now.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        segments = list(segments)
+        numbers = {segment.number for segment in segments}
+        withdrawn = [row for row in self._withdrawn() if row["segment"] in numbers]
+        return Counts(
+            read=sum(segment.read for segment in segments),
+            pending=sum(segment.records for segment in segments) - len(withdrawn),
+            bad=sum(segment.bad for segment in segments) + sum(row["kind"] in _BAD for row in withdrawn),
+        )
+
+    def withdraw(self, records: Sequence[Row]) -> None:
+        """Move pending records into quarantine: all of them or, if the process dies, none.
+
+        Args:
+            records: Rows of :meth:`records` with the number of their ``segment``, and with a ``kind`` and a ``reason``.
+
+        Raises:
+            OSError: If the file cannot be written.
+            ValueError: If the list of the records withdrawn before is damaged.
+        """
+        if records:
+            before = self._withdrawn()
+            known = {(row["segment"], row["id"]) for row in before}
+            new = [row for row in records if (row["segment"], row["id"]) not in known]
+            self._write_sealed(_WITHDRAWN, [*before, *new])
 
     def waiting(self) -> list[dict[str, Any]]:
         """The halves that wait for their other half after the last segment.
@@ -209,6 +263,18 @@ class Journal:
         if last is None or last.sha256_waiting is None:
             return []
         return self._rows(_waiting_name(last.number), last.sha256_waiting, last.waiting)
+
+    @property
+    def schema(self) -> str | None:
+        """Digest of the schema that the pending records were last checked by; None if that is not known."""
+        try:
+            return str(json.loads(self.store.read(_SCHEMA))["digest"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # they are then checked again
+            return None
+
+    @schema.setter
+    def schema(self, digest: str) -> None:
+        self.store.write(_SCHEMA, json.dumps({"digest": digest}).encode())
 
     def quarantine(self, reason: str, records: Sequence[Row], name: str, kind: str = "withdrawn") -> None:
         """Put records into quarantine that were good when they arrived. A second call with the same name replaces them.
@@ -233,7 +299,8 @@ class Journal:
                 self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
 
     def quarantined(self, segments: Iterable[Segment] | None = None) -> list[Row]:
-        """The records in quarantine with their reasons: first those of the segments, then those added later.
+        """The records in quarantine with their reasons: first those of the segments, then those that were put there
+        later.
 
         Args:
             segments: Return only the records that went to quarantine with these segments. None returns all.
@@ -258,7 +325,7 @@ class Journal:
                     rows += self._rows(f"{_QUARANTINE}/{file}", segment.sha256_quarantined, segment.quarantined)
             elif numbers and int(name) < numbers[-1]:  # of a discarded segment; a higher number is an unfinished append
                 rows += self._rows(f"{_QUARANTINE}/{file}")
-        return rows
+        return rows + [row for row in self._withdrawn() if segments is None or row["segment"] in described]
 
     def discard(self, upto: int) -> None:
         """Delete the segments up to number ``upto``, but never the last: it holds the offset to continue from.
@@ -303,6 +370,22 @@ class Journal:
             return Segment(**meta)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.store.address(name)} is damaged: {error}") from None
+
+    def _withdrawn(self) -> list[Row]:
+        return self._read_sealed(_WITHDRAWN)
+
+    def _write_sealed(self, name: str, rows: Sequence[Row]) -> None:
+        """Replace a file of rows that no segment describes. Its first line holds its SHA-256."""
+        content = _lines(rows)
+        self.store.write(name, _lines([{"format": _FORMAT, "sha256": _sha256(content)}]) + content)
+
+    def _read_sealed(self, name: str) -> list[Row]:
+        if not self.store.exists(name):
+            return []
+        head, _, content = self.store.read(name).partition(b"\n")
+        if head + b"\n" != _lines([{"format": _FORMAT, "sha256": _sha256(content)}]):
+            raise ValueError(f"{self.store.address(name)} is damaged or cut short: it does not match its sha256")
+        return [json.loads(line) for line in content.split(b"\n") if line]
 
     def _rows(self, name: str, sha256: str | None = None, expected: int = 0) -> list[Row]:
         address = self.store.address(name)

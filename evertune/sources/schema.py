@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import importlib
+import json
 import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -185,7 +187,32 @@ class RecordSchema:
         Raises:
             ValueError: If the record does not fit the schema. The message gives the reasons and names the fields.
         """
-        checked = self._validated(value)
+        return self._kept(self._validated(value))
+
+    def check_again(self, record: Record) -> Record:
+        """Check a record that :meth:`check` has returned, perhaps that of another schema.
+
+        Raises:
+            ValueError: If it does not fit this schema.
+        """
+        if self._made:
+            return self.check(record)
+        return self._kept(self._validated(record, by_name=True))
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the schema accepts. The code of a model's own validators is not part of it."""
+        accepted: dict[str, Any] = {
+            name: value
+            for name, value in vars(self).items()
+            if name in ("texts", "label", "id", "time", "max_text_length", "closed_classes", "time_zone", "arrives_as")
+        }
+        accepted["fields"] = {name: repr(field) for name, field in self.model.model_fields.items()}
+        accepted["label is"] = str(self._label_is)
+        return hashlib.sha256(json.dumps(accepted, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _kept(self, checked: Any) -> Record:
+        """The form in which a validated record is kept."""
         if not self._made:  # a model made from ``fields`` cannot hold such values
             _refuse_unwritable(self._as_json(checked, "python"))
         record = self._as_json(checked, "json")
@@ -266,10 +293,12 @@ class RecordSchema:
             return f"; did you mean {' and '.join(_show(arrived[name]) for name in dict.fromkeys(close))}?"
         return f"; the record has {_some([_show(key) for key in arrived.values()])} instead"
 
-    def _validated(self, value: Mapping[str, Any], but: Collection[str] = ()) -> Any:
+    def _validated(self, value: Mapping[str, Any], but: Collection[str] = (), by_name: bool = False) -> Any:
         """The value as an instance of the model. Errors in the fields ``but`` are ignored, and None is returned for
         them."""
         try:
+            if by_name:
+                return self._validator.validate_python(value, by_alias=False, by_name=True)
             return self._validator.validate_python(value)
         except ValidationError as error:
             details = error.errors(include_url=False, include_context=False)
@@ -315,8 +344,14 @@ class RecordSchema:
 
     def _check_label(self, value: Any) -> Any:
         """Check a label, and return it in the form in which it is kept."""
-        label = self._label_value(value)
-        names = self._label_names(label)
+        try:
+            label = to_jsonable_python(self._label_value(value))
+            names = self._label_names(label)
+        except (ValueError, RecursionError):
+            raise
+        except Exception as error:  # from a user's own task: a fault in it costs one record, not the stream
+            raise ValueError(f"the label could not be checked ({type(error).__name__}: {error})") from None
+        _refuse_unwritable(label, "label")
         if not names and not isinstance(label, list):  # not a class
             return label
         if self._label_is is not None and not isinstance(label, self._label_is):

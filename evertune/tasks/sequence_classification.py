@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from evertune.tasks.base import Task
 
 
@@ -16,3 +18,26 @@ class SequenceClassificationTask(Task):
     def __init__(self, multi_label: bool = False) -> None:
         super().__init__("bernoulli" if multi_label else "categorical")
         self.multi_label = multi_label
+
+    def check_label(self, value: Any) -> str | list[str]:
+        """One name, or with ``multi_label`` a list of names, which may be empty.
+
+        Raises:
+            ValueError: If the label is not a name, is a list without ``multi_label``, or a single name with it.
+
+        Example:
+            >>> SequenceClassificationTask().check_label(3)
+            '3'
+            >>> SequenceClassificationTask(multi_label=True).check_label(["sport", 3])
+            ['sport', '3']
+        """
+        label: str | list[str] = super().check_label(value)
+        if self.multi_label and isinstance(label, str):
+            raise ValueError(
+                f"multi_label=True expects a list of names for each text, got {label!r}; write [{label!r}]"
+            )
+        if not self.multi_label and isinstance(label, list):
+            raise ValueError(
+                f"one label is expected, got the list {label!r}; multi_label=True learns several for each text"
+            )
+        return label

@@ -139,6 +139,38 @@ def test_missing_records_are_named(store):
     assert journal.quarantined() == []
 
 
+def test_withdrawn_records_are_in_quarantine_and_nowhere_else(store):
+    journal = Journal(store)
+    one = journal.append([row("a"), row("b")], [bad("f:1")], [], {"n": 1})
+    two = journal.append([row("b"), row("c")], [], [], {"n": 2}, read=6)
+    rows = journal.records([one, two], numbered=True)
+    assert [(r["segment"], r["id"]) for r in rows] == [(1, "a"), (1, "b"), (2, "b"), (2, "c")]
+    why = {"kind": "unlearnable", "reason": "because"}
+    journal.withdraw([rows[1] | why])
+    journal.withdraw([rows[1] | why, rows[3] | why])  # the first is known
+    journal.withdraw([])
+    again = Journal(store)
+    assert again.records(again.segments()) == [row("a"), row("b")]
+    assert again.records([two]) == [row("b")]
+    assert again.quarantined()[1:] == [rows[1] | why, rows[3] | why]
+    assert again.quarantined([two]) == [rows[3] | why]
+    counts = again.counts([one, two])
+    assert (counts.read, counts.pending, counts.bad) == (9, 2, 3)
+    journal.discard(upto=1)
+    assert len(again.quarantined()) == 3
+
+
+def test_a_damaged_list_of_what_was_withdrawn_is_named(store):
+    journal = Journal(store)
+    journal.append([row("a"), row("b")], [], [], {"n": 1})
+    journal.withdraw([journal.records(journal.segments(), numbered=True)[0] | {"kind": "refused", "reason": "because"}])
+    content = store.read("pending/withdrawn.jsonl")
+    for damaged in (content[:-5], content.replace(b"because", b"becalse"), b"", b"{}\n"):
+        store.write("pending/withdrawn.jsonl", damaged)
+        with pytest.raises(ValueError, match=r"pending/withdrawn.jsonl is damaged or cut short"):
+            journal.records(journal.segments())
+
+
 def test_discarded_segments_leave_their_quarantine(store):
     journal = Journal(store)
     for number in range(1, 5):

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from pydantic import AliasChoices, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from evertune.sources.schema import FIELD_TYPES, RecordSchema, time_value
+from evertune.tasks import SequenceClassificationTask, Task
 
 
 class Ticket(BaseModel):
@@ -380,3 +381,89 @@ def test_the_zone_of_times_without_one(zone, utc):
 def test_an_unknown_zone_is_refused(zone):
     with pytest.raises(ValueError, match="time_zone must be a name such as 'Europe/Berlin'"):
         RecordSchema(time="at", time_zone=zone)
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "label", "kept"),
+    [
+        (False, "a", "a"),
+        (False, 3, "3"),
+        (True, ["a", "b", "a"], ["a", "b"]),
+        (True, [], []),
+        (True, [1, True], ["1", "True"]),
+    ],
+)
+def test_labels_that_a_classifier_learns(multi_label, label, kept):
+    task = SequenceClassificationTask(multi_label)
+    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    assert schema.check({"text": "x", "label": label})["label"] == kept
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "label", "reason"),
+    [
+        (False, ["sport"], "one label is expected, got the list ['sport']; multi_label=True learns lists"),
+        (False, [], "one label is expected, got the list []"),
+        (False, ["a", "b"], "one label is expected"),
+        (True, "sport", "multi_label=True expects a list of names, got 'sport'; write ['sport']"),
+        (True, 3, "multi_label=True expects a list of names, got '3'"),
+        (True, ["a", ""], "no label"),
+        (True, [["a"]], "is not a name"),
+        (True, ["a", None], "no label"),
+        (True, [math.nan], "no label"),
+        (True, [" "], "the label ' ' is not a name"),
+        (False, math.nan, "no label"),
+        (False, math.inf, "is not a name"),
+        (False, None, "no label"),
+        (False, {"a": 1}, "is not a name"),
+        (False, "\t", "is not a name"),
+        (False, 0.5, "is not a name"),
+    ],
+)
+def test_labels_that_a_classifier_cannot_learn(multi_label, label, reason):
+    task = SequenceClassificationTask(multi_label)
+    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    assert reason in refusal(schema, {"text": "x", "label": label})
+
+
+class Faulty(Task):
+    """A task whose check of labels does what it should not."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.does = does
+
+    def check_label(self, value):
+        return self.does(value)
+
+
+@pytest.mark.parametrize(
+    "does",
+    [lambda value: value["missing"], lambda value: float("nan"), lambda value: object(), lambda value: {1: math.inf},
+     lambda value: 10**30, lambda value: "a\ud800"],
+)  # fmt: skip
+def test_a_fault_in_a_tasks_check_costs_one_record(does):
+    task = Faulty(does)
+    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    assert "label" in refusal(schema, {"text": "x", "label": "a"})
+
+
+def test_what_was_kept_can_be_checked_again():
+    schema = RecordSchema(model=Ticket, text="body", label="topic", time="opened")
+    record = schema.check({"text": "Charged twice", "class": "billing", "opened": "2024-05-17T12:00:00+02:00"})
+    assert schema.check_again(record) == record
+    with pytest.raises(ValueError, match="none of the closed classes delivery"):
+        RecordSchema(model=Ticket, text="body", label="topic", closed_classes=["delivery"]).check_again(record)
+    plain = RecordSchema(id="id")
+    assert plain.check_again(plain.check({"id": 7, "text": "x", "label": 3})) == {"id": "7", "text": "x", "label": "3"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"text": "body"}, {"label": "topic"}, {"id": "id"}, {"max_text_length": 9}, {"closed_classes": ["a"]},
+     {"time": "t"}, {"fields": {"text": "str", "label": "str"}},
+     {"fields": {"text": "str", "label": "str", "x": "int"}}],
+)  # fmt: skip
+def test_another_schema_has_another_digest(other):
+    assert RecordSchema().digest == RecordSchema().digest
+    assert RecordSchema(**other).digest != RecordSchema().digest
