@@ -16,6 +16,8 @@ _OWN_PARSER = {
     "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
+    "quarantine": "records that were set aside: list, show, retry, drop",
+    "pending": "records that wait for the next update: list, show, drop",
     "launch": "run one of these on many processes: local, torchrun, slurm, kubernetes",
     "drift": "whether new records differ from old ones, since when, and in what",
     "plan": "what a model needs of each GPU, before there is one",

@@ -10,6 +10,7 @@ from typing import Any
 
 from evertune.registry.journal import Journal, Segment
 from evertune.registry.registry import Registry, Version
+from evertune.sources.base import Row
 from evertune.utils.files import write_atomically
 
 _STOPPED = "stopped.json"
@@ -49,12 +50,7 @@ class Backlog:
 
     def attempted(self, production: Version | None) -> int:
         """Number of the last segment on which an update of this parent was tried under these settings; 0 for none."""
-        parent = production.number if production else None
-        tried = [
-            version.manifest.consumed
-            for version in self._registry.versions()
-            if version.parent == parent and version.manifest.config_digest == self._config
-        ]
+        tried = [version.manifest.consumed for version in self._tried(production) if self._is_same(version, production)]
         # An update that was stopped before training has published no version: only the mark shows that it was tried.
         mark = self._stopped(production)
         if mark is not None and mark["tried"]:
@@ -65,6 +61,35 @@ class Backlog:
         """Number of the last segment whose bad records have stopped a run under these settings; 0 for none."""
         mark = self._stopped(production)
         return mark["consumed"] if mark is not None else 0
+
+    def _tried(self, production: Version | None) -> list[Version]:
+        """The versions that were made from this parent under these settings."""
+        parent = production.number if production else None
+        versions = (version for version in self._registry.versions() if version.parent == parent)
+        return [version for version in versions if version.manifest.config_digest == self._config]
+
+    def _is_same(self, version: Version, production: Version | None) -> bool:
+        """Whether the records of a version are still those that are pending: none was withdrawn since."""
+        learned = production.manifest.consumed if production else 0
+        segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest.consumed]
+        changed = self._journal.last_withdrawal(segments)
+        return changed is None or changed <= version.created
+
+    def refused_twice(self, production: Version | None) -> list[Row]:
+        """The pending records with which two updates were refused, to be withdrawn with this reason.
+
+        They may be what is wrong, and the records that have arrived since would wait behind them for ever.
+        """
+        refused = sorted(
+            (version for version in self._tried(production) if not version.passed), key=lambda v: v.manifest.consumed
+        )[-2:]
+        if len(refused) < 2:
+            return []
+        segments = [s for s in self.pending(production) if s.number <= refused[0].manifest.consumed]
+        names = " and ".join(str(version.number) for version in refused)
+        reason = f"refused twice, in versions {names}: {refused[-1].manifest.summary}"
+        rows = self._journal.records(segments, numbered=True)
+        return [{**row, "kind": "batch", "reason": reason} for row in rows]
 
     def last_attempt(self) -> datetime | None:
         """When an update was last tried, whatever its outcome; None before the first."""
@@ -88,14 +113,23 @@ class Backlog:
             tried: Whether an update was due. If not, its good records still count as new.
         """
         self._mark.parent.mkdir(parents=True, exist_ok=True)
-        mark = {"parent": parent, "consumed": consumed, "created": created, "config": self._config, "tried": tried}
+        mark: dict[str, Any] = {"parent": parent, "consumed": consumed, "created": created, "config": self._config}
+        mark |= {"tried": tried, "counts": self._counts(consumed)}
         write_atomically(self._mark, json.dumps(mark).encode())
 
     def _stopped(self, production: Version | None) -> dict[str, Any] | None:
-        """The mark of the last run that was stopped, if it had this parent and these settings."""
+        """The mark of the last run that was stopped, if it had this parent, these settings and these records."""
         mark = self._read_mark()
-        here = (production.number if production else None, self._config)
-        return mark if mark is not None and (mark["parent"], mark["config"]) == here else None
+        if mark is None or (mark["parent"], mark["config"]) != (
+            production.number if production else None,
+            self._config,
+        ):
+            return None
+        return mark if mark.get("counts") in (None, self._counts(mark["consumed"])) else None
+
+    def _counts(self, upto: int) -> list[int]:
+        counts = self._journal.counts(s for s in self._journal.segments() if s.number <= upto)
+        return [counts.pending, counts.bad]
 
     def _read_mark(self) -> dict[str, Any] | None:
         return {"tried": True, **json.loads(self._mark.read_bytes())} if self._mark.is_file() else None
@@ -104,6 +138,8 @@ class Backlog:
         """Put the records that a rollback has given up into quarantine. Idempotent."""
         learned = production.manifest.consumed if production else 0
         for version in self._given_up():
+            if self._journal.store.exists(f"quarantine/discarded-{version.number}.jsonl"):
+                continue  # references to its lines stay the same
             segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest.consumed]
             reason = f"learned by version {version.number}, which was rolled back"
             self._journal.quarantine(reason, self._journal.records(segments), f"discarded-{version.number}")

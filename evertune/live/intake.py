@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.registry.journal import Journal
+from evertune.registry.journal import Journal, Segment
 from evertune.registry.reasons import Reason, Reasons
 from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
@@ -120,12 +120,8 @@ class Intake:
             OSError: If the journal cannot be written. The segments written before are kept.
         """
         began = time.perf_counter()
-        last = self.journal.last
+        last, waiting = self._restored()
         offset = last.offset if last is not None else start
-        waiting = self.journal.waiting()
-        if self.label_join is not None:
-            self.label_join.restore(waiting, last.clock if last is not None else None)
-            waiting = []
         reasons = Reasons()
         read = good = segments = 0
         while limit is None or read < limit:
@@ -169,6 +165,75 @@ class Intake:
             reasons=reasons.all,
             words=reasons.report(read, self.journal.store.root),
         )
+
+    def retry(self, quarantined: Mapping[str, Row]) -> tuple[list[str], dict[str, str]]:
+        """Check records in quarantine again; those that are good now are pending in a new segment.
+
+        They leave the quarantine in the same instant, and no longer count as bad. The others stay, with their old
+        reason.
+
+        Args:
+            quarantined: Rows of the quarantine by their references, see
+                :meth:`~evertune.registry.journal.Journal.references`.
+
+        Returns:
+            The references of those that have left the quarantine, and the reasons of the others by reference.
+
+        Raises:
+            OSError: If the journal cannot be written.
+        """
+        last, _ = self._restored()
+        newest: dict[str, tuple[int, str]] = {}
+        if self.schema.id is not None:
+            for row in self.journal.records(self.journal.segments(), numbered=True):
+                newest[row["id"]] = row["segment"], row["origin"]
+        released: list[str] = []
+        reasons: dict[str, str] = {}
+        good = _Batch()
+        for reference, row in quarantined.items():
+            newer = newest.get(row.get("id", ""))
+            value = _read_again(row)
+            if value is None:
+                reasons[reference] = "only the text that was read is there, and it is not a record"
+            elif newer is not None and isinstance(row["segment"], int) and newer[0] >= row["segment"]:
+                reasons[reference] = f"superseded by {newer[1]}"
+            elif not reference.partition(":")[0].isdecimal():  # it was good once, and is kept in that form
+                try:
+                    record = self.schema.check_again(value)
+                    good.add({"id": row["id"], "origin": row["origin"], "record": record})
+                    released.append(reference)
+                except ValueError as error:
+                    reasons[reference] = str(error)
+            else:
+                part = self._batch([Incoming(row["origin"], value)], orphans=[])
+                refused = [one["reason"] for one in part.bad if one["kind"] in ("refused", "unreadable")]
+                good.bad += [one for one in part.bad if one["kind"] not in ("refused", "unreadable")]
+                if refused:
+                    reasons[reference] = refused[0]
+                    continue
+                released.append(reference)
+                for one in part.rows.values():
+                    good.add(one)
+        if released:
+            join = self.label_join
+            self.journal.append(
+                list(good.rows.values()),
+                good.bad,
+                waiting=join.waiting if join is not None else self.journal.waiting(),
+                offset=last.offset if last is not None else None,
+                read=0,
+                clock=join.clock if join is not None else last.clock if last is not None else None,
+                released=released,
+            )
+        return released, reasons
+
+    def _restored(self) -> tuple[Segment | None, list[dict[str, Any]]]:
+        """The last segment, and the halves that still wait although labels are no longer joined."""
+        last, waiting = self.journal.last, self.journal.waiting()
+        if self.label_join is None:
+            return last, waiting
+        self.label_join.restore(waiting, last.clock if last is not None else None)
+        return last, []
 
     def _batch(self, records: Sequence[Incoming], orphans: Sequence[Mapping[str, Any]]) -> _Batch:
         """Sort the records of a chunk, and the halves that still wait although labels are no longer joined."""
@@ -301,6 +366,17 @@ def _content(value: Mapping[str, Any] | str) -> Row:
         return {"raw": json.dumps(value, default=str, skipkeys=True, ensure_ascii=False)}
     except (ValueError, RecursionError):
         return {"raw": ""}
+
+
+def _read_again(row: Row) -> dict[str, Any] | None:
+    """The record in a row of the quarantine; None if it holds none."""
+    value = row.get("record")
+    if value is None:
+        try:
+            value = json.loads(row.get("raw", ""))
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, dict) else None
 
 
 def _short(text: str) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -243,6 +243,7 @@ class Updater:
         """
         production = self.registry.production
         self._backlog.quarantine_given_up(production)
+        self._withdraw(self._backlog.refused_twice(production))
         self._check_pending_again(production)
         report = self._intake.run(
             limit=2 * self.settings.max_records, start=production.manifest.offset if production else None
@@ -262,6 +263,32 @@ class Updater:
             last = self.journal.last
             waiting = self.journal.waiting()
             self.journal.append([], [], waiting, dict(offset), clock=last.clock if last is not None else None)
+
+    def retry(self, references: Iterable[str] | None = None) -> tuple[list[str], dict[str, str]]:
+        """Check records in quarantine again, under the schema as it is now.
+
+        Those that are good are pending again, and no longer count as bad.
+
+        Args:
+            references: References of the records, as ``evertune quarantine list`` gives them; None for all but those
+                that a newer record with the same id has superseded.
+
+        Returns:
+            The references of the records that are pending again, and the reasons of the others by reference.
+
+        Raises:
+            LeaseHeld: If another updater is at work on this registry.
+            ValueError: If there is no such reference.
+        """
+        with self.registry.lease("evertune quarantine retry"):
+            found = self.journal.references()
+            if references is None:
+                chosen = [reference for reference, row in found.items() if row["kind"] != "superseded"]
+            else:
+                chosen = list(references)
+                if missing := [reference for reference in chosen if reference not in found]:
+                    raise ValueError(f"there is no {missing[0]} in quarantine")
+            return self._intake.retry({reference: found[reference] for reference in chosen})
 
     def situation(self) -> Situation:
         """The pending records, as a trigger sees them."""

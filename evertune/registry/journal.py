@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from evertune.registry.lease import LeaseLost
@@ -18,6 +19,7 @@ _FOLDER = "pending"
 _QUARANTINE = "quarantine"
 _WAITING = ".waiting.jsonl"
 _WITHDRAWN = f"{_FOLDER}/withdrawn.jsonl"
+_RELEASED = f"{_FOLDER}/released.jsonl"
 _SCHEMA = f"{_FOLDER}/schema.json"
 _META = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
@@ -43,6 +45,7 @@ class Segment:
         sha256: SHA-256 of the file with the records, in hexadecimal.
         sha256_quarantined: SHA-256 of the file in quarantine; None if nothing was quarantined.
         sha256_waiting: SHA-256 of the file with the waiting halves; None if none wait.
+        released: References of the quarantined records that are pending again in this segment.
     """
 
     number: int
@@ -56,11 +59,12 @@ class Segment:
     sha256: str
     sha256_quarantined: str | None
     sha256_waiting: str | None
+    released: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """Whether nothing but the offset has changed."""
-        return not (self.read or self.records or self.quarantined)
+        return not (self.read or self.records or self.quarantined or self.released)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,7 @@ class Journal:
         offset: Offset | None,
         read: int | None = None,
         clock: dict[str, Any] | None = None,
+        released: Sequence[str] = (),
     ) -> Segment:
         """Write the next segment. It is on disk when this returns; if this fails, it does not exist.
 
@@ -144,13 +149,15 @@ class Journal:
             offset: Offset of the source after the segment.
             read: Number of records that were read; by default those in ``records`` and ``bad``.
             clock: State of the label join's clock.
+            released: References (:meth:`references`) of the quarantined records that are pending again in the segment,
+                and leave the quarantine in the same instant.
 
         Raises:
             LeaseLost: If another process has taken over; nothing of it is overwritten.
             OSError: If the segment cannot be written.
         """
         with self._writing():
-            return self._append(records, bad, waiting, offset, read, clock)
+            return self._append(records, bad, waiting, offset, read, clock, released)
 
     def _append(
         self,
@@ -160,9 +167,12 @@ class Journal:
         offset: Offset | None,
         read: int | None,
         clock: dict[str, Any] | None,
+        released: Sequence[str],
     ) -> Segment:
         last = self.last
-        if last is not None and last.empty and not (records or bad or read):
+        if last is not None and last.released:  # its description is deleted once it is learned and not the last
+            self._release(())
+        if last is not None and last.empty and not (records or bad or read or released):
             number = last.number
         else:
             number = last.number + 1 if last is not None else 1
@@ -179,6 +189,7 @@ class Journal:
             sha256=_sha256(kept),
             sha256_quarantined=_sha256(refused) if bad else None,
             sha256_waiting=_sha256(halves) if waiting else None,
+            released=list(released),
         )
         # The order matters for crash safety: the description is written last and makes the segment valid. The halves
         # that waited before are deleted only afterwards, because the previous segment needs them until then.
@@ -203,6 +214,12 @@ class Journal:
             if name.endswith(_WAITING) and not (waiting and f"{_FOLDER}/{name}" == _waiting_name(number)):
                 self.store.delete(f"{_FOLDER}/{name}")
         return segment
+
+    def last_withdrawal(self, segments: Iterable[Segment]) -> datetime | None:
+        """When records were last withdrawn from these segments, to the second; None if never."""
+        numbers = {segment.number for segment in segments}
+        moments = (row["withdrawn"] for row in self._withdrawn() if row["segment"] in numbers)
+        return max(map(datetime.fromisoformat, moments), default=None)
 
     def records(self, segments: Iterable[Segment], numbered: bool = False) -> list[Row]:
         """The records of these segments that were not withdrawn, in the order in which they arrived.
@@ -229,12 +246,19 @@ class Journal:
             ValueError: If a file is damaged.
         """
         segments = list(segments)
-        numbers = {segment.number for segment in segments}
-        withdrawn = [row for row in self._withdrawn() if row["segment"] in numbers]
+        numbers, released = {segment.number for segment in segments}, self._released()
+        withdrawn = [(place, row) for place, row in enumerate(self._withdrawn()) if row["segment"] in numbers]
+        bad = sum(row["kind"] in _BAD and f"withdrawn:{place}" not in released for place, row in withdrawn)
+        changed = {int(name) for name in (reference.partition(":")[0] for reference in released) if name.isdecimal()}
+        for segment in segments:
+            if segment.number in changed:
+                bad += sum(row["kind"] in _BAD for _, row in self._of_segment(segment, released))
+            else:
+                bad += segment.bad
         return Counts(
             read=sum(segment.read for segment in segments),
             pending=sum(segment.records for segment in segments) - len(withdrawn),
-            bad=sum(segment.bad for segment in segments) + sum(row["kind"] in _BAD for row in withdrawn),
+            bad=bad,
         )
 
     def withdraw(self, records: Sequence[Row]) -> None:
@@ -250,8 +274,10 @@ class Journal:
         if records:
             before = self._withdrawn()
             known = {(row["segment"], row["id"]) for row in before}
-            new = [row for row in records if (row["segment"], row["id"]) not in known]
-            self._write_sealed(_WITHDRAWN, [*before, *new])
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            new = [{**row, "withdrawn": now} for row in records if (row["segment"], row["id"]) not in known]
+            with self._writing():
+                self._write_sealed(_WITHDRAWN, [*before, *new])
 
     def waiting(self) -> list[dict[str, Any]]:
         """The halves that wait for their other half after the last segment.
@@ -274,7 +300,8 @@ class Journal:
 
     @schema.setter
     def schema(self, digest: str) -> None:
-        self.store.write(_SCHEMA, json.dumps({"digest": digest}).encode())
+        with self._writing():
+            self.store.write(_SCHEMA, json.dumps({"digest": digest}).encode())
 
     def quarantine(self, reason: str, records: Sequence[Row], name: str, kind: str = "withdrawn") -> None:
         """Put records into quarantine that were good when they arrived. A second call with the same name replaces them.
@@ -310,22 +337,66 @@ class Journal:
         Raises:
             ValueError: If a file is damaged.
         """
-        numbers = self._numbers() if segments is None else []
-        described = {segment.number: segment for segment in (self.segments() if segments is None else segments)}
+        if segments is None:
+            return list(self.references().values())
+        released, numbers = self._released(), set[int]()
         rows: list[Row] = []
+        for segment in segments:
+            numbers.add(segment.number)
+            rows += (row for _, row in self._of_segment(segment, released))
+        return rows + [
+            row
+            for place, row in enumerate(self._withdrawn())
+            if row["segment"] in numbers and f"withdrawn:{place}" not in released
+        ]
+
+    def references(self) -> dict[str, Row]:
+        """The records in quarantine by their references, which stay the same: ``"000003:17"`` is line 17 of a file.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        released, described = self._released(), {segment.number: segment for segment in self.segments()}
+        newest = max(described, default=0)
+        found: list[tuple[str, Row]] = []
         for file in self.store.list(_QUARANTINE):
             name = file.removesuffix(".jsonl")
-            if not name.isdecimal():
-                if segments is not None:
-                    continue
-                rows += self._rows(f"{_QUARANTINE}/{file}")
+            if not name.isdecimal() or (int(name) not in described and int(name) < newest):
+                rows = enumerate(self._rows(f"{_QUARANTINE}/{file}"))
+                found += ((f"{name}:{place}", row) for place, row in rows if f"{name}:{place}" not in released)
             elif int(name) in described:
-                segment = described[int(name)]
-                if segment.sha256_quarantined is not None:
-                    rows += self._rows(f"{_QUARANTINE}/{file}", segment.sha256_quarantined, segment.quarantined)
-            elif numbers and int(name) < numbers[-1]:  # of a discarded segment; a higher number is an unfinished append
-                rows += self._rows(f"{_QUARANTINE}/{file}")
-        return rows + [row for row in self._withdrawn() if segments is None or row["segment"] in described]
+                found += self._of_segment(described[int(name)], released)
+        rows = enumerate(self._withdrawn())
+        found += ((f"withdrawn:{place}", row) for place, row in rows if f"withdrawn:{place}" not in released)
+        return dict(found)
+
+    def drop(self, references: Iterable[str]) -> None:
+        """Delete records from the quarantine for good. They no longer count as bad.
+
+        The content of a withdrawn record is deleted at once, that of the others with the last record of their file.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        dropped = list(references)
+        with self._writing():
+            self._release(dropped)
+            if any(reference.startswith("withdrawn:") for reference in dropped):
+                rows = [
+                    {key: value for key, value in row.items() if key != "record"}
+                    if f"withdrawn:{place}" in dropped
+                    else row
+                    for place, row in enumerate(self._withdrawn())
+                ]
+                self._write_sealed(_WITHDRAWN, rows)
+            left = {reference.partition(":")[0] for reference in self.references()}
+            for name in {reference.partition(":")[0] for reference in dropped} - left - {"withdrawn"}:
+                self.store.delete(f"{_QUARANTINE}/{name}.jsonl")
+
+    def _release(self, references: Iterable[str]) -> None:
+        """Note that these records, and those that the last segment has released, have left the quarantine."""
+        released = sorted(self._released().union(references))
+        self._write_sealed(_RELEASED, [{"reference": reference} for reference in released])
 
     def discard(self, upto: int) -> None:
         """Delete the segments up to number ``upto``, but never the last: it holds the offset to continue from.
@@ -370,6 +441,22 @@ class Journal:
             return Segment(**meta)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.store.address(name)} is damaged: {error}") from None
+
+    def _of_segment(self, segment: Segment, released: set[str]) -> Iterator[tuple[str, Row]]:
+        """The records that went to quarantine with a segment and are still there, by their references."""
+        if segment.sha256_quarantined is None or not self.store.exists(_quarantine_name(segment.number)):
+            return
+        rows = self._rows(_quarantine_name(segment.number), segment.sha256_quarantined, segment.quarantined)
+        for place, row in enumerate(rows):
+            reference = f"{segment.number:06d}:{place}"
+            if reference not in released:
+                yield reference, row
+
+    def _released(self) -> set[str]:
+        """References of the records that have left the quarantine."""
+        dropped = {row["reference"] for row in self._read_sealed(_RELEASED)}
+        last = self.last
+        return dropped.union(last.released if last is not None else ())
 
     def _withdrawn(self) -> list[Row]:
         return self._read_sealed(_WITHDRAWN)

@@ -345,23 +345,22 @@ class RecordSchema:
     def _check_label(self, value: Any) -> Any:
         """Check a label, and return it in the form in which it is kept."""
         try:
-            label = to_jsonable_python(self._label_value(value))
+            label = self._label_value(value)
             names = self._label_names(label)
         except (ValueError, RecursionError):
             raise
         except Exception as error:  # from a user's own task: a fault in it costs one record, not the stream
             raise ValueError(f"the label could not be checked ({type(error).__name__}: {error})") from None
+        if names or isinstance(label, list):
+            if self._label_is is not None and not isinstance(label, self._label_is):
+                raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
+            for name in names:
+                if not name.strip() or not _is_utf8(name):
+                    raise ValueError(f"the label {name!r} is not a name")
+                if self._classes and name not in self._classes:
+                    raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
         _refuse_unwritable(label, "label")
-        if not names and not isinstance(label, list):  # not a class
-            return label
-        if self._label_is is not None and not isinstance(label, self._label_is):
-            raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
-        for name in names:
-            if not name.strip() or not _is_utf8(name):
-                raise ValueError(f"the label {name!r} is not a name")
-            if self._classes and name not in self._classes:
-                raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
-        return label
+        return to_jsonable_python(label)
 
 
 def id_value(value: Any) -> str:

@@ -33,11 +33,7 @@ class SequenceClassificationTask(Task):
         """
         label: str | list[str] = super().check_label(value)
         if self.multi_label and isinstance(label, str):
-            raise ValueError(
-                f"multi_label=True expects a list of names for each text, got {label!r}; write [{label!r}]"
-            )
+            raise ValueError(f"multi_label=True expects a list of names, got {label!r}; write [{label!r}]")
         if not self.multi_label and isinstance(label, list):
-            raise ValueError(
-                f"one label is expected, got the list {label!r}; multi_label=True learns several for each text"
-            )
+            raise ValueError(f"one label is expected, got the list {label!r}; multi_label=True learns lists")
         return label

