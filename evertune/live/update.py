@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evertune.gate.gate import FEW, Check, Gate, Verdict
+from evertune.gate.gate import Check, Gate, Verdict
+from evertune.live import erasure
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
 from evertune.live.plan import Plan
@@ -342,6 +344,7 @@ class Updater:
         if not is_leader():
             return self._follow()
         with self.registry.lease():
+            erasure.finish(self.registry.store)
             seconds: dict[str, float] = {}
             decision: Plan | Outcome | None = None
             set_aside = ""

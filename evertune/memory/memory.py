@@ -526,6 +526,37 @@ class ReplayMemory:
         return classes
 
 
+def forget_saved(directory: str | Path, ids: Iterable[str]) -> int:
+    """Erase examples from a folder that :meth:`ReplayMemory.save` wrote: its Arrow file is replaced by one without
+    them.
+
+    Args:
+        directory: Folder of the memory.
+        ids: Ids to erase; ids that the memory does not hold are ignored.
+
+    Returns:
+        The number of examples erased.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    folder, wanted = Path(directory), set(ids)
+    manifest = json.loads((folder / _MANIFEST).read_bytes())
+    view = MemoryView.open(folder / manifest["file"])
+    stay = [slot for slot, id in enumerate(view.ids) if id not in wanted]
+    if len(stay) == len(view):
+        return 0
+    data = _serialise(view.table.take(pa.array(stay, pa.int64())), view.settings)
+    digest = hashlib.sha256(data).hexdigest()
+    manifest |= {"examples": len(stay), "file": f"memory-{digest[:16]}.arrow", "sha256": digest}
+    write_atomically(folder / manifest["file"], data)
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    for stale in folder.glob("memory-*.arrow"):
+        if stale.name != manifest["file"]:
+            stale.unlink(missing_ok=True)
+    return len(view) - len(stay)
+
+
 def working_file(directory: Path, generation: int) -> Path:
     """The path of a generation's file in the working folder of a memory."""
     return directory / f"memory-{generation}.arrow"

@@ -1,0 +1,266 @@
+"""Erases records from everything that a registry keeps (the right to erasure), and proves it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from evertune.memory.memory import MemoryView, forget_saved
+from evertune.registry.registry import Registry
+from evertune.registry.store import MANIFEST, RegistryError, Store
+
+_FOLDER = "erasing"
+_TODO = f"{_FOLDER}/todo.json"
+_MEMORY = "memory.json"
+_COUNTED_BY = {"sha256": "records", "sha256_quarantined": "quarantined", "sha256_waiting": "waiting"}
+"""The number of rows that a segment's description gives for each of its files."""
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What was erased.
+
+    Args:
+        ids: The ids that were asked for.
+        found: Number of erased copies by place: ``pending``, ``quarantine``, ``slices``, ``memory`` and
+            ``predictions``.
+        versions: Numbers of the versions whose memory or predictions were rewritten.
+    """
+
+    ids: Sequence[str]
+    found: Mapping[str, int]
+    versions: Sequence[int]
+
+    @property
+    def words(self) -> str:
+        """What was erased, as a message."""
+        what = f"{len(self.ids)} {'id' if len(self.ids) == 1 else 'ids'}"
+        if not self.found:
+            return f"no file of the registry holds {what}"
+        places = ", ".join(f"{count} in {place}" for place, count in sorted(self.found.items()))
+        versions = f" (versions {', '.join(map(str, self.versions))} rewritten)" if self.versions else ""
+        return (
+            f"erased {what}: {places}{versions}; no file of the registry holds them now. Weights that were trained on "
+            "them are not changed"
+        )
+
+
+def erase(registry: Registry, ids: Iterable[str], staging: Path | None = None) -> Erasure:
+    """Erase all copies of records: pending and waiting ones, quarantine, held-out slices, and every version's replay
+    memory and predictions.
+
+    The new files are written first and take their places afterwards, so that a call that was killed is finished by the
+    next one, or by the next update. An update in progress starts again without the records. An id that a masker has
+    replaced by its hash is found, too. The registry's lease is taken.
+
+    Args:
+        registry: Registry to erase from. Copies elsewhere (caches, backups, a mirror, the source) are not reached.
+        ids: Ids of the records.
+        staging: Folder of the update in progress, if it is not inside the registry (``work_dir``).
+
+    Raises:
+        LeaseHeld: If another process is writing to the registry.
+        RegistryError: If a file still holds one of the ids afterwards; the message names it.
+        ValueError: If there is no id, or a file of the registry is damaged.
+
+    Example::
+
+        print(erase(Registry("registry"), ["customer-17"]).words)
+    """
+    asked = sorted(set(ids))
+    if not asked or not all(asked):
+        raise ValueError("erasing needs at least one id, and none that is empty")
+    gone = {*asked, *map(masked_id, asked)}
+    store = registry.store
+    with registry.lease("evertune forget"):
+        finish(store)
+        edits = _Edits(store, gone)
+        edits.plan()
+        edits.commit()
+        finish(store)
+        if staging is None and store.is_local:
+            staging = store.local("staging")
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging)
+        if left := sorted(_holding(store, gone)):
+            raise RegistryError(f"{', '.join(store.address(name) for name in left)} still hold erased records")
+    return Erasure(asked, dict(edits.found), sorted(edits.versions))
+
+
+def finish(store: Store) -> None:
+    """Finish an erasure that was interrupted, if there is one. The caller holds the registry's lease."""
+    if store.exists(_TODO):
+        for name, part in json.loads(store.read(_TODO)).items():
+            if part is None:
+                store.delete(name)
+            else:
+                store.write(name, store.read(f"{_FOLDER}/{part}"))
+        store.delete(_TODO)  # first, so that half of the folder is never taken for a whole plan
+    if store.exists(_FOLDER):
+        store.delete(_FOLDER)
+
+
+@dataclass
+class _Edits:
+    """The files of a registry as they will be without some records: planned in full before the first is replaced."""
+
+    store: Store
+    gone: set[str]
+    files: dict[str, bytes | None] = field(default_factory=dict)
+    found: Counter[str] = field(default_factory=Counter)
+    versions: set[int] = field(default_factory=set)
+    changed: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """The new SHA-256 and number of rows of each file of rows that changes, by its old SHA-256."""
+
+    def plan(self) -> None:
+        for place in ("pending", "quarantine", "slices"):
+            for name in self.store.list(place):
+                if name.endswith(".jsonl"):
+                    self._rows(place, f"{place}/{name}")
+        for name in self.store.list("pending"):
+            if name.endswith(".json"):
+                self._description(f"pending/{name}")
+        for name in self.store.list("versions"):
+            if self.store.exists(f"versions/{name}/{MANIFEST}"):
+                self._version(f"versions/{name}")
+
+    def commit(self) -> None:
+        """Write the new files beside the old ones, and then the list that makes them count."""
+        todo: dict[str, str | None] = {}
+        for number, (name, content) in enumerate(self.files.items()):
+            todo[name] = None if content is None else str(number)
+            if content is not None:
+                self.store.write(f"{_FOLDER}/{number}", content)
+        if todo:
+            self.store.write(_TODO, json.dumps(todo).encode())
+
+    def _rows(self, place: str, name: str) -> None:
+        content = self.store.read(name)
+        lines = [line for line in content.split(b"\n") if line]
+        sealed = lines[:1] if lines and set(json.loads(lines[0])) == {"format", "sha256"} else []
+        rows = lines[len(sealed) :]
+        kept = [line for line in rows if not _is_of(json.loads(line), self.gone)]
+        if len(kept) == len(rows):
+            return
+        self.found[place] += len(rows) - len(kept)
+        body = b"".join(line + b"\n" for line in kept)
+        if sealed:
+            head = {**json.loads(sealed[0]), "sha256": _sha256(body)}
+            body = json.dumps(head, separators=(",", ":")).encode() + b"\n" + body
+        self.files[name] = body
+        self.changed[_sha256(content)] = _sha256(body), len(kept)
+
+    def _description(self, name: str) -> None:
+        """The description of a segment names the hashes of its files and how many rows they hold."""
+        values = json.loads(self.store.read(name))
+        hits = {key: count for key, count in _COUNTED_BY.items() if values.get(key) in self.changed}
+        for key, count in hits.items():
+            values[key], values[count] = self.changed[values[key]]
+        if hits:
+            values["bad"] = min(values["bad"], values["quarantined"])
+            self.files[name] = json.dumps(values, indent=2).encode()
+
+    def _version(self, folder: str) -> None:
+        manifest = json.loads(self.store.read(f"{folder}/{MANIFEST}"))
+        before = json.dumps(manifest)
+        for entry in manifest.get("slices", []):
+            if entry["sha256"] in self.changed:
+                entry["sha256"], entry["examples"] = self.changed[entry["sha256"]]
+        for name in list(manifest["files"]):
+            if PurePosixPath(name).name == _MEMORY:
+                self._memory(folder, name, manifest["files"])
+            elif name.endswith(".json") and not name.startswith("model/"):
+                self._predictions(folder, name, manifest["files"])
+        if json.dumps(manifest) != before:
+            self.versions.add(int(PurePosixPath(folder).name))
+            self.files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode()
+
+    def _memory(self, folder: str, name: str, hashes: dict[str, str]) -> None:
+        inside = PurePosixPath(name).parent
+        settings = json.loads(self.store.read(f"{folder}/{name}"))
+        with tempfile.TemporaryDirectory() as temporary:
+            for file in (_MEMORY, settings["file"]):
+                (Path(temporary) / file).write_bytes(self.store.read(f"{folder}/{inside / file}"))
+            if not (count := forget_saved(temporary, self.gone)):
+                return
+            self.found["memory"] += count
+            old = str(inside / settings["file"])
+            self.files[f"{folder}/{old}"] = None
+            del hashes[old]
+            for path in Path(temporary).iterdir():
+                self.files[f"{folder}/{inside / path.name}"] = content = path.read_bytes()
+                hashes[str(inside / path.name)] = _sha256(content)
+
+    def _predictions(self, folder: str, name: str, hashes: dict[str, str]) -> None:
+        content = self.store.read(f"{folder}/{name}")
+        if not any(_quoted(id) in content for id in self.gone):
+            return
+        values = json.loads(content)
+        self.found["predictions"] += _prune(values, self.gone)
+        self.files[f"{folder}/{name}"] = new = json.dumps(values, sort_keys=True).encode()
+        hashes[name] = _sha256(new)
+
+
+def masked_id(id: str) -> str:
+    """The hash by which a :class:`~evertune.sources.Masker` replaces an id that contains personal data."""
+    return "masked-" + hashlib.sha256(id.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _is_of(row: Mapping[str, Any], ids: set[str]) -> bool:
+    """Whether a row is a copy of one of these records. A row that could not be read has no id, but may contain it."""
+    if "id" in row:
+        return row["id"] in ids
+    if isinstance(raw := row.get("raw"), str):
+        return any(re.search(rf"(?<!\w){re.escape(id)}(?!\w)", raw) for id in ids)
+    record = row.get("record")
+    return isinstance(record, Mapping) and any(
+        isinstance(value, str | int) and str(value) in ids for value in record.values()
+    )
+
+
+def _prune(values: Any, ids: set[str]) -> int:
+    """Remove records from decoded JSON: from parallel lists beside ``ids``, and objects with such an ``id``."""
+    if isinstance(values, list):
+        kept = [value for value in values if not (isinstance(value, dict) and value.get("id") in ids)]
+        count, values[:] = len(values) - len(kept), kept
+        return count + sum(_prune(value, ids) for value in values)
+    if not isinstance(values, dict):
+        return 0
+    count = 0
+    if isinstance(named := values.get("ids"), list):
+        stay = [place for place, id in enumerate(named) if id not in ids]
+        count = len(named) - len(stay)
+        for key, column in list(values.items()):
+            if isinstance(column, list) and len(column) == len(named):
+                values[key] = [column[place] for place in stay]
+    return count + sum(_prune(value, ids) for key, value in values.items() if key != "ids")
+
+
+def _holding(store: Store, ids: set[str]) -> Iterator[str]:
+    """The files of a registry that hold one of these ids."""
+    quoted = [_quoted(id) for id in ids]
+    for top in store.list():
+        for file in store.sizes(top):
+            name = f"{top}/{file}"
+            if file.endswith((".json", ".jsonl")):
+                content = store.read(name)
+                if any(id in content for id in quoted):
+                    yield name
+            elif file.endswith(".arrow") and ids.intersection(MemoryView.open(store.local(name)).ids):
+                yield name
+
+
+def _quoted(id: str) -> bytes:
+    return json.dumps(id, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
