@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b"):
         feed(folder, name, ["business", "sport"], n=40, n_bad=2)
         assert updater(folder).run().status == "promoted"
-    feed(folder, "c", ["business", "sport"], n=6, n_bad=1)
+    feed(folder, "c", ["business", "sport"], n=6)
     assert updater(folder).run().status == "nothing"
     return folder
 
