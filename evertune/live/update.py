@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evertune.gate.gate import FEW, Check, Gate, Verdict
-from evertune.gate.gate import Check, Gate, Verdict
 from evertune.live import erasure
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport
