@@ -6,16 +6,20 @@ import argparse
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+import yaml
+
+from evertune.registry.registry import ALIASES, LeaseHeld, Registry, RegistryError, Version
 from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from evertune.reports.listing import Listing
 
 _UNKNOWN = "\N{EN DASH}"
 _SHOWN = 50  # versions listed without --all
+_BRIEF = 80  # characters of JSON that are shown as they are
 
 
 def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,6 +43,7 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
     listing.add_argument("--events", action="store_true", help="list what happened to the aliases instead")
     show = add("show", "show all that is known of a version")
     show.add_argument("version", nargs="?", default="production", help=f"{one_of} (default: production)")
+    show.add_argument("--config", action="store_true", help="also the configuration of the update, as YAML")
     promote = add("promote", "put a version into production")
     promote.add_argument("version", help=one_of)
     promote.add_argument("--reason", default="", help="why, for the list of events")
@@ -109,10 +114,11 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
     except RegistryError as error:  # when the aliases are damaged, the list of versions is what helps to repair them
         problem, aliases = str(error), {}
     versions = registry.versions()
+    parents: dict[int | None, Version] = {version.number: version for version in versions}
     found: dict[str, Any] = {
         "registry": registry.store.root,
         "aliases": aliases,
-        "versions": [_line(version, aliases) for version in versions],
+        "versions": [_line(version, aliases, parents.get(version.parent)) for version in versions],
     }
 
     def tables() -> Iterable[Any]:
@@ -122,22 +128,23 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
         # Older versions are left out, except those with an alias: production may be one of them.
         newest = len(versions) if arguments.all else _SHOWN
         shown = [line for line in found["versions"][:-newest] if line["aliases"]] + found["versions"][-newest:]
-        columns = ["version", "alias", "created (UTC)", "parent", "kind", "records", "accuracy", "verdict", "reason"]
+        columns = ["version", "alias", "created (UTC)", "records", "accuracy", "change", "verdict", "reason"]
         rows = [
             [
                 line["version"],
                 " ".join(line["aliases"]),
                 line["created"][:16].replace("T", " "),
-                line["parent"],
-                line["kind"],
                 line["records"].get("train"),
                 _percent(line["average_accuracy"]),
+                _points(line["change"]),
                 "passed" if line["passed"] else "refused",
                 line["reason"],
             ]
             for line in shown
         ]
-        yield _table(columns, rows, right=("version", "parent", "records", "accuracy"))
+        yield _table(columns, rows, right=("version", "records", "accuracy", "change"))
+        if any(line["change"] is not None for line in shown):
+            yield "change: in points, from the version it was trained from, on the slices of both"
         if len(shown) < len(versions):
             yield f"{len(versions) - len(shown)} older versions are not shown: --all"
 
@@ -147,7 +154,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _line(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
+def _line(version: Version, aliases: Mapping[str, int], parent: Version | None) -> dict[str, Any]:
     """The entry of a version in the list, as JSON values."""
     manifest = version.manifest
     return {
@@ -159,6 +166,7 @@ def _line(version: Version, aliases: Mapping[str, int]) -> dict[str, Any]:
         "experience": version.experience,
         "records": manifest.records,
         "average_accuracy": manifest.metrics.average_accuracy,
+        "change": None if parent is None else manifest.metrics.change_from(parent.manifest.metrics),
         "passed": version.passed,
         "reason": (manifest.reason if version.passed else "") or manifest.summary,
     }
@@ -169,7 +177,8 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
     manifest, aliases = version.manifest.to_dict(), registry.aliases
     events = [event for event in registry.events if version.number in (event.get("from"), event.get("to"))]
     sizes = registry.store.sizes(f"versions/{version.number}")
-    found = {**manifest, "aliases": _line(version, aliases)["aliases"], "size": sum(sizes.values()), "events": events}
+    names = [alias for alias, number in aliases.items() if number == version.number]
+    found = {**manifest, "aliases": names, "size": sum(sizes.values()), "events": events}
 
     def tables() -> Iterable[Any]:
         metrics = version.manifest.metrics
@@ -181,12 +190,16 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
             **_named(version.manifest.records, "{} records"),
             "average accuracy": metrics.average_accuracy,
             "classes": ", ".join(version.manifest.classes),
-            **{name: manifest[name] for name in ("module", "consumed", "offset")},
+            **{name: manifest[name] for name in ("module", "consumed")},
+            "offset": _brief(version.manifest.offset) if version.manifest.offset else None,
             **_named(version.manifest.seconds, "seconds to {}"),
-            **{name: manifest[name] for name in ("code", "config")},
+            "code": manifest["code"],
+            "configuration": "" if arguments.config else "--config shows it",
             "size": f"{_size(found['size'])} in {len(sizes)} files",
         }
         yield _table(["", ""], [[name, value] for name, value in facts.items() if value not in (None, "", {})])
+        if arguments.config:
+            yield yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).rstrip()
         if metrics.accuracy:
             examples = {entry.name: entry.examples for entry in version.manifest.slices}
             rows = [[name, examples.get(name), _percent(value)] for name, value in metrics.accuracy.items()]
@@ -214,8 +227,28 @@ def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
     version = registry.rollback(arguments.reason, discard=arguments.discard)
     event = registry.events[-1]
     words = f"version {version.number} is in production again, in place of {event['from']}"
-    _print(arguments, {"aliases": registry.aliases, "event": event}, lambda: [words])
+    records = _unlearned(registry, version, event["from"])
+    if records:
+        fate = (
+            "go to quarantine before the next update"
+            if arguments.discard
+            else "are pending again: the next update learns them, once more arrive"
+        )
+        words += f"; the {records:,} records that it had not learned {fate}"
+    _print(arguments, {"aliases": registry.aliases, "event": event, "records": records}, lambda: [words])
     return 0
+
+
+def _unlearned(registry: Registry, version: Version, left: int) -> int:
+    """The number of records that the version rolled back from had learned, and the one now in production has not."""
+    from evertune.registry.journal import Journal
+
+    try:
+        learned = registry.version(left).manifest.consumed
+    except RegistryError:  # it was rolled back from because it is damaged
+        return 0
+    segments = Journal(registry.store).segments(after=version.manifest.consumed)
+    return sum(segment.records for segment in segments if segment.number <= learned)
 
 
 def _diff(registry: Registry, arguments: argparse.Namespace) -> int:
@@ -258,7 +291,11 @@ def _verify(registry: Registry, arguments: argparse.Namespace) -> int:
 
 def _gc(registry: Registry, arguments: argparse.Namespace) -> int:
     settings = {"keep": arguments.keep, "stale_days": arguments.stale_days}
-    garbage = registry.garbage(**settings) if arguments.dry_run else registry.collect(**settings)
+    try:
+        garbage = registry.garbage(**settings) if arguments.dry_run else registry.collect(**settings)
+    except LeaseHeld as error:
+        hint = "a watch deletes old versions itself if its settings say so, as in watch: {retention: 5}"
+        raise RegistryError(f"{error}. {hint}") from error
     size = sum(entry.size for entry in garbage)
     found = {
         "dry_run": arguments.dry_run,
@@ -299,16 +336,10 @@ def _print(arguments: argparse.Namespace, found: Any, tables: Any) -> None:
         screen.print(part)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
-    from rich.table import Table
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Listing:
+    from evertune.reports.listing import Listing
 
-    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
-    for number, column in enumerate(columns):
-        last = number == len(columns) - 1
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
-    for row in rows:
-        table.add_row(*(foreign(_text(value)) for value in row))
-    return table
+    return Listing(columns, [[foreign(_text(value)) for value in row] for row in rows], right)
 
 
 def _text(value: Any) -> str:
@@ -328,6 +359,27 @@ def _change(a: Any, b: Any) -> str:
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (a, b)):
         return ""
     return f"{b - a:+.4g}" if a != b else ""
+
+
+def _points(share: float | None) -> str:
+    return _UNKNOWN if share is None else f"{100 * share:+.1f}"
+
+
+def _brief(value: Any) -> str:
+    """A value as JSON if that is short, else the number of entries in each part.
+
+    Example:
+        >>> _brief({"line": 7}), _brief({"files": {str(i): i for i in range(40)}, "run": 3})
+        ('{"line": 7}', 'files: 40 entries, run: 3 (--json has all)')
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) <= _BRIEF or not isinstance(value, dict):
+        return shorten(text, _BRIEF, placeholder="…")
+    parts = [
+        f"{name}: {len(part):,} entries" if isinstance(part, dict | list) else f"{name}: {shorten(str(part), _BRIEF)}"
+        for name, part in value.items()
+    ]
+    return f"{', '.join(parts)} (--json has all)"
 
 
 def _percent(share: float | None) -> str:

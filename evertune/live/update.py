@@ -567,7 +567,7 @@ class Updater:
                 "nothing",
                 f"{situation.n_pending} records are pending: {self.trigger.explanation}"
                 if situation.n_new
-                else f"nothing new since the last update; {situation.n_pending} records are pending",
+                else situation.nothing_new,
             )
         segments = self._backlog.pending(production, at_most=self.settings.max_records)
         self._withdraw_unlearnable(segments)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from evertune.live.alerts import Alert
@@ -74,6 +75,8 @@ class WatchSettings:
             unhealthy. Default: 3.
         max_bad_share: Share of bad records among those read since the last update above which an alert is sent.
             Default: 0.05.
+        retention: Number of newest versions that stay after a promotion, as by ``evertune registry gc --keep``, which
+            cannot run beside a watch. Default: None deletes nothing.
         alerts: Channels that alerts are sent to.
         log: JSON lines or plain text. Default: plain text on a terminal, else JSON.
 
@@ -88,6 +91,7 @@ class WatchSettings:
     max_backoff: float = 600.0
     max_errors: int = 3
     max_bad_share: float = 0.05
+    retention: int | None = None
     alerts: list[Alert] = field(default_factory=list)
     log: Literal["auto", "json", "words"] = "auto"
 
@@ -97,6 +101,8 @@ class WatchSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.grace < 0:
             raise ValueError(f"grace must not be negative, got {self.grace}")
+        if self.retention is not None and self.retention < 1:
+            raise ValueError(f"retention must be positive or None, got {self.retention}")
         if not 0 < self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}")
 
@@ -138,9 +144,11 @@ class Watch:
         self._intake = _Trouble("taking records in", self.settings)
         self._look = _Trouble("looking for what is due", self.settings)
         self._update = _Trouble("updating", self.settings)
+        self._clean = _Trouble("deleting old versions", self.settings)
         self._stops = 0  # signals to end that have arrived
         self._in_step = False  # whether a signal may interrupt what the main thread does
         self._version: int | None = None
+        self._waiting_told: tuple[int | None, int] | None = None  # production and pending records when it was reported
         self._drift_told: int | None = None  # the version in production when drift was last reported
         self._read = self._bad = 0  # since the last update
         self._told_bad = False
@@ -208,6 +216,10 @@ class Watch:
         reason = self.updater.due()
         readings = self.updater.trigger.readings
         self.telemetry.measured(readings)
+        state = (self._version, situation.n_pending)
+        if situation.n_pending and not situation.n_new and self._waiting_told != state:
+            self._waiting_told = state
+            self._say("waiting", situation.nothing_new, pending=situation.n_pending)
         # Reported once per version: the drift lasts until an update has learned it.
         if _drifting(readings) and self._drift_told != self._version:
             self._drift_told = self._version
@@ -233,7 +245,16 @@ class Watch:
         self._read = self._bad = 0
         self._told_bad = False
         self._report(outcome, code, tail, seconds)
+        if outcome == "promoted" and self.settings.retention is not None:
+            self._try(self._clean, partial(self._delete_old, self.settings.retention))
         return self._holds(lease)
+
+    def _delete_old(self, keep: int) -> None:
+        names = self.updater.registry.gc(keep)
+        if names:
+            versions = [name for name in names if name.startswith("versions/")]
+            words = f"{len(versions)} old versions and {len(names) - len(versions)} files that only they needed deleted"
+            self._say("gc", words, deleted=names)
 
     def _report(self, outcome: str, code: int, tail: Sequence[str], seconds: float) -> None:
         end = tail[-1] if tail else "it has said nothing"

@@ -58,6 +58,20 @@ class Metrics:
     accuracy: dict[str, float | None] = field(default_factory=dict)
     average_accuracy: float | None = None
 
+    def change_from(self, other: Metrics) -> float | None:
+        """Mean difference to other measurements over the slices of both: like with like; None if there are none.
+
+        The averages themselves cannot be compared if one of them covers a slice that the other does not.
+
+        Example:
+            >>> before, now = Metrics({"a": 0.75}, 0.75), Metrics({"a": 0.875, "b": 0.5}, 0.6875)
+            >>> now.change_from(before)
+            0.125
+        """
+        pairs = [(value, other.accuracy.get(name)) for name, value in self.accuracy.items()]
+        changes = [now - before for now, before in pairs if now is not None and before is not None]
+        return sum(changes) / len(changes) if changes else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:

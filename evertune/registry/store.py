@@ -147,7 +147,10 @@ class Store:
             return sorted(name for name in self._files.list(folder) if not name.startswith(".") and _is_name(name))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """The size in bytes of every file in a folder and its subfolders, by its name relative to the folder."""
+        """The size in bytes of every file in a folder and its subfolders, by its name relative to the folder.
+
+        For a file, its own size.
+        """
         with _explained("list", self.address(folder)):
             return dict(sorted(self._files.sizes(folder).items()))
 
@@ -262,6 +265,8 @@ class _Folder:
             return []
 
     def sizes(self, folder: str) -> dict[str, int]:
+        if (self.path / folder).is_file():
+            return {folder: (self.path / folder).stat().st_size}
         return {
             path.relative_to(self.path / folder).as_posix(): path.stat().st_size
             for path in (self.path / folder).rglob("*")

@@ -21,7 +21,7 @@ from evertune.reports.summary import UNKNOWN, percent
 from evertune.utils.terminal import foreign
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from evertune.reports.listing import Listing
 
 MAX_SHOWN = 40
 """Number of versions and of slices drawn, the newest of a longer list. The timeline names all versions."""
@@ -102,27 +102,29 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     )
 
 
-def versions_table(registry: Registry | str | os.PathLike[str]) -> Table:
+def versions_table(registry: Registry | str | os.PathLike[str]) -> Listing:
     """The versions of a registry, newest last, for the terminal: ``rich.print(versions_table("registry"))``.
+
+    Accuracy is the average over the slices of a version, in percent; the change compares like with like: the slices
+    that its parent was measured on, too.
 
     Args:
         registry: A registry, its folder or its URL.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("version", "created", "learned", "records", "accuracy"):
-        table.add_column(header, justify="left" if header in {"created", "learned"} else "right", no_wrap=True)
-    table.add_column("")
+    from evertune.reports.listing import Listing
+
     styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
+    rows = []
     for view in _views(_as_registry(registry)):
         words = foreign(view.status, styles.get(view.status, ""))
-        if view.status == REFUSED and view.words:
-            words = Text.assemble(words, foreign(f": {shorten(view.words, 72, placeholder='…')}"))
-        records = f"{view.records['train']:,}"
-        table.add_row(str(view.number), view.created, foreign(view.name), records, percent(view.average), words)
-    return table
+        if view.words:
+            words = Text.assemble(words, foreign(f": {'; '.join(view.words.splitlines())}"))
+        cells = (str(view.number), view.created, view.name, f"{view.records['train']:,}", percent(view.average))
+        rows.append([*map(foreign, cells), Text(percent(view.change, signed=True)), words])
+    columns = ["version", "created", "learned", "records", "accuracy", "change", "status"]
+    return Listing(columns, rows, right=["version", "records", "accuracy", "change"])
 
 
 @dataclass
@@ -290,8 +292,8 @@ def _views(registry: Registry) -> list[VersionView]:
     by_number = {view.number: view for view in views}
     for view in views:
         if (parent := by_number.get(view.version.parent or 0)) is not None:
-            both = view.accuracy.keys() & parent.accuracy.keys()
-            view.change = _mean([view.accuracy[name] - parent.accuracy[name] for name in both])
+            change = view.version.manifest.metrics.change_from(parent.version.manifest.metrics)
+            view.change = math.nan if change is None else change
     return views
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from evertune.cli.registry import add_registry_commands, run_registry
+from evertune.registry.journal import Journal
 from evertune.registry.lease import TOKEN
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry
@@ -60,7 +61,7 @@ def registry(tmp_path: Path) -> Registry:
             reason=f"{number}00 [new] records",
             records={"train": 100 * number},
             classes=["sport", "news"][: min(number, 2)],
-            metrics=Metrics({"update-1": 0.9}, (80 + number) / 100),
+            metrics=Metrics({"update-1": (80 + number) / 100}, (80 + number) / 100),
             verdict=VerdictSummary(passed, "well" if passed else "it forgets update-1"),
             config={"trainer": {"max_epochs": number}},
         )
@@ -85,11 +86,13 @@ def test_list(shell: Shell) -> None:
     code, out, err = shell("list")
     assert (code, err) == (0, "")
     assert squeezed(out) == [
-        "version alias created (UTC) parent kind records accuracy verdict reason",
-        f"1 2026-01-01 10:30 {DASH} first 100 81.0 % passed 100 [new] records",
-        "2 previous 2026-01-02 10:30 1 update 200 82.0 % passed 200 [new] records",
-        "3 production 2026-01-03 10:30 2 update 300 83.0 % passed 300 [new] records",
-        "4 candidate 2026-01-04 10:30 3 update 400 84.0 % refused it forgets update-1",
+        "version alias created (UTC) records accuracy change verdict reason",
+        f"1 2026-01-01 10:30 100 81.0 % {DASH} passed 100 [new] records",
+        "2 previous 2026-01-02 10:30 200 82.0 % +1.0 passed 200 [new] records",
+        "3 production 2026-01-03 10:30 300 83.0 % +1.0 passed 300 [new] records",
+        "4 candidate 2026-01-04 10:30 400 84.0 % +1.0 refused it forgets update-1",
+        "",
+        "change: in points, from the version it was trained from, on the slices of both",
     ]
     found = shell.json("list")
     assert found["aliases"] == {"production": 3, "previous": 2, "candidate": 4}
@@ -103,9 +106,66 @@ def test_list(shell: Shell) -> None:
         "experience": "",
         "records": {"train": 400},
         "average_accuracy": 0.84,
+        "change": pytest.approx(0.01),
         "passed": False,
         "reason": "it forgets update-1",
     }
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 150])
+@pytest.mark.parametrize(
+    "command",
+    [["list"], ["list", "--events"], ["show", "4"], ["show", "4", "--config"], ["diff", "3", "4"], ["verify"]],
+)
+def test_a_narrow_terminal_loses_nothing(
+    width: int, command: list[str], shell: Shell, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.store.write("versions/2/weights.bin", b"")
+    _, wide, _ = shell(*command)
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, narrow, _ = shell(*command)
+    assert max(map(len, narrow.splitlines())) <= width
+    assert sorted("".join(narrow.split())) == sorted("".join(wide.split()))
+
+
+def test_accuracies_of_different_slices_are_compared_like_with_like(shell: Shell, registry: Registry) -> None:
+    manifest = Manifest(version=5, parent=3, metrics=Metrics({"update-1": 0.85, "update-5": 0.35}, 0.6))
+    (shell.root.parent / "staging").mkdir()
+    registry.publish(shell.root.parent / "staging", manifest)
+    (line,) = [line for line in squeezed(shell("list")[1]) if line.startswith("5 ")]
+    assert "60.0 % +2.0 passed" in line
+
+
+def test_show_sums_up_a_long_offset(shell: Shell, registry: Registry) -> None:
+    offset = {"files": {f"inbox/{number}.jsonl": {"size": number} for number in range(300)}, "run": 7}
+    (shell.root.parent / "staging").mkdir()
+    registry.publish(shell.root.parent / "staging", Manifest(version=5, offset=offset))
+    assert "offset files: 300 entries, run: 7 (--json has all)" in squeezed(shell("show", "5")[1])
+    assert shell.json("show", "5")["offset"] == offset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fate"),
+    [
+        ([], "are pending again: the next update learns them, once more arrive"),
+        (["--discard"], "go to quarantine before the next update"),
+    ],
+)
+def test_rollback_says_what_becomes_of_the_records(
+    arguments: list[str], fate: str, shell: Shell, registry: Registry
+) -> None:
+    journal = Journal(registry.store)
+    for number in (1, 2, 3):
+        journal.append([{"id": f"{number}-{i}", "origin": "", "record": {}} for i in range(10 * number)], [], [], None)
+    for number, consumed in ((5, 1), (6, 2)):
+        (shell.root.parent / "staging").mkdir()
+        registry.promote(
+            registry.publish(
+                shell.root.parent / "staging", Manifest(version=number, parent=number - 1, consumed=consumed)
+            ).number
+        )
+    _, out, _ = shell("rollback", *arguments)
+    assert out == (f"version 5 is in production again, in place of 6; the 20 records that it had not learned {fate}\n")
 
 
 def test_list_shows_the_newest(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +173,7 @@ def test_list_shows_the_newest(shell: Shell, monkeypatch: pytest.MonkeyPatch) ->
     _, out, _ = shell("list")
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["2", "3", "4"]  # what has an alias always
     assert "1 older versions are not shown: --all" in out
-    assert len(shell("list", "--all")[1].splitlines()) == 5
+    assert len(shell("list", "--all")[1].splitlines()) == 7
     assert len(shell.json("list")["versions"]) == 4
 
 
@@ -137,10 +197,11 @@ def test_show(shell: Shell) -> None:
         "aliases production",
         "verdict passed: well",
         "train records 300",
-        f"update-1 {DASH} 90.0 %",
+        f"update-1 {DASH} 83.0 %",
     ):
         assert line in lines
-    assert 'config {"trainer": {"max_epochs": 3}}' in lines
+    assert "configuration --config shows it" in lines
+    assert "trainer:\n  max_epochs: 3\n" in shell("show", "--config")[1]
     found = shell.json("show", "candidate")
     assert (found["version"], found["aliases"], found["size"] > 0) == (4, ["candidate"], True)
     assert [event["action"] for event in found["events"]] == ["candidate"]
@@ -188,14 +249,26 @@ def test_verify(shell: Shell, registry: Registry) -> None:
     assert shell("verify", "3")[0] == 0
 
 
+def test_gc_beside_a_watch_says_how(shell: Shell, registry: Registry) -> None:
+    with registry.lease("evertune watch"):
+        code, _, err = shell("gc", "--keep", "1")
+    assert code == 1
+    assert "watch: {retention: 5}" in err
+
+
 def test_gc(shell: Shell, registry: Registry) -> None:
+    registry.store.write("slices/left.jsonl", b"{}\n" * 700)
     code, out, _ = shell("gc", "--keep", "1", "--dry_run")
     assert code == 0
     assert "would be deleted" in out
     assert len(registry.versions()) == 4
     found = shell.json("gc", "--keep", "1", "--dry_run")
-    assert [(entry["name"], entry["why"]) for entry in found["deleted"]] == [("versions/1", "old")]
-    assert found["size"] == sum(registry.store.sizes("versions/1").values())
+    assert [(entry["name"], entry["why"]) for entry in found["deleted"]] == [
+        ("versions/1", "old"),
+        ("slices/left.jsonl", "no version needs it"),
+    ]
+    assert found["deleted"][1]["size"] == 2_100
+    assert found["size"] == sum(registry.store.sizes("versions/1").values()) + 2_100
     code, out, _ = shell("gc", "--keep", "1")
     assert code == 0
     assert "versions/1" in out
@@ -230,7 +303,7 @@ def test_list_helps_where_the_aliases_are_damaged(shell: Shell, registry: Regist
     registry.store.write("versions/2/manifest.json", b"")
     code, out, err = shell("list")
     assert code == 1
-    assert [line.split()[0] for line in out.splitlines()] == ["version", "1", "3", "4"]
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["version", "1", "3", "4"]
     assert f"make a new one with `evertune registry promote {shell.root} N --force`" in err
     assert shell("promote", "3", "--force")[0] == 0
     code, out, err = shell("list")

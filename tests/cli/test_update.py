@@ -74,7 +74,7 @@ def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert not list(folder.rglob("lightning_logs"))
     monkeypatch.chdir(folder)
     assert update(["--config", "live.yaml"]) == 3
-    assert capsys.readouterr().out == "nothing new since the last update; 0 records are pending\n"
+    assert capsys.readouterr().out == "nothing to do: version 1 has learned every record that has arrived\n"
     feed(folder, "b", ["politics", "sport"], n=40)
     assert update(["--config", "live.yaml", "--gate.min_accuracy", "1.0"]) == 4
     registry = Registry(folder / "registry")

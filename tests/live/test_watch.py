@@ -301,6 +301,30 @@ def test_a_refused_update_is_told_and_not_repeated(watch: Callable[..., Running]
     assert running.get("/healthz")[0] == 200
 
 
+def test_records_that_were_all_tried_are_named_once(watch: Callable[..., Running], root: Path) -> None:
+    mode(root, "refuse")
+    arrives(root, 2)
+    running = watch()
+    (waiting,) = running.until("waiting")
+    assert waiting["message"].startswith("3 records are pending, and an update was tried on all of them")
+    turns = running.metric("evertune_read_records_total")
+    arrives(root, 1)
+    until(lambda: running.metric("evertune_read_records_total") > turns)
+    assert len(running.events("waiting")) == 1
+
+
+def test_old_versions_are_deleted_after_a_promotion(watch: Callable[..., Running], root: Path) -> None:
+    registry = Registry(root / "registry")
+    for number in (8, 9, 10):
+        (root / "version").mkdir()
+        registry.promote(registry.publish(root / "version", Manifest(version=number)).number)
+    arrives(root, 2)
+    running = watch(retention=1)
+    (deleted,) = running.until("gc")
+    assert deleted["deleted"] == ["versions/7", "versions/8"], "production and previous stay"
+    assert [version.number for version in registry.versions()] == [9, 10]
+
+
 def test_an_update_stopped_before_training_says_why(watch: Callable[..., Running], root: Path) -> None:
     mode(root, "stop")
     arrives(root, 2)

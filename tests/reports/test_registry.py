@@ -17,6 +17,7 @@ from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSum
 from evertune.registry.registry import Registry, RegistryError
 from evertune.reports import save_plots, write_report
 from evertune.reports.registry import MAX_SHOWN, history_of, versions_table, write_versions_report
+from evertune.reports.summary import MINUS, UNKNOWN
 from tests.reports.test_stream import Page
 
 START = datetime(2026, 3, 1, 6, 0, tzinfo=UTC)
@@ -239,7 +240,8 @@ def test_the_table_for_the_terminal(registry):
     stream = io.StringIO()
     Console(file=stream, width=160).print(versions_table(registry))
     lines = [line.split() for line in stream.getvalue().splitlines()]
-    assert lines[1] == ["1", "2026-03-02", "06:00", "sport", "100", "90.0", "promoted"]
-    assert lines[3][:7] == ["3", "2026-03-04", "06:00", "art", "300", "70.0", "refused:"]
+    assert lines[1] == ["1", "2026-03-02", "06:00", "sport", "100", "90.0", UNKNOWN, "promoted"]
+    assert lines[2][5:7] == ["87.5", "+5.0"], "a new slice is not a fall"
+    assert lines[3][:8] == ["3", "2026-03-04", "06:00", "art", "300", "70.0", f"{MINUS}17.5", "refused:"]
     assert lines[4][-2:] == ["rolled", "back"]
     assert lines[5][-2:] == ["in", "production"]

@@ -62,6 +62,19 @@ class Situation:
             if moment is not None and moment.tzinfo is None:
                 raise ValueError(f"{name} must have a time zone, got {moment.isoformat()}")
 
+    @property
+    def nothing_new(self) -> str:
+        """Why there is nothing to do when no pending record is new, as a message; whatever the trigger says."""
+        if self.n_pending:
+            since = "" if self.last_update is None else f", last at {self.last_update:%Y-%m-%d %H:%M} UTC"
+            return (
+                f"{self.n_pending:,} records are pending, and an update was tried on all of them{since}: "
+                "the next one waits for more records, or for other settings"
+            )
+        if self.production is None:
+            return "nothing to do: no usable record has arrived yet"
+        return f"nothing to do: version {self.production.number} has learned every record that has arrived"
+
 
 class Trigger(ABC):
     """Decides whether an update is due. A subclass implements :meth:`reason`.
