@@ -6,7 +6,6 @@ import argparse
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 _UNKNOWN = "\N{EN DASH}"
 _SHOWN = 50  # versions listed without --all
-_BRIEF = 80  # characters of JSON that are shown as they are
 
 
 def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -173,6 +171,8 @@ def _line(version: Version, aliases: Mapping[str, int], parent: Version | None) 
 
 
 def _show(registry: Registry, arguments: argparse.Namespace) -> int:
+    from evertune.reports.listing import brief
+
     version = registry.version(arguments.version)
     manifest, aliases = version.manifest.to_dict(), registry.aliases
     events = [event for event in registry.events if version.number in (event.get("from"), event.get("to"))]
@@ -191,7 +191,7 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
             "average accuracy": metrics.average_accuracy,
             "classes": ", ".join(version.manifest.classes),
             **{name: manifest[name] for name in ("module", "consumed")},
-            "offset": _brief(version.manifest.offset) if version.manifest.offset else None,
+            "offset": brief(version.manifest.offset) if version.manifest.offset else None,
             **_named(version.manifest.seconds, "seconds to {}"),
             "code": manifest["code"],
             "configuration": "" if arguments.config else "--config shows it",
@@ -363,23 +363,6 @@ def _change(a: Any, b: Any) -> str:
 
 def _points(share: float | None) -> str:
     return _UNKNOWN if share is None else f"{100 * share:+.1f}"
-
-
-def _brief(value: Any) -> str:
-    """A value as JSON if that is short, else the number of entries in each part.
-
-    Example:
-        >>> _brief({"line": 7}), _brief({"files": {str(i): i for i in range(40)}, "run": 3})
-        ('{"line": 7}', 'files: 40 entries, run: 3 (--json has all)')
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) <= _BRIEF or not isinstance(value, dict):
-        return shorten(text, _BRIEF, placeholder="…")
-    parts = [
-        f"{name}: {len(part):,} entries" if isinstance(part, dict | list) else f"{name}: {shorten(str(part), _BRIEF)}"
-        for name, part in value.items()
-    ]
-    return f"{', '.join(parts)} (--json has all)"
 
 
 def _percent(share: float | None) -> str:

@@ -1,14 +1,17 @@
-"""Tables for the terminal that lose nothing, however narrow it is."""
+"""Tables for the terminal that lose nothing, however narrow it is; quick to import."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.text import Text
 
+_BRIEF = 80  # characters of JSON that are shown as they are
 _GAP = "  "
 _ROOM = 30
 """Characters that the last column needs beside the others; with less, it moves to lines of its own."""
@@ -61,3 +64,19 @@ class Listing:
             (copy.pad_left if right else copy.pad_right)(width - cell.cell_len)
             padded.append(copy)
         return padded
+
+
+def brief(value: Any) -> str:
+    """A value as JSON if that is short, else the number of entries in each part.
+
+    Example:
+        >>> brief({"line": 7})
+        '{"line": 7}'
+        >>> brief({"files": {f"inbox/{number}.jsonl": number for number in range(40)}, "run": 3})
+        'files: 40 entries, run: 3'
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) <= _BRIEF or not isinstance(value, dict):
+        return shorten(text, _BRIEF, placeholder="…")
+    entries = {name: f"{len(part):,} entries" for name, part in value.items() if isinstance(part, dict | list)}
+    return ", ".join(f"{name}: {entries.get(name) or shorten(str(part), _BRIEF)}" for name, part in value.items())

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING
 
 from evertune.metrics.history import History
 from evertune.registry.registry import Registry, Version
-from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin
+from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin, ticks
+from evertune.reports.listing import Listing, brief
 from evertune.reports.page import fill
 from evertune.reports.stream import NBSP
 from evertune.reports.summary import UNKNOWN, percent
 from evertune.utils.terminal import foreign
 
-if TYPE_CHECKING:
-    from evertune.reports.listing import Listing
-
 MAX_SHOWN = 40
 """Number of versions and of slices drawn, the newest of a longer list. The timeline names all versions."""
 MAX_OPEN_PANELS = 9  # charts of slices that are shown without unfolding
 MAX_OPEN_ENTRIES = 12  # entries of the timeline that are shown without unfolding
-MAX_OFFSET = 400  # characters shown of a source offset
 
 PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = "in production", "promoted", "rolled back", "refused", "candidate"
 COLORS = {
@@ -95,7 +91,7 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
         raise ValueError(f"no version that led to version {line[-1].number} was measured on a held-out slice")
     seconds = sum(version.manifest.seconds.get(stage, 0.0) for version in line for stage in STAGES)
     return History(
-        list(slices),
+        slices,
         [[_accuracy(version).get(name, math.nan) for name in slices] for version in line],
         seconds,
         examples=sum(_records(version)["train"] for version in line),
@@ -112,8 +108,6 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Listing:
         registry: A registry, its folder or its URL.
     """
     from rich.text import Text
-
-    from evertune.reports.listing import Listing
 
     styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
     rows = []
@@ -199,14 +193,14 @@ class SliceView:
 
     Args:
         name: Name of the slice.
-        number: Version with which the slice came.
+        number: Version with which the slice came; None if it is unknown.
         examples: Number of examples.
         accuracy: Accuracy of production.
         change: Difference to the best version before production; NaN if there is none.
     """
 
     name: str
-    number: int
+    number: int | None
     examples: int
     accuracy: float
     change: float
@@ -234,7 +228,8 @@ def _page(registry: Registry, title: str) -> str:
     line = [view for view in views if view.served]
     production = line[-1] if line else None
     slices = _slices([view.version for view in line])
-    shown, drawn = views[-MAX_SHOWN:], dict(list(slices.items())[-MAX_SHOWN:])
+    origins = _origins(slices, [view.version for view in views])
+    shown, drawn = views[-MAX_SHOWN:], {name: origins[name] for name in slices[-MAX_SHOWN:]}
     low = _floor([value for view in shown for value in [*view.accuracy.values(), view.average]])
     return fill(
         "versions.html",
@@ -247,7 +242,7 @@ def _page(registry: Registry, title: str) -> str:
         headline=_headline(line),
         facts=_facts(registry, views, line),
         details=_details(production) if production else [],
-        held=_held(line, slices),
+        held=_held(line, origins),
         kinds=[(status, COLORS[status]) for status in MARKS if any(view.status == status for view in shown)],
         overview=_overview(shown, low),
         panels=[(number, name, _panel(name, shown, low)) for name, number in drawn.items()],
@@ -256,6 +251,7 @@ def _page(registry: Registry, title: str) -> str:
         missing=math.nan,
         low=low,
         columns=_columns(shown),
+        counts=_counts(shown),
         timeline=_timeline(views, registry),
         max_entries=MAX_OPEN_ENTRIES,
         moment=MOMENT,
@@ -308,13 +304,19 @@ def _line(versions: Sequence[Version], last: Version | None) -> list[Version]:
     return line[::-1]
 
 
-def _slices(versions: Sequence[Version]) -> dict[str, int]:
-    """The slices that versions were measured on, oldest first, each with the version that was first measured on it."""
-    slices: dict[str, int] = {}
-    for version in versions:
-        for name in _accuracy(version):
-            slices.setdefault(name, version.number)
-    return slices
+def _slices(line: Sequence[Version]) -> list[str]:
+    """The slices that versions were measured on, oldest first."""
+    return list(dict.fromkeys(name for version in line for name in _accuracy(version)))
+
+
+def _origins(slices: Sequence[str], versions: Sequence[Version]) -> dict[str, int | None]:
+    """The version that each slice came with; None if it is unknown.
+
+    That of a deleted version is in the name that updates give to their experiences: ``update-7``.
+    """
+    kept = {version.experience: version.number for version in reversed(versions)}
+    named = {name: re.fullmatch(r"update-(\d+)", name) for name in slices}
+    return {name: kept.get(name) or (int(match[1]) if (match := named[name]) else None) for name in slices}
 
 
 def _accuracy(version: Version) -> dict[str, float]:
@@ -337,10 +339,13 @@ def _headline(line: Sequence[VersionView]) -> str:
         return f"{text}."
     count = len(production.accuracy)
     text += f": {percent(production.average)}{NBSP}% right on average over {count} held-out slice{'s' * (count > 1)}"
-    change = _mean([change for name in production.accuracy if not math.isnan(change := _change(name, line))])
-    if math.isnan(change):
+    before = next((view for view in line if view.number == production.version.parent), None)
+    if before is None or math.isnan(production.change):
         return f"{text}."
-    return f"{text}, {percent(abs(change))}{NBSP}points {'below' if change < 0 else 'above'} their best so far."
+    common = len(production.accuracy.keys() & before.accuracy.keys())
+    on = "it" if common == count == 1 else f"the {common} that both were measured on" if common < count else "them"
+    how = f"{percent(abs(production.change))}{NBSP}points {'below' if production.change < 0 else 'above'}"
+    return f"{text}, {how} version {before.number} on {on}."
 
 
 def _change(name: str, line: Sequence[VersionView]) -> float:
@@ -385,7 +390,7 @@ def _details(view: VersionView) -> list[tuple[str, str]]:
         ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
         ("Module", manifest.module or UNKNOWN),
         ("Classes", _listed(manifest.classes)),
-        ("Source offset", shorten(json.dumps(offset), MAX_OFFSET, placeholder=" …") if offset else ""),
+        ("Source offset", brief(offset) if offset else ""),
         ("Written by", manifest.code or UNKNOWN),
         ("Weights, sha256", digest[:16]),
     ]
@@ -402,7 +407,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{len(names)}: {', '.join(names[:MAX_SHOWN])}{', …' * (len(names) > MAX_SHOWN)}" if names else ""
 
 
-def _held(line: Sequence[VersionView], slices: dict[str, int]) -> list[SliceView]:
+def _held(line: Sequence[VersionView], slices: dict[str, int | None]) -> list[SliceView]:
     """The slices that production was measured on, oldest first; of more than fit, those that lost the most."""
     if not line:
         return []
@@ -427,20 +432,40 @@ def _floor(values: Sequence[float]) -> float:
 def _overview(views: Sequence[VersionView], low: float) -> Chart:
     chart, across, up = _empty_chart("Average accuracy of each version", views, low)
     served = [view for view in views if view.served]
-    for name, color, values in (
-        ("average", "var(--bar)", [view.average for view in served]),
-        ("weakest slice", "var(--reference)", [view.weakest for view in served]),
+    for name, color, values, points in (
+        ("average", "var(--bar)", [view.average for view in served], _like_with_like(served)),
+        (
+            "weakest slice",
+            "var(--reference)",
+            [view.weakest for view in served],
+            [(view.number, view.weakest) for view in served],
+        ),
     ):
-        ys = [up(value) for value in values]
-        dashed = name != "average"
-        chart.lines.append(Line(polyline([across(view.number) for view in served], ys), color, dashed=dashed))
+        line = polyline([across(number) for number, _ in points], [up(value) for _, value in points])
+        chart.lines.append(Line(line, color, dashed=name != "average"))
         if served and not math.isnan(values[-1]):
-            chart.ends.append(Mark(100, ys[-1], percent(values[-1]), color, name))
+            chart.ends.append(Mark(100, up(values[-1]), percent(values[-1]), color, name))
             chart.summary += f"; {name} of version {served[-1].number}: {percent(values[-1])} %"
     _mark(chart, views, {view.number: view.average for view in views}, across, up)
     for mark, y in zip(chart.ends, spread([mark.y for mark in chart.ends], 8), strict=True):
         mark.y = y
     return chart
+
+
+def _like_with_like(line: Sequence[VersionView]) -> list[tuple[int, float]]:
+    """The average accuracy over version numbers as points of a line, which breaks where a slice joins or leaves.
+
+    Each piece compares versions on the slices that both were measured on: the average over more slices would look like
+    a rise or a fall.
+    """
+    points = [(line[0].number, line[0].average)] if line else []
+    for old, new in pairwise(line):
+        both = old.accuracy.keys() & new.accuracy.keys()
+        before, after = (_mean([view.accuracy[name] for name in both]) for view in (old, new))
+        if before != points[-1][1]:
+            points += [(old.number, math.nan), (old.number, before)]
+        points.append((new.number, after))
+    return points
 
 
 def _panel(name: str, views: Sequence[VersionView], low: float) -> Chart:
@@ -483,8 +508,18 @@ def _mark(chart: Chart, views: Sequence[VersionView], values: dict[int, float], 
             marks.append(Mark(across(view.number), up(value), text, view.color))
 
 
+def _tallest(views: Sequence[VersionView]) -> int:
+    return max((sum(view.records.values()) for view in views), default=0) or 1
+
+
+def _counts(views: Sequence[VersionView]) -> list[Mark]:
+    """The axis of the columns: round numbers of records."""
+    up = Axis(0, _tallest(views), 100, 0)
+    return [Mark(0, up(value), f"{value:,.0f}") for value in ticks(_tallest(views)) if value == int(value)]
+
+
 def _columns(views: Sequence[VersionView]) -> list[Column]:
-    tallest = max((sum(view.records.values()) for view in views), default=0) or 1
+    tallest = _tallest(views)
     labelled = {views[i].number for i in thin(len(views), 14)}
     columns = []
     for view in views:
@@ -501,11 +536,17 @@ def _columns(views: Sequence[VersionView]) -> list[Column]:
 def _timeline(views: Sequence[VersionView], registry: Registry) -> list[Entry]:
     """The versions and the changes of production by hand, newest first."""
     entries = [Entry(view.version.created, view.color, reason=view.words, view=view) for view in views]
-    refused = {view.number for view in views if not view.version.passed}
+    versions = {view.number: view.version for view in views}
+    been: set[int] = set()  # versions that were in production before
     for event in registry.events:
         old, new, rolled_back = event["from"], event["to"], event["action"] == "rollback"
-        # The gate promotes newer versions that pass. Any other promotion is the decision of a person.
-        by_hand = event["action"] == "promote" and (new in refused or (old is not None and new < old))
+        version = versions.get(new)
+        # The gate promotes a version that passes once, in the place of its parent. Any other promotion is the decision
+        # of a person.
+        passed = version is None or (version.passed and version.parent == old)
+        by_hand = event["action"] == "promote" and (new in been or not passed or (old is not None and new < old))
+        if event["action"] in ("promote", "rollback"):
+            been |= {new} if old is None else {old, new}
         if rolled_back or by_hand:
             text = f"Rolled back from version {old} to {new}" if rolled_back else f"Version {new} promoted by hand"
             reason = "\n".join(str(event[name]) for name in ("reason", "by") if event.get(name))

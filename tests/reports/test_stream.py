@@ -13,7 +13,7 @@ from evertune.metrics import History, save_history
 from evertune.reports import save_plots, summary_table, write_report
 from evertune.reports.chart import MAX_POINTS, keep_peaks, spread
 
-VOID = {"meta", "link", "br", "img", "polyline"}
+VOID = {"meta", "link", "br", "wbr", "img", "polyline"}
 EXPERIENCES = ["business + entertainment", "politics + sport", "tech"]
 
 
@@ -43,11 +43,13 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
+        self.broken = False
         self.feed(source)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        self.broken = tag == "wbr"
         if tag not in VOID:
             self.open.append(tag)
 
@@ -59,7 +61,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open and self.open[-1] != "style" and data.strip():
-            self.text.append(data.strip())
+            if self.broken:  # a place where a browser may break a name
+                self.text[-1] += data.strip()
+            else:
+                self.text.append(data.strip())
+        self.broken = False
 
     def count(self, tag: str, css: str = "") -> int:
         return sum(name == tag and (not css or css in (attrs.get("class") or "").split()) for name, attrs in self.tags)
