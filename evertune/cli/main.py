@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("history", type=Path, help="the history.json that a run has written, or a registry's folder")
     report.add_argument("--out", type=Path, help="the page to write (default: report.html beside the history)")
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")
+    report.add_argument(
+        "--suspects",
+        type=Path,
+        metavar="FILE",
+        help="also write a registry's suspect labels as JSON lines for relabelling",
+    )
     add_registry_commands(commands)
     # Before argparse, which knows the names of these commands but not their options.
     if arguments[:1] and arguments[0] in _OWN_PARSER:
@@ -72,7 +78,7 @@ def _report(known: argparse.Namespace) -> int:
     from evertune.reports.write import make_report
 
     try:
-        make_report(known.history, known.out, known.plots)
+        make_report(known.history, known.out, known.plots, known.suspects)
     except (OSError, ValueError, RegistryError) as error:
         complain("evertune report", error)
         return 1

@@ -12,11 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from evertune.metrics.history import History
-from evertune.registry.registry import Registry, Version
+from evertune.registry.registry import Registry, RegistryError, Version
+from evertune.reports.answers import MAX_CLASSES, MAX_CONFUSIONS, MAX_TEXT, MAX_WORST, Answers, answers_of
 from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin, ticks
 from evertune.reports.listing import Listing, brief
 from evertune.reports.page import fill
-from evertune.reports.stream import NBSP
+from evertune.reports.stream import NBSP, Bar
 from evertune.reports.summary import UNKNOWN, percent
 from evertune.utils.terminal import foreign
 
@@ -46,8 +47,8 @@ def write_versions_report(
     """Write the content of a registry as one self-contained HTML page, for phone and desktop: no network, no script.
 
     It shows what is in production, the accuracy on each held-out slice over the versions, the records each version
-    learned, and a timeline that says why versions were refused or rolled back. Only manifests are read. Needs the extra
-    ``evertune[reports]``.
+    learned, production's answers by class with the worst of them, and a timeline that says why versions were refused or
+    rolled back. Texts of held-out records are on it. Needs the extra ``evertune[reports]``.
 
     Args:
         registry: A registry, its folder or its URL.
@@ -230,6 +231,11 @@ def _page(registry: Registry, title: str) -> str:
     slices = _slices([view.version for view in line])
     origins = _origins(slices, [view.version for view in views])
     shown, drawn = views[-MAX_SHOWN:], {name: origins[name] for name in slices[-MAX_SHOWN:]}
+    answers, no_answers = None, ""
+    try:
+        answers = answers_of(registry, production.version) if production else None
+    except RegistryError as error:
+        no_answers = str(error)
     low = _floor([value for view in shown for value in [*view.accuracy.values(), view.average]])
     return fill(
         "versions.html",
@@ -243,6 +249,12 @@ def _page(registry: Registry, title: str) -> str:
         facts=_facts(registry, views, line),
         details=_details(production) if production else [],
         held=_held(line, origins),
+        answers=answers,
+        no_answers=no_answers,
+        worst=answers.wrong[:MAX_WORST] if answers else [],
+        confusions=_confusions(answers) if answers else [],
+        max_classes=MAX_CLASSES,
+        max_text=MAX_TEXT,
         kinds=[(status, COLORS[status]) for status in MARKS if any(view.status == status for view in shown)],
         overview=_overview(shown, low),
         panels=[(number, name, _panel(name, shown, low)) for name, number in drawn.items()],
@@ -420,6 +432,11 @@ def _held(line: Sequence[VersionView], slices: dict[str, int | None]) -> list[Sl
     ]
     lost = sorted(held, key=lambda slice_: (math.isnan(slice_.change), slice_.change))
     return held if len(held) <= MAX_SHOWN else lost[:MAX_SHOWN]
+
+
+def _confusions(answers: Answers) -> list[Bar]:
+    most = answers.confusions[:MAX_CONFUSIONS]
+    return [Bar(f"{label} → {said}", n, 100 * n / most[0][2]) for label, said, n in most]
 
 
 def _floor(values: Sequence[float]) -> float:

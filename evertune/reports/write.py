@@ -7,7 +7,7 @@ from pathlib import Path
 from evertune.utils.terminal import console
 
 
-def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
+def make_report(history: Path, page: Path | None, plots: Path | None, suspects: Path | None = None) -> None:
     """Print the table of a history or a registry, and write its HTML page and its plots.
 
     Args:
@@ -15,9 +15,10 @@ def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
         page: File to write the page to. By default ``report.html``: beside a history, and for a registry in the current
             folder.
         plots: Folder to write PNG plots to; None for no plots. For a history only.
+        suspects: File to write the records with suspect labels to, as JSON lines; None for none. For a registry only.
 
     Raises:
-        ValueError: If the file is not a history, or plots are asked for a registry.
+        ValueError: If the file is not a history, or plots are asked for a registry, or suspect labels for a history.
         ImportError: If jinja2 or matplotlib is not installed.
     """
     from evertune.reports.plots import save_plots
@@ -32,6 +33,13 @@ def make_report(history: Path, page: Path | None, plots: Path | None) -> None:
             raise ValueError("--plots is for a history.json; the page of a registry has its plots in it")
         screen.print(versions_table(history))
         page = write_versions_report(history, page or Path("report.html"))
+        if suspects is not None:
+            from evertune.reports.answers import write_suspects
+
+            n_suspects = write_suspects(history, suspects)
+            screen.print(f"suspect labels: {n_suspects:,} records in {suspects}", soft_wrap=True)
+    elif suspects is not None:
+        raise ValueError("--suspects is for a registry: a history.json has no records")
     else:
         screen.print(summary_table(history))
         page = write_report(history, page or history.with_name("report.html"))
