@@ -36,6 +36,7 @@ class IntakeReport:
         reasons: Why records went to quarantine, the commonest reason first.
         words: The same as a message: how many of how many, the commonest reasons with an example, and where they are.
             Empty if none did.
+        labels: Names of the classes in the records written to the journal, in order of appearance.
     """
 
     read: int
@@ -48,6 +49,7 @@ class IntakeReport:
     seconds: float
     reasons: Sequence[Reason] = ()
     words: str = ""
+    labels: Sequence[str] = ()
 
     @property
     def bad_share(self) -> float:
@@ -123,6 +125,7 @@ class Intake:
         last, waiting = self._restored()
         offset = last.offset if last is not None else start
         reasons = Reasons()
+        labels: dict[str, None] = {}
         read = good = segments = 0
         while limit is None or read < limit:
             size = self.chunk_size if limit is None else min(self.chunk_size, limit - read)
@@ -148,6 +151,9 @@ class Intake:
             good += len(batch.rows)
             segments += 1
             reasons.add(batch.bad)
+            if self.schema.label is not None:
+                for row in batch.rows.values():
+                    labels.update(dict.fromkeys(self.schema.label_names(row["record"][self.schema.label])))
             if not chunk.records:
                 break
         kinds = Counter[str]()
@@ -164,6 +170,7 @@ class Intake:
             seconds=time.perf_counter() - began,
             reasons=reasons.all,
             words=reasons.report(read, self.journal.store.root),
+            labels=list(labels),
         )
 
     def retry(self, quarantined: Mapping[str, Row]) -> tuple[list[str], dict[str, str]]:

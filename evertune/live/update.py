@@ -26,6 +26,7 @@ from evertune.registry.journal import Journal, Segment, latest
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.reasons import Reasons
 from evertune.registry.registry import Registry, Version
+from evertune.sources.alike import alike, alike_words
 from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
@@ -252,7 +253,19 @@ class Updater:
         if report.words:
             facts = {"event": "set_aside", "read": report.read, "bad": report.bad}
             logger.log(logging.WARNING if report.bad else logging.INFO, "%s", report.words, extra=facts)
+        self._warn_of_alike(report.labels, production)
         return report
+
+    def _warn_of_alike(self, labels: Sequence[str], production: Version | None) -> None:
+        """Warn of new classes that look like another one, if labels of this intake are among them."""
+        known = production.manifest.classes if production else []
+        if set(labels) <= set(known):
+            return
+        pending = self.journal.records(self._backlog.pending(production))
+        names = [name for row in pending for name in self.task.label_names(row["record"].get(self._label))]
+        groups = [g for g in alike([*known, *names]) if not set(g) <= set(known) and set(g) & set(labels)]
+        if groups:
+            logger.warning("%s", alike_words(groups), extra={"event": "alike"})
 
     def read_on_from(self, offset: Mapping[str, Any]) -> None:
         """Continue to read the source from another offset, after a :class:`SourceError` has reported lost records.

@@ -156,7 +156,7 @@ class RecordSchema:
         self._made = model is None
         self._label_is: type | None = None
         self._label_value: Callable[[Any], Any] = label_value
-        self._label_names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else label
+        self.label_names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else label
         if model is not None:
             self.model = _import_model(model)
             self.arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
@@ -339,14 +339,14 @@ class RecordSchema:
                     f"field {self.label!r} is declared as numbers, which this task cannot learn: {error}"
                 ) from None
         schema = copy.copy(self)
-        schema._label_value, schema._label_names = check, names
+        schema._label_value, schema.label_names = check, names
         return schema
 
     def _check_label(self, value: Any) -> Any:
         """Check a label, and return it in the form in which it is kept."""
         try:
             label = self._label_value(value)
-            names = self._label_names(label)
+            names = self.label_names(label)
         except (ValueError, RecursionError):
             raise
         except Exception as error:  # from a user's own task: a fault in it costs one record, not the stream

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
+from warnings import warn
 
+from evertune.sources.alike import alike, alike_words
 from evertune.tasks.base import Task
 from evertune.utils.examples import Examples, column_of
 
@@ -112,6 +114,8 @@ class ExperienceStream(Sequence[Experience]):
             raise ValueError(f"experiences need different names, these appear twice: {sorted(twice)}")
         if label is not None:
             self._check_labels(label)
+        if (groups := alike([*self.known_classes, *self.classes])) and not self.known_classes:
+            warn(alike_words(groups), stacklevel=2)
 
     def _check_labels(self, label: str) -> None:
         seen = set(self.known_classes)

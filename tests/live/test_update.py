@@ -266,6 +266,20 @@ def test_settings_that_are_tried_in_turn_do_not_count_as_refused_twice(folder: P
     assert manifest(folder, 4).records["train"] == 32
 
 
+def test_labels_that_look_like_one_class_are_named_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": "1", "text": "a", "label": "Sport"}, {"id": "2", "text": "b", "label": "law"}]
+    (folder / "inbox/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    live = updater(folder)
+    assert list(live.intake().labels) == ["Sport", "law"]
+    (folder / "inbox/c.jsonl").write_text(json.dumps({"id": "3", "text": "c", "label": "Law "}) + "\n")
+    live.intake()
+    live.intake()
+    words = [record.getMessage() for record in caplog.records if "different classes" in record.getMessage()]
+    assert len(words) == 2
+    assert "'sport' and 'Sport'" in words[0]
+    assert "'law' and 'Law '" in words[1]
+
+
 def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     outcome = updater(folder).run(dry_run=True)
