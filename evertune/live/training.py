@@ -39,6 +39,10 @@ _TRAINED = "trained.json"
 _STARTED = "started.json"
 
 
+class Interrupted(RuntimeError):  # noqa: N818
+    """A fit that a signal has interrupted; it resumes from its last checkpoint."""
+
+
 def trained(staging: Path, plan: Plan) -> dict[str, Any] | None:
     """The results that :func:`train` wrote when it finished this plan; None if it has not."""
     path = staging / _TRAINED
@@ -75,7 +79,7 @@ def train(
         checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that is lost if the process dies.
 
     Raises:
-        RuntimeError: If the fit was interrupted.
+        Interrupted: If the fit was interrupted.
     """
     start = time.perf_counter()
     if is_writer():
@@ -102,7 +106,7 @@ def train(
     learner.fit_experience(module, experience, datamodule, ckpt_path=latest(checkpoints))
     fit_seconds = time.perf_counter() - fit_start
     if learner.interrupted:
-        raise RuntimeError(f"update {plan.version} was interrupted; run it again to resume from its last checkpoint")
+        raise Interrupted(f"update {plan.version} was interrupted; run it again to resume from its last checkpoint")
     version = staging / VERSION
     # A run that died after the fit may have left part of the folder. The other ranks wait for the new one, as all of
     # them take part in saving.
@@ -132,6 +136,19 @@ def _claim(staging: Path, plan: Plan) -> None:
         for name in (_TRAINED, VERSION, CHECKPOINTS):
             delete(staging / name)
         write_atomically(mark, content)
+
+
+def untrained(
+    plan: Plan, rows: Sequence[Row], production: Path | None, model: Any, schema: RecordSchema, data: Mapping[str, Any]
+) -> Any:
+    """The module of an update as it is before the fit, ready for the records of the update."""
+    module = starting_module(model, production if plan.kind == "update" else None)
+    experience, _ = _data(plan, rows, production, module, schema, data)
+    prepare = getattr(module, "prepare_experience", None)
+    if prepare is not None:
+        prepare(experience)
+    module.configure_model()
+    return module
 
 
 def starting_module(model: Any, production: Path | None) -> Any:

@@ -25,7 +25,7 @@ from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.registry.journal import Journal, Segment, latest
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.reasons import Reasons
-from evertune.registry.registry import Registry, Version
+from evertune.registry.registry import Registry, RegistryError, Version
 from evertune.sources.alike import alike, alike_words
 from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
@@ -359,17 +359,28 @@ class Updater:
             erasure.finish(self.registry.store)
             seconds: dict[str, float] = {}
             decision: Plan | Outcome | None = None
-            set_aside = ""
             try:
                 with _timed(seconds, "plan"):
                     decision = self._resumable() or self._plan()
-                    set_aside = self._set_aside(decision)
             finally:
                 # In a finally clause: the other ranks wait for this message, and would hang if planning failed here.
                 if started_together():
                     tell_all(b"train" if isinstance(decision, Plan) and self._to_be_trained(decision) else b"")
-            outcome = decision if isinstance(decision, Outcome) else self._carry_out(decision, seconds, dry_run)
-            return replace(outcome, words=f"{outcome.words}{set_aside}")
+            return self._conclude(decision, seconds, dry_run)
+
+    def _conclude(self, decision: Plan | Outcome, seconds: dict[str, float], dry_run: bool) -> Outcome:
+        """Carry out a plan, if there is one; without the records that fail in it, if it fails because of them."""
+        set_aside = self._set_aside(decision)
+        if isinstance(decision, Outcome):
+            return replace(decision, words=f"{decision.words}{set_aside}")
+        try:
+            outcome = self._carry_out(decision, seconds, dry_run)
+        except Exception as error:
+            if not self._withdraw_cause(decision, error) or started_together():  # other ranks cannot plan again here
+                raise
+            self._clear_staging()
+            return self._conclude(self._plan(), seconds, dry_run)
+        return replace(outcome, words=f"{outcome.words}{set_aside}")
 
     def _set_aside(self, decision: Plan | Outcome) -> str:
         """What became of the records since the last update that are not learned, as the end of a message."""
@@ -661,6 +672,29 @@ class Updater:
 
         rows, _ = latest(self.journal.records(segments, numbered=True))
         found = unlearnable(rows, self.task, self.model, self.schema, self.data.get("max_length"))
+        self._withdraw(found)
+        return bool(found)
+
+    def _withdraw_cause(self, plan: Plan, error: Exception) -> bool:
+        """After an error in an update, move the records that fail alone into quarantine; false if there are none."""
+        import torch
+
+        from evertune.live.learnable import unlearnable
+        from evertune.live.training import Interrupted, untrained
+        from evertune.utils.evaluation import evaluation_mode
+
+        not_of_a_record = (Interrupted, OSError, RegistryError, SourceError, MemoryError, torch.OutOfMemoryError)
+        if self._is_published(plan) or isinstance(error, not_of_a_record):
+            return False
+        rows, _ = latest(self.journal.records(self._segments(plan), numbered=True))
+        try:
+            parent = None if plan.parent is None else self._folder(self.registry.version(plan.parent))
+            module = untrained(plan, rows, parent, self.model, self.schema, self.data)
+            with evaluation_mode(module):
+                found = unlearnable(rows, self.task, module, self.schema, self.data.get("max_length"), score=True)
+        except Exception as trouble:  # the first error is what has to be reported
+            logger.info("no record was found to be the cause: %s", trouble)
+            return False
         self._withdraw(found)
         return bool(found)
 

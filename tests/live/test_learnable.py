@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.learnable import unlearnable
 from evertune.live.plan import Plan
+from evertune.live.slices import hold_out
 from evertune.live.update import Updater
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema
@@ -157,6 +158,39 @@ class Stumbling(SequenceClassificationTask):
             return pad(examples)
 
         return collate
+
+
+class Picky(SequenceClassificationModule):
+    """Fails while it learns or answers, if one text is in the batch."""
+
+    def forward(self, **inputs: Any) -> Any:
+        unknown = self.tokenizer.unk_token_id
+        if ((inputs["input_ids"] == unknown).sum(1) >= 3).any():
+            raise IndexError("index out of range in self")
+        return super().forward(**inputs)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_record_that_ends_the_training_or_the_evaluation_is_found(tmp_path: Path, held_out: bool) -> None:
+    prepare(tmp_path)
+    feed(tmp_path, "a", ["business", "sport"], n=40)
+    base = updater(tmp_path)
+    model = Picky(str(tmp_path / "bert"), learning_rate=3e-3)
+    live = Updater(base.registry, base.source, model, base.trainer, schema=RecordSchema(id="id"), data=base.data,
+                   gate=base.gate, trigger=base.trigger, settings=base.settings)  # fmt: skip
+    name = next(f"odd-{n}" for n in range(100) if _is_held_out(live, f"odd-{n}") is held_out)
+    write(tmp_path, "b", {"id": name, "text": "xyzzy plugh frotz", "label": "sport"})
+    outcome = live.run()
+    assert outcome.status == "promoted"
+    assert "it cannot be learned: IndexError: index out of range in self" in outcome.words
+    assert ids(live)[1] == [name]
+
+
+def _is_held_out(live: Updater, name: str) -> bool:
+    live.intake()
+    rows = [*live.journal.records(live.journal.segments()), {"id": name, "record": {"text": "x", "label": "sport"}}]
+    _, held_out = hold_out(rows, "label", live.settings.holdout, live.settings.max_holdout, live._classes_of)
+    return name in {row["id"] for row in held_out}
 
 
 def test_an_update_that_was_planned_with_such_a_record_is_planned_again(folder: Path) -> None:
