@@ -10,11 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from evertune.utils.secrets import fill_in
 
@@ -59,7 +61,8 @@ class Webhook(Alert):
 
     Args:
         url: Address of the receiver, with http or https. ``${SLACK_WEBHOOK}`` is taken from the environment, so that
-            the secret is not stored in any configuration. Only the host is ever logged.
+            the secret is not stored in any configuration. Only the host is ever logged. A user and password in it
+            (``https://user:password@host/...``, percent-encoded) are sent as basic authentication.
         events: The :data:`EVENTS` to report. Default: all but ``"promotion"``.
         timeout: Seconds to wait for the receiver in each attempt.
         headers: Further HTTP headers, such as ``{"Authorization": "Bearer ${TOKEN}"}``; names from the environment are
@@ -68,8 +71,8 @@ class Webhook(Alert):
         pause: Seconds before the first retry.
 
     Raises:
-        ValueError: If the URL is of another kind, a name is not set in the environment, an event is unknown, or a
-            number is out of range.
+        ValueError: If the URL is of another kind, it and ``headers`` both hold credentials, a name is not set in the
+            environment, an event is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -81,18 +84,21 @@ class Webhook(Alert):
         retries: int = 4,
         pause: float = 1.0,
     ) -> None:
-        self._url = fill_in(url)
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("url must start with http:// or https:// and a host (it is not shown: it may be secret)")
+        parts = _parts(fill_in(url))
+        self._headers = fill_in(dict(headers or {}))
+        if "@" in parts.netloc:  # urllib would take the credentials for a part of the host
+            if "authorization" in map(str.lower, self._headers):
+                raise ValueError("pass the credentials either in url or in headers, which has an Authorization")
+            credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+            self._headers["Authorization"] = f"Basic {b64encode(credentials.encode()).decode()}"
+        self._url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         self.events = tuple(EVENTS[:-1] if events is None else events)
         unknown = sorted(set(self.events) - set(EVENTS))
         if unknown:
             raise ValueError(f"events must be among {', '.join(EVENTS)}, got {', '.join(unknown)}")
         if timeout <= 0 or retries < 0 or pause < 0:
             raise ValueError(f"timeout must be positive, retries and pause not negative, got {timeout, retries, pause}")
-        self.host, self.timeout, self.retries, self.pause = parts.hostname, timeout, retries, pause
-        self._headers = fill_in(dict(headers or {}))
+        self.host, self.timeout, self.retries, self.pause = str(parts.hostname), timeout, retries, pause
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -155,6 +161,20 @@ class Webhook(Alert):
 
     def _dropped(self, event: str, why: str) -> None:
         logger.warning("alert to %s is dropped: %s", self.host, why, extra={"event": "alert dropped", "dropped": event})
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of the URL of a webhook; the error does not show it, as it may be secret."""
+    usable = False
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    if not usable:
+        raise ValueError(
+            "url must start with http:// or https:// and a host, and special characters of its password must be "
+            "percent-encoded (it is not shown: it may be secret)"
+        )
+    return parts
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ class FolderSource(Source):
     Files are read in the order of their names, not of their times: name them by date, and their records come in
     chronological order. The text formats may be compressed (``.jsonl.gz``, ``.csv.gz``). Ignored are hidden and
     unfinished names (``.x``, ``_x``, ``x.tmp``, ``x.part``, ``x~``, also of folders), links to folders, and, with a
-    warning, files of other kinds.
+    warning, files of other kinds and links that lead out of the folder: whoever may write to an inbox need not be
+    allowed to read what this process can.
 
     Plain text files may grow. Parquet and gz files are checked as a whole before their first record is taken, and are
     read once. What has been read must not change: a file that is truncated, rewritten, or deleted before it was read to
@@ -120,7 +122,7 @@ class FolderSource(Source):
         self._delimiter = delimiter
         self._settle = settle
         self._max_line_bytes = max_line_bytes
-        self._warned = False
+        self._warned: set[str] = set()
         self._open: tuple[tuple[str, str], Gunzip | ParquetReader] | None = None  # where the last chunk ended
         self._listed: tuple[Offset, dict[str, _Info]] | None = None  # files that a full chunk has left unread
 
@@ -178,6 +180,7 @@ class FolderSource(Source):
         self._call(self._fs.invalidate_cache)
         listing: dict[str, _Info] = {}
         other: list[str] = []
+        leading_out: list[str] = []
         folders = [self._root]
         while folders:
             folder = folders.pop()
@@ -197,19 +200,21 @@ class FolderSource(Source):
                         folders.append(path)
                 elif not name:
                     self._refuse_file(info)
+                elif self._wanted(name) and self._leads_out(info):
+                    leading_out.append(name)
                 elif self._wanted(name) and (found := self._regular(info)):
                     if kind(name):
                         listing[_printable(name)] = found
                     else:
                         other.append(name)
-        if other and not self._warned:
-            self._warned = True
-            warn(
-                f"{self.path}: ignored {len(other)} files of other kinds than {', '.join(KINDS)}, such as "
-                f"{min(other)!r}; pass a pattern that excludes them",
-                stacklevel=3,
-            )
+        self._warn(leading_out, "links that lead out of the folder", "move or copy the files here")
+        self._warn(other, f"files of other kinds than {', '.join(KINDS)}", "pass a pattern that excludes them")
         return dict(sorted(listing.items()))
+
+    def _warn(self, names: list[str], what: str, what_to_do: str) -> None:
+        if names and what not in self._warned:
+            self._warned.add(what)
+            warn(f"{self.path}: ignored {len(names)} {what}, such as {min(names)!r}; {what_to_do}", stacklevel=4)
 
     def _is_empty_bucket(self) -> bool:
         """Whether this is an existing bucket, in which a folder exists only while it contains an object."""
@@ -219,6 +224,13 @@ class FolderSource(Source):
     def _refuse_file(self, info: _Info) -> None:
         if info["size"]:  # buckets may hold an empty object in the name of a folder
             raise SourceError(f"{self.path} is a file: pass its folder as path and its name as pattern")
+
+    def _leads_out(self, info: _Info) -> bool:
+        """Whether this is a link to what is not in the folder."""
+        if not info.get("islink"):
+            return False
+        root = os.path.realpath(self._root)
+        return os.path.commonpath([root, os.path.realpath(info["name"])]) != root
 
     def _regular(self, info: _Info) -> _Info | None:
         """The information about a file, or the target of a link; None if it is not a regular file."""

@@ -22,6 +22,8 @@ _Line = tuple[int, bytes, bool]  # its length in the file, its text, and whether
 _BLOCK = 1 << 20  # bytes read at once
 _WINDOW = 4096  # bytes at either end that a fingerprint covers
 _BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 22  # maximum rows and bytes of a Parquet file decoded at once
+_UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 30, 200  # a Parquet file unpacks to the larger of the two at most
+_TEXTS = ("NONE", "STRING", "ENUM", "JSON", "BSON")  # logical types whose columns may be read with their dictionary
 _MAX_DEPTH = 100
 _BOM = b"\xef\xbb\xbf"
 
@@ -155,21 +157,34 @@ class Gunzip:
 
 
 class ParquetReader:
-    """The rows of a Parquet file, by number: fast where the last read ended, else from the start of a row group."""
+    """The rows of a Parquet file, by number: fast where the last read ended, else from the start of a row group.
+
+    A text that all rows share is stored once, so that a file of 1 kB may unpack to gigabytes. Texts are therefore read
+    with their dictionary, and what they take without it is counted before any row is made.
+    """
 
     def __init__(self, blob: Blob) -> None:
         import pyarrow.parquet as pq
 
         with _parquet_errors():
-            self._file = pq.ParquetFile(blob)
-            names = self._file.schema_arrow.names
-            metadata = self._file.metadata
-            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+            file = pq.ParquetFile(blob)
+            names = file.schema_arrow.names
+            metadata = file.metadata
+            self._most = max(_UNPACKED_BYTES, _UNPACKED_RATIO * blob.size)
+            size = sum(self._checked_size(metadata.row_group(group)) for group in range(metadata.num_row_groups))
             self._n_rows: int = metadata.num_rows
             self._n_batch = min(max(_BATCH_BYTES * self._n_rows // max(size, 1), 1), _BATCH_ROWS)
+            leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+            raw = [leaf for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            texts = [leaf.path for leaf in raw if leaf.logical_type.type in _TEXTS]
+            self._file = pq.ParquetFile(blob, metadata=metadata, read_dictionary=texts)
             # Decodes everything once, so that damage is found before the first record is taken.
-            for _ in self._file.iter_batches(self._n_batch):
-                pass
+            total = largest = 0
+            for batch in self._file.iter_batches(self._n_batch):
+                unpacked = sum(map(_unpacked, batch.columns))
+                total, largest = total + unpacked, max(largest, unpacked)
+                self._check(total)
+            self._n_batch = max(1, self._n_batch * _BATCH_BYTES // max(largest, _BATCH_BYTES))
         different_names(names)
         self._batch: Any = b""
         self._next = -1
@@ -187,9 +202,23 @@ class ParquetReader:
             batch = self._batch[: limit - len(records)]
             self._batch = self._batch[len(batch) :]
             records += _row_records(name, self._next, batch)
-            size += batch.nbytes
+            size += sum(map(_unpacked, batch.columns))
             self._next += len(batch)
         return records, size, self._next < self._n_rows
+
+    def _checked_size(self, group: Any) -> int:
+        """The bytes that a row group takes by its own account, of which each value, even of nothing, has one."""
+        columns = [group.column(number) for number in range(group.num_columns)]
+        size: int = sum(max(column.total_uncompressed_size, column.num_values) for column in columns)
+        self._check(size)
+        return size
+
+    def _check(self, size: int) -> None:
+        if size > self._most:
+            raise BadFileError(
+                f"a Parquet file that unpacks to more than {self._most / 1e9:.1f} GB, over {_UNPACKED_RATIO} times its "
+                "size: write what it holds in several files"
+            )
 
     def _begin(self, start: int) -> None:
         metadata = self._file.metadata
@@ -418,6 +447,22 @@ def _parquet_errors() -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError) as error:
         raise BadFileError(f"corrupt or truncated Parquet file ({error})") from error
+
+
+def _unpacked(array: Any) -> int:
+    """The bytes of an array, with each text of a dictionary counted as often as it is used."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    texts = (pa.string(), pa.binary(), pa.large_string(), pa.large_binary())
+    if pa.types.is_dictionary(kind) and kind.value_type in texts:
+        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
+        return int(array.indices.nbytes) + int(pc.sum(lengths).as_py() or 0)
+    if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
+        inner = array.flatten() if not pa.types.is_map(kind) else [array.keys, array.items]
+        return sum(map(_unpacked, inner if isinstance(inner, list) else [inner])) + 8 * len(array)
+    return int(array.nbytes)
 
 
 def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -375,6 +376,11 @@ def test_closing_delivers_what_waits_and_tries_nothing_again(receiver: Receiver)
         ({"url": "hooks.slack.com/s3cret"}, "url must start with http:// or https://"),
         ({"url": "${NOT_THERE}"}, "the environment variable NOT_THERE is not set"),
         ({"url": "$S3cret"}, "url must start with http:// or https://"),
+        ({"url": "http://me:s3cret/2@host/x"}, "special characters of its password must be percent-encoded"),
+        (
+            {"url": "http://me:s3cret@host", "headers": {"authorization": "Bearer s3cret"}},
+            "either in url or in headers",
+        ),
         ({"url": "http://host", "events": ["drift", "news"]}, "events must be among drift, .* got news"),
         ({"url": "http://host", "timeout": 0}, "timeout must be positive"),
         ({"url": "http://host", "retries": -1}, "retries and pause not negative"),
@@ -384,6 +390,25 @@ def test_a_webhook_is_checked_where_it_is_made(settings: dict[str, Any], message
     with pytest.raises(ValueError, match=message) as error:
         Webhook(**settings)
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("me:s3cret", "me:s3cret"),
+        ("me:p%40ss%2Fw%C3%B6rd", "me:p@ss/w\u00f6rd"),
+        ("t0ken", "t0ken:"),
+        (":s3cret", ":s3cret"),
+    ],
+)
+def test_credentials_in_the_url_are_sent_as_basic_authentication(receiver: Receiver, written: str, sent: str) -> None:
+    hook = Webhook(receiver.url.replace("127.0.0.1", f"{written}@127.0.0.1"))
+    hook.send("drift", "the words changed")
+    hook.close(PATIENCE)
+    [(path, headers, _)] = receiver.requests
+    assert path == "/hooks/s3cret" and headers["Host"] == f"127.0.0.1:{receiver.port}"
+    assert b64decode(headers["Authorization"].removeprefix("Basic ")).decode() == sent
+    assert hook.host == "127.0.0.1"
 
 
 def test_all_events_but_promotion_by_default() -> None:

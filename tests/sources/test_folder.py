@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -117,17 +118,46 @@ def test_files_of_other_kinds_are_ignored_with_a_warning(tmp_path: Path) -> None
 
 
 def test_links_to_files_are_read_and_loops_are_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "a.jsonl").write_text(lines({"text": "a"}))
-    (tmp_path / "in" / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
-    (tmp_path / "in" / "broken.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "in" / ".data").mkdir(parents=True)
+    (tmp_path / "in" / ".data" / "a.jsonl").write_text(lines({"text": "a"}))
+    (tmp_path / "in" / "link.jsonl").symlink_to(".data/a.jsonl")
+    (tmp_path / "in" / "broken.jsonl").symlink_to("gone.jsonl")
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     os.mkfifo(tmp_path / "in" / "pipe.jsonl")
     records, offset = read_on(tmp_path / "in")
     assert texts(records) == ["a"]
-    with (tmp_path / "a.jsonl").open("a") as file:
+    with (tmp_path / "in" / ".data" / "a.jsonl").open("a") as file:
         file.write(lines({"text": "b"}))
-    assert texts(read_all(tmp_path / "in", offset=offset)) == ["b"]
+    (tmp_path / "other").symlink_to(tmp_path / "in")  # the folder itself may be a link
+    assert texts(read_all(tmp_path / "other", offset=offset)) == ["b"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a chain", "up and down", "a folder", "a file beside it", "nothing"])
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path, kind: str) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    (tmp_path / "in2").mkdir()
+    for secret in (tmp_path / "secret.jsonl", tmp_path / "in2" / "secret.jsonl"):
+        secret.write_text(lines({"text": "secret"}))
+    (inbox / "a.jsonl").write_text(lines({"text": "a"}))
+    target = {
+        "a file": tmp_path / "secret.jsonl",
+        "up and down": Path("../in/../secret.jsonl"),
+        "a folder": tmp_path / "in2",
+        "a file beside it": Path("../in2/secret.jsonl"),
+        "nothing": tmp_path / "gone.jsonl",
+    }
+    if kind == "a chain":
+        (inbox / ".hop").symlink_to(tmp_path / "secret.jsonl")
+        target["a chain"] = Path(".hop")
+    (inbox / "link.jsonl").symlink_to(target[kind])
+    source = FolderSource(str(inbox), settle=0)
+    with pytest.warns(UserWarning, match=r"ignored 1 links that lead out of the folder, such as 'link.jsonl'"):
+        chunk = source.read(None, 10)
+    assert texts(chunk.records) == ["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert source.read(chunk.offset, 10).records == []  # once is enough
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "csv.gz", "parquet"])
@@ -466,6 +496,50 @@ def test_parquet_rows_that_cannot_be_json_are_bad(tmp_path: Path) -> None:
     assert [record.value for record in records[1:]] == [None] * 3
     assert all("has no JSON equivalent" in str(record.error) for record in records[1:])
     assert "nan is not a JSON number" in str(records[2].error)
+
+
+SHARED = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), pa.array(["x" * 20_000_000]))
+BOMBS = {
+    "a text that all rows share": SHARED,
+    "in a struct": pa.StructArray.from_arrays([SHARED], ["inner"]),
+    "in lists": pa.ListArray.from_arrays(pa.array(range(1025), pa.int32()), SHARED),
+    "bytes": SHARED.cast(pa.dictionary(pa.int32(), pa.binary())),
+    "in a map": pa.MapArray.from_arrays(pa.array(range(1025), pa.int32()), pa.array(["k"] * 1024), SHARED),
+}
+
+
+@pytest.mark.parametrize("column", BOMBS.values(), ids=BOMBS)
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_one_bad_record(tmp_path: Path, column: Any) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    (tmp_path / "b.jsonl").write_text(lines({"text": "next"}))
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    before = pa.default_memory_pool().max_memory()
+    bad, good = read_all(tmp_path, settle=0)
+    assert bad.value is None and "unpacks to more than 1.1 GB, over 200 times its size" in str(bad.error)
+    assert good.value == {"text": "next"}
+    assert pa.default_memory_pool().max_memory() - before < 1 << 28
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["a", None, "é"], [1, 2, None], [1.5, None, 2.0], [b"a", b"b", None], [Decimal("1.5"), None, Decimal("2")]],
+)
+def test_categories_are_read_as_their_values(tmp_path: Path, values: list[Any]) -> None:
+    table = pa.table({"value": pa.array(values).dictionary_encode(), "plain": pa.array(values)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [record.value for record in read_all(tmp_path)]
+    assert len(rows) == 3 and all(row is not None and row["value"] == row["plain"] for row in rows)
+
+
+def test_a_text_that_all_rows_share_is_read_within_the_bounds_of_a_chunk(tmp_path: Path) -> None:
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["x" * 1_000_000]))
+    pq.write_table(pa.table({"text": shared}), tmp_path / "a.parquet", compression="zstd")
+    source, offset, sizes = FolderSource(str(tmp_path), settle=0), None, []
+    while (chunk := source.read(offset, 1_000)).records:
+        offset = chunk.offset
+        sizes.append(len(chunk.records))
+        assert all(record.value == {"text": "x" * 1_000_000} for record in chunk.records)
+    assert sum(sizes) == 300 and max(sizes) < 80
 
 
 @pytest.mark.parametrize("name", ["b.parquet", "b.jsonl.gz"])
