@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from evertune.gate import statistics
 from evertune.gate.best import Best
-from evertune.gate.label_noise import UNSURE_LEARNT, Noise, label_noise
-from evertune.gate.label_noise import known_classes as classes_seen
+from evertune.gate.label_noise import UNSURE_LEARNT, Noise, label_noise, learned_classes, unlike_their_class
 from evertune.gate.predictions import Cost, Label, Predictions
 from evertune.sources.base import Row
 from evertune.utils.terminal import foreign
@@ -33,6 +32,7 @@ also judged on records that were trained on."""
 MANY = 10
 """Number of passed checks of one kind above which a table shows them in one line."""
 _DIGITS = 6
+_NO_FEATURES = "there are no features of a pretrained encoder by which to compare the records"
 _STYLES: Mapping[State, str] = {
     "passed": "green",
     "refused": "bold red",
@@ -192,6 +192,10 @@ class Gate:
     updates at 75 %). Of updates without wrong labels, 1 % are refused, and 4 % of those with 300 records from a domain
     where production is right on only 65 %.
 
+    Labels of classes that production has not learned are judged by how much their records resemble each other over the
+    pretrained encoder without training: the new version may contradict right labels only because it has not learned
+    them yet.
+
     A module that cannot do its task yet, such as a random one in a test, is refused by ``min_new_agreement`` only if it
     can do the task on past records.
 
@@ -218,7 +222,11 @@ class Gate:
         min_new_agreement: Minimum agreement of predictions and labels on new records, corrected for chance (Cohen's
             kappa, 1960), relative to that on past records. If it is far lower, the labels cannot be predicted from the
             texts (garbage). Default: 0.3.
-        min_accuracy: Minimum accuracy on all held-out records together; also applies to a first version.
+        max_below_untrained: Maximum loss of accuracy of a first version against the nearest class mean over the
+            pretrained encoder, which needs no training. A first version must also be right more often than one answer
+            for everything. None skips both. Default: 0.02.
+        min_accuracy: Minimum accuracy on all held-out records together, of a first version too. Set it to what the
+            service must not fall below. Default: None, as it depends on the task.
         min_new_accuracy: Minimum accuracy on the held-out records of the update.
         max_latency_ratio: Maximum time of a prediction, as a multiple of production's. Default: 1.5.
         max_size_ratio: Maximum size of the weights in bytes, as a multiple of production's. Default: 1.5.
@@ -262,6 +270,7 @@ class Gate:
         max_calibration_error_increase: float | None = 0.1,
         max_label_noise: float | None = 0.04,
         min_new_agreement: float | None = 0.3,
+        max_below_untrained: float | None = 0.02,
         min_accuracy: float | None = None,
         min_new_accuracy: float | None = None,
         max_latency_ratio: float | None = 1.5,
@@ -284,6 +293,7 @@ class Gate:
             "max_calibration_error_increase": max_calibration_error_increase,
             "max_label_noise": max_label_noise,
             "min_new_agreement": min_new_agreement,
+            "max_below_untrained": max_below_untrained,
             "min_accuracy": min_accuracy,
             "min_new_accuracy": min_new_accuracy,
             "max_bad_share": max_bad_share,
@@ -316,6 +326,7 @@ class Gate:
         self.max_calibration_error_increase = max_calibration_error_increase
         self.max_label_noise = max_label_noise
         self.min_new_agreement = min_new_agreement
+        self.max_below_untrained = max_below_untrained
         self.min_accuracy = min_accuracy
         self.min_new_accuracy = min_new_accuracy
         self.max_latency_ratio = max_latency_ratio
@@ -405,6 +416,7 @@ class Gate:
         groups: Mapping[str, str] | None = None,
         best: Mapping[str, Best] | None = None,
         remembered: tuple[Predictions, Predictions] | None = None,
+        untrained: Mapping[str, Predictions] | None = None,
     ) -> Verdict:
         """Compare two versions.
 
@@ -421,6 +433,9 @@ class Gate:
             best: The best predictions so far on the past slices, where they are not production's.
             remembered: Predictions of the champion and of the challenger on records of the past that were trained on.
                 They count only for classes of which few records were held out.
+            untrained: Answers of :func:`~evertune.gate.untrained.nearest_class_means` by slice, for the new slice,
+                ``trained``, and some past records. Needed for a first version and for classes that the champion has
+                not learned; None if the module has no features of a pretrained encoder.
 
         Raises:
             ValueError: If a slice is missing on one side, or no record of it was predicted by both versions.
@@ -432,7 +447,7 @@ class Gate:
         if self.min_accuracy is not None:
             checks.append(_at_least("accuracy", "all slices", pool(held_out.values()), self.min_accuracy))
         if champion is None:
-            return Verdict.of(checks)
+            return Verdict.of([*checks, *self._better_than_nothing(new, challenger[new], untrained)])
         pairs = {name: aligned(name, champion, challenger) for name in dict.fromkeys([*challenger, *champion])}
         fresh = pairs.pop(new)
         shown = pairs.pop(trained) if trained is not None else None
@@ -461,8 +476,12 @@ class Gate:
             checks += self._compared("new records", {new: fresh}, self.max_forgetting)
             if self.min_new_accuracy is not None:
                 checks.append(_at_least("new accuracy", new, fresh[1], self.min_new_accuracy))
-            checks += self._agreement(new, fresh[1], pooled[1])
-            checks += self._label_noise(new, fresh, shown, list(past.values()))
+            answers = [old for old, _ in (fresh, *past.values(), *([] if shown is None else [shown]))]
+            known = learned_classes(answers, [old for old, _ in past.values()])
+            checks += self._agreement(new, fresh[1], pooled[1], known, untrained)
+            checks += self._label_noise(new, fresh, shown, list(past.values()), known)
+            parts = {new: fresh} if trained is None or shown is None else {new: fresh, trained: shown}
+            checks += self._new_classes(new, parts, pooled, known, untrained)
         if costs is not None:
             checks += self._costs(*costs)
         return Verdict.of(checks)
@@ -547,7 +566,9 @@ class Gate:
         proof of *any* loss, as that of a slice does, so that a few records are enough to find a class that is gone.
         """
         limit = self.max_class_drop
-        if limit is None or not held_out or not all(now.has_classes for _, now in held_out):
+        if limit is not None and not all(now.has_classes for _, now in held_out):
+            return [_not_applicable("class")]
+        if limit is None:
             return []
         found = {name: _Class.of(name, held_out) for name in _names_in(held_out)}
         for name, one in found.items():
@@ -617,7 +638,53 @@ class Gate:
         passed = p_value is None or p_value >= self.alpha
         return [_check("calibration error", POOLED, before, after, limit, passed, words, p_value, on="more")]
 
-    def _agreement(self, new: str, fresh: Predictions, past: Predictions) -> list[Check]:
+    def _better_than_nothing(
+        self, new: str, fresh: Predictions, untrained: Mapping[str, Predictions] | None
+    ) -> list[Check]:
+        """Whether a first version is better than one answer for everything, and than the encoder without training."""
+        limit = self.max_below_untrained
+        if limit is None or not len(fresh):
+            return []
+        if not fresh.has_classes:
+            return [_not_applicable("largest class"), _not_applicable("without training")]
+        classes = Counter(tuple(sorted(_as_list(label))) for label in fresh.labels)
+        largest, count = min(classes.items(), key=lambda item: (-item[1], item[0]))
+        share, checks = count / len(fresh), []
+        if len(classes) > 1:
+            words = (
+                f"on {new!r} the new version is right on {_percent(fresh.accuracy)} of {len(fresh)} held-out records; "
+                f"to answer {', '.join(largest)!r} each time would be right on {_percent(share)}"
+            )
+            better = True if fresh.accuracy > share else False if len(fresh) >= FEW else None
+            if better is None:
+                words = f"cannot tell ({len(fresh)} records): {words}"
+            checks.append(_check("largest class", new, None, fresh.accuracy, share, better, words))
+        heard = _heard(untrained, new, fresh)
+        if heard is None:
+            words = f"cannot tell ({len(fresh)} records): {_NO_FEATURES}"
+            return [*checks, _check("without training", new, None, fresh.accuracy, limit, None, words, on="less")]
+        without, now = heard
+        drop, p_value = round(without.accuracy - now.accuracy, 9), self._p_value(without, now)
+        words = (
+            f"on {new!r} the new version is right on {_percent(now.accuracy)} of {len(now)} held-out records, the "
+            f"nearest class mean over the pretrained encoder, without training, on {_percent(without.accuracy)} "
+            f"({_p(p_value)}, limit {100 * limit:.1f} points)"
+        )
+        passed = not (drop > limit and p_value < self.alpha)
+        words += "" if passed else ": train longer, or with another learning rate"
+        return [
+            *checks,
+            _check("without training", new, without.accuracy, now.accuracy, limit, passed, words, p_value, on="less"),
+        ]
+
+    def _agreement(
+        self,
+        new: str,
+        fresh: Predictions,
+        past: Predictions,
+        known: Collection[str],
+        untrained: Mapping[str, Predictions] | None,
+    ) -> list[Check]:
         if self.min_new_agreement is not None and not fresh.has_classes:
             return [_not_applicable("agreement")]
         if self.min_new_agreement is None or min(len(fresh), len(past)) < FEW:
@@ -626,6 +693,11 @@ class Gate:
         if now is None or then is None:  # all records of one class
             return []
         limit = self.min_new_agreement * then
+        if now < limit and (excuse := self._not_learned_yet(new, fresh, known, untrained)) is not None:
+            passed, why = excuse
+            words = f"on {new!r} predictions and labels agree little beyond chance (kappa {now:.2f}); {why}"
+            words = words if passed else f"cannot tell ({len(fresh)} records): {words}"
+            return [_check("agreement", new, None, now, limit, passed, words, unit="agreement")]
         words = (
             f"on {new!r} predictions and labels agree little beyond chance (kappa {now:.2f}, {then:.2f} on past "
             f"records, limit {limit:.2f}): the texts do not tell the labels"
@@ -634,12 +706,75 @@ class Gate:
         )
         return [_check("agreement", new, None, now, limit, now >= limit, words, unit="agreement")]
 
+    def _not_learned_yet(
+        self, new: str, fresh: Predictions, known: Collection[str], untrained: Mapping[str, Predictions] | None
+    ) -> tuple[bool | None, str] | None:
+        """Whether the texts predict the labels, although the new version does not: then it has to train longer."""
+        unlearned = sum(not set(_as_list(label)) <= set(known) for label in fresh.labels)
+        heard = _heard(untrained, new, fresh)
+        if heard is not None:
+            agreement = statistics.kappa(heard[0].labels, heard[0].predicted) or 0.0
+            if agreement >= (self.min_new_agreement or 0.0):
+                return True, (
+                    f"but records of one class resemble each other (kappa {agreement:.2f} without training): they are "
+                    "not learned yet, train longer"
+                )
+            return None
+        if 2 * unlearned < len(fresh):
+            return None
+        return None, f"their classes are not learned yet, or the labels are wrong: {_NO_FEATURES}"
+
+    def _new_classes(
+        self,
+        new: str,
+        parts: Mapping[str, tuple[Predictions, Predictions]],
+        past: tuple[Predictions, Predictions],
+        known: Collection[str],
+        untrained: Mapping[str, Predictions] | None,
+    ) -> list[Check]:
+        """Whether records of classes that production has not learned resemble each other: label noise, without the
+        versions as witnesses."""
+        limit = self.max_label_noise
+        if limit is None or not parts[new][1].has_classes:
+            return []
+        is_right = [
+            right
+            for _, now in parts.values()
+            for label, right in zip(now.labels, now.correct.tolist(), strict=True)
+            if not set(_as_list(label)) <= set(known)
+        ]
+        if not (n := len(is_right)):
+            return []
+        name, right, without = f"{new}, new classes", sum(is_right) / n, untrained or {}
+        now = sum(
+            (unlike_their_class(*pair, without[part], known, past) for part, pair in parts.items() if part in without),
+            Noise(0, 0),
+        )
+        then = sum((_mistakes(one, known) for part, one in without.items() if part not in parts), Noise(0, 0))
+        p_value = _noise_p_value(now, then)
+        if now.sure < FEW or then.sure < FEW:
+            why = _NO_FEATURES if not now.sure else "too few records to compare with each other"
+            words = f"cannot tell ({n} {'record' if n == 1 else 'records'} of new classes): {why}"
+            return [_check("label noise", name, None, None, limit, None, words, on="more")]
+        passed = not (now.share - then.share > limit and p_value < self.alpha)
+        words = (
+            f"{now.contradicted} of {now.sure} records of classes that production has not learned resemble another "
+            f"class, and a version agrees ({_percent(now.share)}; of past records {_percent(then.share)} resemble "
+            f"another class; {_p(p_value)}, limit {100 * limit:.1f} points more)"
+        )
+        if not passed:
+            words += ": either their labels are wrong, or the classes are so alike that they need longer training"
+        elif right < 0.5:
+            words += f"; the new version is right on {_percent(right)} of them: they are not learned yet, train longer"
+        return [_check("label noise", name, then.share, now.share, limit, passed, words, p_value, on="more")]
+
     def _label_noise(
         self,
         new: str,
         fresh: tuple[Predictions, Predictions],
         shown: tuple[Predictions, Predictions] | None,
         past: list[tuple[Predictions, Predictions]],
+        known: Collection[str],
     ) -> list[Check]:
         """Tests of the held-out records, and of all records that were given.
 
@@ -652,16 +787,18 @@ class Gate:
             return []
         if not fresh[1].has_classes:
             return [_not_applicable("label noise")]
-        everything = [fresh, *past] if shown is None else [fresh, shown, *past]
-        known = classes_seen((old for old, _ in everything), (old for old, _ in past))
+        labels = [label for _, now in filter(None, (fresh, shown)) for label in now.labels]
+        if labels and not any(set(_as_list(label)) <= set(known) for label in labels):
+            return []  # all are of new classes
+        before_all = pool(old for old, _ in past), pool(now for _, now in past)
         then = sum((label_noise(*pair, known) for pair in past), Noise(0, 0))
-        held_out = label_noise(*fresh, known)
+        held_out = label_noise(*fresh, known, past=before_all)
         found = {new: (held_out, then)}
         if shown is not None and held_out.drifted:
-            found[f"{new}, trained on"] = label_noise(*shown, known, second=UNSURE_LEARNT), then
+            found[f"{new}, trained on"] = label_noise(*shown, known, UNSURE_LEARNT, before_all), then
         elif shown is not None:
             now, before = (
-                sum((label_noise(*one, known, second=None) for one in part), Noise(0, 0))
+                sum((label_noise(*one, known, second=None, past=before_all) for one in part), Noise(0, 0))
                 for part in ([fresh, shown], past)
             )
             found[f"{new}, all records"] = now, before
@@ -676,7 +813,13 @@ class Gate:
             excused = now is held_out and held_out.drifted
             if excused:
                 words += f"; {now.resolved} labels that production contradicts could be learned: the world has changed"
-            passed = excused or not (now.share - then.share > limit and p_value < self.alpha)
+            refused = not excused and now.share - then.share > limit and p_value < self.alpha
+            # Had all labels been contradicted, would chance have been ruled out?
+            blind = len(found) * _noise_p_value(replace(now, contradicted=now.sure), then) >= self.alpha
+            passed = False if refused else None if blind and not excused else True
+            if passed is None:
+                words = f"cannot tell ({now.sure} {'record' if now.sure == 1 else 'records'}): {words}"
+            words += ": either labels are wrong, or these records are unlike those of the past" if refused else ""
             checks.append(_check("label noise", name, then.share, now.share, limit, passed, words, p_value, on="more"))
         return checks
 
@@ -791,6 +934,26 @@ def _names_in(pairs: Iterable[tuple[Predictions, Predictions]]) -> list[str]:
 
 def _as_list(label: Label) -> list[str]:
     return [label] if isinstance(label, str) else label
+
+
+def _heard(
+    untrained: Mapping[str, Predictions] | None, name: str, said: Predictions
+) -> tuple[Predictions, Predictions] | None:
+    """The answers without training beside those of a version, where there are any."""
+    if untrained is None or name not in untrained:
+        return None
+    rows = [row for row, answer in enumerate(untrained[name].predicted) if answer]
+    return aligned(name, {name: untrained[name].pick(rows)}, {name: said}) if rows else None
+
+
+def _mistakes(untrained: Predictions, known: Collection[str]) -> Noise:
+    """How often the answers without training are wrong on records of classes that production has learned."""
+    rows = [
+        row
+        for row, (label, answer) in enumerate(zip(untrained.labels, untrained.predicted, strict=True))
+        if answer and set(_as_list(label)) <= set(known)
+    ]
+    return Noise(len(rows), int((~untrained.correct[rows]).sum()))
 
 
 def _noise_p_value(now: Noise, then: Noise) -> float:

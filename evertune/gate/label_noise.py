@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -49,8 +50,14 @@ class Noise:
         return Noise(self.sure + other.sure, self.contradicted + other.contradicted, self.resolved + other.resolved)
 
 
-def label_noise(old: Predictions, new: Predictions, known: Collection[str], second: float | None = UNSURE) -> Noise:
-    """Count the labels that confident models contradict.
+def label_noise(
+    old: Predictions,
+    new: Predictions,
+    known: Collection[str],
+    second: float | None = UNSURE,
+    past: tuple[Predictions, Predictions] | None = None,
+) -> Noise:
+    """Count the labels that confident models contradict, among those of classes that the champion has learned.
 
     A wrong label is an ordinary text under the name of another class. A model that can do the task is as confident on
     such a text as on any other, so that the share of wrong labels is the same among the texts on which it is confident
@@ -60,39 +67,88 @@ def label_noise(old: Predictions, new: Predictions, known: Collection[str], seco
     that is less confident in general, such as one trained on noise, hides nothing.
 
     The champion is asked first, as it learned nothing from these records. The challenger is asked second: where it has
-    learned to disagree with the champion, the data may have changed while the label is right. For a class that the
-    champion does not know, only the challenger is asked.
+    learned to disagree with the champion, the data may have changed while the label is right. Where it names a class
+    that the champion has not learned, only the challenger is asked.
 
     Args:
         old: Predictions of the version in production, the champion.
         new: Predictions of the new version, the challenger, on the same records.
-        known: Classes that the champion knows.
+        known: Classes that the champion has learned. Labels of other classes are left to :func:`unlike_their_class`.
         second: Quantile of the challenger's confidence, among its predictions that agree with the label, below which it
-            does not count. None asks the champion alone, where it knows the class.
+            does not count. None asks the champion alone.
+        past: Predictions of both on past records, whose confidences are used where a version agrees with no label.
     """
     known_label = _known(new.labels, known)
-    sure_before = known_label & _sure(old, UNSURE)
+    sure_before = known_label & _sure(old, UNSURE, past and past[0])
+    sure_after = _sure(new, UNSURE if second is None else second, past and past[1])
     if second is None:
         first, told = sure_before, known_label
     else:
         agree = np.array([_same(*said) for said in zip(old.predicted, new.predicted, strict=True)], bool)
-        first, told = sure_before & agree & _sure(new, second), known_label & _known(new.predicted, known)
-    counted = np.where(told, first, _sure(new, UNSURE))
+        first, told = sure_before & agree & sure_after, known_label & _known(new.predicted, known)
+    counted = known_label & np.where(told, first, sure_after)
     wrong = ~old.correct & np.where(told & (second is None), True, ~new.correct)
     resolved = sure_before & ~old.correct & new.correct
     return Noise(int(counted.sum()), int((counted & wrong).sum()), int(resolved.sum()))
 
 
-def known_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
-    """The classes that a champion is seen to know: those that it predicts, and those of the past records."""
-    labels = [said for one in champion for said in one.predicted] + [label for one in past for label in one.labels]
-    return {name for label in labels for name in _names(label)}
+def unlike_their_class(
+    old: Predictions,
+    new: Predictions,
+    untrained: Predictions,
+    known: Collection[str],
+    past: tuple[Predictions, Predictions] | None = None,
+) -> Noise:
+    """Count the labels that do not fit their records, among those of classes that the champion has not learned.
+
+    Neither version is a witness here: the champion does not know the class, and the challenger may not have learned it
+    yet, so that it contradicts right labels with confidence. A model that was not trained is asked first: a label is
+    only in doubt if the record resembles another class more than its own, and if one of the two versions is sure of
+    that same other class.
+
+    Args:
+        old: Predictions of the version in production, the champion.
+        new: Predictions of the new version, the challenger, on the same records.
+        untrained: Answers of :func:`~evertune.gate.untrained.nearest_class_means` for the same records, or some of
+            them.
+        known: Classes that the champion has learned.
+        past: Predictions of both on past records, whose confidences are used where a version agrees with no label.
+    """
+    places = {one: place for place, one in enumerate(untrained.ids)}
+    resembles = [untrained.predicted[places[one]] if one in places else "" for one in new.ids]
+    heard = ~_known(new.labels, known) & np.array([answer != "" for answer in resembles], bool)
+    doubted = np.zeros(len(new), bool)
+    for side, before in ((old, past and past[0]), (new, past and past[1])):
+        same = np.array([_same(*said) for said in zip(side.predicted, resembles, strict=True)], bool)
+        doubted |= same & _sure(side, UNSURE, before)
+    other = np.array([not _same(*said) for said in zip(new.labels, resembles, strict=True)], bool)
+    return Noise(int(heard.sum()), int((heard & doubted & other).sum()))
 
 
-def _sure(predictions: Predictions, unsure: float) -> np.ndarray:
-    agreeing = predictions.confidence[predictions.correct]
-    sure: np.ndarray = predictions.confidence >= (np.quantile(agreeing, unsure) if len(agreeing) else 0.0)
-    return sure
+def learned_classes(champion: Iterable[Predictions], past: Iterable[Predictions]) -> set[str]:
+    """The classes that a champion has learned: it is right on half of their past records, or names them anywhere if
+    there are none."""
+    records, right = Counter[str](), Counter[str]()
+    for one in filter(_has_classes, past):
+        for label, said in zip(one.labels, one.predicted, strict=True):
+            records.update(_names(label))
+            right.update(_names(label) & _names(said))
+    named = {name for one in filter(_has_classes, champion) for said in one.predicted for name in _names(said)}
+    return {name for name in named | set(records) if 2 * right[name] >= records[name]}
+
+
+def _sure(predictions: Predictions, unsure: float, fallback: Predictions | None = None) -> np.ndarray:
+    """Whether a model is confident; never, if it agrees with no label and so shows no confidence to compare with."""
+    for one in (predictions, fallback):
+        agreeing = one.confidence[one.correct] if one is not None else ()
+        if len(agreeing):
+            sure: np.ndarray = predictions.confidence >= np.quantile(agreeing, unsure)
+            return sure
+    return np.zeros(len(predictions), bool)
+
+
+def _has_classes(predictions: Predictions) -> bool:
+    return predictions.has_classes
 
 
 def _known(labels: Iterable[Label], known: Collection[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ import numpy as np
 import torch
 
 from evertune.gate.predictions import Cost, Label, Predictions
+from evertune.gate.untrained import nearest_class_means
 from evertune.lightning_modules.saving import gathered
 from evertune.sources.base import Row
 from evertune.tasks.base import task_of
-from evertune.tasks.predicting import answers, scores_of
+from evertune.tasks.predicting import answers, columns_of, features_of, scores_of
 from evertune.utils.evaluation import evaluation_mode
+
+logger = logging.getLogger("evertune.live")
 
 
 def evaluate(
@@ -56,6 +60,49 @@ def evaluate(
             name: _evaluate(module, name, list(rows), text, label, batch_size, max_length)
             for name, rows in slices.items()
         }
+
+
+def without_training(
+    module: Any,
+    slices: Mapping[str, Sequence[Row]],
+    text: str | Sequence[str] = "text",
+    label: str = "label",
+    batch_size: int = 64,
+    max_length: int = 128,
+) -> dict[str, Predictions] | None:
+    """What can be said of records without training: the nearest class mean over a module's features, leaving one out.
+
+    All slices are compared with each other.
+
+    Args:
+        module: A pretrained module that was not trained, with a ``tokenizer`` and ``features(batch)``, which returns a
+            tensor ``[examples, features]``.
+        slices: Records by the name of their slice.
+        text: Name of the field with the text, or of the two fields of a pair.
+        label: Name of the field with the label, the name of a class.
+        batch_size: Number of records that are read at a time. Default: 64.
+        max_length: Number of tokens after which a text is truncated. Default: 128.
+
+    Returns:
+        The answers by slice, without probabilities; see :func:`~evertune.gate.untrained.nearest_class_means`. None if
+        the module has no features, or a record has several labels or a number.
+    """
+    rows = [row for chosen in slices.values() for row in chosen]
+    labels = [row["record"].get(label) for row in rows]
+    if not callable(getattr(module, "features", None)) or not all(isinstance(one, str) for one in labels):
+        return None
+    try:
+        with _predicting(module):
+            features = features_of(module, columns_of(rows, text), batch_size, max_length)
+    except (TypeError, KeyError, AttributeError) as error:
+        logger.warning("the features of %s cannot be used: %s", type(module).__name__, error)
+        return None
+    answers, said, start = nearest_class_means(features, labels), {}, 0
+    for name, chosen in slices.items():
+        part = slice(start, start := start + len(chosen))
+        unknown = np.full(len(chosen), np.nan)
+        said[name] = Predictions([row["id"] for row in chosen], labels[part], list(answers[part]), unknown, unknown)
+    return said
 
 
 def evaluate_examples(module: Any, examples: Sequence[Any], labels: Sequence[str], batch_size: int = 64) -> Predictions:

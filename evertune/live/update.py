@@ -485,6 +485,7 @@ class Updater:
             groups=self.gate.groups(row for chosen in slices.values() for row in chosen),
             best=best,
             remembered=remembered,
+            untrained=self._without_training(champion, slices, new, rows),
         )
         evaluation = {"slices": {name: said[name].to_dict() for name in sorted(said)}}
         if champion is not None and plan.parent is not None:
@@ -499,9 +500,13 @@ class Updater:
 
     def _opened(self, folder: Path) -> Any:
         """The module in a folder, on the GPU if there is one."""
+        return self._placed(type(self.model).from_pretrained(folder))
+
+    def _placed(self, module: Any) -> Any:
         import torch
 
-        module = type(self.model).from_pretrained(folder)
+        if hasattr(module, "configure_model"):
+            module.configure_model()
         return module.cuda() if torch.cuda.is_available() else module
 
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
@@ -799,6 +804,29 @@ class Updater:
             {name: Predictions.from_dict(values) for name, values in stored["slices"].items()},
             {name: Best.from_dict(values) for name, values in stored.get("best", {}).items()},
         )
+
+    def _without_training(
+        self, champion: Mapping[str, Predictions] | None, slices: Mapping[str, list[Row]], new: str, rows: list[Row]
+    ) -> dict[str, Predictions] | None:
+        """The answers of the pretrained encoder without training, where the gate needs a second opinion: on a first
+        version, and on classes that production has not learned."""
+        from evertune.gate.label_noise import learned_classes
+        from evertune.live.evaluation import without_training
+        from evertune.live.training import starting_module
+
+        if not callable(getattr(self.model, "features", None)):
+            return None
+        if champion is not None:
+            past = [said for name, said in champion.items() if name not in (new, _SHOWN)]
+            known, labels = learned_classes(champion.values(), past), (row["record"][self._label] for row in rows)
+            if all(known.issuperset(self.task.label_names(label)) for label in labels):
+                return None
+        some = thin({name: chosen for name, chosen in slices.items() if name != new}, _ENOUGH)
+        shown = sorted(rows, key=draw)[: max(_ENOUGH - len(slices[new]), 0)]
+        module = starting_module(self.model, None)
+        if not getattr(module, "classes", True) and hasattr(module, "add_classes"):
+            module.add_classes(["any"])  # a head has to have a row; the features do not depend on it
+        return without_training(self._placed(module), some | {new: slices[new], _SHOWN: shown}, **self._reading)
 
     def _on_memory(
         self, production: Version, champion: Any, challenger: Any, said: Sequence[Predictions]

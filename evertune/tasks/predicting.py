@@ -20,6 +20,18 @@ def columns_of(rows: Sequence[Row], text: str | Sequence[str]) -> list[list[str]
     return [[row["record"][field] for row in rows] for field in fields]
 
 
+def features_of(module: Any, columns: Sequence[Sequence[str]], batch_size: int, max_length: int) -> np.ndarray:
+    """The features of texts by ``module.features``, ``[texts, features]``."""
+    found: list[np.ndarray] = [np.empty(0)] * len(columns[0])
+    for places in _batches(columns, batch_size):
+        texts = [[column[row] for row in places] for column in columns]
+        tokens = module.tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        features = module.features(tokens.to(next(module.parameters()).device)).double().cpu().numpy()
+        for row, one in zip(places, features, strict=True):
+            found[row] = one
+    return np.stack(found)
+
+
 def answers(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> Tensor:
     """The logits of texts, in fp64 on the CPU, so that the following steps give the same result on every machine."""
     tokens = module.tokenizer(

@@ -30,7 +30,8 @@ trigger:
   class_path: evertune.live.Volume
   init_args: {min_records: 10}
 gate: {max_forgetting: null, max_drop: null, max_negative_flips: null, max_label_noise: null, min_new_agreement: null,
-  max_calibration_error_increase: null, max_latency_ratio: null, max_total_forgetting: null, max_class_drop: null}
+  max_calibration_error_increase: null, max_latency_ratio: null, max_total_forgetting: null, max_class_drop: null,
+  max_below_untrained: null}
 model:
   class_path: evertune.lightning_modules.SequenceClassificationModule
   init_args: {model_name_or_path: bert, learning_rate: 0.003}

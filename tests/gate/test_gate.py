@@ -12,9 +12,10 @@ from rich.console import Console
 
 from evertune.gate.best import Best, still_best
 from evertune.gate.gate import MANY, Check, Gate, Verdict, aligned, pool
-from evertune.gate.label_noise import label_noise
+from evertune.gate.label_noise import label_noise, learned_classes
 from evertune.gate.predictions import Cost, Predictions
 from evertune.gate.statistics import binomial_tail, bootstrap, calibration_error, calibration_test, holm, kappa, mcnemar
+from evertune.gate.untrained import nearest_class_means
 
 # --- a model of two versions and their records
 
@@ -39,22 +40,33 @@ class World:
     flipped: float = 0.0
     by_heart: float = 0.3
     garbage: bool = False
+    undertrained: bool = False
+    mislabelled_as_new: float = 0.0
+    resembling: float = 0.9
 
-    def draw(self, seed: int) -> tuple[dict[str, Predictions], dict[str, Predictions]]:
-        rng = np.random.default_rng(seed)
-        old, new = {}, {}
+    def draw(self, seed: int) -> tuple[dict[str, Predictions], dict[str, Predictions], dict[str, Predictions]]:
+        """Predictions of the champion and of the challenger, and answers without training."""
+        rng, extra = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+        old, new, untrained = {}, {}, {}
         for number, n in enumerate(self.n_past):
-            old[f"past {number}"], new[f"past {number}"] = self._slice(rng, n, self.champion, self.challenger)
+            name = f"past {number}"
+            old[name], new[name], untrained[name] = self._slice(rng, extra, n, self.champion, self.challenger)
         before = self.champion if self.champion_new is None else self.champion_new
         after = self.challenger if self.challenger_new is None else self.challenger_new
         for name, n in (("new", self.n_held_out), ("trained", self.n_trained)):
             fresh = replace(self, by_heart=self.by_heart if name == "trained" else 0.0)
-            old[name], new[name] = fresh._slice(rng, n, before, after, is_new=True)
-        return old, new
+            old[name], new[name], untrained[name] = fresh._slice(rng, extra, n, before, after, is_new=True)
+        return old, new, untrained
 
     def _slice(
-        self, rng: np.random.Generator, n: int, before: float, after: float, is_new: bool = False
-    ) -> tuple[Predictions, Predictions]:
+        self,
+        rng: np.random.Generator,
+        extra: np.random.Generator,
+        n: int,
+        before: float,
+        after: float,
+        is_new: bool = False,
+    ) -> tuple[Predictions, Predictions, Predictions]:
         truth = rng.integers(self.n_classes, size=n)
         if is_new:
             truth = np.where(rng.random(n) < self.new_classes, self.n_classes + truth % 2, truth)
@@ -62,6 +74,8 @@ class World:
         if is_new and self.flipped:
             wrong = rng.permutation(n)[: round(self.flipped * n)]
             labels[wrong] = (labels[wrong] + rng.integers(1, self.n_classes, size=len(wrong))) % self.n_classes
+        if is_new:
+            labels = np.where(extra.random(n) < self.mislabelled_as_new, self.n_classes, labels)
         difficulty = rng.random(n)
         own = 0.2  # the part of a version's mistakes that is its own
         right_before, right_after = (
@@ -70,8 +84,12 @@ class World:
         confused = (truth + rng.integers(1, self.n_classes, size=n)) % self.n_classes
         said_before = np.where(right_before & (truth < self.n_classes), truth, confused)
         said_after = np.where(right_after, truth, confused)
+        if self.undertrained:  # no new class is learned yet, and both versions are sure of another one
+            said_after = np.where(truth < self.n_classes, said_after, confused % self.n_classes)
+            said_before = np.where(truth < self.n_classes, said_before, said_after)
         if is_new and self.garbage:
             labels = rng.integers(self.n_classes, size=n)
+            truth = extra.integers(self.n_classes, size=n)
             said_before, said_after = np.zeros(n, int), rng.integers(2, size=n)
         learned = (rng.random(n) < self.by_heart) & (labels != truth)
         said_after = np.where(learned, labels, said_after)
@@ -80,18 +98,25 @@ class World:
         names = [f"class {label}" for label in labels]
         made = []
         for said in (said_before, said_after):
-            confidence = np.where(said == truth, sure[0] * rng.uniform(0.95, 1, n), sure[1] * rng.uniform(0.9, 1, n))
+            is_sure = (said == truth) | (self.undertrained & (truth >= self.n_classes))
+            confidence = np.where(is_sure, sure[0] * rng.uniform(0.95, 1, n), sure[1] * rng.uniform(0.9, 1, n))
             of_label = np.where(said == labels, confidence, (1 - confidence) / self.n_classes)
             made.append(Predictions(ids, list(names), [f"class {one}" for one in said], confidence, of_label))
-        return made[0], made[1]
+        other = extra.integers(self.n_classes + 2 * (self.new_classes > 0), size=n)
+        resembles = np.where(extra.random(n) < self.resembling, truth, other)
+        unknown = np.full(n, np.nan)
+        answers = Predictions(ids, list(names), [f"class {one}" for one in resembles], unknown, unknown)
+        return made[0], made[1], answers
 
 
 def refusals(world: World, runs: int, gate: Gate | None = None) -> float:
     """The share of updates that the gate refuses."""
     gate = gate or Gate()
-    return float(
-        np.mean([not gate.judge(*world.draw(seed), new="new", trained="trained").passed for seed in range(runs)])
-    )
+    refused = []
+    for seed in range(runs):
+        old, new, untrained = world.draw(seed)
+        refused.append(not gate.judge(old, new, "new", trained="trained", untrained=untrained).passed)
+    return float(np.mean(refused))
 
 
 # --- what passes and what does not
@@ -105,6 +130,10 @@ CLEAN = {
     "a new class": World(new_classes=0.4),
     "only new classes": World(new_classes=1.0),
     "a better version": World(champion=0.85, challenger=0.95),
+    "undertrained new classes": World(new_classes=0.4, undertrained=True),
+    "only undertrained new classes": World(new_classes=1.0, undertrained=True),
+    "undertrained new classes that are alike": World(new_classes=0.4, undertrained=True, resembling=0.6),
+    "undertrained by a weak champion": World(new_classes=0.4, undertrained=True, champion=0.7, challenger=0.7),
 }
 POISONED = {
     "a tenth flipped": World(flipped=0.1),
@@ -116,6 +145,8 @@ POISONED = {
     "half flipped": World(flipped=0.5, challenger=0.93),
     "garbage": World(garbage=True),
     "garbage in two classes": World(garbage=True, n_classes=2),
+    "half of a new class is another": World(new_classes=0.3, mislabelled_as_new=0.3),
+    "half of an undertrained new class is another": World(new_classes=0.3, mislabelled_as_new=0.3, undertrained=True),
 }
 RUNS = 60
 
@@ -135,7 +166,7 @@ def test_without_the_records_trained_on_a_hundred_held_out_ones_find_a_tenth_of_
     gate = Gate()
     found = []
     for seed in range(RUNS):
-        old, new = world.draw(seed)
+        old, new, _ = world.draw(seed)
         found.append(not gate.judge(_without(old), _without(new), new="new").passed)
     assert np.mean(found) >= 0.7
 
@@ -143,6 +174,93 @@ def test_without_the_records_trained_on_a_hundred_held_out_ones_find_a_tenth_of_
 def test_a_real_loss_is_refused_and_a_small_one_is_not() -> None:
     assert refusals(World(n_past=(500, 500), challenger=0.85), 30) == 1
     assert refusals(World(n_past=(500, 500), challenger=0.94), 30) <= 0.1
+
+
+@pytest.mark.parametrize("new_classes", [0.4, 1.0])
+def test_labels_of_new_classes_are_left_open_where_nothing_can_be_compared(new_classes: float) -> None:
+    for seed in range(5):
+        old, new, _ = World(new_classes=new_classes, undertrained=True).draw(seed)
+        verdict = Gate().judge(old, new, "new", trained="trained")
+        assert verdict.passed, verdict.words()
+        (check,) = (check for check in verdict.undecided if check.slice == "new, new classes")
+        assert "there are no features of a pretrained encoder" in check.words
+
+
+def test_both_possibilities_are_named() -> None:
+    old, new, untrained = World(new_classes=0.4, undertrained=True).draw(0)
+    verdict = Gate().judge(old, new, "new", trained="trained", untrained=untrained)
+    (words,) = (check.words for check in verdict.checks if check.slice == "new, new classes")
+    assert "the new version is right on 0.0 % of them: they are not learned yet, train longer" in words
+    old, new, untrained = World(new_classes=0.3, mislabelled_as_new=0.3, undertrained=True).draw(0)
+    words = Gate().judge(old, new, "new", trained="trained", untrained=untrained).words()
+    assert "either their labels are wrong, or the classes are so alike that they need longer training" in words
+    old, new, _ = World(flipped=0.3).draw(0)
+    words = Gate().judge(old, new, "new", trained="trained").words()
+    assert "either labels are wrong, or these records are unlike those of the past" in words
+
+
+def test_a_champion_that_has_not_learned_a_class_is_not_asked_about_its_labels() -> None:
+    names, rng = ["a", "b", "c"], np.random.default_rng(0)
+
+    def version(right: dict[str, float], n: int) -> Predictions:
+        labels = [names[number % 3] for number in range(n)]
+        made = [label if rng.random() < right[label] else "a" for label in labels]
+        return Predictions([str(number) for number in range(n)], labels, made, np.full(n, 0.9), np.full(n, 0.5))
+
+    good = {"a": 1.0, "b": 0.95, "c": 0.1}
+    assert learned_classes([version(good, 90)], [version(good, 90)]) == {"a", "b"}
+    assert learned_classes([version(good, 90)], []) == {"a", "b", "c"}
+    old, new = (
+        {"old": version(good, 30), "new": version(good, 300).pick([2 + 3 * n for n in range(90)])} for _ in range(2)
+    )
+    assert Gate().judge(old, new, "new").passed
+
+
+# --- the first version
+
+
+@pytest.mark.parametrize(
+    ("right", "without", "refused"),
+    [
+        (90, 85, []),
+        (84, 85, []),
+        (60, 90, ["without training"]),
+        (25, 20, ["largest class"]),
+        (20, 90, ["largest class", "without training"]),
+    ],
+)
+def test_a_first_version_must_be_better_than_no_training(right: int, without: int, refused: list[str]) -> None:
+    labels = [f"c{number % 4}" for number in range(100)]
+    order = np.random.default_rng(0).permutation(100)
+
+    def version(n_right: int) -> Predictions:
+        made = [label if place < n_right else "?" for place, label in zip(order, labels, strict=True)]
+        return Predictions([str(n) for n in range(100)], labels, made, np.full(100, 0.9), np.full(100, 0.5))
+
+    verdict = Gate().judge(None, {"new": version(right)}, "new", untrained={"new": version(without)})
+    assert [check.name for check in verdict.failed] == refused
+    assert Gate(max_below_untrained=None).judge(None, {"new": version(right)}, "new").passed
+    alone = Gate().judge(None, {"new": version(right)}, "new")
+    assert [check.name for check in alone.undecided] == ["without training"]
+    assert "cannot tell (100 records): there are no features" in alone.undecided[0].words
+
+
+def test_a_first_version_of_few_records_is_left_open() -> None:
+    verdict = Gate().judge(None, {"new": classes({"a": (5, 5), "b": (0, 5)})}, "new")
+    assert [check.state for check in verdict.checks if check.name == "largest class"] == ["cannot tell"]
+
+
+def test_nearest_class_means_leave_each_record_out() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 16))
+    numbers = np.arange(200) % 5
+    features, labels = centres[numbers] + 0.3 * rng.normal(size=(200, 16)), [f"c{number}" for number in numbers]
+    assert np.mean([a == b for a, b in zip(nearest_class_means(features, labels), labels, strict=True)]) > 0.95
+    noise = nearest_class_means(rng.normal(size=(200, 16)), labels)
+    assert np.mean([a == b for a, b in zip(noise, labels, strict=True)]) < 0.35  # its own label does not leak
+    assert nearest_class_means(features[:6], ["a"] * 5 + ["b"])[5] == ""
+    assert nearest_class_means(features[:3], ["a"] * 3) == [""] * 3
+    assert nearest_class_means(np.zeros((0, 3)), []) == []
 
 
 def _without(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
@@ -512,7 +630,7 @@ def test_data_checks_decide_too() -> None:
 
 
 def test_a_verdict_is_the_same_bytes_each_time_and_survives_json() -> None:
-    old, new = World(flipped=0.2, n_past=(60, 60)).draw(0)
+    old, new, _ = World(flipped=0.2, n_past=(60, 60)).draw(0)
     for test in ("mcnemar", "bootstrap"):
         one, again = (Gate(test=test).judge(old, new, "new", trained="trained") for _ in range(2))  # type: ignore[arg-type]
         text = json.dumps(one.to_dict(), allow_nan=False)
@@ -602,7 +720,7 @@ def test_calibration() -> None:
 def test_label_noise_estimates_the_share_of_wrong_labels() -> None:
     shares = []
     for seed in range(10):
-        old, new = World(flipped=0.2, n_held_out=1000, n_past=(), n_trained=1).draw(seed)
+        old, new, _ = World(flipped=0.2, n_held_out=1000, n_past=(), n_trained=1).draw(seed)
         shares.append(label_noise(old["new"], new["new"], {f"class {n}" for n in range(10)}).share)
     assert np.mean(shares) == pytest.approx(0.2, abs=0.02)
 

@@ -72,6 +72,7 @@ def lenient_gate(**limits: Any) -> Gate:
     off |= {
         "max_total_forgetting",
         "max_class_drop",
+        "max_below_untrained",
         "max_size_ratio",
         "max_label_noise",
         "max_class_share",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.live.evaluation import evaluate, measure, size_in_bytes
+from evertune.live.evaluation import evaluate, evaluate_examples, measure, size_in_bytes, without_training
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 
 
@@ -129,6 +129,41 @@ def test_any_module_of_the_protocol_will_do(folder: str) -> None:
         {"id": "2", "record": {"text": "the share of a market of the bank", "label": "long"}},
     ]
     assert evaluate(Longest(), {"a": records})["a"].predicted == ["short", "long"]
+
+
+def test_answers_without_training(folder: str) -> None:
+    slices = {"a": rows(3), "b": rows(1), "none": []}
+    said = without_training(module_of(folder), slices)
+    assert said is not None and list(said) == ["a", "b", "none"]
+    assert said["a"].ids == [row["id"] for row in slices["a"]] and said["a"].accuracy == 1.0  # copies of few texts
+    other = module_of(folder)
+    with torch.no_grad():
+        other.head.weight.mul_(-1)
+    again = without_training(other, slices, batch_size=2)  # features only: neither the head nor the batches matter
+    assert again is not None and again["b"].predicted == said["b"].predicted
+    assert (
+        without_training(
+            module_of(folder, multi_label=True), {"a": [{**rows()[0], "record": {"text": "a", "label": ["x"]}}]}
+        )
+        is None
+    )
+    assert without_training(torch.nn.Linear(1, 1), slices) is None
+
+
+def test_features_that_do_not_fit_are_reported(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    module = module_of(folder)
+    module.features = lambda pixels: pixels["pixel_values"]  # type: ignore[method-assign]
+    assert without_training(module, {"a": rows()}) is None
+    assert "the features of SequenceClassificationModule cannot be used: 'pixel_values'" in caplog.text
+
+
+def test_tokenised_examples_are_right_or_wrong(folder: str) -> None:
+    module, records = module_of(folder), rows(2)
+    labels = [row["record"]["label"] for row in records]
+    data = [dict(row["record"]) for row in records]
+    examples = module.task.dataset(data, module.tokenizer, text="text", label="label", id_column=None, max_length=32)
+    said = evaluate_examples(module, [examples[n] for n in range(len(data))], labels, batch_size=4)
+    assert said.correct.tolist() == evaluate(module, {"a": records})["a"].correct.tolist()
 
 
 @pytest.mark.parametrize("setting", ["batch_size", "max_length"])

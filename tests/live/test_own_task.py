@@ -132,7 +132,7 @@ def test_a_regression_is_learned_improved_and_refused(tmp_path: Path) -> None:
     assert (outcome.status, outcome.version) == ("promoted", 2), outcome.words
     assert outcome.verdict is not None
     not_applicable = [check for check in outcome.verdict.checks if not check.applicable]
-    names = {"one class", "negative flips", "calibration error", "agreement", "label noise"}
+    names = {"one class", "class", "negative flips", "calibration error", "agreement", "label noise"}
     assert {check.name for check in not_applicable} == names
     assert all("the labels of this task are not classes" in check.words for check in not_applicable)
     scores = live.registry.version(2).manifest.metrics.accuracy
