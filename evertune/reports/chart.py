@@ -38,7 +38,7 @@ class Mark:
         y: Position from the top, in percent.
         text: What is shown there: a tick's number, a label, or the tooltip of a dot.
         color: CSS colour; empty for that of the page.
-        name: Second part of a label at the end of a line: the name of the line.
+        name: Second part of a label: the name of the line that it ends, or of a tick where there is room.
     """
 
     x: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evertune.drift.comparison.comparison import Comparison, Scan
-from evertune.drift.comparison.wording import decision, described, false_alarms, sure
+from evertune.drift.comparison.wording import decision, described, false_alarms, shares_of, sure
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, ticks
 from evertune.reports.page import fill
 
@@ -30,11 +30,24 @@ class Projection:
     size: int = _SIDE
 
 
+@dataclass(frozen=True)
+class Shares:
+    """All values of a field whose shares have changed.
+
+    Args:
+        name: Name of the field.
+        rows: Each value with its share before and now, the largest change first.
+    """
+
+    name: str
+    rows: list[tuple[str, float, float]]
+
+
 def write_drift_report(found: Comparison, out: str | os.PathLike[str] = "drift.html") -> Path:
     """Write a comparison as one self-contained page: no network, no script. Needs the extra ``evertune[reports]``.
 
-    It shows the score over the records with the threshold and the alarms, the features of both sides in two dimensions,
-    what has changed, and examples side by side. All text is escaped.
+    It shows the score over the records with the threshold and the alarms, what has changed, examples side by side, and
+    the features of both sides in two dimensions. All text is escaped.
 
     Args:
         found: What :func:`~evertune.drift.comparison.compare` returned.
@@ -55,6 +68,11 @@ def write_drift_report(found: Comparison, out: str | os.PathLike[str] = "drift.h
         plots=[(scan, _scores(scan)) for scan in found.scans if scan.points],
         projection=_circles(found),
         fields=[(change, described(change)) for change in found.attribution.fields if sure(change)],
+        shares=[
+            Shares(change.name, shares_of(change))
+            for change in found.attribution.fields
+            if sure(change) and change.kind == "categorical"
+        ],
         topics=list(zip(found.attribution.topics, found.topic_examples, strict=True)),
         asides=[
             (name, aside)

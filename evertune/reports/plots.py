@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def save_plots(runs: Runs | str | os.PathLike[str], directory: str | os.PathLike
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # a name may hold a dollar sign
         paths.append(folder / f"{kind}.png")
-        figure.savefig(paths[-1], dpi=dpi)
+        figure.savefig(paths[-1], dpi=dpi, bbox_inches="tight")  # grows with names that need more room
     return paths
 
 
@@ -71,10 +72,10 @@ def _accuracy_over_time(figure: Any, runs: Runs) -> None:
     for name, run in runs.items():
         average = [100 * value for value in average_over_updates(run)]
         if is_joint(run):
-            axes.axhline(average[0], color=REFERENCE, linestyle="--", label=f"{name} (all data at once)")
+            axes.axhline(average[0], color=REFERENCE, linestyle="--", label=_wrapped(f"{name} (all data at once)"))
         else:
             color = COLORS[learners.index(name) % len(COLORS)]
-            axes.plot(range(1, len(average) + 1), average, marker="o", color=color, label=name)
+            axes.plot(range(1, len(average) + 1), average, marker="o", color=color, label=_wrapped(name))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="update", ylabel="average accuracy, %", ylim=(0, 102))
     axes.grid(axis="y", alpha=0.3)
@@ -95,10 +96,10 @@ def _accuracy_matrices(figure: Any, runs: Runs) -> None:
             if not math.isnan(score):
                 # White text where the cell is dark enough for it to be the more readable one.
                 axes.text(k, t, f"{score:.0f}", ha="center", va="center", color="white" if score >= 65.5 else "black")
-        axes.set_xticks(range(matrix.shape[1]), run.experiences, rotation=35, ha="right")
+        axes.set_xticks(range(matrix.shape[1]), map(_wrapped, run.experiences), rotation=35, ha="right")
         rows = ["all at once"] if is_joint(run) else [str(t + 1) for t in range(len(matrix))]
         axes.set_yticks(range(len(matrix)), rows)
-        axes.set(title=name, ylabel="after update")
+        axes.set(title=_wrapped(name), ylabel="after update")
         axes.spines[:].set_visible(False)
 
 
@@ -112,7 +113,7 @@ def _drift(figure: Any, runs: Runs) -> None:
         )
         alarms = [(step, point["score"]) for step, point in zip(steps, run.drift, strict=True) if point["alarm"]]
         axes.plot([step for step, _ in alarms], [score for _, score in alarms], "o", color=ALARM, label="alarm")
-        axes.set(title=name, xlabel="training step", ylabel="drift score")
+        axes.set(title=_wrapped(name, 80), xlabel="training step", ylabel="drift score")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=3)
 
@@ -127,8 +128,17 @@ def _memory(figure: Any, runs: Runs) -> None:
             counts = run.memory.get(kind, {})
             bars = axes.barh(range(len(counts)), list(counts.values()), color=HEAT[1])
             axes.bar_label(bars, padding=3)
-            axes.set_yticks(range(len(counts)), list(counts))
+            axes.set_yticks(range(len(counts)), [_wrapped(count) for count in counts])
             axes.invert_yaxis()
             size, capacity = run.memory["size"], run.memory["capacity"]
-            axes.set_title(f"{name}: {size:,} of {capacity:,} examples, {kind.replace('_', ' ')}", fontsize=10)
+            axes.set_title(f"{_wrapped(name, 40)}: {size:,} of {capacity:,}\n{kind.replace('_', ' ')}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
+
+
+def _wrapped(name: str, width: int = 28) -> str:
+    """A name in lines of limited width, broken at spaces, hyphens and underscores where possible."""
+    return (
+        "\n".join(line.replace("_ ", "_") for line in wrap(name.replace("_", "_ "), width))
+        if len(name) > width
+        else name
+    )

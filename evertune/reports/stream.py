@@ -195,7 +195,7 @@ def _overview(views: Sequence[RunView]) -> Chart:
     longest = max(views, key=lambda view: (not view.joint, len(view.rows)))
     if len(longest.rows) <= MAX_NAMED_UPDATES:
         for tick in chart.x_ticks:
-            tick.text = longest.rows[int(tick.text) - 1][0]
+            tick.name = longest.rows[int(tick.text) - 1][0]  # a phone shows the number, which the stream above explains
     return chart
 
 

@@ -333,9 +333,21 @@ def test_the_page_holds_what_was_found(folder: Path, capsys: pytest.CaptureFixtu
     assert {*WEATHER, *MONEY} <= set(page.text)
     assert page.count("article") == 10
     assert "unknown words in text" in page.text
+    sections = [text for text in page.text if text in ("What differs", "Examples", "Both sides in two dimensions")]
+    assert sections == ["What differs", "Examples", "Both sides in two dimensions"]
     assert not page.count("script")
     assert "default-src 'none'" in source
     assert not re.search(r"(https?:)?//\w|@import|url\(", source)
+
+
+def test_the_page_shows_all_labels_whose_shares_changed(tmp_path: Path) -> None:
+    labels = [f"label-{i}" for i in range(8)]
+    before = [{"text": "rain and wind", "label": labels[i % 8]} for i in range(800)]
+    after = [{"text": "rain and wind", "label": labels[min(i % 11, 7)]} for i in range(400)]
+    page = Page(write_drift_report(compare(before, after, label="label"), tmp_path / "drift.html").read_text())
+    shown = page.text[page.text.index("Shares of label") :]
+    assert set(labels) <= set(shown)
+    assert shown[shown.index("label-7") + 1 :][:3] == ["12.5", "36.0", "+23.5"]
 
 
 def test_text_cannot_inject(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,46 @@ def test_each_kind_of_field() -> None:
     assert not {"id", "text"} & {change.name for change in found.fields}, "counters and texts are no categories"
 
 
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize(
+    "time",
+    [
+        lambda i: i,
+        lambda i: 1.7e9 + 60 * (i // 3),
+        lambda i: f"2026-{1 + i // 280:02d}-{1 + i % 280 // 10:02d}",
+        lambda i: f"2026-01-01T{i // 60:02d}:{i % 60:02d}:00Z",
+        lambda i: "2026-01-01" if i < 300 else "2026-02-01",
+    ],
+    ids=["counter", "seconds", "days", "minutes", "batches"],
+)
+def test_the_time_of_the_stream_is_no_change(time: Any, late: int) -> None:
+    order = list(range(600))
+    for place in range(7, 600, 601 - late if late else 601):  # one record of many arrives some places late
+        order.insert(min(place + 5, 599), order.pop(place))
+    records = [{"time": time(i), "n": i % 7} for i in order]
+    assert [change.name for change in changed_fields(records[:300], records[300:])] == ["n"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(lambda i: 1, lambda i: 2), (lambda i: i % 5, lambda i: 4), (lambda i: (i * 7) % 30, lambda i: i)],
+)
+def test_numbers_that_are_not_the_time_are_compared(before: Any, after: Any) -> None:
+    found = changed_fields([{"n": before(i)} for i in range(100)], [{"n": after(i)} for i in range(100)])
+    assert [change.name for change in found] == ["n"]
+
+
+def test_topics_are_described_without_words_of_the_language() -> None:
+    draw = random.Random(0)
+    common, shares, goals = ["the", "of", "and", "to", "in"], ["shares", "bonds", "bank"], ["goal", "team", "match"]
+
+    def text(of: list[str]) -> str:
+        return " ".join([*draw.sample(common, 3), *draw.sample(of, 2)])
+
+    topics = changed_topics([text(shares) for _ in range(200)], [text(goals) for _ in range(200)], n_topics=2)
+    assert topics and not {word for topic in topics for word in topic.words} & set(common)
+
+
 def test_numbers_that_are_none() -> None:
     before = [{"x": value} for value in [1.0, 2.0, 3.0, 4.0] * 20]
     after = [{"x": value} for value in [1.0, math.nan, "nan", 10**400] * 20]

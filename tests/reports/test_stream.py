@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -194,6 +195,18 @@ def test_nothing_to_report_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"history\.json is not valid JSON"):
         write_report(tmp_path / "history.json", tmp_path / "a.html")
     assert not (tmp_path / "a.html").exists()
+
+
+def test_no_plot_cuts_a_name(tmp_path):
+    from matplotlib.image import imread
+
+    long = [f"complaints_about_deliveries_in_northern_europe_{n}_" + "x" * 60 for n in range(3)]
+    (_, run), *_ = list(example_runs().items())[1:]
+    run = replace(run, experiences=long, memory=run.memory | {"per_class": dict.fromkeys(long, 7)})
+    for path in save_plots({"a name of a run that says everything about it " * 3: run}, tmp_path, dpi=50):
+        ink = imread(path)[..., :3].min(-1) < 0.9
+        edges = [ink[0], ink[-1], ink[:, 0], ink[:, -1]]
+        assert ink.any() and not any(edge.any() for edge in edges), f"{path.name} has ink at its edge"
 
 
 def test_plots_are_png_files(tmp_path):

@@ -70,10 +70,21 @@ def described(change: FieldChange) -> str:
     if change.kind == "numeric":
         size = f" ({change.effect:+.2g} standard deviations)" if math.isfinite(change.effect) else ""
         return f"mean {before:.4g} to {after:.4g}{size}"
-    largest = sorted(before, key=lambda name: (-abs(after[name] - before[name]), name))
-    shares = [f"{name} {_percent(before[name])} to {_percent(after[name])}" for name in largest[:_N_SHARES]]
-    more = len(largest) - len(shares)
+    changes = shares_of(change)
+    shares = [f"{name} {_percent(was)} to {_percent(now)}" for name, was, now in changes[:_N_SHARES]]
+    more = len(changes) - len(shares)
     return "; ".join(shares) + (f"; and {more} more" if more else "")
+
+
+def shares_of(change: FieldChange) -> list[tuple[str, float, float]]:
+    """The values of a categorical field with their shares before and after, the largest change first.
+
+    Example:
+        >>> shares_of(FieldChange("shop", "categorical", 0.2, 0.0, {"a": 0.9, "b": 0.1}, {"a": 0.7, "b": 0.3}))
+        [('a', 0.9, 0.7), ('b', 0.1, 0.3)]
+    """
+    names = sorted(change.before, key=lambda name: (-abs(round(change.after[name] - change.before[name], 9)), name))
+    return [(name, change.before[name], change.after[name]) for name in names]
 
 
 def _percent(share: float) -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,9 @@ from evertune.drift.explain.tokens import words_of
 Kind = Literal["numeric", "categorical", "missing", "schema"]
 
 _MAX_CATEGORIES = 50
+_EPOCH = datetime(1970, 1, 1)
+_IN_ORDER = 0.95  # rank correlation with the order of the records from which numbers are a time
+_FEWEST_MOMENTS = 5  # number of different values up to which numbers are not taken for times
 _MIN_EXPECTED = 5  # minimum expected records of a category on either side; rarer categories are pooled
 
 
@@ -61,7 +65,7 @@ def changed_fields(
 
     A text that contains a number counts as a number, as all values in CSV are texts. NaN, infinite numbers and the
     empty text count as missing. Left out are fields with many different values that are not numbers (names, free text,
-    lists), and numbers that only rise or only fall in the order of the records (counters, times).
+    lists), and the stream's own time: numbers and dates that follow the order of the records.
 
     Args:
         before: Records before the change, in order.
@@ -95,8 +99,10 @@ def changed_fields(
             changes += _of_text(name, [str(value) for value in kept[0]], [str(value) for value in kept[1]])
         elif types[0] == "number":
             numbers = [np.array([float(value) for value in side if _type_of(value) == "number"]) for side in kept]
-            if not all(map(_only_rises_or_falls, numbers)):
+            if not all(map(_follows_the_order, numbers)):
                 changes.append(_numeric(name, *numbers))
+        elif types[0] == "text" and name not in labels and all(_is_time_of_stream(side) for side in kept):
+            continue
         elif types[0] in ("text", "boolean"):
             categories = [Counter(map(str, side)) for side in kept]
             several = len(categories[0] | categories[1]) <= min(_MAX_CATEGORIES, len(kept[0] + kept[1]) / 2)
@@ -206,6 +212,25 @@ def _of_text(name: str, before: Sequence[str], after: Sequence[str]) -> list[Fie
     return changes
 
 
-def _only_rises_or_falls(numbers: NDArray[np.float64]) -> bool:
+def _is_time_of_stream(values: Sequence[Any]) -> bool:
+    """Whether values are dates that follow the order of the records, or one date: that of a batch."""
+    try:
+        moments = [datetime.fromisoformat(str(value)) for value in values]
+    except ValueError:
+        return False
+    # Without time zones, as some dates may have one and others not; hours do not matter here.
+    numbers = np.array([(moment.replace(tzinfo=None) - _EPOCH).total_seconds() for moment in moments])
+    return bool((numbers == numbers[0]).all()) or _follows_the_order(numbers)
+
+
+def _follows_the_order(numbers: NDArray[np.float64]) -> bool:
+    """Whether numbers only rise or only fall, or nearly so, as counters and times do; some may arrive late."""
     first, second = numbers[:-1], numbers[1:]
-    return len(first) > 10 and bool((second > first).all() or (second < first).all())
+    if len(first) <= 10:
+        return False
+    if (second > first).all() or (second < first).all():
+        return True
+    if len(np.unique(numbers)) <= _FEWEST_MOMENTS:
+        return False
+    ranks = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
+    return abs(float(np.corrcoef(ranks, np.arange(len(numbers)))[0, 1])) >= _IN_ORDER

@@ -16,6 +16,7 @@ from evertune.drift.explain.tokens import log_odds, words_of
 
 _VOCABULARY = 2_000  # number of words in the tf-idf features
 _STARTS, _STEPS = 4, 30  # of k-means: random starts, and maximum iterations of each
+_COMMON = 0.2  # share of the other topics' records above which a word says nothing about a topic
 _WORDS = 6  # number of words that describe a topic
 
 
@@ -93,7 +94,9 @@ def changed_topics(
         nearest = [int(nearness[:n_before].argmax()), int(nearness[n_before:].argmax())]
         changes.append(
             TopicChange(
-                words=_telling_words(Counter(word for i in members_of for word in counted[i]), holding),
+                words=_telling_words(
+                    Counter(word for i in members_of for word in counted[i]), holding, n - sum(counts)
+                ),
                 before=counts[0] / n_before,
                 after=counts[1] / (n - n_before),
                 z=two_shares(counts[0], n_before, counts[1], n - n_before),
@@ -137,14 +140,23 @@ def _first_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Gen
     return chosen
 
 
-def _telling_words(members: Counter[str], all_records: Counter[str]) -> list[str]:
+def _telling_words(members: Counter[str], all_records: Counter[str], n_others: int) -> list[str]:
     """The words with the largest log-odds against the other topics, or the most frequent ones if there is only one
-    topic."""
+    topic.
+
+    Args:
+        members: Number of records of the topic that have each word.
+        all_records: Number of all records that have each word.
+        n_others: Number of records of the other topics.
+    """
     others = all_records - members
     if not others:
         return [word for word, _ in sorted(members.items(), key=lambda item: (-item[1], item[0]))][:_WORDS]
     found = [change for change in log_odds(others, members, min_records=2).values() if change.z > 0]
-    return [change.token for change in sorted(found, key=lambda change: (-change.z, change.token))][:_WORDS]
+    # Words of the language rather than of a topic, such as "the", are frequent elsewhere too, whatever the language.
+    common = {word for word, n in others.items() if n > _COMMON * n_others}
+    telling = [change for change in found if not common.issuperset(change.token.split())]
+    return [change.token for change in sorted(telling or found, key=lambda change: (-change.z, change.token))][:_WORDS]
 
 
 def _tf_idf(counted: Sequence[Counter[str]], holding: Counter[str]) -> Tensor:
