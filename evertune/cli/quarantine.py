@@ -17,7 +17,7 @@ NOTHING = 3
 
 _EXAMPLES = """examples:
   evertune quarantine list --registry registry
-  evertune quarantine show 000003:17 --registry registry
+  evertune quarantine show 000003:5f1c09ab33d2 --registry registry
   evertune quarantine retry --config live.yaml --reason "no time zone"
   evertune quarantine drop --kind unreadable --registry registry
 
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         needed = name != "retry"
         action.add_argument("--registry", required=needed, help="its folder, or its URL: s3://bucket/registry")
-        action.add_argument("references", nargs="*", metavar="REFERENCE", help="such as 000003:17 (default: all)")
+        action.add_argument(
+            "references", nargs="*", metavar="REFERENCE", help="such as 000003:5f1c09ab33d2 (default: all)"
+        )
         action.add_argument("--kind", help="only of this kind: refused, unreadable, unlearnable, batch, dropped, ...")
         action.add_argument("--reason", metavar="TEXT", help="only those with this text in their reason")
         action.add_argument("--json", action="store_true", help="print JSON, for machines")

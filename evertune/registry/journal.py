@@ -247,8 +247,8 @@ class Journal:
         """
         segments = list(segments)
         numbers, released = {segment.number for segment in segments}, self._released()
-        withdrawn = [(place, row) for place, row in enumerate(self._withdrawn()) if row["segment"] in numbers]
-        bad = sum(row["kind"] in _BAD and f"withdrawn:{place}" not in released for place, row in withdrawn)
+        withdrawn = [row for row in self._withdrawn() if row["segment"] in numbers]
+        bad = sum(row["kind"] in _BAD and _withdrawn_reference(row) not in released for row in withdrawn)
         changed = {int(name) for name in (reference.partition(":")[0] for reference in released) if name.isdecimal()}
         for segment in segments:
             if segment.number in changed:
@@ -345,13 +345,11 @@ class Journal:
             numbers.add(segment.number)
             rows += (row for _, row in self._of_segment(segment, released))
         return rows + [
-            row
-            for place, row in enumerate(self._withdrawn())
-            if row["segment"] in numbers and f"withdrawn:{place}" not in released
+            row for row in self._withdrawn() if row["segment"] in numbers and _withdrawn_reference(row) not in released
         ]
 
     def references(self) -> dict[str, Row]:
-        """The records in quarantine by their references, which stay the same: ``"000003:17"`` is line 17 of a file.
+        """The records in quarantine by their references: the name of a file and the hash of a line.
 
         Raises:
             ValueError: If a file is damaged.
@@ -362,13 +360,11 @@ class Journal:
         for file in self.store.list(_QUARANTINE):
             name = file.removesuffix(".jsonl")
             if not name.isdecimal() or (int(name) not in described and int(name) < newest):
-                rows = enumerate(self._rows(f"{_QUARANTINE}/{file}"))
-                found += ((f"{name}:{place}", row) for place, row in rows if f"{name}:{place}" not in released)
+                found += ((_reference(name, row), row) for row in self._rows(f"{_QUARANTINE}/{file}"))
             elif int(name) in described:
                 found += self._of_segment(described[int(name)], released)
-        rows = enumerate(self._withdrawn())
-        found += ((f"withdrawn:{place}", row) for place, row in rows if f"withdrawn:{place}" not in released)
-        return dict(found)
+        found += ((_withdrawn_reference(row), row) for row in self._withdrawn())
+        return {reference: row for reference, row in found if reference not in released}
 
     def drop(self, references: Iterable[str]) -> None:
         """Delete records from the quarantine for good. They no longer count as bad.
@@ -378,15 +374,15 @@ class Journal:
         Raises:
             OSError: If a file cannot be written.
         """
-        dropped = list(references)
+        dropped = set(references)
         with self._writing():
             self._release(dropped)
             if any(reference.startswith("withdrawn:") for reference in dropped):
                 rows = [
                     {key: value for key, value in row.items() if key != "record"}
-                    if f"withdrawn:{place}" in dropped
+                    if _withdrawn_reference(row) in dropped
                     else row
-                    for place, row in enumerate(self._withdrawn())
+                    for row in self._withdrawn()
                 ]
                 self._write_sealed(_WITHDRAWN, rows)
             left = {reference.partition(":")[0] for reference in self.references()}
@@ -446,9 +442,8 @@ class Journal:
         """The records that went to quarantine with a segment and are still there, by their references."""
         if segment.sha256_quarantined is None or not self.store.exists(_quarantine_name(segment.number)):
             return
-        rows = self._rows(_quarantine_name(segment.number), segment.sha256_quarantined, segment.quarantined)
-        for place, row in enumerate(rows):
-            reference = f"{segment.number:06d}:{place}"
+        for row in self._rows(_quarantine_name(segment.number), segment.sha256_quarantined, segment.quarantined):
+            reference = _reference(f"{segment.number:06d}", row)
             if reference not in released:
                 yield reference, row
 
@@ -516,6 +511,15 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """JSON lines. A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
     return "".join([_encode(row) + "\n" for row in rows]).encode(errors="backslashreplace")
+
+
+def _reference(name: str, row: Row) -> str:
+    """The reference of a row in quarantine. It does not depend on its place, as other rows may be erased."""
+    return f"{name}:{_sha256(_lines([row]))[:12]}"
+
+
+def _withdrawn_reference(row: Row) -> str:
+    return _reference("withdrawn", {"segment": row["segment"], "id": row["id"]})
 
 
 def _sha256(content: bytes) -> str:
