@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
+from evertune.sources.formats import digest
 from evertune.sources.json import json_object
 from evertune.utils.extras import library
 from evertune.utils.secrets import fill_in
@@ -22,6 +23,7 @@ _OURS = (
     "session.timeout.ms",
     "auto.offset.reset",
 )
+_Last = tuple[int, str]  # the offset of the last message that was read in a partition, and its fingerprint
 _PAUSE = 0.1
 _CLOSE_WAIT_MS = 2_000  # session timeout: unused, as we never join the group, but bounds the commit when closing
 _FETCH_WAIT_MS = 10  # a broker answers a connection's requests in turn: a long fetch would delay those after it
@@ -42,6 +44,10 @@ class KafkaSource(Source):
     A message that is not a JSON object becomes a record with an ``error``; so does one without a value (a tombstone),
     because only its producer knows what it meant. Offsets without a message (compacted ones, transaction markers) are
     skipped; aborted transactions are not read, and open ones are waited for (``isolation.level``).
+
+    A topic that was deleted and created again is an error, even if it holds more messages by now: the offset has a
+    fingerprint of the last message that was read in each partition. It is compared before new messages of the partition
+    are read, for as long as the topic keeps that message.
 
     Args:
         topic: Name of the topic.
@@ -109,14 +115,21 @@ class KafkaSource(Source):
         self._trouble = ""
         bounds = self._bounds()
         following = self._following(offset, bounds)
+        last = {} if offset is None else self._parse_last(offset)
         records: list[Incoming] = []
         try:
-            for partition, (_, end) in sorted(bounds.items()):
-                following[partition] = self._take(partition, following[partition], end, limit, records)
+            for partition, span in sorted(bounds.items()):
+                following[partition] = self._take(partition, following[partition], span, limit, records, last)
+        except _RecreatedError as error:
+            again = self._offset({partition: low for partition, (low, _) in bounds.items()})
+            raise SourceError(
+                f"{self} is not the one that was read: {error}. It was deleted and created again. Restore it, or read "
+                f"all that it holds now from the offset {json.dumps(again)}"
+            ) from None
         finally:
             if len(records) < limit:  # nothing is left to prefetch
                 self._unassign()
-        return Chunk(records, self._offset(following))
+        return Chunk(records, self._offset(following, last))
 
     def commit(self, offset: Offset) -> None:
         """Move the consumer group to ``offset``.
@@ -184,28 +197,52 @@ class KafkaSource(Source):
             )
         return following
 
-    def _take(self, partition: int, following: int, end: int, limit: int, records: list[Incoming]) -> int:
-        """Append a partition's records before ``end``, up to ``limit`` in all; returns the offset to read next."""
+    def _take(
+        self,
+        partition: int,
+        following: int,
+        span: tuple[int, int],
+        limit: int,
+        records: list[Incoming],
+        last: dict[int, _Last],
+    ) -> int:
+        """Append a partition's records before its end, up to ``limit`` in all; returns the offset to read next."""
+        low, end = span
         if following >= end or len(records) >= limit:
             return following
+        known = last.get(partition)
         if self._position != (partition, following):
-            self._consumer.assign([self._kafka.TopicPartition(self.topic, partition, following)])
+            # From the last message that was read, if it is still there: it is compared and passed over.
+            start = known[0] if known is not None and low <= known[0] else following
+            self._consumer.assign([self._kafka.TopicPartition(self.topic, partition, start)])
         self._position = None
+        message = heard = None
         while following < end and len(records) < limit:
-            message = self._next()
-            if message.error() is None:
-                if message.offset() >= end:  # a gap up to the end; this message has arrived since
-                    return end
+            heard = self._next()
+            if heard.error() is not None:
+                following = max(following, min(self._end(heard, partition, following), end))
+            elif heard.offset() >= end:  # a gap up to the end; this message has arrived since
+                following = end
+            elif heard.offset() >= following:
+                message = heard
                 records.append(self._incoming(message))
                 following = message.offset() + 1
-            elif message.error().code() == self._kafka.KafkaError._PARTITION_EOF:
-                following = max(following, min(message.offset(), end))  # a gap, or an end that has moved on since
-            elif message.error().code() == self._kafka.KafkaError._AUTO_OFFSET_RESET:
-                raise SourceError(f"{self} dropped records of partition {partition} as they were read, at {following}")
-            else:
-                raise SourceError(f"{self} cannot be read at {partition}@{following}: {message.error().str()}")
-        self._position = partition, following
+            elif known is not None and heard.offset() == known[0] and _fingerprint(heard) != known[1]:
+                raise _RecreatedError(f"message {known[0]} of partition {partition} is another one")
+        if message is not None:
+            last[partition] = message.offset(), _fingerprint(message)
+        if heard is not None and heard.offset() < following:  # else it has consumed a message that is not taken
+            self._position = partition, following
         return following
+
+    def _end(self, heard: Any, partition: int, following: int) -> int:
+        """The offset of the end of a partition, if this is what was heard: there is a gap, or the end has moved on."""
+        code, errors = heard.error().code(), self._kafka.KafkaError
+        if code == errors._PARTITION_EOF:
+            return int(heard.offset())
+        if code == errors._AUTO_OFFSET_RESET:
+            raise SourceError(f"{self} dropped records of partition {partition} as they were read, at {following}")
+        raise SourceError(f"{self} cannot be read at {partition}@{following}: {heard.error().str()}")
 
     def _incoming(self, message: Any) -> Incoming:
         origin = f"{self.topic}[{message.partition()}]@{message.offset()}"
@@ -260,8 +297,14 @@ class KafkaSource(Source):
         errors = [error, *(place.error for place in places)]
         self._committed = next((error.str() for error in errors if error is not None), "")
 
-    def _offset(self, following: Mapping[int, int]) -> Offset:
-        return {"topic": self.topic, "next": {str(partition): following[partition] for partition in sorted(following)}}
+    def _offset(self, following: Mapping[int, int], last: Mapping[int, _Last] | None = None) -> Offset:
+        offset: Offset = {
+            "topic": self.topic,
+            "next": {str(partition): at for partition, at in sorted(following.items())},
+        }
+        if last:
+            offset["last"] = {str(partition): list(mark) for partition, mark in sorted(last.items())}
+        return offset
 
     def _parse(self, offset: Offset) -> dict[int, int]:
         try:
@@ -271,3 +314,19 @@ class KafkaSource(Source):
         if topic != self.topic:
             raise SourceError(f"the offset belongs to the topic {topic}, but the source reads {self.topic}")
         return following
+
+    def _parse_last(self, offset: Offset) -> dict[int, _Last]:
+        try:
+            return {
+                int(partition): (int(place), str(mark)) for partition, (place, mark) in offset.get("last", {}).items()
+            }
+        except (TypeError, ValueError, AttributeError):
+            raise SourceError(f"{json.dumps(offset)} is not an offset of a Kafka topic") from None
+
+
+class _RecreatedError(Exception):
+    """The topic is another one of the same name."""
+
+
+def _fingerprint(message: Any) -> str:
+    return digest(f"{message.timestamp()} ".encode() + (message.value() or b""), 8)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
+from evertune.sources.formats import digest
 from evertune.sources.json import plain
 from evertune.utils.extras import library
 from evertune.utils.secrets import fill_in, without_secrets
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 _Place = tuple[Any, Any]  # the cursor and the key of a row
+_Seen = tuple[_Place, str]  # a row that was read, and its fingerprint
+_SEEN = 4  # rows whose fingerprints an offset holds: enough that editing one of them does not look like another table
 
 _KINDS = {int: None, str: None, datetime: "datetime", date: "date", Decimal: "decimal", UUID: "uuid"}
 _READ: dict[str, Callable[[str], Any]] = {
@@ -44,8 +47,12 @@ class SQLSource(Source):
     delay, no row is lost only if a single transaction writes at a time.
 
     The source never writes: the transaction is read-only where the database supports it (PostgreSQL, SQLite), and is
-    always rolled back. A database restored from an old backup assigns new rows cursors that have been read already:
-    start without an offset then.
+    always rolled back.
+
+    **Tables that start again.** A table that was emptied or restored, and assigns cursors that have been read already,
+    is an error. The offset has fingerprints of the last rows that were read, and one of these rows must still have its
+    longest text, or, if all of them are gone, no older row may be left (rows may be deleted once they have been read,
+    the oldest first). Columns may be added at any time.
 
     Args:
         url: URL of SQLAlchemy, such as ``"postgresql+psycopg://user:${PASSWORD}@host/name"``; ``${NAME}`` is replaced
@@ -121,9 +128,10 @@ class SQLSource(Source):
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         try:
             with self._connect() as connection:
-                if self._rows is None:
-                    self._rows = self._look(connection)
+                self._rows = self._look(connection)  # each time: columns may have been added
                 after = None if offset is None else self._parse(offset)
+                seen = [] if offset is None else self._parse_seen(offset)
+                self._check_same(connection, seen)
                 rows = [dict(row) for row in connection.execute(self._page(connection, after, limit)).mappings()]
                 if len(rows) <= limit:
                     self._check_placed(connection)
@@ -140,7 +148,8 @@ class SQLSource(Source):
                     f"({' and '.join(map(str, place))}): pass a key that distinguishes them"
                 )
         records = [self._incoming(row, place) for row, place in zip(rows[:limit], places, strict=False)]
-        return Chunk(records, self._offset(places[len(records) - 1] if records else after))
+        seen += [(place, self._fingerprint(row)) for row, place in zip(rows[:limit], places, strict=False)]
+        return Chunk(records, self._offset(places[len(records) - 1] if records else after, seen[-_SEEN:]))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -239,6 +248,48 @@ class SQLSource(Source):
                 "order: fill it in, or exclude them with a query (WHERE ... IS NOT NULL)"
             )
 
+    def _check_same(self, connection: Connection, seen: Sequence[_Seen]) -> None:
+        """Check that the table is the one that was read, by its rows that were read last.
+
+        Raises:
+            SourceError: If it is not.
+        """
+        if not seen:
+            return
+        column = self._rows.c
+        cursor, key = column[self.cursor], column[self.key]
+        names = dict.fromkeys([*(self.columns or column.keys()), self.cursor, self.key])
+        own = [self._sa.and_(cursor == self._bound(at), key == self._bound(name)) for (at, name), _ in seen]
+        found = self._sa.select(*(column[name] for name in names)).where(self._sa.or_(*own))
+        marks = {_written(place): mark for place, mark in seen}
+        there = [dict(row) for row in connection.execute(found).mappings()]
+        if any(marks.get(_written(self._place_of(row))) in self._fingerprints(row) for row in there):
+            return
+        if there:
+            trouble = f"none of the last {len(seen)} rows that were read is as it was"
+        elif (
+            self.table
+            and connection.execute(self._sa.select(cursor).where(cursor < self._bound(seen[0][0][0])).limit(1)).first()
+        ):
+            trouble = f"the last {len(seen)} rows that were read are gone, and older ones are there"
+        else:
+            return
+        last = seen[-1][0]
+        raise SourceError(
+            f"{self} is not the one that was read: {trouble}. It was emptied, replaced or restored. Undo that, or read "
+            f"all that it holds now from the offset {json.dumps(self._offset(None))}, or what comes after "
+            f"{'/'.join(map(str, plain(last)))} from the offset {json.dumps(self._offset(last))}"
+        )
+
+    def _fingerprint(self, row: dict[str, Any]) -> str:
+        """Hash of the longest text of a row, which is its least likely value to change or to recur."""
+        return max(self._fingerprints(row).items(), key=lambda mark: (mark[1], mark[0]))[0]
+
+    def _fingerprints(self, row: dict[str, Any]) -> dict[str, int]:
+        """Hashes of the values of a row, with their lengths as text."""
+        values = [str(value) for name, value in row.items() if name not in (self.cursor, self.key)]
+        return {digest(text.encode(errors="replace"), 6): len(text) for text in values or ["-"]}
+
     def _place_of(self, row: dict[str, Any]) -> _Place:
         cursor, key = row[self.cursor], row[self.key]
         for name, value in ((self.cursor, cursor), (self.key, key)):
@@ -267,9 +318,12 @@ class SQLSource(Source):
         zoned = isinstance(value, datetime) and value.tzinfo is not None
         return self._sa.literal(value, self._sa.DateTime(timezone=True) if zoned else None)
 
-    def _offset(self, place: _Place | None) -> Offset:
+    def _offset(self, place: _Place | None, seen: Sequence[_Seen] = ()) -> Offset:
         after = None if place is None else [_encoded(value) for value in place]
-        return {"table": self.table or "query", "by": [self.cursor, self.key], "after": after}
+        offset: Offset = {"table": self.table or "query", "by": [self.cursor, self.key], "after": after}
+        if seen:
+            offset["seen"] = [[*map(_encoded, row), mark] for row, mark in seen]
+        return offset
 
     def _parse(self, offset: Offset) -> _Place | None:
         try:
@@ -285,11 +339,22 @@ class SQLSource(Source):
             )
         return place
 
+    def _parse_seen(self, offset: Offset) -> list[_Seen]:
+        try:
+            return [((_decoded(cursor), _decoded(key)), str(mark)) for cursor, key, mark in offset.get("seen", [])]
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            raise SourceError(f"{json.dumps(offset)} is not an offset of a SQL table") from None
+
 
 def _encoded(value: Any) -> Any:
     """JSON of a cursor or key value: numbers and text unchanged, anything else with the name of its type."""
     kind = _KINDS[type(value)]
     return value if kind is None else {kind: plain(value)}
+
+
+def _written(place: _Place) -> str:
+    """A place as text: times that are equal in the database are not always equal in Python."""
+    return json.dumps([_encoded(value) for value in place])
 
 
 def _decoded(value: Any) -> Any:

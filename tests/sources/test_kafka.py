@@ -64,7 +64,7 @@ def test_order_is_by_partition_and_then_by_offset(shared_broker, topic, source):
     chunk = source.read(None, 4)
     assert texts(chunk.records) == ["text 3", "text 4", "text 5", "text 0"]
     assert [record.origin for record in chunk.records] == [*(f"{topic}[0]@{i}" for i in range(3)), f"{topic}[1]@0"]
-    assert chunk.offset == {"topic": topic, "next": {"0": 3, "1": 1}}
+    assert {name: chunk.offset[name] for name in ("topic", "next")} == {"topic": topic, "next": {"0": 3, "1": 1}}
 
 
 def test_bad_messages_carry_their_reason(shared_broker, topic, source):
@@ -255,3 +255,45 @@ def test_passwords_come_from_the_environment_and_stay_there(monkeypatch):
         source.read(None, 1)
     assert "top-secret" not in f"{error.value} {source} {source!r} {vars(source)}"
     source.close()
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_a_topic_created_again_that_has_grown_is_an_error(broker, limit):
+    """Messages 0 to 2 of the new one would be lost."""
+    other = Kafka()
+    for one, first, n in ((broker, 0, 3), (other, 100, 5)):
+        one.create("t", 2)
+        one.produce("t", messages(first, first + n))
+    source = KafkaSource("t", broker.address, timeout=20)
+    _, offset = read_all(source, limit=limit)
+    source.close()
+    source = KafkaSource("t", other.address, timeout=20)
+    try:
+        assert source.read(json.loads(json.dumps({**offset, "next": {"0": 5, "1": 0}})), 10).records == []
+        with pytest.raises(
+            SourceError, match=r"message 2 of partition 0 is another one.* from the offset ({.*})$"
+        ) as e:
+            source.read(offset, limit)
+        again = json.loads(str(e.value).partition("from the offset ")[2])
+        assert texts(read_all(source, again, limit)[0]) == [f"text {i}" for i in range(100, 105)]
+        offset.pop("last")  # as older versions wrote it
+        assert texts(source.read(offset, 10).records) == ["text 103", "text 104"]
+    finally:
+        source.close()
+        other.kill()
+
+
+def test_the_last_message_that_was_read_may_go(shared_broker, topic, source):
+    shared_broker.produce(topic, messages(0, 3))
+    _, offset = read_all(source)
+    assert offset["last"]["0"][0] == 2
+    shared_broker.delete_before(topic, 0, 3)
+    shared_broker.produce_marker(topic)
+    shared_broker.produce(topic, messages(3, 5))
+    records, later = read_all(source, offset)
+    assert texts(records) == ["text 3", "text 4"] and later["last"]["0"][0] == 5
+    shared_broker.produce(topic, messages(5, 6))
+    assert texts(source.read(later, 10).records) == ["text 5"]
+    for bad in ({"last": {"0": 1}}, {"last": {"x": [1, "a"]}}, {"last": [1]}):
+        with pytest.raises(SourceError, match="not an offset of a Kafka topic"):
+            source.read({**offset, **bad}, 10)

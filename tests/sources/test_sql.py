@@ -110,6 +110,7 @@ def test_rows_are_records_with_origins(lite):
     chunk = lite.source(cursor="at").read(None, 10)
     value = {"id": 7, "text": "é", "at": EARLY, "score": 0.5, "label": None}
     assert [(record.origin, record.value) for record in chunk.records] == [(f"tickets@{EARLY}/7", value)]
+    assert chunk.offset.pop("seen")[0][:2] == [EARLY, 7]
     assert chunk.offset == {"table": "tickets", "by": ["at", "id"], "after": [EARLY, 7]}
 
 
@@ -341,3 +342,69 @@ def test_an_offset_is_json(lite):
     lite.insert([{"id": 2**60, "text": "a"}])
     offset = json.loads(json.dumps(source.read(None, 5).offset))
     assert source.read(offset, 5).records == []
+
+
+def tickets(start, stop, text="text"):
+    return [{"id": number, "text": f"{text} {number}", "label": "a"} for number in range(start, stop)]
+
+
+@pytest.fixture
+def read_once(database):
+    """A database of which ten rows have been read, and the offset."""
+    database.make("id INTEGER PRIMARY KEY, text TEXT, label TEXT")
+    database.insert(tickets(1, 11))
+    return database, read_all(database.source(cursor="id"), limit=3)[1]
+
+
+@pytest.mark.parametrize("n", [5, 10, 14])
+def test_a_table_that_starts_again_is_an_error(read_once, n):
+    """It has fewer rows than before, as many, or more."""
+    database, offset = read_once
+    database.do("DELETE FROM tickets")
+    assert database.source(cursor="id").read(offset, 10).records == []
+    database.insert(tickets(1, n + 1, "another"))
+    source = database.source(cursor="id")
+    with pytest.raises(
+        SourceError, match=r"the table tickets .* is not the one that was read.* from the offset {"
+    ) as e:
+        source.read(offset, 10)
+    again, after = map(json.loads, re.findall(r"the offset ({.*?})(?:,|$)", str(e.value)))
+    assert texts(read_all(source, again)[0]) == [f"another {number}" for number in range(1, n + 1)]
+    assert texts(read_all(source, after)[0]) == [f"another {number}" for number in range(11, n + 1)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE tickets SET label = 'b'",
+        "UPDATE tickets SET text = 'corrected' WHERE id >= 8",
+        "DELETE FROM tickets",
+        "DELETE FROM tickets WHERE id < 9",
+        "DELETE FROM tickets WHERE id = 10",
+        "ALTER TABLE tickets ADD COLUMN note TEXT DEFAULT 'a note that is longer than the text'",
+    ],
+)
+def test_what_may_happen_to_rows_that_were_read(read_once, change):
+    database, offset = read_once
+    database.do(change)
+    database.insert(tickets(11, 13))
+    assert texts(read_all(database.source(cursor="id"), offset, 1)[0]) == ["text 11", "text 12"]
+
+
+def test_a_column_added_while_the_source_is_open_is_read(read_once):
+    database, offset = read_once
+    source = database.source(cursor="id")
+    assert source.read(offset, 10).records == []
+    database.do("ALTER TABLE tickets ADD COLUMN note TEXT", "INSERT INTO tickets VALUES (11, 'text 11', 'a', 'new')")
+    assert source.read(offset, 10).records[0].value["note"] == "new"
+
+
+def test_offsets_without_fingerprints_are_read_on(read_once):
+    database, offset = read_once
+    assert len(offset.pop("seen")) == 4
+    database.insert(tickets(11, 12))
+    source = database.source(cursor="id")
+    assert texts(source.read(offset, 10).records) == ["text 11"]
+    for bad in ([1], [[1, 2]], [[{"x": 1}, 2, "a"]]):
+        with pytest.raises(SourceError, match="not an offset of a SQL table"):
+            source.read({**offset, "seen": bad}, 10)
