@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from evertune.drift.scripts import pieces_of
 from evertune.tasks.texts import max_tokens, truncation_length
 from evertune.utils.pretrained import load_model, load_tokenizer
 
@@ -25,8 +26,9 @@ class HashedNgrams:
     """Counts of n-grams, hashed into a vector of unit length: no model, microseconds per text.
 
     The n-grams are of token numbers (the ``input_ids`` of a batch, without padding) or of words (a list of strings, or
-    such a list under ``key``). Each n-gram is added to or subtracted from one feature, so that collisions cancel on
-    average (Weinberger et al. 2009).
+    such a list under ``key``). Where a script has no spaces between words (Chinese, Japanese, Thai, ...), where words
+    take many forms (Korean), and in runs of more than 16 characters, they are of characters instead. Each n-gram is
+    added to or subtracted from one feature, so that collisions cancel on average (Weinberger et al. 2009).
 
     Example:
         >>> features = HashedNgrams(n_features=64)(["the cat sat", "the cat sat", "a dog ran away"])
@@ -35,7 +37,7 @@ class HashedNgrams:
 
     Args:
         n_features: Length of the vector. Default: 256.
-        max_order: Length of the longest n-gram. The default of 2 counts single tokens and pairs.
+        max_order: Length of the longest n-gram. The default of 2 counts single words (or characters) and pairs.
         key: Key of a mapping batch that holds the token numbers or strings.
         mask_key: Key of a mapping batch that holds the mask (0 for padding); without a mask every token counts.
         seed: Seed of the hash function.
@@ -79,7 +81,7 @@ class HashedNgrams:
             mask = batch.get(self.mask_key) if isinstance(batch, Mapping) else None
             return value.long(), torch.ones_like(value).bool() if mask is None else mask.bool()
         if isinstance(value, Sequence) and value and all(isinstance(text, str) for text in value):
-            words = [[zlib.crc32(word.encode()) for word in text.lower().split()] for text in value]
+            words = [[zlib.crc32(word.encode(errors="surrogatepass")) for word in pieces_of(text)] for text in value]
             rows = [torch.tensor(row, dtype=torch.long) for row in words]
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
             return ids, ids >= 0

@@ -324,8 +324,8 @@ def test_passwords_stay_hidden(monkeypatch):
         ({"delay": -1}, "delay must not be negative, got -1"),
         ({"time": "at"}, "time is used only with delay"),
         ({"url": "tickets.db"}, "not the URL of a database: tickets.db"),
-        ({"url": "nosuch://user:top-secret@host/x"}, "not the URL of a database: nosuch://host/x"),
-        ({"url": "sqlite://user:top@secret@host/x"}, "not the URL of a database: sqlite://host/x"),
+        ({"url": "nosuch://user:top-secret@host/x"}, r"not the URL of a database: nosuch://user:\*\*\*@host/x"),
+        ({"url": "sqlite://user:top@secret@host/x"}, r"not the URL of a database: sqlite://user:\*\*\*@host/x"),
         ({"url": "sqlite:///${NOT_SET_ANYWHERE}"}, "NOT_SET_ANYWHERE is not set"),
     ],
 )

@@ -272,7 +272,7 @@ def _name(records: Records, otherwise: str) -> str:
 
 def _described(featuriser: Featuriser) -> str:
     if isinstance(featuriser, HashedNgrams):
-        return f"hashed words and pairs of words ({featuriser.n_features} features)"
+        return f"hashed words, or characters, and their pairs ({featuriser.n_features} features)"
     name = getattr(getattr(getattr(featuriser, "model", None), "config", None), "_name_or_path", "")
     kind = getattr(featuriser, "__name__", type(featuriser).__name__)
     return f"{kind} {name}".strip()

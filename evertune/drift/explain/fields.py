@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evertune.drift.explain.p_values import chi_squared, kolmogorov_smirnov, normal, two_shares
-from evertune.drift.explain.tokens import words_of
+from evertune.drift.scripts import words_of
 
 Kind = Literal["numeric", "categorical", "missing", "schema"]
 

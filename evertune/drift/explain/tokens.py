@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+from evertune.drift.scripts import without_space, words_of
+
 _PRIOR = 0.1  # weight of the prior relative to the smaller side
 _NOTABLE = 1.0  # z-scores below it are not tested
 
@@ -18,8 +18,10 @@ _NOTABLE = 1.0  # z-scores below it are not tested
 class TokenChange:
     """A word, or a pair of consecutive words, that has become more or less frequent.
 
+    In scripts without spaces, characters take the place of words.
+
     Attributes:
-        token: The word in lower case, or two words separated by a space.
+        token: The word in lower case, or two words separated by a space (two characters: by nothing).
         before: Number of records before the change that contain it.
         after: Number of records after the change that contain it.
         log_odds: Logarithm of the ratio of the odds, after to before; positive if it has become more frequent.
@@ -33,16 +35,6 @@ class TokenChange:
     log_odds: float
     z: float
     p_corrected: float = math.nan
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation.
-
-    Example:
-        >>> words_of("Don't panic, it's state-of-the-art: 42!")
-        ["don't", 'panic', "it's", 'state-of-the-art', '42']
-    """
-    return _WORD.findall(text.lower())
 
 
 def changed_tokens(
@@ -108,7 +100,11 @@ def log_odds(before: Counter[str], after: Counter[str], *, min_records: int = 1)
 def tokens_of(text: str) -> set[str]:
     """The distinct words of a text, and its pairs of consecutive words."""
     words = words_of(text)
-    return {*words, *(f"{first} {second}" for first, second in pairwise(words))}
+    return {*words, *(_pair(first, second) for first, second in pairwise(words))}
+
+
+def _pair(first: str, second: str) -> str:
+    return first + second if without_space(first) and without_space(second) else f"{first} {second}"
 
 
 def _count(texts: Iterable[str]) -> Counter[str]:
@@ -134,5 +130,5 @@ def _p_value(change: TokenChange, share: float) -> float:
 
 
 def _stands_out(change: TokenChange, changes: dict[str, TokenChange]) -> bool:
-    words = change.token.split(" ")
+    words = words_of(change.token)
     return len(words) == 1 or all(abs(change.z) > abs(changes[word].z) for word in words)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evertune.drift.explain.p_values import two_shares
-from evertune.drift.explain.tokens import log_odds, words_of
+from evertune.drift.explain.tokens import log_odds
+from evertune.drift.scripts import words_of
 
 _VOCABULARY = 2_000  # number of words in the tf-idf features
 _STARTS, _STEPS = 4, 30  # of k-means: random starts, and maximum iterations of each
