@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import pytorch_lightning as pl
@@ -21,7 +21,9 @@ import yaml
 
 from evertune.callbacks import Replay
 from evertune.cli import main as cli
+from evertune.gate.gate import State
 from evertune.launch.settings import read_settings
+from evertune.registry.registry import ALIASES
 from tests.helpers import live_worker
 from tests.helpers.lightning_modules import TEXTS
 from tests.test_examples import example
@@ -249,3 +251,11 @@ def test_each_promise_names_a_test_that_exists() -> None:
     assert len(named) >= 10
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).is_file(), (file, test)
+
+
+def test_the_glossary_has_every_word_that_messages_use() -> None:
+    glossary = (ROOT / "docs/glossary.md").read_text()
+    explained = " ".join(re.findall(r"^\| (.+) \| .+ \|$", glossary, flags=re.MULTILINE))
+    for word in ("experience", "update", "version", "slice", *ALIASES):
+        assert re.search(rf"\b{word}\b", explained), word
+    assert all(state in glossary for state in get_args(State)), "the results of a check"

@@ -135,10 +135,12 @@ class Verdict:
         """
         from rich.table import Table
 
-        table = Table("check", "slice", box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for header in ("check", "slice"):
+            table.add_column(header, overflow="fold")  # these two share the room that the figures leave
         for header in ("production", "new version", "limit", "p"):
-            table.add_column(header, justify="right")
-        table.add_column("verdict")
+            table.add_column(header, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
         passed = Counter(check.name for check in self.checks if check.state == "passed")
         for check in self.checks:
             verdict = foreign(check.state, _STYLES[check.state])

@@ -64,7 +64,7 @@ class Telemetry:
         self._accuracy.set(math.nan)  # unknown
         text = "Values of the last verdict: of production, of the new version, and the gate's limit"
         self._gate = prometheus.Gauge("evertune_gate_value", text, ("check", "slice", "of"), registry=self.registry)
-        text = "1 for each check of the last verdict that passed, 0 for each that did not"
+        text = "1 for each check of the last verdict that passed, 0 if it refused, NaN if it cannot tell"
         self._gate_passed = prometheus.Gauge("evertune_gate_passed", text, ("check", "slice"), registry=self.registry)
         self._pending = gauge("pending_records", "Records that production has not learned")
         self._new = gauge("new_records", "Pending records that no update was tried on")
@@ -113,8 +113,9 @@ class Telemetry:
             if not isinstance(check, dict):
                 continue
             place = (str(check.get("name")), str(check.get("slice")))
-            self._gate_passed.labels(*place).set(bool(check.get("passed")))
-            values = {"production": "champion", "candidate": "challenger", "limit": "limit"}
+            passed = check.get("passed")
+            self._gate_passed.labels(*place).set(math.nan if passed is None else bool(passed))
+            values = {"production": "champion", "new": "challenger", "limit": "limit"}
             for name, key in values.items():
                 if isinstance(check.get(key), int | float):
                     self._gate.labels(*place, name).set(check[key])

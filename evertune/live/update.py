@@ -100,8 +100,8 @@ class UpdateSettings:
             0.2.
         max_holdout: Maximum number of records held out of one update. Default: 500.
         max_records: Maximum number of records in one update; the rest wait for the next. Default: 50,000.
-        max_evaluation: Maximum number of held-out records of all past updates on which a version is judged; the longest
-            slices are shortened first. Default: 5,000.
+        max_evaluation: Maximum number of records of all slices on which a version is judged; the longest slices are
+            shortened first. Default: 5,000.
         rebuild_after: Number of refusals in a row after which a new model is trained from the pretrained one, on the
             replay memory and the pending records. Default: 3; None never rebuilds.
         checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that a crash loses. Default: 200.
@@ -133,7 +133,7 @@ class Updater:
     """Keeps the version in production up to date with a source, one transaction at a time.
 
     An update takes in the records that have arrived. If a trigger fires, it trains from the version in production,
-    evaluates on the records held out of every update so far, and lets the gate compare the two versions. A version that
+    evaluates on the slices of every experience so far, and lets the gate compare the two versions. A version that
     passes is published; it goes into production and its records become learned in the same instant, by replacing one
     file. A version that is refused leaves production unchanged and its records pending.
 

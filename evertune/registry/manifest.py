@@ -91,7 +91,7 @@ class Manifest:
         classes: Names of the classes that it knows; empty for a task without classes.
         records: Numbers of records by their use: ``train``, ``held_out`` and ``quarantined``; ``sent_again`` of the
             latter two had been held out of an earlier update.
-        slices: The held-out records of every update so far.
+        slices: The held-out records of every experience so far.
         verdict: The decision of the gate; None for a version that was never judged.
         metrics: Measurements on held-out records.
         seconds: Duration of each stage of the update in seconds.

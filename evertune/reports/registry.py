@@ -26,7 +26,13 @@ MAX_SHOWN = 40
 MAX_OPEN_PANELS = 9  # charts of slices that are shown without unfolding
 MAX_OPEN_ENTRIES = 12  # entries of the timeline that are shown without unfolding
 
-PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = "in production", "promoted", "rolled back", "refused", "candidate"
+PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = (
+    "in production",
+    "promoted",
+    "rolled back",
+    "refused",
+    "not promoted",
+)
 COLORS = {
     PRODUCTION: "var(--bar)",
     PROMOTED: "var(--bar)",

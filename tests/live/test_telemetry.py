@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -78,7 +79,8 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
     old = {"name": "old", "slice": "", "champion": 0.5, "challenger": 0.5, "limit": 0.5, "passed": True}
     telemetry.judged([old])
     drop = {"name": "drop", "slice": "update-1", "champion": 0.9, "challenger": 0.7, "limit": None, "passed": False}
-    telemetry.judged([drop, "not a check"])
+    unsure = {"name": "class", "slice": "law", "champion": None, "challenger": None, "limit": None, "passed": None}
+    telemetry.judged([drop, unsure, "not a check"])
     telemetry.updating(True)
     telemetry.updated("promoted", 42.0)
     telemetry.updated("refused", 3.0)
@@ -89,7 +91,7 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
         "evertune_production_version": 7,
         "evertune_production_accuracy": 0.93,
         "evertune_gate_value{check=drop}{of=production}{slice=update-1}": 0.9,
-        "evertune_gate_value{check=drop}{of=candidate}{slice=update-1}": 0.7,
+        "evertune_gate_value{check=drop}{of=new}{slice=update-1}": 0.7,
         "evertune_gate_passed{check=drop}{slice=update-1}": 0,
         "evertune_pending_records": 312,
         "evertune_new_records": 12,
@@ -109,7 +111,8 @@ def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
         "evertune_healthy": 1,
     }
     assert {name: now[name] for name in expected} == expected
-    assert sum(name.startswith("evertune_gate_") for name in now) == 3, "values of an earlier verdict are still there"
+    assert sum(name.startswith("evertune_gate_") for name in now) == 4, "values of an earlier verdict are still there"
+    assert math.isnan(now["evertune_gate_passed{check=class}{slice=law}"])
     telemetry.recovered("source")
     assert samples(port)["evertune_source_up"] == 1
 

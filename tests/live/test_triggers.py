@@ -57,6 +57,20 @@ def test_a_moment_without_a_time_zone_is_refused() -> None:
         situation(last=NOON.replace(tzinfo=None))
 
 
+@pytest.mark.parametrize(
+    ("pending", "version", "last", "words"),
+    [
+        (0, None, None, "nothing to do: no usable record has arrived yet"),
+        (0, 7, NOON, "nothing to do: version 7 has learned every record that has arrived"),
+        (3, 7, NOON, "3 records are pending, and an update was tried on all of them, last at 2026-03-10 12:00 UTC: "),
+        (300, None, NOON, "300 records are pending, and an update was tried on all of them, last at "),
+    ],
+    ids=["before the first", "all learned", "refused or promoted by hand", "first refused"],
+)
+def test_nothing_new_says_why(pending: int, version: int | None, last: datetime | None, words: str) -> None:
+    assert situation(pending, new=0, version=version, last=last).nothing_new.startswith(words)
+
+
 def test_volume_counts_records_that_no_update_was_tried_on() -> None:
     trigger = Volume(200)
     assert trigger.reason(situation(312)) == "312 new records (200 asked for)"

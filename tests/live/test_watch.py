@@ -232,7 +232,7 @@ def test_an_update_runs_when_it_is_due_and_the_service_goes_on(watch: Callable[.
     assert [line["message"] for line in running.events("output")] == ["updating é promote"]
     (verdict,) = running.events("verdict")
     assert verdict["passed"] and [check["slice"] for check in verdict["checks"]] == ["sports"]
-    assert running.metric('evertune_gate_value{check="accuracy",of="candidate",slice="sports"}') == 0.95
+    assert running.metric('evertune_gate_value{check="accuracy",of="new",slice="sports"}') == 0.95
     assert running.metric("evertune_production_accuracy") == 0.875
     arrives(root, 5)
     running.until("promotion", 2)

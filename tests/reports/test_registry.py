@@ -191,7 +191,7 @@ def test_versions_that_say_little_are_shown(tmp_path):
     registry.promote(1)
     words = words_of(page_of(registry, tmp_path))
     assert "Version 1 is in production." in words
-    assert "Version 2 candidate" in words
+    assert "Version 2 not promoted" in words
     publish(registry, tmp_path, {"sport": None, "tech": 0.5})
     assert "50.0 % right on average over 1 held-out slice." in words_of(page_of(registry, tmp_path))
 

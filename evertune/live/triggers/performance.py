@@ -20,8 +20,8 @@ class PerformanceDrop(Trigger):
 
     The pending records, which have labels and which production has not learned, are cut into windows in the order in
     which they arrived, and production predicts each window once. The newest complete window decides, if it contains new
-    records: its reading is the accuracy on the held-out records of all updates, as measured by the gate, minus the
-    accuracy in the window. A reading above the ``threshold`` raises an alarm if an exact test of the counts (Fisher
+    records: its reading is the accuracy on all slices, as measured by the gate, minus the accuracy in the window. A
+    reading above the ``threshold`` raises an alarm if an exact test of the counts (Fisher
     1935, one-sided) also rules out chance. Checking more often therefore does not cause more false alarms: there are at
     most ``alpha`` per window.
 
