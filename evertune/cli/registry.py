@@ -61,6 +61,7 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
     diff.add_argument("b", nargs="?", default="production", help=f"{one_of} (default: production)")
     verify = add("verify", "compare all files with their sha256")
     verify.add_argument("version", nargs="?", help=f"{one_of} (default: the whole registry)")
+    add("repair", "set damaged records aside, with what can be read of them, so that updates go on")
     gc = add("gc", "delete old versions and what only they needed")
     gc.add_argument("--keep", type=int, default=5, help="how many of the newest versions stay (default: 5)")
     gc.add_argument("--dry_run", action="store_true", help="only list what would be deleted")
@@ -277,7 +278,7 @@ def _diff(registry: Registry, arguments: argparse.Namespace) -> int:
 
 def _verify(registry: Registry, arguments: argparse.Namespace) -> int:
     findings = registry.inspect(arguments.version)
-    rows = [[finding.version or "aliases", "yes" if finding.usable else "no", finding.words] for finding in findings]
+    rows = [[finding.version or finding.part, "yes" if finding.usable else "no", finding.words] for finding in findings]
     found = {
         "sound": not findings,
         "problems": [
@@ -313,6 +314,12 @@ def _gc(registry: Registry, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _repair(registry: Registry, arguments: argparse.Namespace) -> int:
+    done = registry.repair()
+    _print(arguments, {"repaired": done}, lambda: done or ["the journal is sound"])
+    return 0
+
+
 _ACTIONS = {
     "list": _list,
     "show": _show,
@@ -321,6 +328,7 @@ _ACTIONS = {
     "diff": _diff,
     "verify": _verify,
     "gc": _gc,
+    "repair": _repair,
 }
 
 

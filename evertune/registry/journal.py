@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
 from evertune.registry.lease import LeaseLost
 from evertune.registry.store import Store
 from evertune.sources.base import Offset, Row
+from evertune.utils.typed_json import check_seal, decode, from_json, sealed
 
 _FOLDER = "pending"
 _QUARANTINE = "quarantine"
@@ -25,6 +26,7 @@ _META = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
 _FORMAT = 1
 _BAD = ("unreadable", "refused", "unlearnable")
+_REPAIR = "`evertune registry repair` sets it aside"
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -201,12 +203,11 @@ class Journal:
             self._create(_waiting_name(number), halves)
         self._create(_records_name(number), kept)
         self._check_lease()  # where the store has no lock, this is what a process that wakes up too late meets
-        description = json.dumps({"format": _FORMAT, **asdict(segment)}, indent=2).encode()
         if self.store.is_local or (last is not None and last.number == number):
-            self.store.write(_meta_name(number), description)
+            self._describe(segment)
         else:
             try:
-                self.store.create(_meta_name(number), description)
+                self.store.create(_meta_name(number), _described(segment))
             except FileExistsError:
                 address = self.store.address(_meta_name(number))
                 raise LeaseLost(f"another process has written {address} meanwhile: run it again") from None
@@ -416,6 +417,9 @@ class Journal:
             self._check_lease()  # or another process has taken over, and it belongs to that one's segment
             self.store.write(name, content)
 
+    def _describe(self, segment: Segment) -> None:
+        self.store.write(_meta_name(segment.number), _described(segment))
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """The right to write, which nobody can take over until the end: a process that is stopped in here keeps the
@@ -431,12 +435,16 @@ class Journal:
     def _segment(self, number: int) -> Segment:
         name = _meta_name(number)
         try:
-            meta = json.loads(self.store.read(name))
-            if meta.pop("format") != _FORMAT:
-                raise ValueError("another version of evertune wrote it")
-            return Segment(**meta)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.store.address(name)} is damaged: {error}") from None
+            meta = decode(self.store.read(name))
+            if not isinstance(meta, dict) or meta.pop("format", None) != _FORMAT:
+                raise ValueError("it is not a description, or another version of evertune wrote it")
+            check_seal(meta, {entry.name for entry in fields(Segment)})
+            segment = from_json(Segment, meta)
+            if segment.number != number:
+                raise ValueError(f"it is of segment {segment.number}, not {number}")
+        except ValueError as error:
+            raise ValueError(f"{self.store.address(name)} is damaged: {error}; {_REPAIR}") from None
+        return segment
 
     def _of_segment(self, segment: Segment, released: set[str]) -> Iterator[tuple[str, Row]]:
         """The records that went to quarantine with a segment and are still there, by their references."""
@@ -466,18 +474,27 @@ class Journal:
             return []
         head, _, content = self.store.read(name).partition(b"\n")
         if head + b"\n" != _lines([{"format": _FORMAT, "sha256": _sha256(content)}]):
-            raise ValueError(f"{self.store.address(name)} is damaged or cut short: it does not match its sha256")
-        return [json.loads(line) for line in content.split(b"\n") if line]
+            address = self.store.address(name)
+            raise ValueError(f"{address} is damaged or cut short: it does not match its sha256; {_REPAIR}")
+        return [decode(line, surrogates=True) for line in content.split(b"\n") if line]
 
     def _rows(self, name: str, sha256: str | None = None, expected: int = 0) -> list[Row]:
         address = self.store.address(name)
         try:
             content = self.store.read(name)
         except FileNotFoundError:
-            raise ValueError(f"{address} is missing, with {expected} lines of the journal") from None
+            raise ValueError(f"{address} is missing, with {expected} lines of the journal; {_REPAIR}") from None
         if sha256 is not None and _sha256(content) != sha256:
-            raise ValueError(f"{address} is damaged or cut short: it does not match the sha256 of its segment")
-        return [json.loads(line) for line in content.split(b"\n") if line]
+            raise ValueError(
+                f"{address} is damaged or cut short: it does not match the sha256 of its segment; {_REPAIR}"
+            )
+        try:
+            rows = [decode(line, surrogates=True) for line in content.split(b"\n") if line]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is not an object")
+        except ValueError as error:
+            raise ValueError(f"{address} is damaged: {error}; {_REPAIR}") from None
+        return rows
 
 
 def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
@@ -506,6 +523,12 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
         else:
             superseded.append({**row, "reason": f"superseded by {rows[newest[row['id']]]['origin']}"})
     return kept, superseded
+
+
+def _described(segment: Segment) -> bytes:
+    """The content of a segment's description."""
+    values = asdict(segment)
+    return json.dumps({"format": _FORMAT, **sealed(values)}, indent=2).encode()
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -9,15 +9,17 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+from evertune.registry.journal import Journal
 from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
 from evertune.registry.manifest import FormatError, Manifest
+from evertune.registry.repair import damage, repair
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.utils.files import sha256, write_atomically
 
@@ -145,11 +147,13 @@ class Finding:
         version: Number of the version that has the defect; None for the registry itself.
         words: Description of the defect.
         usable: Whether the version can be loaded in spite of it.
+        part: The part of the registry that has the defect, if it is not a version: ``"aliases"`` or ``"journal"``.
     """
 
     version: int | None
     words: str
     usable: bool
+    part: str = "aliases"
 
 
 @dataclass(frozen=True)
@@ -447,7 +451,7 @@ class Registry:
 
         For a version: files that are missing, damaged, truncated or not listed in the manifest; a manifest of another
         format; held-out slices that are missing or damaged, without which the version can be served, but no update can
-        start from it. For the registry: the aliases.
+        start from it. For the registry: the aliases, and the journal of records, which :meth:`repair` mends.
 
         Args:
             which: Number or alias of a version; None for the whole registry.
@@ -470,7 +474,23 @@ class Registry:
         for number in self._numbers():
             if self.store.exists(_manifest(number)):
                 findings += self._inspect(number)
+        findings += [Finding(None, found.words, True, "journal") for found in damage(Journal(self.store))]
         return findings
+
+    def repair(self) -> list[str]:
+        """Set damaged files of the journal aside with what can be read of them, so that updates go on.
+
+        See :func:`~evertune.registry.repair.repair`. The lease is taken, unless this object or the parent process holds
+        it.
+
+        Returns:
+            What was done, as messages; empty if nothing is damaged.
+
+        Raises:
+            LeaseHeld: If another process is writing.
+        """
+        with self._leased("evertune registry repair"):
+            return repair(Journal(self.store, self.check_lease))
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
         """The differences between two versions.
@@ -575,9 +595,8 @@ class Registry:
 
     def collect(self, keep: int = 5, stale_days: float = 7.0) -> list[Garbage]:
         """Like :meth:`gc`, and returns what was deleted with its size and why it was not needed."""
-        leased = self._lease is not None and self._lease.held
         deleted = []
-        with nullcontext() if leased else self.lease("evertune registry gc"):
+        with self._leased("evertune registry gc"):
             decided, garbage = self.aliases, self.garbage(keep, stale_days)
             while garbage:
                 # Before each deletion: they may take longer than the lease lives, and somebody may have put an old
@@ -610,6 +629,10 @@ class Registry:
 
     def _numbers(self) -> list[int]:
         return sorted(int(name) for name in self.store.list(_VERSIONS) if name.isdecimal() and str(int(name)) == name)
+
+    def _leased(self, owner: str) -> AbstractContextManager[object]:
+        """The lease, unless this object holds it already."""
+        return nullcontext() if self._lease is not None and self._lease.held else self.lease(owner)
 
     def _check_exists(self, number: int) -> None:
         if not self.store.exists(_manifest(number)):

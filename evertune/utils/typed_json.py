@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -20,6 +21,7 @@ MOST_LEVELS = 100
 """Number of nested lists and objects up to which JSON is decoded; evertune's own files need fewer than ten."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SEAL = "digest"
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
 
 
@@ -92,6 +94,39 @@ def from_json(kind: type[T], value: Any) -> T:
         ValueError: 'name' is missing
     """
     return _parsed(kind, value, "")  # type: ignore[no-any-return]
+
+
+def sealed(values: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """JSON values with a digest of them, by which :func:`check_seal` finds what was changed later.
+
+    Args:
+        values: An object of JSON values.
+        without: Names of entries that the digest leaves out.
+    """
+    return {**values, _SEAL: _digest(json.loads(json.dumps(values)), without)}
+
+
+def check_seal(values: Mapping[str, Any], known: Collection[str], without: Collection[str] = ()) -> None:
+    """Compare the values of a file with their digest. A file without one, as others may write it, is not checked.
+
+    Args:
+        values: Decoded content of the file.
+        known: Names of the entries that it may have. Without a digest, other names are an error: one of them may have
+            been that of the digest.
+        without: As for :func:`sealed`.
+
+    Raises:
+        ValueError: If a value was changed.
+    """
+    if _SEAL in values and values[_SEAL] != _digest(values, without):
+        raise ValueError("it does not match its own digest: it was changed after it was written")
+    if _SEAL not in values and (unknown := sorted(values.keys() - set(known))):
+        raise ValueError(f"it has the unknown entry {unknown[0]!r}")
+
+
+def _digest(values: Mapping[str, Any], without: Collection[str]) -> str:
+    rest = {name: value for name, value in values.items() if name != _SEAL and name not in without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(value: Any) -> Any:

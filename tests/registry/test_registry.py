@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from evertune.registry.journal import Journal
 from evertune.registry.lease import TOKEN, LeaseHeld, LeaseLost
 from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
@@ -460,10 +461,11 @@ def test_diff(registry: Registry) -> None:
 
 
 def segments(registry: Registry, count: int) -> None:
+    journal = Journal(registry.store)
     for number in range(1, count + 1):
-        registry.store.write(f"pending/{number:06d}.jsonl", b"{}\n")
-        registry.store.write(f"pending/{number:06d}.json", b"{}")
-        registry.store.write(f"quarantine/{number:06d}.jsonl", b"{}\n")
+        row = {"id": f"{number}", "origin": f"inbox:{number}", "record": {"text": "goal"}}
+        bad = {"origin": "inbox", "kind": "refused", "reason": "no label", "raw": "{}"}
+        journal.append([row], [bad], [], {"line": number})
 
 
 def test_gc_keeps_what_is_needed(registry: Registry) -> None:
