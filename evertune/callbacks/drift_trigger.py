@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ from evertune.callbacks.features import Dealt, deal, features_of, gathered
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
 from evertune.drift.sums import SumDetector
 from evertune.shards.support import check_strategy
+from evertune.utils.typed_json import read_json
 
 _FILE = "drift_trigger.json"
 _MAX_MESSAGES = 100
+
+
+@dataclass
+class _Saved:
+    """The content of the file that :meth:`DriftTrigger.save` writes."""
+
+    experience_index: int
+    history: list[dict[str, Any]]
 
 
 class DriftTrigger(ContinualCallback):
@@ -249,8 +259,8 @@ class DriftTrigger(ContinualCallback):
         """
         path = Path(directory) / _FILE
         try:
-            state = json.loads(path.read_text())
-            self.experience_index = int(state["experience_index"])
-            self._history = deque(state["history"], maxlen=self._history.maxlen)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a saved DriftTrigger: {type(error).__name__}: {error}") from error
+            state = read_json(_Saved, path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a saved DriftTrigger: {error}") from error
+        self.experience_index = state.experience_index
+        self._history = deque(state.history, maxlen=self._history.maxlen)

@@ -112,16 +112,19 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
         aliases = registry.aliases
     except RegistryError as error:  # when the aliases are damaged, the list of versions is what helps to repair them
         problem, aliases = str(error), {}
-    versions = registry.versions()
+    with warnings.catch_warnings(action="ignore"):  # damaged ones have their own lines
+        versions = registry.versions()
+    damaged = registry.damaged()
     parents: dict[int | None, Version] = {version.number: version for version in versions}
     found: dict[str, Any] = {
         "registry": registry.store.root,
         "aliases": aliases,
         "versions": [_line(version, aliases, parents.get(version.parent)) for version in versions],
+        "damaged": [{"version": number, "problem": words} for number, words in damaged.items()],
     }
 
     def tables() -> Iterable[Any]:
-        if not versions:
+        if not versions and not damaged:
             yield f"{registry.store.root} holds no version yet"
             return
         # Older versions are left out, except those with an alias: production may be one of them.
@@ -141,6 +144,8 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
             ]
             for line in shown
         ]
+        rows += [[number, *[None] * (len(columns) - 3), "damaged", words] for number, words in damaged.items()]
+        rows.sort(key=lambda row: row[0])
         yield _table(columns, rows, right=("version", "records", "accuracy", "change"))
         if any(line["change"] is not None for line in shown):
             yield "change: in points, from the version it was trained from, on the slices of both"

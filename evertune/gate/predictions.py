@@ -131,6 +131,11 @@ class Predictions:
         }
 
     @classmethod
+    def by_slice(cls, evaluation: Mapping[str, Any]) -> dict[str, Predictions]:
+        """The predictions in an ``evaluation.json``, by the name of their slice."""
+        return {name: cls.from_dict(values) for name, values in evaluation["slices"].items()}
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Predictions:
         """The predictions that :meth:`to_dict` returned.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,20 @@ from evertune.registry.journal import Journal, Segment
 from evertune.registry.registry import Registry, Version
 from evertune.sources.base import Row
 from evertune.utils.files import write_atomically
+from evertune.utils.typed_json import read_json
 
 _STOPPED = "stopped.json"
+
+
+@dataclass
+class _Mark:
+    """The content of the mark of a run that was stopped."""
+
+    parent: int | None
+    consumed: int
+    created: str
+    config: str
+    tried: bool = True
 
 
 class Backlog:
@@ -132,7 +145,14 @@ class Backlog:
         return [counts.pending, counts.bad]
 
     def _read_mark(self) -> dict[str, Any] | None:
-        return {"tried": True, **json.loads(self._mark.read_bytes())} if self._mark.is_file() else None
+        if not self._mark.is_file():
+            return None
+        try:
+            mark = read_json(_Mark, self._mark.read_bytes())
+            datetime.fromisoformat(mark.created)
+        except ValueError as error:
+            raise ValueError(f"{self._mark} is damaged ({error}): delete it to try the records again") from None
+        return asdict(mark)
 
     def quarantine_given_up(self, production: Version | None) -> None:
         """Put the records that a rollback has given up into quarantine. Idempotent."""
@@ -146,12 +166,7 @@ class Backlog:
 
     def _given_up(self) -> Sequence[Version]:
         """The versions rolled back from since the last promotion whose records must not be learned again."""
-        numbers = []
-        for event in reversed(self._registry.events):
-            if event["action"] == "promote":
-                break
-            if event.get("discard") is not None:
-                numbers.append(event["discard"])
+        numbers = self._registry.given_up
         if not numbers:  # the usual case: avoids reading every manifest
             return []
         return [version for version in self._registry.versions() if version.number in numbers]

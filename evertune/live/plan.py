@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evertune.utils.files import write_atomically
+from evertune.utils.typed_json import read_json
 
 _FILE = "plan.json"
 
@@ -69,6 +70,6 @@ class Plan:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+            return read_json(cls, path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); delete {folder} to plan the update again") from error

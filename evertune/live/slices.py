@@ -11,6 +11,7 @@ from typing import Any
 from evertune.registry.manifest import SliceEntry
 from evertune.registry.store import Store
 from evertune.sources.base import Row
+from evertune.utils.typed_json import decode, foreign
 
 FOLDER = "slices"
 
@@ -122,4 +123,5 @@ def load_slice(store: Store, entry: SliceEntry) -> list[Row]:
     content = store.read(entry.file)
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise ValueError(f"{entry.file} is damaged or cut short: it does not match its sha256 in the manifest")
-    return [json.loads(line) for line in content.splitlines()]
+    with foreign(store.address(entry.file)):
+        return [{**decode(line, surrogates=True)} for line in content.split(b"\n") if line]

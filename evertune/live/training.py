@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from evertune.training.preemption import Preemption
 from evertune.training.trainer import ContinualTrainer
 from evertune.utils.files import delete, write_atomically
 from evertune.utils.ranks import barrier, is_writer
+from evertune.utils.typed_json import decode, foreign, read_json
 
 MODEL = "model"
 LEARNING = "learning"
@@ -43,11 +46,30 @@ class Interrupted(RuntimeError):  # noqa: N818
     """A fit that a signal has interrupted; it resumes from its last checkpoint."""
 
 
+logger = logging.getLogger("evertune.live")
+
+
+@dataclass
+class _Trained:
+    """The content of the file that says that an update is trained."""
+
+    plan: str
+    steps: int
+    classes: list[str]
+    seconds: dict[str, float]
+
+
 def trained(staging: Path, plan: Plan) -> dict[str, Any] | None:
     """The results that :func:`train` wrote when it finished this plan; None if it has not."""
     path = staging / _TRAINED
-    content = json.loads(path.read_bytes()) if path.is_file() else {}
-    return content if content.get("plan") == plan.identity else None
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(_Trained, path.read_bytes())
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): update %d is trained again", path, error, plan.version)
+        return None
+    return asdict(found) if found.plan == plan.identity else None
 
 
 def train(
@@ -196,4 +218,8 @@ def remembered(production: Path) -> MemoryView | None:
     manifest = production / LEARNING / "Replay" / "memory.json"
     if not manifest.is_file():
         return None
-    return MemoryView.open(manifest.with_name(json.loads(manifest.read_bytes())["file"]))
+    with foreign(manifest):
+        name = decode(manifest.read_bytes())["file"]
+        if Path(name).name != name:
+            raise ValueError(f"it names a file outside its folder: {name!r}")
+    return MemoryView.open(manifest.with_name(name))

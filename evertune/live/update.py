@@ -7,13 +7,13 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from evertune.gate.gate import FEW, Check, Gate, Verdict
 from evertune.live import erasure
@@ -33,6 +33,7 @@ from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
 from evertune.utils.files import empty, write_atomically
 from evertune.utils.ranks import is_leader, started_together, tell_all
+from evertune.utils.typed_json import decode, foreign, to_json
 
 if TYPE_CHECKING:
     from evertune.gate.best import Best
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from evertune.registry.mlflow import MLflowMirror
     from evertune.tasks.base import Task
     from evertune.training.trainer import ContinualTrainer
+
+T = TypeVar("T")
 
 logger = logging.getLogger("evertune.live")
 
@@ -449,7 +452,7 @@ class Updater:
 
         folder = self.staging / VERSION
         if (folder / _VERDICT).is_file():
-            return Verdict.from_dict(json.loads((folder / _VERDICT).read_bytes()))
+            return _parsed((folder / _VERDICT).read_bytes(), folder / _VERDICT, Verdict.from_dict)
         rows, held_out, *_ = self._split(plan)
         production = self.registry.version(plan.parent) if plan.parent is not None else None
         new = plan.experience
@@ -495,7 +498,7 @@ class Updater:
             evaluation["best"] = {name: standing[name].to_dict() for name in sorted(standing) if name in slices}
         # The verdict is written last: a resumed update takes it as proof that the evaluation is complete.
         write_atomically(folder / _EVALUATION, _json(evaluation))
-        write_atomically(folder / _VERDICT, _json(verdict.to_dict()))
+        write_atomically(folder / _VERDICT, _json(to_json(verdict.to_dict())))
         return verdict
 
     def _opened(self, folder: Path) -> Any:
@@ -523,8 +526,8 @@ class Updater:
             slices.append(save_slice(self.registry.store, plan.experience, held_out))
         if put_aside and verdict.passed:
             self.journal.quarantine("put aside", put_aside, f"superseded-{plan.version}")
-        evaluation = json.loads((folder / _EVALUATION).read_bytes())["slices"]
-        accuracy = {name: Predictions.from_dict(values).accuracy for name, values in evaluation.items()}
+        said = _parsed((folder / _EVALUATION).read_bytes(), folder / _EVALUATION, Predictions.by_slice)
+        accuracy = {name: one.accuracy for name, one in said.items()}
         training = trained(self.staging, plan)
         assert training is not None
         segments = self._segments(plan)
@@ -557,7 +560,7 @@ class Updater:
 
     def _finish(self, plan: Plan, version: Version, seconds: Mapping[str, float]) -> Outcome:
         """Change the aliases, which commits the records; notify the source; clear the staging folder. Idempotent."""
-        verdict = Verdict.from_dict(json.loads(version.read(_VERDICT)))
+        verdict = _parsed(version.read(_VERDICT), f"{_VERDICT} of version {version.number}", Verdict.from_dict)
         production = self.registry.production
         if not verdict.passed:
             self.registry.set_candidate(version.number)
@@ -799,11 +802,11 @@ class Updater:
         from evertune.gate.best import Best
         from evertune.gate.predictions import Predictions
 
-        stored = json.loads(version.read(_EVALUATION))
-        return (
-            {name: Predictions.from_dict(values) for name, values in stored["slices"].items()},
-            {name: Best.from_dict(values) for name, values in stored.get("best", {}).items()},
-        )
+        def parse(stored: Any) -> tuple[dict[str, Predictions], dict[str, Best]]:
+            best = {name: Best.from_dict(values) for name, values in stored.get("best", {}).items()}
+            return Predictions.by_slice(stored), best
+
+        return _parsed(version.read(_EVALUATION), f"{_EVALUATION} of version {version.number}", parse)
 
     def _without_training(
         self, champion: Mapping[str, Predictions] | None, slices: Mapping[str, list[Row]], new: str, rows: list[Row]
@@ -932,6 +935,12 @@ def _has(model: Any, name: str) -> bool:
 def _reasons(verdict: Verdict) -> str:
     """The message of a verdict without the decision itself."""
     return verdict.words().partition(": ")[2]
+
+
+def _parsed(content: bytes, name: str | Path, parse: Callable[[Any], T]) -> T:
+    """A file of a version, parsed by a function that has not seen who wrote it."""
+    with foreign(name):
+        return parse(decode(content))
 
 
 def _json(content: Any) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.metrics import functional
+from evertune.utils.typed_json import decode
 
 
 @dataclass
@@ -132,7 +133,7 @@ def load_history(path: str | os.PathLike[str]) -> dict[str, History]:
     if raw.startswith((b"\x80", b"PK\x03\x04")):
         raise ValueError(f"{path} is a pickle or a PyTorch archive, which evertune never loads; a history is JSON")
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        data = decode(raw)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON (truncated or corrupt?): {error}") from error
     runs = data.get("runs") if isinstance(data, dict) else None
@@ -142,13 +143,9 @@ def load_history(path: str | os.PathLike[str]) -> dict[str, History]:
     for name, run in runs.items():
         try:
             histories[name] = History.from_dict(run)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}, run {name!r}: {error}") from error
     return histories
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number; a score that was not evaluated is null")
 
 
 def _is_number(value: Any) -> bool:

@@ -438,8 +438,9 @@ class Journal:
             meta = decode(self.store.read(name))
             if not isinstance(meta, dict) or meta.pop("format", None) != _FORMAT:
                 raise ValueError("it is not a description, or another version of evertune wrote it")
-            check_seal(meta, {entry.name for entry in fields(Segment)})
+            check_seal(meta, {entry.name for entry in fields(Segment)}, without=["number"])
             segment = from_json(Segment, meta)
+            # Not part of the digest, as the name of the file says it.
             if segment.number != number:
                 raise ValueError(f"it is of segment {segment.number}, not {number}")
         except ValueError as error:
@@ -528,7 +529,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 def _described(segment: Segment) -> bytes:
     """The content of a segment's description."""
     values = asdict(segment)
-    return json.dumps({"format": _FORMAT, **sealed(values)}, indent=2).encode()
+    return json.dumps({"format": _FORMAT, **sealed(values, without=["number"])}, indent=2).encode()
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

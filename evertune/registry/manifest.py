@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from evertune.utils.typed_json import from_json, to_json
+from evertune.utils.typed_json import check_seal, decode, from_json, sealed, to_json
 
 FORMAT = 1
 
 Kind = Literal["first", "update", "rebuild"]
 
+_CHECKED_ELSEWHERE = ("version", "parent")
+"""Entries that the digest of a manifest leaves out, as the version's folder and its parent's existence show them."""
 _WRITTEN_ALWAYS = ("version", "created", "files")
 
 
@@ -101,7 +103,8 @@ class Manifest:
         files: SHA-256 of every file by its name, filled in by :meth:`~evertune.registry.Registry.publish`.
 
     Raises:
-        ValueError: If the number is not positive, or ``created`` has no time zone.
+        ValueError: If the number is not positive, ``created`` has no time zone, or the parent is not an earlier
+            version.
 
     Example:
         >>> manifest = Manifest(version=2, parent=1, verdict=VerdictSummary(False, "it forgets update-1"))
@@ -136,6 +139,8 @@ class Manifest:
             raise ValueError(f"versions are counted from 1, got {self.version}")
         if self.created.tzinfo is None:
             raise ValueError(f"created must have a time zone, got {self.created.isoformat()}")
+        if self.parent is not None and not 0 < self.parent < self.version:
+            raise ValueError(f"the parent of version {self.version} must be an earlier one, got {self.parent}")
 
     @property
     def passed(self) -> bool:
@@ -148,8 +153,8 @@ class Manifest:
         return "" if self.verdict is None else self.verdict.summary
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file: JSON values only, with null for numbers that are not finite."""
-        return {"format": FORMAT, **to_json(self)}
+        """The content of the file: JSON values only, with null for numbers that are not finite, and a digest."""
+        return sealed({"format": FORMAT, **to_json(self)}, _CHECKED_ELSEWHERE)
 
     def to_json(self) -> bytes:
         """The content of the file as bytes."""
@@ -165,7 +170,7 @@ class Manifest:
             ValueError: If the file is not JSON, has another format, or a field is missing or has the wrong type. The
                 message names the field.
         """
-        values = json.loads(content)
+        values = decode(content)
         if not isinstance(values, dict) or "format" not in values:
             raise ValueError("'format' is missing")
         if values["format"] != FORMAT:
@@ -174,6 +179,16 @@ class Manifest:
             if name not in values:
                 raise ValueError(f"{name!r} is missing")
         return from_json(cls, values)
+
+    @staticmethod
+    def check_seal(content: bytes) -> None:
+        """Make sure that a manifest was not changed after it was written, where it has the digest to tell.
+
+        Raises:
+            ValueError: If it was.
+        """
+        known = {entry.name for entry in fields(Manifest)} | {"format"}
+        check_seal(decode(content), known, _CHECKED_ELSEWHERE)
 
 
 class FormatError(ValueError):

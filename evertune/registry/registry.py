@@ -10,7 +10,7 @@ import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import EllipsisType
@@ -22,6 +22,7 @@ from evertune.registry.manifest import FormatError, Manifest
 from evertune.registry.repair import damage, repair
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.utils.files import sha256, write_atomically
+from evertune.utils.typed_json import SEAL, check_seal, decode, read_json, sealed
 
 __all__ = [
     "ALIASES",
@@ -177,9 +178,50 @@ class _State:
 
     aliases: dict[str, int] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    given_up: list[int] = field(default_factory=list)
 
     def encoded(self) -> bytes:
-        return json.dumps(self.aliases | {"events": self.events[-_EVENTS:]}, indent=1).encode()
+        values = {**self.aliases, "given_up": self.given_up, "events": self.events[-_EVENTS:]}
+        return json.dumps(sealed(values), indent=1).encode()
+
+    @classmethod
+    def parse(cls, content: bytes) -> _State:
+        values = decode(content)
+        checked = read_json(_Aliases, content)
+        check_seal(values, {entry.name for entry in fields(_Aliases)})
+        aliases = {name: number for name in ALIASES if (number := getattr(checked, name)) is not None}
+        given_up = checked.given_up
+        if given_up is None:  # written before the field existed: the events say it
+            given_up = []
+            for event in checked.events:
+                if event.action == "promote":
+                    given_up = []
+                elif event.discard is not None:
+                    given_up.append(event.discard)
+        return cls(aliases, values["events"], given_up)
+
+
+@dataclass
+class _Event:
+    """The entries of an event that others rely on."""
+
+    time: str
+    action: str
+    to: int | None
+    reason: str = ""
+    by: str = ""
+    discard: int | None = None
+
+
+@dataclass
+class _Aliases:
+    """The entries of ``aliases.json``."""
+
+    events: list[_Event]
+    production: int | None = None
+    previous: int | None = None
+    candidate: int | None = None
+    given_up: list[int] | None = None
 
 
 class Registry:
@@ -213,6 +255,8 @@ class Registry:
 
     def __init__(self, root: str | Path, cache: str | Path | None = None) -> None:
         self.store = Store(root, cache)
+        self._known: dict[int, Version] = {}
+        """Versions whose manifests were read by :meth:`versions`: they never change."""
         self._lease: Lease | None = None
 
     def __repr__(self) -> str:
@@ -221,15 +265,31 @@ class Registry:
     # --- reading
 
     def versions(self) -> list[Version]:
-        """All versions, oldest first. A version whose manifest is damaged is left out, with a warning."""
-        names = [_manifest(number) for number in self._numbers()]
-        versions = []
-        for name, content in self.store.read_all(names).items():
-            try:
-                versions.append(self._parsed(int(name.split("/")[1]), content))
-            except RegistryError as error:
-                warnings.warn(f"left out: {error}", stacklevel=2)
+        """All versions, oldest first. A version whose manifest is damaged is left out, with a warning.
+
+        Each manifest is read once in the lifetime of this object.
+        """
+        versions, damaged = self._survey()
+        for words in damaged.values():
+            warnings.warn(f"left out: {words}", stacklevel=2)
         return versions
+
+    def damaged(self) -> dict[int, str]:
+        """Why the manifests of versions cannot be read, by number; empty if all can."""
+        return self._survey()[1]
+
+    def _survey(self) -> tuple[list[Version], dict[int, str]]:
+        numbers, damaged = self._numbers(), dict[int, str]()
+        # A version that was deleted is forgotten, since the number of one that was never whole is used again.
+        self._known = {number: self._known[number] for number in numbers if number in self._known}
+        new = [_manifest(number) for number in numbers if number not in self._known]
+        for name, content in self.store.read_all(new).items():
+            number = int(name.split("/")[1])
+            try:
+                self._known[number] = self._parsed(number, content)
+            except RegistryError as error:
+                damaged[number] = str(error)
+        return [self._known[number] for number in sorted(self._known)], damaged
 
     def version(self, which: int | str) -> Version:
         """A version by its number or an alias.
@@ -260,6 +320,11 @@ class Registry:
         ``by``; a rollback with ``discard`` also has ``discard``, the version whose records must not be learned again.
         """
         return list(self._state().events)
+
+    @property
+    def given_up(self) -> list[int]:
+        """Numbers of the versions rolled back from with ``discard`` since the last promotion, oldest first."""
+        return list(self._state().given_up)
 
     @property
     def production(self) -> Version | None:
@@ -376,6 +441,7 @@ class Registry:
                     f"{now} is in production by now"
                 )
             state.aliases = {"production": version.number} | ({} if now is None else {"previous": now})
+            state.given_up = []
             state.events.append(_event("promote", now, version.number, reason, by))
         return version
 
@@ -404,7 +470,7 @@ class Registry:
         Args:
             reason: The reason, for the events.
             discard: Ask the next update not to learn the records of the abandoned version again, which would be pending
-                otherwise. This is only recorded in the event, for the updater.
+                otherwise. This is only recorded, for the updater; see :attr:`given_up`.
             by: Who rolls back, for the events. Default: ``user@host``.
 
         Returns:
@@ -431,6 +497,7 @@ class Registry:
             del state.aliases["previous"]
             if version.parent is not None and self.store.exists(_manifest(version.parent)):
                 state.aliases["previous"] = version.parent
+            state.given_up += [now] * discard
             event = _event("rollback", now, back, reason, by)
             state.events.append(event | ({"discard": now} if discard else {}))
         return version
@@ -508,7 +575,8 @@ class Registry:
         plain = [
             name
             for name in first
-            if name != "version" and not any(isinstance(side[name], dict | list) for side in (first, second))
+            if name not in ("version", SEAL)
+            and not any(isinstance(side[name], dict | list) for side in (first, second))
         ]
         files: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}, "unchanged": 0}
         for name in sorted({**first["files"], **second["files"]}):
@@ -676,16 +744,9 @@ class Registry:
                 raise RegistryError(f"{address} is missing, though there are versions. {repair}")
             return _State()
         try:
-            parsed = json.loads(content)
-            aliases = {name: parsed[name] for name in ALIASES if parsed.get(name) is not None}
-            events = parsed["events"]
-            if not all(type(number) is int for number in aliases.values()):
-                raise ValueError("an alias is not a number")
-            if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-                raise ValueError("its events are not a list")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _State.parse(content)
+        except ValueError as error:
             raise RegistryError(f"{address} is damaged or cut short ({error}). {repair}") from None
-        return _State(aliases, events)
 
     @contextmanager
     def _changing(self, repair: bool = False) -> Iterator[_State]:
@@ -714,8 +775,11 @@ class Registry:
 
         try:
             manifest = self.version(number).manifest
+            Manifest.check_seal(self.store.read(_manifest(number)))
         except RegistryError as error:
             return [Finding(number, str(error), False)]
+        except ValueError as error:
+            find(f"{_manifest(number)} is damaged: {error}")
         there = self.store.sizes(folder)
         for name, digest in manifest.files.items():
             if name not in there:
@@ -730,6 +794,8 @@ class Registry:
                     find(f"{entry.file} is damaged or cut short: no update can start from this version", usable=True)
             except FileNotFoundError:
                 find(f"{entry.file} is missing: no update can start from this version", usable=True)
+            except OSError as error:
+                find(f"{entry.file} cannot be read ({error}): no update can start from this version", usable=True)
             except ValueError:
                 words = f"{_manifest(number)} names the file {entry.file!r} as a slice"
                 find(f"{words}: no update can start from this version", usable=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from evertune.shards.shards import Fragment, ParameterShards, where_ranks_meet
 from evertune.utils.files import sha256
 from evertune.utils.ranks import barrier, rank_and_world_size
+from evertune.utils.typed_json import decode, from_json
 
 _INDEX = "index.json"
 _FORMAT = "evertune-fragments"
@@ -185,7 +186,7 @@ class FragmentState:
                         if name in here and kind in tensors:
                             i, fragment = here[name]
                             _copy_overlap(file.get_slice(key), int(start_text), fragment, tensors[kind][i])
-            except SafetensorError as error:
+            except (SafetensorError, ValueError) as error:
                 raise ValueError(
                     f"{directory / file_name} is not a safetensors file or is truncated: {error}"
                 ) from None
@@ -212,6 +213,16 @@ def saved_kinds(directory: str | Path) -> list[str]:
     return list(_read_index(Path(directory))["kinds"])
 
 
+@dataclass
+class _Index:
+    """The content of the index."""
+
+    kinds: list[str]
+    shapes: dict[str, list[int]]
+    files: dict[str, str]
+    extra: dict[str, Any]
+
+
 def _copy_overlap(saved: Any, start: int, fragment: Fragment, into: Tensor) -> None:
     end = start + saved.get_shape()[0]
     first, last = max(start, fragment.offset), min(end, fragment.offset + fragment.numel)
@@ -224,14 +235,22 @@ def _read_index(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; pass the folder that save() wrote")
     try:
-        index = json.loads(path.read_bytes())
+        index = decode(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the saved state is corrupt") from None
     if not isinstance(index, dict) or index.get("format") != _FORMAT or index.get("version") != 1:
         raise ValueError(f"{path} is not an index of format {_FORMAT!r} version 1")
     if missing := {"kinds", "shapes", "files", "extra"} - index.keys():
         raise ValueError(f"{path} is damaged: it has no {sorted(missing)}")
-    return index
+    try:
+        parsed = from_json(_Index, index)
+        if outside := [name for name in parsed.files if Path(name).name != name]:
+            raise ValueError(f"it names a file outside its folder: {outside[0]!r}")
+        if negative := [name for name, shape in parsed.shapes.items() if min(shape, default=0) < 0]:
+            raise ValueError(f"the shape of {negative[0]!r} is {parsed.shapes[negative[0]]}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return vars(parsed)
 
 
 def _file_name(rank: int, writers: int) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,19 @@ from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.tasks.base import task_of
 from evertune.utils.batches import to_device
 from evertune.utils.evaluation import evaluation_mode, trial
+from evertune.utils.typed_json import read_json
 
 Score = Callable[[pl.LightningModule, Any], Tensor]
 _FILE = "evaluation.json"
+
+
+@dataclass
+class _Saved:
+    """The content of the file that :meth:`ContinualEvaluation.save` writes."""
+
+    experience_index: int
+    experiences: list[str]
+    accuracy_matrix: list[list[float | None]]
 
 
 class ContinualEvaluation(ContinualCallback):
@@ -257,13 +268,11 @@ class ContinualEvaluation(ContinualCallback):
         """
         path = Path(directory) / _FILE
         try:
-            state = json.loads(path.read_text())
-            state["accuracy_matrix"] = [
-                [math.nan if x is None else float(x) for x in r] for r in state["accuracy_matrix"]
-            ]
-            self.load_state_dict(state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a saved ContinualEvaluation: {type(error).__name__}: {error}") from error
+            state = read_json(_Saved, path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a saved ContinualEvaluation: {error}") from error
+        rows = [[math.nan if score is None else score for score in row] for row in state.accuracy_matrix]
+        self.load_state_dict({**vars(state), "accuracy_matrix": rows})
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +23,8 @@ MOST_LEVELS = 100
 """Number of nested lists and objects up to which JSON is decoded; evertune's own files need fewer than ten."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_SEAL = "digest"
+SEAL = "digest"
+"""Name of the entry that :func:`sealed` adds."""
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
 
 
@@ -48,7 +51,7 @@ def decode(content: bytes | str, *, most_bytes: int = MOST_BYTES, surrogates: bo
     if len(raw) > most_bytes:
         raise ValueError(f"it has {len(raw)} bytes, more than the {most_bytes} that are read")
     try:
-        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(content, parse_float=_finite, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep") from None
     # Counting the brackets costs nothing, and rules out deep nesting in nearly all files.
@@ -96,6 +99,23 @@ def from_json(kind: type[T], value: Any) -> T:
     return _parsed(kind, value, "")  # type: ignore[no-any-return]
 
 
+@contextmanager
+def foreign(what: str | Path) -> Iterator[None]:
+    """A context for the use of decoded values that nothing has checked: whatever does not fit becomes a ValueError.
+
+    Args:
+        what: Name of the file that they come from, for the message.
+
+    Raises:
+        ValueError: If the values lack something, or have another type or an impossible value.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        known = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} is damaged or was written by something else: {known}") from error
+
+
 def sealed(values: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """JSON values with a digest of them, by which :func:`check_seal` finds what was changed later.
 
@@ -103,7 +123,7 @@ def sealed(values: Mapping[str, Any], without: Collection[str] = ()) -> dict[str
         values: An object of JSON values.
         without: Names of entries that the digest leaves out.
     """
-    return {**values, _SEAL: _digest(json.loads(json.dumps(values)), without)}
+    return {**values, SEAL: _digest(json.loads(json.dumps(values)), without)}
 
 
 def check_seal(values: Mapping[str, Any], known: Collection[str], without: Collection[str] = ()) -> None:
@@ -118,14 +138,14 @@ def check_seal(values: Mapping[str, Any], known: Collection[str], without: Colle
     Raises:
         ValueError: If a value was changed.
     """
-    if _SEAL in values and values[_SEAL] != _digest(values, without):
+    if SEAL in values and values[SEAL] != _digest(values, without):
         raise ValueError("it does not match its own digest: it was changed after it was written")
-    if _SEAL not in values and (unknown := sorted(values.keys() - set(known))):
+    if SEAL not in values and (unknown := sorted(values.keys() - set(known))):
         raise ValueError(f"it has the unknown entry {unknown[0]!r}")
 
 
 def _digest(values: Mapping[str, Any], without: Collection[str]) -> str:
-    rest = {name: value for name, value in values.items() if name != _SEAL and name not in without}
+    rest = {name: value for name, value in values.items() if name != SEAL and name not in without}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -216,6 +236,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"it holds the number {text[:40]}, which is not finite")
     return number
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

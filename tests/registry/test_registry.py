@@ -742,3 +742,130 @@ def test_killed_at_random_moments(ram: Path) -> None:
         assert newest >= last  # a number never comes again
         last = newest
     assert last > 2
+
+
+# --- files that somebody else has written or damaged
+
+FOREIGN = [
+    b"",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"{}",
+    b"[" * 200_000,
+    b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
+    b"\xff\xfe",
+    b"1e400",
+    b"9" * 10_000,
+    rb'{"format": "\ud800"}',
+]
+"""What a file may hold that should have been an object of known entries."""
+
+ALIASES_FILES = [
+    b'{"events": []}'.replace(b"[]", content) for content in (b"{}", b"1", b"[1]", b"[{}]", b"null", b'[{"time": 1}]')
+] + [
+    b'{"production": %s, "events": []}' % content
+    for content in (b"1e400", b'"1"', b"true", b"1.0", b"[1]", b"{}", b"NaN")
+]
+
+
+@pytest.mark.parametrize("content", [*FOREIGN[:3], *FOREIGN[5:], *ALIASES_FILES])
+def test_foreign_aliases_are_named(disk: Registry, content: bytes) -> None:
+    release(disk)
+    disk.store.write("aliases.json", content)
+    for act in (lambda: disk.aliases, lambda: disk.events, disk.rollback, disk.gc, lambda: disk.production):
+        with pytest.raises(RegistryError, match=r"aliases\.json is damaged or cut short"):
+            act()
+    assert len(disk.versions()) == 1
+    assert any("aliases.json is damaged" in words for words in disk.verify())
+    assert disk.promote(1, force=True).number == 1
+
+
+MANIFEST_ENTRIES: list[dict[str, Any]] = [
+    {"version": True},
+    {"version": 10**400},
+    {"created": "0001-01-01T00:00:00+14:00"},
+    {"created": 5},
+    {"parent": "1"},
+    {"parent": 9},
+    {"slices": [1]},
+    {"slices": [{"name": "a"}]},
+    {"files": ["a"]},
+    {"files": {"a": None}},
+    {"metrics": {"average_accuracy": 10**400}},
+    {"verdict": "passed"},
+    {"classes": {"a": 1}},
+    {"seconds": {"train": "1"}},
+    {"records": {"train": 1.5}},
+]
+
+
+@pytest.mark.parametrize("change", [*FOREIGN, *MANIFEST_ENTRIES])
+def test_one_foreign_manifest_breaks_no_list(registry: Registry, change: Any) -> None:
+    for _ in range(3):
+        release(registry)
+    name = "versions/2/manifest.json"
+    content = change
+    if isinstance(change, dict):
+        content = json.dumps(json.loads(registry.store.read(name)) | change).encode()
+    registry.store.write(name, content)
+    with pytest.warns(UserWarning, match=r"left out: .*versions/2/manifest\.json"):
+        assert [version.number for version in registry.versions()] == [1, 3]
+    assert list(registry.damaged()) == [2]
+    assert any("versions/2/manifest.json" in words for words in registry.verify())
+    with pytest.raises(RegistryError, match=r"versions/2/manifest\.json"):
+        registry.promote(2)
+
+
+@pytest.mark.parametrize("entry", ["consumed", "reason", "experience", "config_digest", "classes"])
+def test_a_manifest_that_was_changed_later_is_found(registry: Registry, entry: str) -> None:
+    release(registry, classes=["a"])
+    name = "versions/1/manifest.json"
+    values = json.loads(registry.store.read(name))
+    values[entry] = {"consumed": 9, "classes": ["b"]}.get(entry, "changed")
+    registry.store.write(name, json.dumps(values).encode())
+    assert registry.verify() == [
+        f"{name} is damaged: it does not match its own digest: it was changed after it was written"
+    ]
+
+
+def test_versions_are_read_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        release(registry)
+    assert len(registry.versions()) == 3
+    read: list[str] = []
+    before = registry.store.read_all
+    monkeypatch.setattr(registry.store, "read_all", lambda names: before([read.append(n) or n for n in names]))
+    assert len(registry.versions()) == 3
+    assert read == []
+    release(Registry(registry.store.root))
+    assert [version.number for version in registry.versions()] == [1, 2, 3, 4]
+    assert read == ["versions/4/manifest.json"]
+    Registry(registry.store.root).gc(keep=1)
+    assert [version.number for version in registry.versions()] == [3, 4]
+
+
+def test_what_a_rollback_gave_up_outlives_its_event(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evertune.registry.registry._EVENTS", 3)
+    for _ in range(3):
+        release(registry)
+    registry.rollback(discard=True)
+    assert registry.given_up == [3]
+    for number in (1, 2, 1, 2, 1):
+        registry.set_candidate(number)
+    assert all("discard" not in event for event in registry.events)
+    assert registry.given_up == [3]
+    registry.rollback(discard=True)
+    assert registry.given_up == [3, 2]
+    release(registry)
+    assert registry.given_up == []
+
+
+def test_what_a_rollback_gave_up_is_read_from_the_events_of_an_older_file(disk: Registry) -> None:
+    for _ in range(3):
+        release(disk)
+    disk.rollback(discard=True)
+    values = json.loads(disk.store.read("aliases.json"))
+    del values["given_up"], values["digest"]
+    disk.store.write("aliases.json", json.dumps(values).encode())
+    assert disk.given_up == [3]

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,17 @@ from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
+from evertune.utils.typed_json import read_json
 
 _ALL = 1 << 62
 _STATE = "replay.json"
+
+
+@dataclass
+class _Saved:
+    """The content of the file that :meth:`Replay.save` writes beside the memory."""
+
+    experience_index: int
 
 
 class Replay(ContinualCallback):
@@ -501,9 +510,9 @@ class Replay(ContinualCallback):
         """
         path = Path(directory) / _STATE
         try:
-            index = int(json.loads(path.read_bytes())["experience_index"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is corrupt or truncated: {error!r}") from error
+            index = read_json(_Saved, path.read_bytes()).experience_index
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt or truncated: {error}") from error
         self.memory.load(directory, is_writer=self._is_writer)
         self.experience_index = index
         barrier()
