@@ -476,6 +476,8 @@ def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
         origin = f"{name}:{first + position + 1}"
         try:
             value = plain(row or batch.slice(position, 1).to_pylist()[0], decode=True)
+        except MemoryError:
+            raise
         except Exception as error:
             records.append(Incoming(origin, None, f"has no JSON equivalent ({error})", str(row or "")))
         else:

@@ -258,9 +258,8 @@ class SQLSource(Source):
             return
         column = self._rows.c
         cursor, key = column[self.cursor], column[self.key]
-        names = dict.fromkeys([*(self.columns or column.keys()), self.cursor, self.key])
         own = [self._sa.and_(cursor == self._bound(at), key == self._bound(name)) for (at, name), _ in seen]
-        found = self._sa.select(*(column[name] for name in names)).where(self._sa.or_(*own))
+        found = self._sa.select(*column).where(self._sa.or_(*own))  # all columns: the setting may have changed
         marks = {_written(place): mark for place, mark in seen}
         there = [dict(row) for row in connection.execute(found).mappings()]
         if any(marks.get(_written(self._place_of(row))) in self._fingerprints(row) for row in there):

@@ -391,6 +391,15 @@ def test_what_may_happen_to_rows_that_were_read(read_once, change):
     assert texts(read_all(database.source(cursor="id"), offset, 1)[0]) == ["text 11", "text 12"]
 
 
+def test_other_columns_may_be_asked_for(read_once):
+    database, offset = read_once
+    database.insert(tickets(11, 12))
+    records, later = read_all(database.source(cursor="id", columns=["label"]), offset)
+    assert [record.value for record in records] == [{"label": "a"}]
+    database.insert(tickets(12, 13))
+    assert texts(database.source(cursor="id").read(later, 10).records) == ["text 12"]
+
+
 def test_a_column_added_while_the_source_is_open_is_read(read_once):
     database, offset = read_once
     source = database.source(cursor="id")
