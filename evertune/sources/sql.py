@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from warnings import warn
 
 from evertune.sources.base import Chunk, Incoming, Offset, Source, SourceError
 from evertune.sources.formats import digest
@@ -24,6 +25,7 @@ _Place = tuple[Any, Any]  # the cursor and the key of a row
 _Seen = tuple[_Place, str]  # a row that was read, and its fingerprint
 _SEEN = 4  # rows whose fingerprints an offset holds: enough that editing one of them does not look like another table
 
+_AHEAD = timedelta(days=1)  # allows for clocks and time zones that are set wrong
 _KINDS = {int: None, str: None, datetime: "datetime", date: "date", Decimal: "decimal", UUID: "uuid"}
 _READ: dict[str, Callable[[str], Any]] = {
     "datetime": datetime.fromisoformat,
@@ -48,6 +50,9 @@ class SQLSource(Source):
 
     The source never writes: the transaction is read-only where the database supports it (PostgreSQL, SQLite), and is
     always rolled back.
+
+    Rows whose cursor is a time more than a day in the future are left until then, with a warning: after them, all rows
+    of today would be behind the cursor.
 
     **Tables that start again.** A table that was emptied or restored, and assigns cursors that have been read already,
     is an error. The offset has fingerprints of the last rows that were read, and one of these rows must still have its
@@ -124,6 +129,7 @@ class SQLSource(Source):
             raise ValueError("not the URL of a database: percent-encode the @ in its password as %40")
         self._rows: Any = None
         self._may_be_null: set[str] = set()
+        self._left: _Place | None = None  # the row in the future that a warning has named
 
     def read(self, offset: Offset | None, limit: int) -> Chunk:
         try:
@@ -140,7 +146,8 @@ class SQLSource(Source):
             raise SourceError(
                 f"{self} cannot be read: {reason}. Once that is fixed, reading resumes from the same offset"
             ) from error
-        places = [self._place_of(row) for row in rows]
+        places = self._due([self._place_of(row) for row in rows])
+        rows = rows[: len(places)]
         for place, following in itertools.pairwise(places):
             if place == following:
                 raise SourceError(
@@ -150,6 +157,18 @@ class SQLSource(Source):
         records = [self._incoming(row, place) for row, place in zip(rows[:limit], places, strict=False)]
         seen += [(place, self._fingerprint(row)) for row, place in zip(rows[:limit], places, strict=False)]
         return Chunk(records, self._offset(places[len(records) - 1] if records else after, seen[-_SEEN:]))
+
+    def _due(self, places: list[_Place]) -> list[_Place]:
+        """The places before the first that is dated in the future: after it, all rows of today would be behind."""
+        n_due = next((number for number, (cursor, _) in enumerate(places) if _in_future(cursor)), len(places))
+        if n_due < len(places) and places[n_due] != self._left:
+            self._left = places[n_due]
+            warn(
+                f"{self} has rows dated in the future, the first at {places[n_due][0]}: they are left until then, as "
+                f"rows of today would be behind the cursor; correct their {self.cursor}, or exclude them with a query",
+                stacklevel=3,
+            )
+        return places[:n_due]
 
     def close(self) -> None:
         self._engine.dispose()
@@ -343,6 +362,17 @@ class SQLSource(Source):
             return [((_decoded(cursor), _decoded(key)), str(mark)) for cursor, key, mark in offset.get("seen", [])]
         except (KeyError, TypeError, ValueError, ArithmeticError):
             raise SourceError(f"{json.dumps(offset)} is not an offset of a SQL table") from None
+
+
+def _in_future(cursor: Any) -> bool:
+    """Whether a cursor is a time, or the text of one, more than a day from now."""
+    try:
+        time = datetime.fromisoformat(str(cursor)) if isinstance(cursor, str | date) else None
+    except ValueError:
+        return False
+    if time is None:
+        return False
+    return time.replace(tzinfo=time.tzinfo or UTC) > datetime.now(UTC) + _AHEAD
 
 
 def _encoded(value: Any) -> Any:

@@ -417,3 +417,19 @@ def test_offsets_without_fingerprints_are_read_on(read_once):
     for bad in ([1], [[1, 2]], [[{"x": 1}, 2, "a"]]):
         with pytest.raises(SourceError, match="not an offset of a SQL table"):
             source.read({**offset, "seen": bad}, 10)
+
+
+@pytest.mark.parametrize("kind", ["TIME", "DATE", "TEXT"])
+@pytest.mark.parametrize("limit", [1, 10])
+def test_one_row_in_the_future_does_not_move_the_cursor_past_all_others(database, kind, limit):
+    database.make(f"id INTEGER PRIMARY KEY, text TEXT, at {kind}")
+    database.insert([{"id": 1, "text": "now", "at": "2026-01-01"}, {"id": 2, "text": "far", "at": "2099-12-31"}])
+    source = database.source(cursor="at")
+    with pytest.warns(UserWarning, match="dated in the future, the first at 2099-12-31.* correct their at"):
+        records, offset = read_all(source, limit=limit)
+    assert texts(records) == ["now"]
+    database.insert([{"id": 3, "text": "later", "at": "2026-01-02"}])
+    records, offset = read_all(source, offset, limit)
+    assert texts(records) == ["later"]
+    database.do("UPDATE tickets SET at = '2026-01-03' WHERE id = 2")
+    assert texts(read_all(source, offset, limit)[0]) == ["far"]
