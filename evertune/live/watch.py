@@ -204,7 +204,7 @@ class Watch:
             self._say("intake", words, read=report.read, bad=report.bad)
         if self._read >= _MIN_READ and self._bad > self.settings.max_bad_share * self._read and not self._told_bad:
             self._told_bad = True
-            words = f"{self._bad} of {self._read} records are bad: see `quarantine` in the registry for why"
+            words = f"{self._bad} of {self._read} records since the last update are bad. {report.words}"
             self._say("quarantine", words, logging.WARNING, bad=self._bad, read=self._read)
 
     def _due(self) -> str | None:

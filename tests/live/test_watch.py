@@ -59,7 +59,9 @@ class SmallUpdater:
             time.sleep(0.01)
         (self.root / "journal").write_text("taken in")  # the test may lead it to a full disk
         before, self.read = self.read, self.lines("arrived")
-        return SimpleNamespace(read=self.read - before, bad=self.lines("bad") if self.read > before else 0)
+        bad = self.lines("bad") if self.read > before else 0
+        words = f"{bad} of {self.read} records went to quarantine: no text" if bad else ""
+        return SimpleNamespace(read=self.read - before, bad=bad, words=words)
 
     def situation(self) -> Situation:
         pending = self.lines("arrived") - self.lines("learned")
@@ -465,6 +467,7 @@ def test_too_many_bad_records_are_told_once(watch: Callable[..., Running], root:
     running = watch()
     alert = told(root, "quarantine")
     assert (alert["bad"], alert["read"]) == (3, 30)
+    assert alert["text"].endswith("records since the last update are bad. 3 of 30 records went to quarantine: no text")
     running.until("refusal")
     assert running.metric("evertune_quarantined_records_total") == 3
     assert [alert["event"] for alert in alerts(root)].count("quarantine") == 1
