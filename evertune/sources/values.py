@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 
@@ -50,7 +50,7 @@ def absent(value: Any) -> bool:
     """Whether a value stands for none: None, NaN, and pandas' NaT and NA."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # by name, to do without pandas
         return True
-    return isinstance(value, Real) and math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, Rational) and math.isnan(value)
 
 
 def is_utf8(cells: Sequence[str]) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -413,8 +412,8 @@ def _as_text(value: Any) -> str:
         return json.dumps(value, default=str)
     except MemoryError:
         raise
-    except Exception:  # nested too deep, or keys that JSON does not have
-        return _writable(reprlib.repr(value))
+    except Exception:  # nested too deep, keys that JSON does not have, a number of too many digits
+        return f"<{type(value).__name__}>"
 
 
 def _writable(text: str) -> str:

@@ -225,6 +225,8 @@ OTHER_COLUMNS = {  # name: values of a column that nobody asked for, and what th
     "numbers and texts": ([1, "s"], ["1", "s"]),
     "truth values and numbers": ([True, 3], ["true", "3"]),
     "beyond 64 bits": ([1, 10**30], ["1", str(10**30)]),
+    "beyond all printing": ([1, 10**5000], ["1", "<int>"]),
+    "beyond floats": ([1, 10**400], ["1", str(10**400)]),
     "a lone surrogate": (["a", "\ud83d"], ["a", "\\ud83d"]),
     "a lone surrogate in an object": ([{"a": "\ud83d"}, None], ['{"a": "\\ud83d"}', None]),
     "objects and lists": ([{"a": 1}, [1]], ['{"a": 1}', "[1]"]),
@@ -240,6 +242,8 @@ OTHER_COLUMNS = {  # name: values of a column that nobody asked for, and what th
 def test_a_column_that_nobody_asked_for_stops_nothing(values, form, tmp_path):
     values, kept = OTHER_COLUMNS[values]
     rows = [{"text": f"text {i}", "label": "a", "z": value} for i, value in enumerate(values)]
+    if form.endswith(("file", "files")) and values[1] == 10**5000:
+        pytest.skip("json cannot write this number")
     if form == "one file":
         source = write_jsonl(tmp_path / "rows.jsonl", rows)
     elif form == "two files":
@@ -303,6 +307,8 @@ LABELS = {
     "numpy matrix": (np.zeros((2, 2), dtype=int), None),
     "bytes": (b"ab", None),
     "infinity": (float("inf"), None),
+    "beyond floats": (10**400, str(10**400)),
+    "beyond all printing": (10**5000, None),
     "a date": (np.datetime64("2024-01-01"), None),
     "a lone surrogate": ("\ud800", None),
 }
