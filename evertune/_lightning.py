@@ -380,6 +380,11 @@ def n_processed(counts: Any) -> int:
     return int(counts.processed)
 
 
+def n_started(trainer: Any) -> int:
+    """The number of batches, over all epochs, that a fit has trained on or is about to."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.started)
+
+
 def reset_loaders(trainer: Any) -> None:
     """End the iterators over the training loaders, and with them their worker processes."""
     trainer.fit_loop._combined_loader.reset()
@@ -433,7 +438,7 @@ def return_method(owner: Any, name: str) -> None:
     vars(owner).pop(name, None)
 
 
-REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint")
+REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint", "on_train_end")
 """Methods of a strategy that evertune wraps during a fit."""
 
 REPLACED_IN_SOURCE = ("dataloader",)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from evertune._lightning import Callback, pl
+from evertune._lightning import Callback, pl, rank_zero_warn
+from evertune.callbacks.consolidation import end_experience_after_training, record_checkpoints
 
 _KEEPING = ("save", "load", "state_dict", "load_state_dict")
 
@@ -19,7 +22,11 @@ class ContinualCallback(Callback):
 
     An experience starts with ``fit`` and ends when ``fit`` completes, so a plain ``Trainer`` needs no other call. A
     ``DriftTrigger`` ends one and starts the next in the middle of a ``fit``. A ``fit`` that raises or is interrupted
-    ends no experience: the learning state stays as it was before.
+    ends no experience: the learning state stays as it was before. Neither does ``fast_dev_run``.
+
+    The end of an experience is one step for all continual callbacks of a trainer: if one of them fails, the others are
+    put back too (:meth:`undo_point`). At the end of a ``fit`` it comes after every ``on_train_end``, so that it sees
+    the final weights; a callback that saves what has been learned does so in ``on_fit_end``.
 
     A method that overrides :meth:`on_experience_end` has learning state and must persist it: it also overrides
     ``save``, ``load``, ``state_dict`` and ``load_state_dict``, or inherits them from
@@ -29,11 +36,14 @@ class ContinualCallback(Callback):
     Attributes:
         experience_index: Number of experiences that this callback has completed.
         keeps_nothing: Whether nothing is lost when this callback is neither saved nor loaded.
+        across_experiences: Whether a ``ContinualTrainer`` keeps this object for its whole stream.
     """
 
+    across_experiences = True
     experience_index: int = 0
     keeps_nothing: bool = False
     _batch: Any = None  # the current batch, kept only if loss_term is overridden
+    _has_trained = False  # in this fit
 
     @classmethod
     def bytes_per_weight(cls) -> int | None:
@@ -48,6 +58,20 @@ class ContinualCallback(Callback):
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Called after the last step on an experience, while the strategy is still set up: consolidate here."""
+
+    def undo_point(self) -> Callable[[], None]:
+        """Return a function that puts this callback back as it is now. Called before an experience ends.
+
+        By default, it puts the attributes back; lists, dicts, sets and tensors in them are copied. Override it to put
+        back what is elsewhere: in files, or in other objects that ``on_experience_end`` changes in place.
+        """
+        before = tree_map(_copied, vars(self))
+
+        def undo() -> None:
+            vars(self).clear()
+            vars(self).update(before)
+
+        return undo
 
     def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
         """A term to add to the training loss, or None if there is none at this step.
@@ -85,6 +109,9 @@ class ContinualCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reject a method that would lose what it learns, or whose loss term would never be added."""
         _check_method(self, pl_module)
+        if stage == "fit":
+            record_checkpoints(trainer)
+            self._has_trained = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _check_method(self, pl_module)  # again, for subclasses whose setup does not call this one's
@@ -129,15 +156,21 @@ class ContinualCallback(Callback):
         self._batch = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_trained = True
         # An interrupted experience must not be consolidated.
         if not trainer.interrupted:
-            end_experience(self, trainer, pl_module)
+            methods = [callback for _, callback in named_callbacks(trainer)]
+            end_experience_after_training(methods, trainer, pl_module)
 
-
-def end_experience(callback: ContinualCallback, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Consolidate one callback and count the experience."""
-    callback.on_experience_end(trainer, module)
-    callback.experience_index += 1
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of a fit that resumed from the end of another one, and trained nothing."""
+        _, first = next(named_callbacks(trainer))
+        if trainer.ckpt_path is not None and not self._has_trained and self is first:
+            rank_zero_warn(
+                f"nothing was trained or consolidated: the fit that wrote {trainer.ckpt_path} was complete (epoch "
+                f"{trainer.current_epoch}, step {trainer.global_step}). To learn new data from it, raise max_epochs or "
+                "max_steps; or start a new fit, with the weights and with what each callback wrote with save()"
+            )
 
 
 def named_callbacks(trainer: pl.Trainer) -> Iterator[tuple[str, ContinualCallback]]:
@@ -168,3 +201,9 @@ def _check_method(method: ContinualCallback, module: pl.LightningModule) -> None
 
 def _overrides(method: ContinualCallback, hook: str) -> bool:
     return getattr(type(method), hook) is not getattr(ContinualCallback, hook)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, set) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
 from evertune._lightning import pl, rank_zero_warn
-from evertune.callbacks.base import ContinualCallback, end_experience
+from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.consolidation import end_experience
 from evertune.callbacks.features import Dealt, deal, features_of, gathered
 from evertune.drift import MMD, Detector, Featuriser, HashedNgrams, check_frozen
 from evertune.drift.sums import SumDetector
@@ -104,6 +105,8 @@ class DriftTrigger(ContinualCallback):
         self._width: int | None = None  # number of features in this experience
         self._has_worked = False  # whether the featuriser has succeeded once
         self._has_watched = False  # whether the detector has accepted examples once
+        self._ended = False  # whether the experience has ended and no other has started
+        self._undo: Callable[[], None] | None = None  # at the end of a smoke test
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -122,7 +125,9 @@ class DriftTrigger(ContinualCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reject, by name, a strategy that this callback does not support."""
+        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, "DriftTrigger")
+        self._undo = self.undo_point() if trainer.fast_dev_run else None  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reject a featuriser that is being trained, then start an experience or resume that of the checkpoint."""
@@ -132,11 +137,29 @@ class DriftTrigger(ContinualCallback):
         if trainer.ckpt_path is None:
             super().on_fit_start(trainer, pl_module)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start an experience if the checkpoint is of the end of one."""
+        if self._ended:
+            self.on_experience_start(trainer, pl_module)
+
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take a new reference from the data that follow the refractory period."""
         self.detector.reset()
         self._test = self._width = None
         self._to_skip = self.refractory_period
+        self._ended = False
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Note it: a fit that resumes from here starts an experience."""
+        self._ended = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """After ``fast_dev_run``, forget what was seen."""
+        if self._undo is not None:
+            self._undo()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -197,8 +220,7 @@ class DriftTrigger(ContinualCallback):
                 f"{test['threshold']:.3g}): a new experience starts"
             )
             methods = [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
-            for method in methods:
-                end_experience(method, trainer, module)
+            end_experience(methods, trainer, module)
             for method in methods:
                 method.on_experience_start(trainer, module)
 
@@ -224,6 +246,7 @@ class DriftTrigger(ContinualCallback):
         """Everything that a resumed ``fit`` needs to decide as if uninterrupted; the same on all ranks."""
         return {
             "experience_index": self.experience_index,
+            "ended": self._ended,
             "history": self.history,
             "detector": self.detector.state_dict(),
             "test": self._test,
@@ -236,7 +259,7 @@ class DriftTrigger(ContinualCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from :meth:`state_dict`."""
-        self.experience_index = state_dict["experience_index"]
+        self.experience_index, self._ended = state_dict["experience_index"], state_dict["ended"]
         self._history = deque(state_dict["history"], maxlen=self._history.maxlen)
         self.detector.load_state_dict(state_dict["detector"])
         self._test, self._to_skip = state_dict["test"], state_dict["to_skip"]

@@ -111,9 +111,16 @@ class EWC(WeightMethod):
         self._examples = ExampleSampler(n_examples, batch_size, seed)
         self._likelihood: Likelihood | None = None  # determined at the first batch of each fit
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._likelihood = None
-        super().on_fit_start(trainer, pl_module)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the requirements, and note from now on what is trained on."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._likelihood = None
+            self._examples.setup(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._examples.on_train_start(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -121,6 +128,12 @@ class EWC(WeightMethod):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._likelihood is None:
             self._likelihood = self._try_to_estimate(trainer, pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Consider the batch for the next estimation."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._examples.see(trainer, batch, batch_idx)
 
     def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Likelihood:
@@ -195,7 +208,12 @@ class EWC(WeightMethod):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the strategy's buffers."""
         super().teardown(trainer, pl_module, stage)
+        self._examples.teardown(trainer)
         self._penalty = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Restore the strategy."""
+        self._examples.teardown(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

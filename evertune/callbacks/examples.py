@@ -7,16 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader
 
-from evertune._lightning import move_data_to_device, pl, rank_zero_warn
+from evertune._lightning import move_data_to_device, pl, rank_zero_warn, return_method
+from evertune.callbacks.trained import record_batches, recorded_batches
 from evertune.importance.fisher import IndexedBatch
 from evertune.memory.codec import decode, encode
 from evertune.utils.batches import batch_size_of, to_device
@@ -26,9 +20,9 @@ from evertune.utils.collectives import gather_bytes
 class ExampleSampler:
     """Draws ``n_examples`` training examples of an experience, where possible the same ones at any world size.
 
-    If the training loader reads a map-style dataset, the examples are drawn by index when they are requested. If it
-    reads an iterable dataset, or a callback splits the fit into experiences (``splits_fit``), examples cannot be read
-    again: a uniform sample of the trained batches is held instead.
+    If the training loader reads a map-style dataset, the examples are drawn by index when they are requested, among
+    those that have been trained on. If it reads an iterable dataset, or a callback splits the fit into experiences
+    (``splits_fit``), examples cannot be read again: a uniform sample of the trained batches is held instead.
 
     Args:
         n_examples: Number of examples over all ranks; fewer if the experience has fewer.
@@ -42,14 +36,35 @@ class ExampleSampler:
         self._seed = seed
         self.forget()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Start a fit: forget the one before, which may have failed."""
+        self.forget()
+        self._ended = False  # whether the record of what was trained on belongs to an experience that has ended
+        self._resumed: Mapping[str, Any] | None = None
+        record_batches(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer) -> None:
+        """Resume the record of what has been trained on."""
+        batches = recorded_batches(trainer.train_dataloader)
+        if batches is None:
+            return
+        batches.start_here()
+        if self._resumed is not None:
+            batches.load_state_dict(self._resumed)
+
+    def teardown(self, trainer: pl.Trainer) -> None:
+        """Restore the strategy."""
+        return_method(trainer.strategy, "process_dataloader")
+
     def forget(self) -> None:
         """Release the held batches: the next experience starts."""
         self._held: list[IndexedBatch] = []
         self._seen = 0
+        self._ended = True
 
     def see(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        """Consider a batch that is about to be trained on (reservoir sampling; Vitter 1985)."""
-        if _loader_by_index(trainer) is not None:
+        """Consider a batch that has been trained on (reservoir sampling; Vitter 1985)."""
+        if recorded_batches(trainer.train_dataloader) is not None:
             return
         self._seen += 1
         size = batch_size_of(batch)
@@ -67,12 +82,13 @@ class ExampleSampler:
 
     def batches(self, trainer: pl.Trainer) -> Iterator[IndexedBatch]:
         """The sample as batches on the module's device, without replayed examples; equally many on all ranks."""
-        loader = _loader_by_index(trainer)
-        if loader is None:
+        loader: Any = trainer.train_dataloader
+        batches = recorded_batches(loader)
+        if batches is None:
             yield from self._held
             return
-        generator = torch.Generator().manual_seed(self._seed)
-        drawn = torch.randperm(len(loader.dataset), generator=generator)[: self._n_examples].tolist()  # type: ignore[arg-type]
+        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self._seed)).numpy()
+        drawn = order[np.isin(order, batches.trained())][: self._n_examples].tolist()
         rank, world_size = trainer.global_rank, trainer.world_size
         collate = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)  # without the replayed examples
         for start in range(0, len(drawn), self._batch_size * world_size):
@@ -84,7 +100,10 @@ class ExampleSampler:
             yield IndexedBatch(to_device(trainer, batch), indices)
 
     def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """The batches held by all ranks, as tensors; empty if examples are drawn by index. Call on every rank."""
+        """The batches held by all ranks, or the indices that they have trained on, as tensors. Call on every rank."""
+        batches = recorded_batches(trainer.train_dataloader)
+        if batches is not None:
+            return {} if self._ended else {"trained": batches.state_dict()}
         if not self._held:
             return {}
         try:
@@ -101,6 +120,9 @@ class ExampleSampler:
 
     def load_state_dict(self, state: Mapping[str, Any], trainer: pl.Trainer) -> None:
         """Resume from :meth:`state_dict`. At another world size, the batches are redistributed evenly."""
+        if "trained" in state:
+            self._resumed = state["trained"]  # until the loader is there
+            return
         ranks = [decode(part.numpy().tobytes()) for part in state["ranks"]]
         if len(ranks) == trainer.world_size:
             held = ranks[trainer.global_rank]["held"]
@@ -113,24 +135,6 @@ class ExampleSampler:
         self._held = [IndexedBatch(move_data_to_device(batch, device), indices) for batch, indices in held]
 
 
-def reads_by_index(trainer: pl.Trainer, loader: Any) -> bool:
-    """Whether the examples of this experience are exactly those of a dataset that can be read again by index.
-
-    False if the dataset is iterable, if a custom sampler may leave examples out, or if a callback ends experiences in
-    the middle of a fit (``splits_fit``).
-    """
-    return (
-        isinstance(loader, DataLoader)
-        and not isinstance(loader.dataset, IterableDataset)
-        and isinstance(loader.batch_sampler, BatchSampler)
-        and (
-            isinstance(loader.sampler, RandomSampler | SequentialSampler)
-            or (isinstance(loader.sampler, DistributedSampler) and loader.sampler.dataset is loader.dataset)
-        )
-        and not any(getattr(callback, "splits_fit", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    )
-
-
 def count_new(trainer: pl.Trainer, n_examples: int, batch_idx: int) -> int:
     """Number of new examples in a training batch: the size of the loader's own batch. Replayed ones come after."""
     loader = trainer.train_dataloader
@@ -141,8 +145,3 @@ def count_new(trainer: pl.Trainer, n_examples: int, batch_idx: int) -> int:
         left = len(loader.sampler) - batch_idx * loader.batch_size  # fewer than a batch at the end of an epoch
         n_new = min(n_new, left) if left > 0 else n_new
     return n_new
-
-
-def _loader_by_index(trainer: pl.Trainer) -> DataLoader[Any] | None:
-    loader = trainer.train_dataloader
-    return loader if reads_by_index(trainer, loader) else None

@@ -365,6 +365,22 @@ class ReplayMemory:
         self.generation += 1
         return len(gone)
 
+    def undo_point(self, is_writer: bool = True) -> Callable[[], None]:
+        """Return a function that puts the content back as it is now, whatever was learned or loaded in between.
+
+        Args:
+            is_writer: As for :meth:`update`.
+        """
+        generation, view = self.generation, self.view
+        data = self._file() if is_writer else None  # a map of the file, which can be read when it is deleted
+
+        def undo() -> None:
+            if data is not None and generation and not self.path(generation).exists():
+                write_atomically(self.path(generation), data)
+            self.generation, self._view = generation, (generation, view)
+
+        return undo
+
     # where it is kept
 
     def save(self, directory: str | Path) -> None:

@@ -93,6 +93,8 @@ class UpdateCheckpoint(Checkpoint):
         trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # None at first: starts from the beginning
     """
 
+    across_experiences = True
+
     def __init__(self, directory: str | Path, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be positive, got {every_n_steps}")

@@ -114,6 +114,7 @@ class ContinualEvaluation(ContinualCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reject, by name, a strategy that this callback does not support."""
+        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, "ContinualEvaluation")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

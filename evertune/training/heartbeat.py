@@ -21,6 +21,8 @@ class Heartbeat(Callback):
         trainer = pl.Trainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), Heartbeat()])
     """
 
+    across_experiences = True
+
     def _elsewhere(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         beat = own_beat()
         if beat is not None:

@@ -65,6 +65,8 @@ class Preemption(Checkpoint):
         trainer.fit(module, datamodule, ckpt_path=latest("checkpoints"))  # exit code 75: restart it
     """
 
+    across_experiences = True
+
     def __init__(self, signals: Sequence[int | str] = (signal.SIGUSR2,)) -> None:
         self.signals = _numbers(signals)
         self._asked = False  # on this rank

@@ -177,6 +177,7 @@ class StreamRun:
 class _Generators(Callback):
     """Starts each fit with the random state of the previous one, whatever random numbers were drawn in between."""
 
+    across_experiences = True
     state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from evertune._lightning import Trainer, either, is_overridden, pl, rank_zero_info, refuse_other_package
+from evertune._lightning import PACKAGES, Trainer, either, is_overridden, pl, rank_zero_info, refuse_other_package
+from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.drift_trigger import DriftTrigger
 from evertune.callbacks.replay.callback import Replay
 from evertune.metrics.history import History
@@ -23,17 +25,20 @@ from evertune.training.evaluation import ContinualEvaluation
 if TYPE_CHECKING:
     from evertune.training.stream_run import StreamRun
 
-_OF_ONE_FIT = ("EarlyStopping", "ModelCheckpoint", "Timer")
-"""Callbacks whose state belongs to a single fit: each update gets a fresh copy."""
+_LIGHTNING = tuple(one.partition(".")[0] for one in PACKAGES)
 
 
 class ContinualTrainer(Trainer):
     """A ``Trainer`` that learns a stream: one ``fit`` for each experience, each scored on all experiences so far.
 
     Takes every argument of ``pl.Trainer``; they apply to each update (``max_epochs=3`` means three epochs per
-    experience). Callbacks keep their state over the whole stream, so that ``Replay`` and ``EWC`` remember. Optimizer
-    and learning-rate schedule are reset for each update: with a decayed learning rate, later experiences would hardly
-    be learned.
+    experience). evertune's callbacks keep their state over the whole stream, so that ``Replay`` and ``EWC`` remember.
+    Optimizer and learning-rate schedule are reset for each update: with a decayed learning rate, later experiences
+    would hardly be learned.
+
+    **Other callbacks.** Most keep the state of one fit (``EarlyStopping``, ``StochasticWeightAveraging``), so each
+    update gets its own copy of every callback, as it was when it was passed. To keep one object for the whole stream,
+    as a callback needs that collects something, set ``across_experiences = True`` on its class or on the object.
 
     ``fit``, ``validate``, ``test`` and ``predict`` are unchanged.
 
@@ -56,8 +61,10 @@ class ContinualTrainer(Trainer):
 
     def __init__(self, **settings: Any) -> None:
         refuse_other_package(self, [one for value in settings.values() for one in _as_list(value)])
+        callbacks = _as_list(settings.get("callbacks"))  # a list of its own: Lightning appends to it
+        _announce_copies(callbacks)
         self._settings = _kept(settings)
-        super().__init__(**settings)
+        super().__init__(**{**settings, "callbacks": callbacks})
         self.experience: Experience | None = None
 
     def fit_stream(
@@ -83,6 +90,9 @@ class ContinualTrainer(Trainer):
                 result is bit-identical. By default nothing is stored.
             checkpoint_every_n_steps: Optimizer steps between two checkpoints inside an experience, with ``run_dir``.
 
+        With ``fast_dev_run``, the stream is learned from a few batches each, and only the weights change: nothing is
+        stored, and the callbacks are put back as they were.
+
         A second call continues where the first ended: the accuracy matrix gets more rows. A call that fails keeps what
         was learned of the experiences before; call it again with the remaining ones.
 
@@ -97,7 +107,9 @@ class ContinualTrainer(Trainer):
         experiences = stream.stream_for(module) if isinstance(stream, StreamDataModule) else stream
         if len(experiences) == 0:
             raise ValueError("the stream is empty: there is nothing to learn")
-        run = None if run_dir is None else self._start_run(run_dir, experiences, checkpoint_every_n_steps)
+        run = None
+        if run_dir is not None and not self.fast_dev_run:  # type: ignore[attr-defined]
+            run = self._start_run(run_dir, experiences, checkpoint_every_n_steps)
         make = datamodule or _default_datamodule(module, stream)
         evaluation = self._evaluation()
         evaluation.evaluate_unseen |= evaluate_on is not None
@@ -110,31 +122,32 @@ class ContinualTrainer(Trainer):
             None if evaluate_on is not None else _evaluation_loader(experience, data)
             for experience, data in zip(experiences, datamodules, strict=True)
         ]
-        for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
-            if loader is not None:
-                evaluation.add_experience(experience.name, loader, experience.classes)
-            if number < learned:
-                continue
-            rank_zero_info(f"experience {number + 1} of {len(experiences)}: {experience!r}")
-            if run is None:
-                self.fit_experience(module, experience, data)
-            else:
-                self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
-                run.commit(self, module, number + 1, time.perf_counter() - start)
-        return History(
-            evaluation.experiences,
-            evaluation.accuracy_matrix,
-            time.perf_counter() - start,
-            drift=[
-                point
-                for one in self.callbacks
-                if isinstance(one, DriftTrigger)
-                for point in one.history
-                if "score" in point
-            ],
-            memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
-            examples=sum(len(experience.train) for experience in experiences),
-        )
+        with _smoke_test(self):
+            for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
+                if loader is not None:
+                    evaluation.add_experience(experience.name, loader, experience.classes)
+                if number < learned:
+                    continue
+                rank_zero_info(f"experience {number + 1} of {len(experiences)}: {experience!r}")
+                if run is None:
+                    self.fit_experience(module, experience, data)
+                else:
+                    self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
+                    run.commit(self, module, number + 1, time.perf_counter() - start)
+            return History(
+                evaluation.experiences,
+                evaluation.accuracy_matrix,
+                time.perf_counter() - start,
+                drift=[
+                    point
+                    for one in self.callbacks
+                    if isinstance(one, DriftTrigger)
+                    for point in one.history
+                    if "score" in point
+                ],
+                memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
+                examples=sum(len(experience.train) for experience in experiences),
+            )
 
     def fit_experience(
         self,
@@ -210,6 +223,18 @@ class ContinualTrainer(Trainer):
         return evaluation
 
 
+@contextmanager
+def _smoke_test(trainer: ContinualTrainer) -> Iterator[None]:
+    """With ``fast_dev_run``, put the continual callbacks back at the end of the stream."""
+    methods = [one for one in trainer.callbacks if isinstance(one, ContinualCallback)]
+    undo = [one.undo_point() for one in methods if trainer.fast_dev_run]  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
 def _as_list(value: Any) -> list[Any]:
     """The values of an argument that takes one or several."""
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
@@ -217,16 +242,41 @@ def _as_list(value: Any) -> list[Any]:
 
 def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for another trainer: objects of one fit are copied, those that live through the stream are shared."""
-    callbacks = _as_list(settings.get("callbacks"))
-    of_one_fit = tuple(one for name in _OF_ONE_FIT for one in either(name))
-    copied: dict[str, Any] = {
-        "callbacks": [
-            copy.deepcopy(callback) if isinstance(callback, of_one_fit) else callback for callback in callbacks
-        ]
-    }
+    callbacks = [one if _is_carried(one) else _fresh(one) for one in _as_list(settings.get("callbacks"))]
+    copied: dict[str, Any] = {"callbacks": callbacks}
     if isinstance(settings.get("strategy"), either("Strategy")):
         copied["strategy"] = copy.deepcopy(settings["strategy"])
     return {**settings, **copied}
+
+
+def _is_carried(callback: pl.Callback) -> bool:
+    """Whether a callback lives through the stream. Others, of which nothing is known, get a fresh copy for each fit."""
+    return bool(getattr(callback, "across_experiences", False))
+
+
+def _fresh(callback: pl.Callback) -> pl.Callback:
+    try:
+        return copy.deepcopy(callback)
+    except Exception as error:
+        name = type(callback).__name__
+        raise TypeError(
+            f"{name} cannot be copied for each experience ({error}): set across_experiences = True on the class if one "
+            "object can serve the whole stream, or give it a __deepcopy__"
+        ) from error
+
+
+def _announce_copies(callbacks: Sequence[pl.Callback]) -> None:
+    """Say which callbacks of the user's own will be copied, unless they state it themselves."""
+    names = {
+        type(one).__name__
+        for one in callbacks
+        if not hasattr(one, "across_experiences") and type(one).__module__.partition(".")[0] not in _LIGHTNING
+    }
+    if names:
+        rank_zero_info(
+            f"each experience gets its own copy of {', '.join(sorted(names))}; set across_experiences = True on a "
+            "callback that must see the whole stream"
+        )
 
 
 def _default_datamodule(

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler, get_worker_info
 
 from evertune._lightning import pl
-from evertune.callbacks.base import ContinualCallback, end_experience
+from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.consolidation import end_experience
 from evertune.callbacks.replay.callback import Replay
 from evertune.streams import Experience, ExperienceDataModule
 from tests.helpers.distributed import run_ranks
@@ -259,7 +260,7 @@ class SplitAt(ContinualCallback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch:
-            end_experience(self.replay, trainer, pl_module)
+            end_experience([self.replay], trainer, pl_module)
             self.replay.on_experience_start(trainer, pl_module)
 
 

@@ -31,7 +31,7 @@ class Told(pl.Callback):
         self._tell(trainer, examples=[[token for token, on in zip(*row, strict=True) if on] for row in rows])
         time.sleep(self.seconds)
 
-    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if not trainer.interrupted:
             for callback in trainer.callbacks:
                 if isinstance(callback, EWC | Replay):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC, ContinualCallback, Replay
-from evertune.callbacks.base import end_experience
+from evertune.callbacks.consolidation import end_experience
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import ExperienceDataModule
 from evertune.tasks.texts import PadCollator
@@ -99,7 +99,7 @@ class Split(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
-            end_experience(self.method, trainer, pl_module)
+            end_experience([self.method], trainer, pl_module)
             self.method.on_experience_start(trainer, pl_module)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from evertune._lightning import pl
-from evertune.callbacks.base import ContinualCallback, end_experience
+from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.consolidation import end_experience
 from evertune.tasks.base import Outputs, accuracies
 from evertune.training.evaluation import ContinualEvaluation
 from tests.helpers.distributed import run_ranks
@@ -101,7 +102,7 @@ def test_training_does_not_notice():
         def on_train_batch_end(self, trainer, pl_module, *args):
             if trainer.global_step == 2 and self.evaluation:
                 before = {name: sub.training for name, sub in pl_module.named_modules()}
-                end_experience(self.evaluation, trainer, pl_module)
+                end_experience([self.evaluation], trainer, pl_module)
                 assert trainer.training
                 assert before == {name: sub.training for name, sub in pl_module.named_modules()}
 
@@ -174,7 +175,7 @@ def test_drift_boundaries_inside_one_fit_keep_the_matrix_square():
     class Boundary(ContinualCallback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 1:
-                end_experience(evaluation, trainer, pl_module)
+                end_experience([evaluation], trainer, pl_module)
                 evaluation.on_experience_start(trainer, pl_module)
 
     evaluation = ContinualEvaluation()

@@ -165,6 +165,8 @@ def test_limits_hold_for_each_update(limit: dict[str, int], steps: int) -> None:
 
 def test_the_schedule_warms_up_again_at_each_update(bert: str) -> None:
     class Rates(pl.Callback):
+        across_experiences = True
+
         def __init__(self) -> None:
             self.seen: list[list[float]] = []
 

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader, Subset
 
 from evertune._lightning import (
     combined_loader,
     combined_mode,
     isolate_rng,
     n_processed,
+    n_started,
     pl,
     replace_method,
     reset_loaders,
@@ -30,7 +29,6 @@ from evertune._lightning import (
     train_data_source,
 )
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.examples import reads_by_index
 from evertune.callbacks.replay.collate import ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.spool import (
     Capture,
@@ -40,6 +38,7 @@ from evertune.callbacks.replay.spool import (
     read_records,
     serialize_records,
 )
+from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
@@ -79,10 +78,11 @@ class Replay(ContinualCallback):
     are kept depends only on their ids and the seed: with the same global batch, the result is the same on any number of
     processes, and after a resume.
 
-    With a map-style dataset, the memory is filled by index, from everything that the sampler can yield. It is filled
+    The memory is filled with what was trained on: with ``limit_train_batches``, ``max_steps`` or an early stop, with
+    nothing else, and after ``fast_dev_run`` with nothing. With a map-style dataset, it is filled by index. It is filled
     from the examples as they pass the ``collate_fn`` (each is encoded once, in the process that loads it) if the
-    dataset is iterable, the sampler or batch sampler is a custom one, or a ``DriftTrigger`` ends experiences in the
-    middle of a ``fit``.
+    dataset is iterable, the sampler or batch sampler is a custom one, Lightning reloads the loader within the ``fit``,
+    or a ``DriftTrigger`` ends experiences in the middle of it.
 
     Args:
         memory_size: Number of examples kept in memory, over all ranks.
@@ -152,6 +152,10 @@ class Replay(ContinualCallback):
         self._before: tuple[int, int] | None = None  # first batch and number of the previous update in the same fit
         self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
         self._captured = b""  # records from that checkpoint
+        self._resumed_batches: dict[str, Any] = {}  # the indices trained on, from that checkpoint
+        self._ended = False  # whether the experience has ended and no other has started
+        self._skipped: set[int] = set()  # batches that the module's on_train_batch_start left out
+        self._n_skipped = 0  # before this fit
         self._tried = False  # whether the features of this fit's first batch were checked
 
     def __repr__(self) -> str:
@@ -166,6 +170,7 @@ class Replay(ContinualCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the requirements, agree on a memory with the other ranks, and intercept the training loader."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         check_strategy(trainer, "Replay")
@@ -174,6 +179,7 @@ class Replay(ContinualCallback):
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
         self.label_of.task, self._tried = task_of(pl_module), False
         self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
+        self._resumed_batches, self._captured, self._ended, self._skipped = {}, b"", False, set()
         self._is_writer = trainer.local_rank == 0
         if trainer.world_size > 1:
             # All ranks of a node work on the files of rank 0; on other nodes, local rank 0 writes its own copy of them.
@@ -207,6 +213,12 @@ class Replay(ContinualCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restart a loader that was set up before the checkpoint was read."""
+        self._n_skipped = _batches_done(trainer) - n_started(trainer)
+        batches = recorded_batches(self._loader)
+        if batches is not None:
+            batches.start_here()
+            if self._resumed_batches:
+                batches.load_state_dict(self._resumed_batches)
         if self._resumed and self._set_up_early:
             reset_loaders(trainer)  # no worker may be at work now
             self._start_schedule(trainer)
@@ -238,6 +250,12 @@ class Replay(ContinualCallback):
         if persistent is None or getattr(persistent, "_tasks_outstanding", True):
             reset_loaders(trainer)  # no worker of the last epoch may still be loading
         self._start_iterator(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note a batch that ended the epoch without being trained on."""
+        done = _batches_done(trainer)
+        if done - n_started(trainer) > self._n_skipped + len(self._skipped):
+            self._skipped.add(done - 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the trainer."""
@@ -287,11 +305,13 @@ class Replay(ContinualCallback):
             raise TypeError(f"Replay needs a torch DataLoader to train on, got {type(loader).__name__}")
         if loader.batch_sampler is None:
             raise TypeError("Replay cannot join examples to a loader with batch_size=None, which does not collate")
-        first_of_fit, self._loader, self._unwrapped = self._loader is None, copy.copy(loader), loader
-        by_index = reads_by_index(trainer, loader)
-        if by_index:
+        first_of_fit, self._unwrapped = self._loader is None, loader
+        if self.loader is None:  # several loaders may restart this one in the middle of an epoch
+            loader = recorded(loader, trainer)
+        self._loader = copy.copy(loader)
+        by_index = recorded_batches(loader) is not None
+        if reads_by_index(trainer, loader):
             self._check_example(loader.dataset)
-        by_index = by_index and self.loader is None  # with several loaders, this one may not be read to its end
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         # Batches may be loaded but never trained on, so a spool keeps more candidates than the memory has room for.
         room = (batch_size or 1024) * (self._batches_ahead() + 1)
@@ -361,6 +381,7 @@ class Replay(ContinualCallback):
 
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """In the middle of a fit: switch the loader processes to the new memory, all at the same batch."""
+        self._ended = False
         accumulated = trainer.accumulate_grad_batches
         # The switch comes after all batches that may be loaded already, rounded up to whole optimizer steps: a step
         # must not mix the draws of two memories.
@@ -376,13 +397,15 @@ class Replay(ContinualCallback):
             return
         collate = self._loader.collate_fn
         assert isinstance(collate, ReplayCollate)
-        experience = getattr(getattr(trainer.datamodule, "experience", None), "name", str(self.experience_index))  # type: ignore[attr-defined]
+        experience = experience_name(trainer) or str(self.experience_index)
+        batches = recorded_batches(self._loader)
         with isolate_rng():
-            if collate.capture is None:
-                dataset: Any = self._loader.dataset
+            if batches is not None:
+                trained = batches.trained().tolist()
+                dataset: Any = Subset(self._loader.dataset, trained)
                 labels: Any = self.label_of
                 if self.id_of is None:
-                    ids = [f"{self.experience_index}:{index}" for index in range(len(dataset))]
+                    ids = [f"{self.experience_index}:{index}" for index in trained]
                 else:
                     ids = [self.id_of(dataset[i]) for i in range(len(dataset))] if self._is_writer else []
             else:
@@ -396,7 +419,18 @@ class Replay(ContinualCallback):
                 features=self._features_of(dataset, trainer, module) if self.memory.policy.needs_features else None,
                 is_writer=self._is_writer,
             )
+        self._ended = True
         trainer.strategy.barrier("replay memory")
+
+    def undo_point(self) -> Callable[[], None]:
+        """Also put the memory back."""
+        attributes, memory = super().undo_point(), self.memory.undo_point(self._is_writer)
+
+        def undo() -> None:
+            attributes()
+            memory()
+
+        return undo
 
     def forget(self, ids: Sequence[str]) -> int:
         """Erase examples from the memory and verify it (:meth:`evertune.memory.ReplayMemory.forget`).
@@ -420,7 +454,8 @@ class Replay(ContinualCallback):
         At most as many of each group as the memory has room for: how many more a spool holds depends on the number of
         processes.
         """
-        own = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
+        records = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
+        own = [record for record in records if record.batch not in self._skipped]
         parts = gather_bytes(serialize_records(own), trainer)
         everyones = (record for part in parts for record in parse_records(part))
         arrived = sorted(everyones, key=lambda record: (record.arrival, record.id))
@@ -458,8 +493,13 @@ class Replay(ContinualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers only: a checkpoint with it loads under ``weights_only=True``."""
-        captured, before = b"", {}
-        if self._trainer is not None and self._loader is not None:
+        captured, before, trained = b"", {}, {}
+        experience_start, update_start = self._experience_start, self._update_start
+        if self._ended and self._trainer is not None:
+            experience_start = update_start = _batches_done(self._trainer)  # those of the next experience
+        elif self._trainer is not None and self._loader is not None:
+            if (batches := recorded_batches(self._loader)) is not None:
+                trained = batches.state_dict()
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
                 captured = serialize_records(self._candidates(self._trainer))
@@ -470,10 +510,11 @@ class Replay(ContinualCallback):
         return {
             "memory": self.memory.state_dict(),
             "experience_index": self.experience_index,
-            "experience_start": self._experience_start,
-            "update_start": self._update_start,
+            "experience_start": experience_start,
+            "update_start": update_start,
             "accumulation": 1 if self._trainer is None else self._trainer.accumulate_grad_batches,
             "before": before,
+            "trained": trained,
             "captured": torch.tensor(bytearray(captured), dtype=torch.uint8),
         }
 
@@ -491,6 +532,7 @@ class Replay(ContinualCallback):
         self._update_start = state_dict["update_start"] * here // saved
         records = parse_records(state_dict["captured"].numpy().tobytes())
         self._captured = serialize_records([r._replace(batch=r.batch * here // saved) for r in records])
+        self._resumed_batches = state_dict["trained"]
         self._resumed = True
         barrier()
 
