@@ -139,7 +139,7 @@ class EWC(WeightMethod):
     def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Likelihood:
         """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
         advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
-        shards = ParameterShards.of(trainer)
+        shards = self._shards or ParameterShards.of(trainer)
         with trial(f"EWC cannot estimate the importance of the weights of {type(module).__name__}", advice):
             size = batch_size_of(batch)
             likelihood = check_fisher(

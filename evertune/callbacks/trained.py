@@ -39,6 +39,7 @@ class RecordedBatches(BatchSampler):
         self._batches, self._trainer = batches, trainer
         self._trained = np.zeros(n_examples, dtype=bool)
         self._given: deque[list[int]] = deque()  # batches of this pass that are not counted yet
+        self._first = 0  # number of the first of them in the pass
         self._counted = n_started(trainer)
 
     def __getattr__(self, name: str) -> Any:
@@ -52,7 +53,7 @@ class RecordedBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         self._count()
         given: deque[list[int]] = deque()
-        self._given = given
+        self._given, self._first = given, 0
         self.start_here()
         for indices in self._batches:
             given.append(indices)
@@ -68,6 +69,12 @@ class RecordedBatches(BatchSampler):
         while self._given and self._counted < n_started(self._trainer):
             self._trained[self._given.popleft()] = True
             self._counted += 1
+            self._first += 1
+
+    def index_of(self, batch: int, place: int) -> int | None:
+        """The index of an example of a batch of this pass, None if the batch has been trained on."""
+        batches = list(self._given)[batch - self._first :] if batch >= self._first else []
+        return int(batches[0][place]) if batches and place < len(batches[0]) else None
 
     def trained(self) -> NDArray[np.int64]:
         """The indices that any rank has trained on, ascending. Call on every rank."""

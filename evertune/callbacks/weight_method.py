@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evertune._lightning import pl
+from evertune._lightning import pl, rank_zero_warn
 from evertune.callbacks.base import ContinualCallback
-from evertune.shards.fragments import FragmentState, saved_kinds
+from evertune.shards.fragments import FragmentState, saved_kinds, saved_shapes
+from evertune.shards.names import matched
 from evertune.shards.shards import ParameterShards
 from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
 from evertune.shards.support import check_strategy, is_deepspeed, is_step_boundary
@@ -33,6 +34,8 @@ class WeightMethod(ContinualCallback):
     The rest is inherited. Lightning checkpoints contain the tensors (under DeepSpeed in a subfolder, to which each rank
     writes its part); :meth:`save` writes them and :meth:`load` reads them at any world size. When a fit starts, they
     are rearranged to match the weights: the head may have grown, the strategy may have changed. New elements are zero.
+    Weights that are frozen for a while keep their tensors (not under ZeRO), and those that become trainable within a
+    fit get theirs at its end. Parameters are matched by name; wrappers such as ``torch.compile`` do not matter.
 
     Attributes:
         tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
@@ -110,12 +113,41 @@ class WeightMethod(ContinualCallback):
         """Rearrange the tensors to match this fit's fragments."""
         if len(trainer.optimizers) != 1:
             raise ValueError(f"{type(self).__name__} works with one optimizer, got {len(trainer.optimizers)}")
-        self._shards = ParameterShards.of(trainer)
+        names = self._present_names(pl_module)
+        self._shards = ParameterShards.of(trainer, also=names.values())
+        self._check_names(names, self._shards)
         if self._saved_in is not None:
-            self._set(FragmentState.load(self._saved_in, self._shards, dtype=torch.float32))
+            self._set(FragmentState.load(self._saved_in, self._shards, dtype=torch.float32, names=names))
             self._saved_in = None
         elif self._state is not None:
-            self._set(self._state.rearranged(self._shards))
+            self._set(self._state.renamed(names).rearranged(self._shards))
+
+    def _present_names(self, module: pl.LightningModule) -> dict[str, str]:
+        """For each parameter with tensors, its name in the module; its own if the module does not have it."""
+        if self._saved_in is not None:
+            learned = saved_shapes(self._saved_in)
+        else:
+            learned = {} if self._state is None else self._state.shapes
+        found = matched(learned, (name for name, _ in module.named_parameters()))
+        return {name: found.get(name, name) for name in learned}
+
+    def _check_names(self, names: Mapping[str, str], shards: ParameterShards) -> None:
+        """Report parameters that this fit cannot protect."""
+        missing = [name for name, here in names.items() if here not in shards.shapes]
+        if not missing:
+            return
+        kept = " and ".join(self.tensor_names)
+        words = f"{len(missing)} of the {len(names)} parameters of which {type(self).__name__} has {kept}"
+        if len(missing) == len(names):
+            raise ValueError(
+                f"this module has none of the {words.partition(' of the ')[2]}: they are of {missing[0]!r}, the module "
+                f"has {next(iter(shards.shapes), 'no trainable weights')!r}. Keep the names of the parameters from fit "
+                f"to fit, or start with a new {type(self).__name__}"
+            )
+        rank_zero_warn(
+            f"{words} are not in this module, or frozen under ZeRO, and are no longer protected: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -130,7 +162,7 @@ class WeightMethod(ContinualCallback):
         Raises:
             ValueError: If :meth:`consolidate` returns other tensors than ``tensor_names``.
         """
-        shards = self._shards or ParameterShards.of(trainer)
+        shards = self._shards_now(trainer)
         tensors = self.consolidate(trainer, module, shards)
         if set(tensors) != set(self.tensor_names):
             raise ValueError(
@@ -139,6 +171,16 @@ class WeightMethod(ContinualCallback):
         live = shards.values()
         own = {name: [_own(t, weight) for t, weight in zip(ts, live, strict=True)] for name, ts in tensors.items()}
         self._set(FragmentState.of(shards, own))
+
+    def _shards_now(self, trainer: pl.Trainer) -> ParameterShards:
+        """The weights that are trained by now: a callback may have made more of them trainable within the fit."""
+        learned = {} if self._state is None else self._state.shapes
+        shards = ParameterShards.of(trainer, also=learned.keys())
+        if self._shards is None or shards.shapes != self._shards.shapes:
+            self._shards = shards
+            if self._state is not None:
+                self._set(self._state.rearranged(shards))
+        return self._shards
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the strategy's buffers."""

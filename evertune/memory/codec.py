@@ -87,6 +87,47 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
         raise ValueError(f"not an encoded example, or a damaged one: {error}") from error
 
 
+class StorableCheck:
+    """Checks that examples can be stored, at a fraction of the cost of storing them.
+
+    An example is encoded only if no other with the same containers, keys and types has been.
+
+    Example:
+        >>> check = StorableCheck()
+        >>> check({"text": "hello", "label": 1})
+        >>> check({"text": "hello", "label": object()})
+        Traceback (most recent call last):
+        TypeError: cannot store example['label'], a builtins.object; replay stores tensors, ...
+    """
+
+    def __init__(self) -> None:
+        self._known: set[Any] = set()
+
+    def __call__(self, example: Any) -> None:
+        """Raise the ``TypeError`` of :func:`encode`, or return."""
+        kinds = _kinds(example)
+        if kinds not in self._known:
+            encode(example)
+            if kinds is not None:
+                self._known.add(kinds)
+
+
+def _kinds(value: Any) -> Any:
+    """The types in a value, hashable; None if they do not say whether it can be stored."""
+    kind = type(value)
+    if kind is Tensor:
+        return value.layout, value.dtype
+    if kind is np.ndarray:
+        return kind, value.dtype.kind
+    if kind not in (dict, list, tuple):
+        return kind if kind in (type(None), bool, str, int, float, bytes) else None
+    items = value.values() if kind is dict else value
+    parts = tuple(map(_kinds, items)) if kind is not list else tuple({_kinds(item): None for item in items})
+    if None in parts:
+        return None
+    return (kind, tuple(value), parts) if kind is dict else (kind, parts)
+
+
 class _Buffers:
     """The raw bytes after the header, with every chunk aligned."""
 

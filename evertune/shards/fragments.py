@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ class FragmentState:
     def of(cls, shards: ParameterShards, tensors: dict[str, list[Tensor]]) -> FragmentState:
         """State laid out as ``shards`` are now."""
         return cls(shards.fragments, shards.shapes, shards.sharded, tensors)
+
+    def renamed(self, names: Mapping[str, str]) -> FragmentState:
+        """The same state under the names that the parameters have now; those not in ``names`` keep theirs."""
+        fragments = [replace(f, name=names.get(f.name, f.name)) for f in self.fragments]
+        shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        return FragmentState(fragments, shapes, self.sharded, self.tensors)
 
     def rearranged(self, shards: ParameterShards) -> FragmentState:
         """The same state laid out as ``shards`` are now; see ``ParameterShards.rearrange``. Call on every rank."""
@@ -156,6 +162,7 @@ class FragmentState:
         shards: ParameterShards,
         kinds: Collection[str] | None = None,
         dtype: torch.dtype | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> FragmentState:
         """Read this rank's fragments as ``shards`` are laid out now, whatever world size wrote the folder.
 
@@ -166,6 +173,7 @@ class FragmentState:
             shards: Current layout of the weights.
             kinds: Names of the tensors to read. By default all.
             dtype: Type of the returned tensors. By default that of the weights.
+            names: Present names of parameters that were saved under others.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -183,6 +191,7 @@ class FragmentState:
                     for key in file.keys():  # noqa: SIM118  (not a dict)
                         # At most two splits: a parameter's name may contain the separator.
                         kind, start_text, name = key.split("|", 2)
+                        name = (names or {}).get(name, name)
                         if name in here and kind in tensors:
                             i, fragment = here[name]
                             _copy_overlap(file.get_slice(key), int(start_text), fragment, tensors[kind][i])

@@ -41,14 +41,18 @@ class QuadraticPenalty:
         scale *= self._shards.gradient_scale
         for i, (value, gradient) in enumerate(zip(self._shards.values(), self._shards.gradients(), strict=True)):
             rows = self._rows[i]
-            if rows is not None and gradient.dtype == value.dtype:
+            if rows is not None:
                 rows.add_gradient(value, gradient, scale)
                 continue
             for start in range(0, value.numel(), self._chunk):
                 part = slice(start, start + self._chunk)
                 difference = self._difference[: value[part].numel()]
                 torch.sub(value[part], self._anchor[i][part], out=difference)
-                gradient[part].addcmul_(self._importance[i][part], difference, value=scale)
+                # In fp32 whatever the precision of the weights, and rounded once.
+                if gradient.dtype == difference.dtype:
+                    gradient[part].addcmul_(self._importance[i][part], difference, value=scale)
+                else:
+                    gradient[part].add_(difference.mul_(self._importance[i][part]), alpha=scale)
         self._shards.write_back()
 
     def value(self, scale: float) -> Tensor:
@@ -84,9 +88,13 @@ class _Rows:
         return cls(first, width, rows, whole, anchor[first:last].view(-1, width))
 
     def add_gradient(self, value: Tensor, gradient: Tensor, scale: float) -> None:
-        torch.index_select(self._of(value), 0, self._rows, out=self._difference)
+        if value.dtype == self._difference.dtype:
+            torch.index_select(self._of(value), 0, self._rows, out=self._difference)
+        else:
+            self._difference.copy_(self._of(value)[self._rows])
         self._difference.sub_(self._anchor).mul_(self._importance)
-        self._of(gradient).index_add_(0, self._rows, self._difference, alpha=scale)
+        into = self._of(gradient)
+        into.index_add_(0, self._rows, self._difference.to(into.dtype), alpha=scale)
 
     def _of(self, flat: Tensor) -> Tensor:
         n_rows = (flat.numel() - self._first) // self._width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,8 +61,13 @@ class ParameterShards(ABC):
         self.fragments = fragments
 
     @staticmethod
-    def of(trainer: pl.Trainer) -> ParameterShards:
+    def of(trainer: pl.Trainer, also: Collection[str] = ()) -> ParameterShards:
         """The shards for the trainer's strategy, which must be set up (from ``on_fit_start`` on).
+
+        Args:
+            trainer: Trainer in training.
+            also: Names of parameters to include although they are frozen at present; what is added to their gradient is
+                discarded. Not under ZeRO, whose engine holds nothing for them.
 
         Raises:
             ValueError: If evertune does not support the strategy.
@@ -72,7 +77,7 @@ class ParameterShards(ABC):
         check_strategy(trainer, "ParameterShards")
         module = trainer.lightning_module
         if not is_deepspeed(trainer):
-            return ReplicatedShards(module, scaler=_scaler_until_step(trainer))
+            return ReplicatedShards(module, scaler=_scaler_until_step(trainer), also=also)
         engine: Any = trainer.strategy.model
         return Zero3Shards(module, engine) if engine.zero_optimization_stage() == 3 else Zero12Shards(module, engine)
 
@@ -163,9 +168,13 @@ class ReplicatedShards(ParameterShards):
 
     sharded = False
 
-    def __init__(self, module: nn.Module, *, frozen: bool = False, scaler: Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, frozen: bool = False, scaler: Any = None, also: Collection[str] = ()
+    ) -> None:
         self._scaler = scaler
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad is not frozen}
+        self._parameters = {
+            name: p for name, p in module.named_parameters() if p.requires_grad is not frozen or name in also
+        }
         fragments = [Fragment(name, p.shape, 0, p.numel()) for name, p in self._parameters.items()]
         super().__init__({name: p.shape for name, p in self._parameters.items()}, fragments)
 
@@ -173,14 +182,23 @@ class ReplicatedShards(ParameterShards):
         return [p.detach().reshape(-1) for p in self._parameters.values()]
 
     def gradients(self) -> list[Tensor]:
+        # One buffer for all frozen weights: an optimizer would decay a weight that has a gradient.
+        frozen = [p for p in self._parameters.values() if not p.requires_grad]
+        discarded = {dtype: p for p in sorted(frozen, key=Tensor.numel) for dtype in [p.dtype]}
+        discarded = {dtype: torch.zeros_like(p).view(-1) for dtype, p in discarded.items()}
+        gradients = []
         for p in self._parameters.values():
+            if not p.requires_grad:
+                gradients.append(discarded[p.dtype][: p.numel()])
+                continue
             # A weight that took no part in the loss must still receive the penalty; view(-1) below needs contiguous
             # storage, since a copy would lose the added terms.
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
             elif not p.grad.is_contiguous():
                 p.grad = p.grad.contiguous()
-        return [p.grad.view(-1) for p in self._parameters.values() if p.grad is not None]
+            gradients.append(p.grad.view(-1))
+        return gradients
 
     @property
     def gradient_scale(self) -> float:

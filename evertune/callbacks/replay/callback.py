@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from evertune._lightning import (
     train_data_source,
 )
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.replay.collate import ReplayCollate, Schedule, restarting
+from evertune.callbacks.replay.collate import UNSTORABLE, ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.spool import (
     Capture,
     Record,
@@ -55,6 +56,7 @@ from evertune.utils.typed_json import read_json
 
 _ALL = 1 << 62
 _STATE = "replay.json"
+_REFUSED = re.compile(UNSTORABLE.format(r"(\d+)", r"(\d+)"))
 
 
 @dataclass
@@ -108,8 +110,10 @@ class Replay(ContinualCallback):
         ValueError: If ``memory_size`` or ``replay_ratio`` is not positive. In ``setup``, if the strategy is not
             supported or there is a second ``Replay``. Before training, if there are several training loaders and no
             ``loader``.
-        TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate, or an example contains
-            something that cannot be stored.
+        TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate. When an example comes
+            that contains something that cannot be stored.
+        ValueError: At a batch, if its ``collate_fn`` cannot join the examples of the past, which have other keys or
+            shapes.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -233,12 +237,25 @@ class Replay(ContinualCallback):
             advice = "pass features=, a callable (module, batch) -> tensor [batch, d]"
             what = f"Replay cannot compare examples by the features of {type(pl_module).__name__}"
             with trial(what, advice), evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
-                vectors = self.features(pl_module, batch)
-                if vectors.ndim != 2:
-                    raise ValueError(f"features must have the shape [batch, d], got {list(vectors.shape)}")
+                shapes = [list(self.features(pl_module, one).shape) for one in (batch, *self._few(trainer))]
+                if bad := next((shape for shape in shapes if len(shape) != 2), None):
+                    raise ValueError(f"features must have the shape [batch, d], got {bad}")
+                if len(widths := {width for _, width in shapes}) > 1:
+                    raise ValueError(f"features must have one length for all examples, got {sorted(widths)}")
             if is_deepspeed(trainer):
                 ParameterShards.of(trainer).release()
         self._tried = True
+
+    def _few(self, trainer: pl.Trainer) -> Iterator[Any]:
+        """Batches of one example each, if the dataset is read by index; equally many on all ranks."""
+        if recorded_batches(self._loader) is None:
+            return
+        assert self._loader is not None and isinstance(self._loader.collate_fn, ReplayCollate)
+        dataset: Any = self._loader.dataset
+        for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
+            with isolate_rng():
+                batch = self._loader.collate_fn.collate_fn([dataset[index]])
+            yield to_device(trainer, batch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announce the new iterator that Lightning makes right after this, except in the first epoch of a fit."""
@@ -266,7 +283,12 @@ class Replay(ContinualCallback):
             self._trainer, self._loader, self._unwrapped = None, None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the trainer; nothing is consolidated."""
+        """Restore the trainer, and name an example that could not be stored; nothing is consolidated."""
+        batches, refused = recorded_batches(self._loader), _REFUSED.search(str(exception))
+        if batches is not None and refused is not None:
+            place, batch = map(int, refused.groups())
+            if (index := batches.index_of(batch - self._schedule.iterator()[1], place)) is not None:
+                exception.add_note(f"it has index {index} in the training dataset")
         self._detach()
 
     def _detach(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from evertune.callbacks.replay.spool import Capture, Spool
+from evertune.memory.codec import StorableCheck
 from evertune.memory.memory import MemoryView, working_file
 
 _NEVER = 1 << 62
+UNSTORABLE = "Replay cannot store example {} of batch {}"
+"""The beginning of the message about an example that is refused; batches are numbered over the whole fit."""
 
 
 class Schedule:
@@ -121,6 +124,7 @@ class ReplayCollate:
         self._iterator, self._calls = 0, 0
         self._spool: Spool | None = None
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
+        self._check = StorableCheck()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a loader process, without the files that this process has opened."""
@@ -141,17 +145,46 @@ class ReplayCollate:
             start = batch * self.stride
             arrivals = ((start + place) * self.world_size + self.rank for place in range(len(examples)))
             self._spool.offer(batch, arrivals, examples)
-        past = self._draw(batch, len(examples))
-        if not past:
+        else:
+            self._check_storable(examples, batch)
+        slots, view = self._draw(batch, len(examples))
+        if not slots:
             return self.collate_fn(examples)
+        past = [view[slot] for slot in slots]
         try:
             return self.collate_fn([*examples, *past])
         except Exception as error:
+            if difference := self._difference(examples, past, slots, view):
+                raise ValueError(difference) from error
             error.add_note(
                 f"Replay had joined {len(past)} examples of the past to {len(examples)} new ones; the collate_fn must "
                 "take both: see whether they have the same keys, shapes and types"
             )
             raise
+
+    def _check_storable(self, examples: list[Any], batch: int) -> None:
+        for place, example in enumerate(examples):
+            try:
+                self._check(example)
+            except TypeError as error:
+                raise TypeError(f"{UNSTORABLE.format(place, batch)}: {error}") from None
+
+    def _difference(self, examples: list[Any], past: list[Any], slots: list[int], view: MemoryView) -> str | None:
+        """How an example of the past differs from the new ones, if that is why they cannot be collated together."""
+        try:
+            self.collate_fn(examples)
+        except Exception:
+            return None  # the new ones are at fault
+        for slot, one in zip(slots, past, strict=True):
+            for new in examples:
+                if difference := difference_of(one, new):
+                    return (
+                        f"Replay cannot join an example of experience {view.experiences[slot]!r} (id "
+                        f"{view.ids[slot]!r}) to the new ones: {difference}. Let the dataset or the collate_fn bring "
+                        "both into one form (a default for what is missing, padding to one length), or start with an "
+                        "empty memory"
+                    )
+        return None
 
     def _next_batch(self) -> int:
         """The number of the batch that this call makes."""
@@ -167,10 +200,11 @@ class ReplayCollate:
         self._calls += 1
         return batch
 
-    def _draw(self, batch: int, n_new: int) -> list[Any]:
+    def _draw(self, batch: int, n_new: int) -> tuple[list[int], MemoryView]:
+        """The slots of the examples to replay, and the memory that they are in."""
         current = self.schedule.update_at(batch)
         if current is None or current[2] == 0:
-            return []
+            return [], self._view[1]
         first, update, generation = current
         if self._view[0] != generation:
             self._view = generation, MemoryView.open(working_file(self.directory, generation))
@@ -178,4 +212,36 @@ class ReplayCollate:
         # Truncated differences: over the batches, fractional ratios add up exactly, without keeping any state.
         own = np.arange(int(start * self.ratio), int((start + n_new) * self.ratio), dtype=np.int64)
         view = self._view[1]
-        return [view[slot] for slot in view.draw(own * self.world_size + self.rank, update).tolist()]
+        return view.draw(own * self.world_size + self.rank, update).tolist(), view
+
+
+def difference_of(past: Any, new: Any, where: str = "") -> str | None:
+    """What makes two examples impossible to stack, in words; None if nothing is found.
+
+    Example:
+        >>> difference_of({"x": torch.zeros(3)}, {"x": torch.zeros(3), "length": 3})
+        "it has no 'length', which they have"
+        >>> difference_of((torch.zeros(3), 1), (torch.zeros(5), 1))
+        'its item [0] has the shape [3], theirs [5]'
+    """
+    place = f"item {where}" if where else "value"
+    if isinstance(past, Mapping) and isinstance(new, Mapping):
+        for one, other, words in (
+            (new, past, "has no {!r}, which they have"),
+            (past, new, "has {!r}, which they lack"),
+        ):
+            if missing := [key for key in one if key not in other]:
+                return f"its {place} " * bool(where) + "it " * (not where) + words.format(missing[0])
+        pairs: list[tuple[Any, Any, Any]] = [(key, past[key], new[key]) for key in past]
+    elif isinstance(past, list | tuple) and isinstance(new, list | tuple):
+        if len(past) != len(new):
+            return f"its {place} has {len(past)} parts, theirs {len(new)}"
+        pairs = [(index, *both) for index, both in enumerate(zip(past, new, strict=True))]
+    else:
+        shapes = [list(value.shape) if hasattr(value, "shape") else None for value in (past, new)]
+        if shapes[0] != shapes[1] and None not in shapes:
+            return f"its {place} has the shape {shapes[0]}, theirs {shapes[1]}"
+        if type(past) is not type(new):
+            return f"its {place} is a {type(past).__name__}, theirs a {type(new).__name__}"
+        return None
+    return next(filter(None, (difference_of(a, b, f"{where}[{key!r}]") for key, a, b in pairs)), None)
