@@ -20,6 +20,8 @@ class Told(pl.Callback):
         seconds: that a step takes at least, so that there is time to disturb it.
     """
 
+    across_experiences = True
+
     def __init__(self, folder: str, seconds: float = 0.1) -> None:
         self.folder, self.seconds = Path(folder), seconds
 

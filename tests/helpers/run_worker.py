@@ -23,6 +23,8 @@ GLOBAL_BATCH = 8
 class EndAt(pl.Callback):
     """Ends the run in the n-th batch of this process: with an error, or without a word."""
 
+    across_experiences = True
+
     def __init__(self, batch: int | None, kill: bool) -> None:
         self.batch, self.kill, self.batches = batch, kill, 0
 

@@ -45,6 +45,8 @@ def tensor_bytes() -> int:
 class Census(pl.Callback):
     """Counts engines and bytes at the same moment of each update."""
 
+    across_experiences = True
+
     def __init__(self) -> None:
         self.engines: list[int] = []
         self.tensor_bytes: list[int] = []
