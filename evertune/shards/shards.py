@@ -184,8 +184,8 @@ class ReplicatedShards(ParameterShards):
     def gradients(self) -> list[Tensor]:
         # One buffer for all frozen weights: an optimizer would decay a weight that has a gradient.
         frozen = [p for p in self._parameters.values() if not p.requires_grad]
-        discarded = {dtype: p for p in sorted(frozen, key=Tensor.numel) for dtype in [p.dtype]}
-        discarded = {dtype: torch.zeros_like(p).view(-1) for dtype, p in discarded.items()}
+        largest = {p.dtype: p for p in sorted(frozen, key=Tensor.numel)}
+        discarded = {dtype: torch.zeros_like(p).reshape(-1) for dtype, p in largest.items()}
         gradients = []
         for p in self._parameters.values():
             if not p.requires_grad:
