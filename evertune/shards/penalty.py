@@ -94,7 +94,10 @@ class _Rows:
             self._difference.copy_(self._of(value)[self._rows])
         self._difference.sub_(self._anchor).mul_(self._importance)
         into = self._of(gradient)
-        into.index_add_(0, self._rows, self._difference.to(into.dtype), alpha=scale)
+        if into.dtype == self._difference.dtype:
+            into.index_add_(0, self._rows, self._difference, alpha=scale)
+        else:  # added in the wider of the two types, and rounded once
+            into[self._rows] = torch.add(into[self._rows], self._difference, alpha=scale).to(into.dtype)
 
     def _of(self, flat: Tensor) -> Tensor:
         n_rows = (flat.numel() - self._first) // self._width
