@@ -465,7 +465,8 @@ class ReplayMemory:
             self._directory.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path(generation), data)
             weakref.finalize(self, _remove, self._directory, os.getpid())
-        self.generation, self._view = generation, (-1, MemoryView.empty())
+        # Generation 0 is empty and has no file.
+        self.generation, self._view = generation, (0 if generation == 0 else -1, MemoryView.empty())
 
     # files
 
