@@ -530,3 +530,50 @@ def test_times_without_a_zone_are_of_the_schemas(tmp_path, join):
     assert (report.good, report.bad) == (1, 0)
     journal = Journal(Store(tmp_path / "r"))
     assert journal.records(journal.segments())[0]["record"]["time"] == "2026-07-01T10:00:00+00:00"
+
+
+def retried(root, schema=None, **settings):
+    again = intake([], root, schema=schema, **settings)
+    return again.retry(again.journal.references())
+
+
+def test_what_was_read_can_be_checked_again(tmp_path):
+    root = tmp_path / "r"
+    values = [
+        ticket("a"),
+        ticket("b", label=None),
+        ticket("c") | {"score": math.nan},
+        '{"id": "d"',
+        ticket("e", text=""),
+    ]
+    intake(values, root, schema=RecordSchema(id="id", closed_classes=["tax"], fields={
+        "id": "str", "text": "str", "label": "str | None", "score": "float | None"})).run()  # fmt: skip
+    assert contents(root)[0] == []
+    released, reasons = retried(root)
+    assert (len(released), sorted(contents(root)[0])) == (2, ["a", "c"])
+    assert len(reasons) == 3
+    assert "only the text that was read is there, and it is not a record" in reasons.values()
+    assert Journal(Store(root)).last.bad == 0
+    assert retried(root)[0] == []
+    assert intake([], root).run().segments == 0
+
+
+def test_a_text_whose_label_never_came_waits_again(tmp_path):
+    root, window = tmp_path / "r", {"label_join": LabelJoin(id="id", window=2)}
+    texts = [{"id": name, "text": "Charged twice"} for name in "abcde"]
+    intake(texts, root, **window).run()
+    assert contents(root)[1] == {"expired": ["list:0", "list:1"]}
+    again = intake([*texts, {"id": "a", "label": "billing"}], root, label_join=LabelJoin(id="id", window=100))
+    released, reasons = again.retry(again.journal.references())
+    assert (len(released), reasons, contents(root)[2]) == (2, {}, ["c", "d", "e", "a", "b"])
+    again.run()
+    assert contents(root) == (["a"], {}, ["c", "d", "e", "b"])
+
+
+def test_a_record_is_masked_again_when_it_comes_back(tmp_path):
+    root = tmp_path / "r"
+    closed = RecordSchema(id="id", closed_classes=["tax"])
+    intake([ticket("a", text="mail anna@example.org")], root, schema=closed).run()
+    assert len(retried(root, masker=PatternMasker())[0]) == 1
+    journal = Journal(Store(root))
+    assert journal.records(journal.segments())[0]["record"]["text"] == "mail <EMAIL>"

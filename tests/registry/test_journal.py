@@ -427,3 +427,29 @@ def test_a_writer_that_is_stopped_while_it_writes_is_waited_for(tmp_path, monkey
     take_over(root, "b")
     journal = Journal(Registry(root).store)
     assert [one["id"] for one in journal.records(journal.segments())] == ["a", "b"]
+
+
+def test_killed_while_records_move_between_pending_and_quarantine(tmp_path):
+    moves = [
+        lambda journal, first: journal.withdraw(
+            [journal.records(journal.segments(), numbered=True)[0] | {"kind": "dropped", "reason": "because"}]
+        ),
+        lambda journal, first: journal.append([row("x")], [], [], {"n": 1}, read=0, released=[first]),
+        lambda journal, first: journal.append([row("c")], [], [], {"n": 2}),
+        lambda journal, first: journal.discard(upto=2),
+    ]
+    for changes in range(12):
+        root = tmp_path / str(changes)
+        journal = Journal(Store(root))
+        journal.append([row("a"), row("b")], [bad("f:1") | {"id": "x"}, bad("f:2") | {"id": "y"}], [], {"n": 1})
+        (first, _), done = journal.references(), 0
+        try:
+            for move in moves[:3]:
+                move(Journal(Dies(root, changes)), first)
+                done += 1
+        except KeyboardInterrupt:
+            pass
+        found = [one["id"] for one in journal.records(journal.segments()) + journal.quarantined()]
+        assert sorted(found) == ["a", "b", *(["c"] if done == 3 else []), "x", "y"]
+    moves[3](Journal(Store(root)), first)
+    assert sorted(one["id"] for one in journal.quarantined()) == ["a", "y"]
