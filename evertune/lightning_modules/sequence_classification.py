@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -332,10 +333,8 @@ class SequenceClassificationModule(TransformerModule):
         if isinstance(texts, str):
             raise TypeError("texts must be a list; for one text pass [text]")
         self.configure_model()
-        from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-
         longest = self.tokenizer.model_max_length
-        if longest >= VERY_LARGE_INTEGER:
+        if longest > sys.maxsize:  # transformers writes about 1e30 for "unlimited"
             longest = _LONGEST_UNLIMITED
         length = truncation_length(max_length or longest, self.tokenizer, self)
         predictions: list[dict[str, float]] = []

@@ -105,7 +105,25 @@ def class_incremental(
         "+".join(group) if len(group) <= 3 else f"classes {start + 1}-{start + len(group)}"
         for group, start in zip(groups, bounds, strict=False)
     ]
-    return data.stream(assigned, [{"name": name, "classes": group} for name, group in zip(names, groups, strict=True)])
+    facts = [{"name": name, "classes": group} for name, group in zip(_distinct(names), groups, strict=True)]
+    return data.stream(assigned, facts)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind each that occurred before: a class may be called what others are joined to.
+
+    Example:
+        >>> _distinct(["a+b", "c", "a+b"])
+        ['a+b', 'c', 'a+b (2)']
+    """
+    distinct: list[str] = []
+    for name in names:
+        candidate, number = name, 1
+        while candidate in distinct:
+            number += 1
+            candidate = f"{name} ({number})"
+        distinct.append(candidate)
+    return distinct
 
 
 def domain_incremental(

@@ -1,6 +1,7 @@
 """The number of tokens that a transformer takes: known for each kind of positions, and never exceeded."""
 
 import logging
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_updates_truncate_to_what_the_model_takes_and_say_so(folder, tmp_path: P
         )
     assert "data.max_length is 128, but the model takes at most 38 tokens" in caplog.text
     assert updater.data["max_length"] == 38
+
+
+@pytest.mark.parametrize("unlimited", [10**30, int(1e30), 2**63])
+def test_a_tokenizer_of_an_unlimited_model_may_say_so_in_any_way(folder, tmp_path, unlimited):
+    path = shutil.copytree(folder("XLNet"), tmp_path / "xlnet")
+    tokenizer = BertTokenizer.from_pretrained(path)
+    tokenizer.model_max_length = unlimited
+    tokenizer.save_pretrained(path)
+    assert len(SequenceClassificationModule(str(path), classes=["a", "b"]).predict([LONG])) == 1
 
 
 def test_a_model_without_a_maximum_takes_any_setting(folder):

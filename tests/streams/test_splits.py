@@ -316,3 +316,11 @@ def test_a_stream_is_read_with_the_task_of_the_module_unless_it_has_its_own(tmp_
 def test_without_a_task_a_number_that_is_no_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the label 0\.5 is not a name"):
         data_incremental([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], n_experiences=1)
+
+
+@pytest.mark.parametrize("name", ["a+b", "classes 1-4"])
+def test_a_class_may_have_the_name_that_other_classes_give_an_experience(name: str) -> None:
+    others = ["a", "b"] if name == "a+b" else ["a", "b", "c", "d"]
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate([*others, name] * 10)]
+    stream = class_incremental(rows, classes_per_experience=[len(others), 1], class_order=[*others, name])
+    assert [experience.name for experience in stream] == [name, f"{name} (2)"]
