@@ -32,8 +32,8 @@ def label_value(value: Any) -> str | list[str]:
     if absent(value) or (isinstance(value, str) and value == ""):
         raise ValueError("no label")
     if isinstance(value, str):
-        if not is_utf8([value]):
-            raise ValueError("the label has a lone surrogate, which no encoding can write")
+        if not is_utf8([value]):  # a lone surrogate, which no encoding can write
+            raise ValueError(f"the label {value[:80]!r} is not a name")
         return value
     if isinstance(value, bool):
         return str(value)
