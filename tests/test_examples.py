@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from evertune.cli import main as cli
+from evertune.cli.update import updater_from
+from evertune.launch.settings import read_settings
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STREAM = str(EXAMPLES / "stream.yaml")
@@ -87,3 +90,31 @@ def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: p
     assert seen["names"] == ["politics+tech", "sports+business", "entertainment"]
     assert seen["module"].freeze_layers == 2
     assert seen["batch"]["input_ids"].shape[0] == len(seen["batch"]["labels"]) == 16
+
+
+def uncommented(text: str) -> str:
+    """A YAML file with the settings in its comments, which the reader is meant to uncomment."""
+    return re.sub(r"^( *)# ( *(?:- )?[a-z_]+:(?: .*)?)$", r"\1\2", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("stream.yaml", "logger"), ("cluster.yaml", "min_nodes"), ("live/live.yaml", "alerts")]
+)
+def test_what_an_example_shows_in_comments_works(
+    name: str, setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (EXAMPLES / name).read_text()
+    (tmp_path / "all.yaml").write_text(uncommented(text))
+    shown = yaml.safe_load(uncommented(text))
+    assert shown != yaml.safe_load(text) and f"{setting}:" in uncommented(text)
+    if name == "stream.yaml":
+        assert printed_config(capsys, "--config", "all.yaml")["trainer"]["logger"] is True
+    elif name == "cluster.yaml":
+        for where in ("local", "torchrun", "slurm", "kubernetes"):
+            settings, *_ = read_settings([], ["fit", "--config", STREAM, "--config", "all.yaml"], where)
+            assert settings.min_nodes == 1
+    else:  # tests/live/test_watch.py runs it
+        monkeypatch.setenv("SLACK_WEBHOOK", "https://host/s3cret")
+        _, options = updater_from(["--config", "all.yaml"], "evertune watch")
+        assert [alert.host for alert in options.watch.alerts] == ["host"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
+from evertune.cli.parsing import command_parser
 from evertune.cli.quiet import quiet, unset_output
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
@@ -80,13 +81,18 @@ def _fit(arguments: Sequence[str]) -> int:
 
 
 def _read(arguments: Sequence[str]) -> LightningCLI:
-    from evertune._lightning import LightningArgumentParser, LightningCLI, LightningModule
+    from evertune._lightning import ActionConfigFile, LightningArgumentParser, LightningCLI, LightningModule
     from evertune.streams import StreamDataModule
     from evertune.training.trainer import ContinualTrainer
 
     load_classes()  # so that a configuration can name the classes of plug-ins
 
     class FitCLI(LightningCLI):
+        def init_parser(self, **settings: Any) -> LightningArgumentParser:
+            parser = command_parser(**settings)
+            parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+            return parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.prog = "evertune fit"
             parser.add_argument(

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evertune.cli.parsing import command_parser
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
 from evertune.live.triggers import Trigger
@@ -73,12 +74,12 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
 
 
 def _parser(program: str) -> LightningArgumentParser:
-    from evertune._lightning import ActionConfigFile, LightningArgumentParser, LightningModule  # type: ignore[attr-defined]
+    from evertune._lightning import ActionConfigFile, LightningModule  # type: ignore[attr-defined]
     from evertune.streams.datamodule import ExperienceDataModule
     from evertune.training.trainer import ContinualTrainer
 
     load_classes()  # so that a configuration can name the classes of plug-ins
-    parser = LightningArgumentParser(
+    parser = command_parser(
         prog=program,
         description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
     )

@@ -637,7 +637,7 @@ def test_a_misspelt_setting_of_the_watch_is_refused_by_every_command(
 ) -> None:
     with pytest.raises(SystemExit) as end:
         updater_from(["--config", str(LIVE / "live.yaml"), "--watch", '{"pol": 5}'], program)
-    assert end.value.code == 2 and "'pol'" in capsys.readouterr().err
+    assert end.value.code == 2 and "did you mean 'poll'?" in capsys.readouterr().err
 
 
 # --- examples/live
