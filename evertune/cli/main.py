@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from evertune._lightning import LightningError
 from evertune.cli.registry import add_registry_commands, run_registry
-from evertune.utils.terminal import complain, guard
+from evertune.utils.terminal import complain, guard, pipes
 
 _OWN_PARSER = {
     "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
@@ -25,6 +27,8 @@ _OWN_PARSER = {
 }
 """Commands that parse their own arguments. Command ``x`` is the function ``x`` of the module ``evertune.cli.x``."""
 
+_RUNS_ON = ("torch", "lightning", "pytorch-lightning", "transformers", "deepspeed")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
@@ -35,9 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With the exit code of the command, except after a ``report`` that succeeded.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     guard()
-    parser = argparse.ArgumentParser(prog="evertune", description="Keep a fine-tuned transformer up to date.")
+    with pipes():
+        _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evertune",
+        description="Keep a fine-tuned transformer up to date.",
+        epilog="`evertune COMMAND --help` has the options, exit codes and an example of each command.",
+    )
+    parser.add_argument("--version", action=_Version, help="print the versions of evertune and what it runs on")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in _OWN_PARSER.items():
         commands.add_parser(name, help=what, add_help=False)
@@ -60,6 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(run_registry(known))
     if wrong := _report(known):
         sys.exit(wrong)
+
+
+class _Version(argparse.Action):
+    """Prints versions, of what is installed, without importing any of it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"evertune {_version_of('evertune')}")
+        found = {name: _version_of(name) for name in _RUNS_ON}
+        print(", ".join(f"{name} {number}" for name, number in found.items() if number), end="")
+        print(f", Python {platform.python_version()}")
+        parser.exit()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:

@@ -92,6 +92,8 @@ def run_registry(arguments: argparse.Namespace) -> int:
         for warning in caught:
             _complain(arguments, str(warning.message))
         return code
+    except BrokenPipeError:
+        raise
     except (RegistryError, OSError, ValueError, ModuleNotFoundError) as error:
         _complain(arguments, str(error))
         return 1

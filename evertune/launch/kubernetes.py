@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -115,6 +115,8 @@ def run(settings: LaunchSettings, command: Sequence[str], *, dry_run: bool, wait
         OSError: Before anything is created, if a configuration file cannot be read.
     """
     text = manifest(settings, command, f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if note := _lost_with_the_pod(settings, command):
+        _say(note)
     if dry_run:
         print(text, end="")
         return 0
@@ -304,6 +306,25 @@ def _with_mounted_files(command: Sequence[str]) -> tuple[list[str], dict[str, st
         else:
             rewritten.append(word)
     return rewritten, contents
+
+
+def _lost_with_the_pod(settings: LaunchSettings, command: Sequence[str]) -> str:
+    """A note if the registry of an update, or the folder of a fit, lies on no volume; empty if it stays."""
+    option, place = ("out", "evertune-run") if command[0] == "fit" else ("registry", "")
+    for path in config_files(command):
+        section = yaml.safe_load(path.read_text())
+        place = str(section.get(option, place)) if isinstance(section, dict) else place
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == f"--{option}":
+            place = value if equals else following
+    volumes = settings.kubernetes.volumes.values()
+    if not place or "://" in place or any(PurePosixPath(place).is_relative_to(path) for path in volumes):
+        return ""
+    return (
+        f"note: {option}={place} lies in the pod, on none of kubernetes.volumes, and is lost with it: set it to a path "
+        "on a volume, or to a URL such as s3://bucket/registry"
+    )
 
 
 def _metadata(settings: LaunchSettings, name: str) -> dict[str, Any]:

@@ -327,11 +327,11 @@ class SequenceClassificationModule(TransformerModule):
                 the model's maximum, or 512 if neither has one.
 
         Raises:
-            TypeError: If ``texts`` is a single string.
-            ValueError: If ``max_length`` is more than the model takes.
+            TypeError: If ``texts`` is a single string, or one of them is not a text or a pair of texts.
+            ValueError: If ``max_length`` is more than the model takes, or a text has no tokens, or holds half of a
+                surrogate pair.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list; for one text pass [text]")
+        texts = _checked_texts(texts)
         self.configure_model()
         longest = self.tokenizer.model_max_length
         if longest > sys.maxsize:  # transformers writes about 1e30 for "unlimited"
@@ -341,18 +341,40 @@ class SequenceClassificationModule(TransformerModule):
         with evaluation_mode(self), gathered(self), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 batch = self.tokenizer(
-                    list(texts[start : start + batch_size]),
+                    texts[start : start + batch_size],
                     truncation=True,
                     max_length=length,
                     padding=True,
                     return_tensors="pt",
                 )
+                empty = (batch["attention_mask"].sum(1) == 0).nonzero().flatten().tolist()
+                if empty:
+                    raise ValueError(f"texts[{start + empty[0]}] has no tokens: leave empty texts out")
                 predictions += self.predict_step(batch.to(self.device), start)
         return predictions
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+
+
+def _checked_texts(texts: Any) -> list[Any]:
+    """The texts as a list, all of them texts or all of them pairs of texts."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list; for one text pass [text]")
+    texts = [tuple(text) if isinstance(text, list | tuple) else text for text in texts]
+    for number, text in enumerate(texts):
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        if not all(isinstance(part, str) for part in parts):
+            hint = "; of a record, pass the field with its text" if isinstance(text, dict) else ""
+            raise TypeError(f"texts[{number}] must be a text or a pair of texts, got {text!r:.80}{hint}")
+        if isinstance(text, tuple) != isinstance(texts[0], tuple):
+            raise TypeError(f"texts[{number}] and texts[0] must both be texts, or both pairs of texts")
+        try:
+            "".join(parts).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"texts[{number}] holds half of a surrogate pair, which is not text") from None
+    return texts
 
 
 def _checked_names(names: Sequence[str]) -> list[str]:

@@ -8,12 +8,13 @@ for results, :func:`complain` for errors, and :func:`guard` for the logs and war
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any
 
 from evertune.utils.secrets import without_secrets
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 # Control characters but tab and newline, line separators, what reorders text, and surrogates, which cannot be written.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+BROKEN_PIPE = 141
+"""The exit code of a command whose reader stopped reading before it had ended."""
 
 
 def visible(text: object) -> str:
@@ -61,6 +66,9 @@ def console(stderr: bool = False, **settings: Any) -> Console:
         def render_str(self, text: str, **settings: Any) -> Text:
             return super().render_str(visible(text), **settings)
 
+        def on_broken_pipe(self) -> None:
+            _silence(self.file)  # rich itself would end the command with 1, which may be a verdict
+
         def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
             # The last resort, for elements that no :func:`foreign` made: it comes after widths were measured.
             for text, style, control in super().render(renderable, options):
@@ -76,7 +84,31 @@ def complain(program: str, words: object) -> None:
         program: The command, such as ``"evertune update"``.
         words: What is wrong and what to do, or the error that says so.
     """
+    if isinstance(words, BrokenPipeError):
+        raise words
     print(f"{program}: {visible(without_secrets(str(words)))}", file=sys.stderr)
+
+
+@contextmanager
+def pipes() -> Iterator[None]:
+    """Run a command whose reader may stop reading, as in ``evertune drift ... | head``: that is not an error.
+
+    A command that had ended keeps its exit code; one that had not ends with 141, as the shell has it for SIGPIPE.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _silence(sys.stdout)  # Python flushes again when it ends, and would report the pipe
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else BROKEN_PIPE)
+
+
+def _silence(file: IO[str]) -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def guard() -> None:

@@ -70,6 +70,21 @@ def test_what_a_terminal_would_obey_is_shown_as_it_is(tmp_path: Path, capsys: py
     assert "gone\\x1b[31m" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("current", "code"), [("same.jsonl", 0), ("other.jsonl", 1), ("gone.jsonl", 2)])
+def test_a_reader_that_stops_reading_changes_neither_the_verdict_nor_the_files(
+    folder: Path, current: str, code: int, tmp_path: Path
+) -> None:
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "evertune", "drift", "--reference", str(folder / "reference.jsonl")]
+    command += ["--current", str(folder / current), "--json", str(found)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `head` does once it has its lines
+    err = process.stderr.read()
+    assert process.wait() == code and "pipe" not in err.lower() and "Traceback" not in err
+    assert found.exists() == (code != 2)
+
+
 # --- decisions and exit codes
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import pickle
+import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +302,22 @@ def test_a_key_in_a_configuration_is_no_function() -> None:
     config = parser.parse_object({"callback": settings})
     assert parser.instantiate_classes(config)["callback"].id_of({"id": "ticket-7"}) == "ticket-7"
     assert json.loads(parser.dump(config, format="json"))["callback"]["init_args"]["id"] == "id"
+
+
+def test_version_names_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"evertune {metadata.version('evertune')}"
+    assert f"torch {metadata.version('torch')}" in second and second.endswith(f"Python {platform.python_version()}")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fit", "--help"]])
+def test_a_reader_that_stops_reading_is_not_an_error(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evertune", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() in (0, 141)

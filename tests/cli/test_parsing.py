@@ -51,7 +51,7 @@ def test_a_misspelt_name_in_a_configuration(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "meant"),
+    ("argument", "meant"),
     [
         (["--registryy", "x"], "--registry"),
         (["--watch.pol", "3"], "--watch.poll"),

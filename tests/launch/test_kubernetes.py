@@ -328,6 +328,31 @@ def test_a_launch_without_volumes_says_that_nothing_stays(cluster: Any, capsys: 
     assert "everything that a pod writes, checkpoints too, is lost" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "lost"),
+    [
+        (["update", "--registry", "news-registry"], "registry=news-registry"),
+        (["update", "--registry=./news"], "registry=./news"),
+        (["update", "--registry", "/tmp/news"], "registry=/tmp/news"),
+        (["update", "--config", "live.yaml"], "registry=in-yaml"),
+        (["update", "--config", "live.yaml", "--registry", "/data/news"], ""),
+        (["update", "--registry", "/data/news"], ""),
+        (["update", "--registry", "s3://bucket/news"], ""),
+        (["fit", "--config", "live.yaml"], "out=evertune-run"),
+        (["fit", "--out", "/data/run"], ""),
+    ],
+)
+def test_what_would_be_lost_with_the_pod_is_named(
+    command: list[str], lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "live.yaml").write_text("registry: in-yaml\n")
+    settings = LaunchSettings(name="news", kubernetes=KubernetesSettings(image="image", volumes={"claim": "/data"}))
+    assert run(settings, command, dry_run=True, wait=False) == 0
+    err = capsys.readouterr().err
+    assert f"note: {lost} lies in the pod" in err if lost else err == ""
+
+
 def test_a_finished_job_of_the_same_name_is_replaced(cluster: Any) -> None:
     cluster.answer(job=[ended("Completed")])
     assert run(*LAUNCHES["jobset"], dry_run=False, wait=False) == 0

@@ -460,6 +460,47 @@ def test_predict_restores_modes_and_sorts(model):
         module.predict("the bank")
 
 
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [
+        ([None], r"texts\[0\] must be a text or a pair of texts, got None"),
+        (["a", 3.5], r"texts\[1\] must be a text or a pair of texts, got 3.5"),
+        ([{"text": "the bank"}], r"texts\[0\] must be .*; of a record, pass the field with its text"),
+        ([["a", None]], r"texts\[0\] must be"),
+        ([("a", "b", "c")], r"texts\[0\] must be"),
+        (["a", ("a", "b")], r"texts\[1\] and texts\[0\] must both be texts"),
+        (["a", "\ud800"], r"texts\[1\] holds half of a surrogate pair"),
+        (["a", "\U0001f600\udc80"], r"texts\[1\] holds half of a surrogate pair"),
+    ],
+)
+def test_what_cannot_be_predicted_is_named(model, texts, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        build(model).predict(texts)
+
+
+def test_empty_texts_get_an_answer_or_are_named(model):
+    module = build(model)
+    assert sum(module.predict(["", "the bank"])[0].values()) == pytest.approx(1.0)
+    assert module.predict(iter(["the bank"])) == module.predict(["the bank"])
+    assert module.predict([["the bank", "a share"]]) == module.predict([("the bank", "a share")])
+
+    class Bare:
+        """Like GPT-2's tokenizer, which adds no tokens of its own."""
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *texts, **settings):
+            return self.inner(*texts, **settings, add_special_tokens=False)
+
+    module._tokenizer = Bare(module.tokenizer)
+    with pytest.raises(ValueError, match=r"texts\[1\] has no tokens: leave empty texts out"):
+        module.predict(["the bank", ""])
+
+
 def test_bf16(model):
     module = build(model, learning_rate=1e-2)
     fit = trainer(precision="bf16-mixed", max_epochs=2)
