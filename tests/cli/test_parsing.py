@@ -52,11 +52,7 @@ def test_a_misspelt_name_in_a_configuration(
 
 @pytest.mark.parametrize(
     ("argument", "meant"),
-    [
-        (["--registryy", "x"], "--registry"),
-        (["--watch.pol", "3"], "--watch.poll"),
-        (["--gate.max_drops=1"], "--gate.max_drop"),
-    ],
+    [("--registryy=x", "--registry"), ("--watch.pol=3", "--watch.poll"), ("--gate.max_drops=1", "--gate.max_drop")],
 )
 def test_a_misspelt_option(argument: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
