@@ -362,19 +362,19 @@ def _checked_texts(texts: Any) -> list[Any]:
     """The texts as a list, all of them texts or all of them pairs of texts."""
     if isinstance(texts, str):
         raise TypeError("texts must be a list; for one text pass [text]")
-    texts = [tuple(text) if isinstance(text, list | tuple) else text for text in texts]
-    for number, text in enumerate(texts):
+    checked = [tuple(text) if isinstance(text, list | tuple) else text for text in texts]
+    for number, text in enumerate(checked):
         parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
         if not all(isinstance(part, str) for part in parts):
             hint = "; of a record, pass the field with its text" if isinstance(text, dict) else ""
             raise TypeError(f"texts[{number}] must be a text or a pair of texts, got {text!r:.80}{hint}")
-        if isinstance(text, tuple) != isinstance(texts[0], tuple):
+        if isinstance(text, tuple) != isinstance(checked[0], tuple):
             raise TypeError(f"texts[{number}] and texts[0] must both be texts, or both pairs of texts")
         try:
             "".join(parts).encode()
         except UnicodeEncodeError:
             raise ValueError(f"texts[{number}] holds half of a surrogate pair, which is not text") from None
-    return texts
+    return checked
 
 
 def _checked_names(names: Sequence[str]) -> list[str]:
