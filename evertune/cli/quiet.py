@@ -31,6 +31,7 @@ _WARNED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",  # that is where label names become tensors
     r"No seed found, seed set to 0",
+    r"The `srun` command is available",  # on a machine that submits jobs
 )
 """Regular expressions of the beginnings of warnings."""
 
@@ -75,6 +76,8 @@ def say_progress(as_json: bool) -> Iterator[None]:
 
     handler = logging.StreamHandler(sys.stdout if as_json else sys.stderr)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(message)s"))
+    if not as_json:  # the outcome ends with what was set aside while reading
+        handler.addFilter(lambda record: not (vars(record).get("event") == "set_aside" and "read" in vars(record)))
     logger = logging.getLogger("evertune")
     level = logger.level
     logger.addHandler(handler)

@@ -137,7 +137,8 @@ class Verdict:
 
         table = Table(box=None, header_style="bold", pad_edge=False)
         for header in ("check", "slice"):
-            table.add_column(header, overflow="fold")  # these two share the room that the figures leave
+            # These two share the room that the figures leave; the longest word in them is "calibration".
+            table.add_column(header, overflow="fold", min_width=11)
         for header in ("production", "new version", "limit", "p"):
             table.add_column(header, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)

@@ -55,7 +55,7 @@ class Listing:
             line.rstrip()
             yield line
             if words.plain:
-                yield Padding(words, (0, 0, 0, indent))
+                yield Padding(words, (0, 0, 0, indent), expand=False)
 
     def _padded(self, cells: Sequence[Text], widths: Sequence[int]) -> list[Text]:
         padded = []

@@ -22,6 +22,7 @@ WARNINGS = [
     "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec)` instead.",
     "You have overridden `on_before_batch_transfer` in `LightningModule` but have passed in a `LightningDataModule`.",
     "No seed found, seed set to 0",
+    "The `srun` command is available on your system but is not used.",
 ]
 
 
