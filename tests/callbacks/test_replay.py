@@ -502,8 +502,15 @@ def test_refuses_examples_it_cannot_join(workers):
 def test_examples_that_do_not_collate_together_are_explained():
     replay = Replay(memory_size=4)
     trainer(replay).fit(module(), loader(0))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError, match=r"its item \[0\] has the shape \[1, 4, 4\], theirs \[1, 5, 5\]"):
         trainer(replay).fit(module(), DataLoader([(torch.zeros(1, 5, 5), 0)] * 4, batch_size=4))
+
+    def refuses(examples):
+        assert len(examples) == 4, "only four"
+        return torch.utils.data.default_collate(examples)
+
+    with pytest.raises(AssertionError, match="only four") as caught:
+        trainer(replay).fit(module(), loader(0, collate_fn=refuses))
     assert "Replay had joined 4 examples of the past to 4 new ones" in caught.value.__notes__[0]
 
 
