@@ -563,7 +563,7 @@ class Updater:
         verdict = _parsed(version.read(_VERDICT), f"{_VERDICT} of version {version.number}", Verdict.from_dict)
         production = self.registry.production
         if not verdict.passed:
-            self.registry.set_candidate(version.number)
+            self.registry.set_refused(version.number)
         elif production is None or production.number != version.number:
             # ``expected`` protects the decision of somebody who has promoted or rolled back meanwhile.
             self.registry.promote(version.number, reason=plan.reason, expected=plan.parent)

@@ -36,7 +36,7 @@ __all__ = [
     "Version",
 ]
 
-ALIASES = ("production", "previous", "candidate")
+ALIASES = ("production", "previous", "refused")
 
 _ALIASES = "aliases.json"
 _VERSIONS = "versions"
@@ -220,12 +220,12 @@ class _Aliases:
     events: list[_Event]
     production: int | None = None
     previous: int | None = None
-    candidate: int | None = None
+    refused: int | None = None
     given_up: list[int] | None = None
 
 
 class Registry:
-    """Versions of a model with their manifests, and the aliases ``production``, ``previous`` and ``candidate``.
+    """Versions of a model with their manifests, and the aliases ``production``, ``previous`` and ``refused``.
 
     ``aliases.json`` holds the aliases and the last 200 events. A version goes into production by an atomic replacement
     of this file, whatever process is killed or disk is full. The manifest of a version names the records that it has
@@ -316,7 +316,7 @@ class Registry:
     def events(self) -> list[dict[str, Any]]:
         """The changes of the aliases, oldest first, at most 200.
 
-        Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"candidate"``), ``from``, ``to``, ``reason`` and
+        Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"refused"``), ``from``, ``to``, ``reason`` and
         ``by``; a rollback with ``discard`` also has ``discard``, the version whose records must not be learned again.
         """
         return list(self._state().events)
@@ -402,7 +402,7 @@ class Registry:
         force: bool = False,
         by: str | None = None,
     ) -> Version:
-        """Put a version into production. The version that was there becomes ``previous``, and ``candidate`` is unset.
+        """Put a version into production. The version that was there becomes ``previous``, and ``refused`` is unset.
 
         If the version is in production already, nothing changes.
 
@@ -445,8 +445,8 @@ class Registry:
             state.events.append(_event("promote", now, version.number, reason, by))
         return version
 
-    def set_candidate(self, which: int | str, reason: str = "", by: str | None = None) -> Version:
-        """Set the alias ``candidate`` to a version; the version in production stays.
+    def set_refused(self, which: int | str, reason: str = "", by: str | None = None) -> Version:
+        """Set the alias ``refused`` to a version; the version in production stays.
 
         Raises:
             RegistryError: If there is no such version, or the lease is lost.
@@ -454,10 +454,10 @@ class Registry:
         version = self.version(which)
         with self._changing() as state:
             self._check_exists(version.number)
-            now = state.aliases.get("candidate")
+            now = state.aliases.get("refused")
             if now != version.number:
-                state.aliases["candidate"] = version.number
-                state.events.append(_event("candidate", now, version.number, reason, by))
+                state.aliases["refused"] = version.number
+                state.events.append(_event("refused", now, version.number, reason, by))
         return version
 
     def rollback(self, reason: str = "", *, discard: bool = False, by: str | None = None) -> Version:

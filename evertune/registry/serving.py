@@ -50,7 +50,7 @@ def load(
 
     Args:
         registry: A registry, or its folder or URL.
-        alias: ``production``, ``previous``, ``candidate``, or the number of a version.
+        alias: ``production``, ``previous``, ``refused``, or the number of a version.
         follow: Seconds between two checks of the alias; None stays with the version found now. The thread does not
             survive a fork: call this in each worker process.
         module_class: Class of a module that is not a built-in one. Only built-in classes are ever chosen by a name in a

@@ -69,7 +69,7 @@ def registry(tmp_path: Path) -> Registry:
         if passed:
             registry.promote(number, f"{number} is due", by="me")
         else:
-            registry.set_candidate(number, by="me")
+            registry.set_refused(number, by="me")
     return registry
 
 
@@ -90,16 +90,16 @@ def test_list(shell: Shell) -> None:
         f"1 2026-01-01 10:30 100 81.0 % {DASH} passed 100 [new] records",
         "2 previous 2026-01-02 10:30 200 82.0 % +1.0 passed 200 [new] records",
         "3 production 2026-01-03 10:30 300 83.0 % +1.0 passed 300 [new] records",
-        "4 candidate 2026-01-04 10:30 400 84.0 % +1.0 refused it forgets update-1",
+        "4 refused 2026-01-04 10:30 400 84.0 % +1.0 refused it forgets update-1",
         "",
         "change: in points, from the version it was trained from, on the slices of both",
     ]
     found = shell.json("list")
-    assert found["aliases"] == {"production": 3, "previous": 2, "candidate": 4}
+    assert found["aliases"] == {"production": 3, "previous": 2, "refused": 4}
     assert [version["version"] for version in found["versions"]] == [1, 2, 3, 4]
     assert found["versions"][3] == {
         "version": 4,
-        "aliases": ["candidate"],
+        "aliases": ["refused"],
         "created": "2026-01-04T10:30:00+00:00",
         "parent": 3,
         "kind": "update",
@@ -183,7 +183,7 @@ def test_events(shell: Shell) -> None:
         f"promote {DASH} 1 1 is due me",
         "promote 1 2 2 is due me",
         "promote 2 3 3 is due me",
-        f"candidate {DASH} 4 me",
+        f"refused {DASH} 4 me",
     ]
     assert shell.json("list", "--events")[-1]["to"] == 4
 
@@ -202,9 +202,9 @@ def test_show(shell: Shell) -> None:
         assert line in lines
     assert "configuration --config shows it" in lines
     assert "trainer:\n  max_epochs: 3\n" in shell("show", "--config")[1]
-    found = shell.json("show", "candidate")
-    assert (found["version"], found["aliases"], found["size"] > 0) == (4, ["candidate"], True)
-    assert [event["action"] for event in found["events"]] == ["candidate"]
+    found = shell.json("show", "refused")
+    assert (found["version"], found["aliases"], found["size"] > 0) == (4, ["refused"], True)
+    assert [event["action"] for event in found["events"]] == ["refused"]
 
 
 def test_promote_and_rollback(shell: Shell, registry: Registry) -> None:
@@ -238,7 +238,7 @@ def test_diff(shell: Shell) -> None:
 
 def test_verify(shell: Shell, registry: Registry) -> None:
     assert shell("verify") == (0, "the registry is sound\n", "")
-    assert shell("verify", "candidate") == (0, "version candidate is sound\n", "")
+    assert shell("verify", "refused") == (0, "version refused is sound\n", "")
     registry.store.write("versions/2/weights.bin", b"")
     code, out, err = shell("verify")
     assert (code, err) == (1, "")

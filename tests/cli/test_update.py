@@ -79,7 +79,7 @@ def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     feed(folder, "b", ["politics", "sport"], n=40)
     assert update(["--config", "live.yaml", "--gate.min_accuracy", "1.0"]) == 4
     registry = Registry(folder / "registry")
-    assert registry.aliases == {"production": 1, "candidate": 2}
+    assert registry.aliases == {"production": 1, "refused": 2}
     memory = remembered(folder / "registry/versions/1")
     assert memory is not None
     assert all(name.startswith("a-") for name in memory.ids)

@@ -515,4 +515,4 @@ def test_an_update_passes_its_exit_code_on(tmp_path: Path, cluster: SlurmCluster
     evertune(cluster, tmp_path, *launch, code=3)
     feed(tmp_path, "b", ["politics", "sport"], n=40)
     evertune(cluster, tmp_path, *launch, "--gate.min_accuracy=1.0", code=4)
-    assert Registry(tmp_path / "registry").aliases == {"production": 1, "candidate": 2}
+    assert Registry(tmp_path / "registry").aliases == {"production": 1, "refused": 2}

@@ -105,7 +105,7 @@ def test_refused_update_keeps_its_records_and_is_not_repeated(folder: Path) -> N
     refused = updater(folder, gate=lenient_gate(**REFUSE)).run()
     assert (refused.status, refused.code) == ("refused", 4)
     assert refused.words.startswith("version 2 is refused: ")
-    assert Registry(folder / "registry").aliases == {"production": 1, "candidate": 2}
+    assert Registry(folder / "registry").aliases == {"production": 1, "refused": 2}
     again = updater(folder, gate=lenient_gate(**REFUSE)).run()
     assert (again.status, again.words) == (
         "nothing",

@@ -92,7 +92,7 @@ def test_an_empty_registry(registry: Registry) -> None:
         registry.version(1)
     with pytest.raises(RegistryError, match="has no production version: name one by its number, of none"):
         registry.version("production")
-    with pytest.raises(RegistryError, match="by its number or one of production, previous, candidate, got 'champion'"):
+    with pytest.raises(RegistryError, match="by its number or one of production, previous, refused, got 'champion'"):
         registry.version("champion")
     with pytest.raises(RegistryError, match=r"there is no previous version of .* to go back to"):
         registry.rollback()
@@ -123,21 +123,21 @@ def test_promotions_are_events(registry: Registry) -> None:
     for _ in range(3):
         release(registry)
     refused = publish(registry, passed=False)
-    registry.set_candidate(refused, reason="refused", by="the gate")
-    registry.set_candidate(refused)  # once more: nothing
-    assert registry.aliases == {"production": 3, "previous": 2, "candidate": 4}
+    registry.set_refused(refused, reason="refused", by="the gate")
+    registry.set_refused(refused)  # once more: nothing
+    assert registry.aliases == {"production": 3, "previous": 2, "refused": 4}
     event = registry.events[-1]
     assert event.pop("time").endswith("+00:00")
-    assert event == {"action": "candidate", "from": None, "to": 4, "reason": "refused", "by": "the gate"}
+    assert event == {"action": "refused", "from": None, "to": 4, "reason": "refused", "by": "the gate"}
     assert [(event["action"], event["from"], event["to"]) for event in registry.events] == [
         ("promote", None, 1),
         ("promote", 1, 2),
         ("promote", 2, 3),
-        ("candidate", None, 4),
+        ("refused", None, 4),
     ]
     assert "@" in registry.events[0]["by"]
     release(registry)
-    assert registry.aliases == {"production": 5, "previous": 3}  # a candidate of another champion is none
+    assert registry.aliases == {"production": 5, "previous": 3}  # one that another champion beat is not
 
 
 def test_events_are_bounded(disk: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +397,7 @@ def test_aliases_that_are_damaged_at_any_byte(disk: Registry) -> None:
     ]
     for content in [*(whole[:keep] for keep in range(0, len(whole), 7)), *others]:
         disk.store.write("aliases.json", content)
-        for read in (lambda: disk.production, lambda: disk.events, disk.rollback, lambda: disk.set_candidate(1)):
+        for read in (lambda: disk.production, lambda: disk.events, disk.rollback, lambda: disk.set_refused(1)):
             with pytest.raises(RegistryError, match=repair):
                 read()
         assert len(disk.verify()) == 1
@@ -528,7 +528,7 @@ def test_gc_sweeps_what_is_stale(disk: Registry) -> None:
     assert disk.verify() == []
 
 
-@pytest.mark.parametrize("act", ["promote", "roll back", "roll back twice", "candidate"])
+@pytest.mark.parametrize("act", ["promote", "roll back", "roll back twice", "refused"])
 @pytest.mark.parametrize("when", ["decided", "deleting"])
 def test_gc_keeps_what_was_promoted_meanwhile(registry: Registry, act: str, when: str) -> None:
     for number in range(1, 7):
@@ -539,7 +539,7 @@ def test_gc_keeps_what_was_promoted_meanwhile(registry: Registry, act: str, when
         "promote": lambda: other.promote(2),
         "roll back": other.rollback,
         "roll back twice": lambda: (other.rollback(), other.rollback()),
-        "candidate": lambda: other.set_candidate(2),
+        "refused": lambda: other.set_refused(2),
     }
     calls = iter([changes[act]])
     name = "garbage" if when == "decided" else "check_lease"
@@ -563,7 +563,7 @@ def test_gc_keeps_what_was_promoted_meanwhile(registry: Registry, act: str, when
     assert set(other.aliases.values()) <= {version.number for version in other.versions()}
 
 
-@pytest.mark.parametrize("act", ["promote", "set_candidate"])
+@pytest.mark.parametrize("act", ["promote", "set_refused"])
 def test_what_gc_deletes_meanwhile_is_not_promoted(registry: Registry, act: str) -> None:
     for _ in range(4):
         release(registry)
@@ -633,7 +633,7 @@ def test_a_lost_lease_stops_every_write(registry: Registry, tmp_path: Path) -> N
         folder = stage(tmp_path / "three", 3)
         actions: list[Callable[[], Any]] = [
             lambda: registry.promote(2),
-            lambda: registry.set_candidate(2),
+            lambda: registry.set_refused(2),
             registry.rollback,
             lambda: registry.publish(folder, Manifest(version=3)),
         ]
@@ -852,7 +852,7 @@ def test_what_a_rollback_gave_up_outlives_its_event(registry: Registry, monkeypa
     registry.rollback(discard=True)
     assert registry.given_up == [3]
     for number in (1, 2, 1, 2, 1):
-        registry.set_candidate(number)
+        registry.set_refused(number)
     assert all("discard" not in event for event in registry.events)
     assert registry.given_up == [3]
     registry.rollback(discard=True)

@@ -114,8 +114,8 @@ def test_production_is_loaded_ready_to_predict(registry, modules):
 
 def test_a_version_is_loaded_by_any_name(registry):
     registry.promote(2)
-    registry.set_candidate(3)
-    names = ["production", "previous", "candidate", 3, "2"]
+    registry.set_refused(3)
+    names = ["production", "previous", "refused", 3, "2"]
     assert [load(registry, name).version.number for name in names] == [2, 1, 3, 3, 2]
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_there_is_said(tmp_path, modules):
         load(registry)
     with pytest.raises(RegistryError, match="no version 9; it has 1"):
         load(registry, 9)
-    with pytest.raises(ValueError, match=r"production, previous, candidate or the number of a version, got 'latest'"):
+    with pytest.raises(ValueError, match=r"production, previous, refused or the number of a version, got 'latest'"):
         load(registry, "latest")
 
 

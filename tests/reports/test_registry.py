@@ -49,7 +49,7 @@ def publish(registry: Registry, tmp_path: Path, accuracy: dict[str, float | None
     )
     version = registry.publish(folder, replace(manifest, **extra))
     if refused:
-        registry.set_candidate(number)
+        registry.set_refused(number)
     else:
         registry.promote(number, verify=False)
     return version
