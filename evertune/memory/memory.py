@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from evertune.memory.codec import decode, encode
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
 from evertune.utils import typed_json
 from evertune.utils.files import write_atomically
+from evertune.utils.scratch import scratch_folder
 
 Label = str | None
 Labels = Sequence[Label] | Callable[[Any], Label]
@@ -169,8 +169,9 @@ class ReplayMemory:
             newest of each class), ``"herding"`` (nearest to the class means in feature space), or a
             :class:`~evertune.memory.policies.Policy`.
         seed: Seed of the selection and of the order of the draws. Default: 0.
-        directory: Folder for the working file, which is kept in a subfolder that is deleted with this object. By
-            default the system's temporary folder. Use :meth:`save` to keep the memory.
+        directory: Folder for the working file, which is kept in a subfolder that is deleted with this object, or by the
+            next memory there if the process is killed. By default the system's temporary folder. Use :meth:`save` to
+            keep the memory.
 
     Raises:
         ValueError: If ``memory_size`` is not positive, ``seed`` is negative, or the policy is unknown.
@@ -447,8 +448,7 @@ class ReplayMemory:
         if self._directory is None:
             if self._parent is not None:
                 Path(self._parent).mkdir(parents=True, exist_ok=True)
-            self._directory = Path(tempfile.mkdtemp(prefix="evertune-memory-", dir=self._parent))
-            weakref.finalize(self, _remove, self._directory, os.getpid())
+            self._directory = scratch_folder(self, "evertune-memory-", self._parent)
         return self._directory
 
     def share(self, directory: str | Path, generation: int, is_writer: bool) -> None:

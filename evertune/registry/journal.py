@@ -295,7 +295,7 @@ class Journal:
     def schema(self) -> str | None:
         """Digest of the schema that the pending records were last checked by; None if that is not known."""
         try:
-            return str(json.loads(self.store.read(_SCHEMA))["digest"])
+            return str(decode(self.store.read(_SCHEMA))["digest"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # they are then checked again
             return None
 

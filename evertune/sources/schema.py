@@ -78,6 +78,7 @@ _GOT: dict[type, str] = {
 }
 _MAX_REASONS = 3
 _MAX_DEPTH = 100
+_MOST_LABEL = 1_000  # characters: each name is kept with every later version
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 80
 _NOT_JSON = "the record holds a value that JSON cannot say"
@@ -357,6 +358,8 @@ class RecordSchema:
             for name in names:
                 if not name.strip() or not _is_utf8(name):
                     raise ValueError(f"the label {name!r} is not a name")
+                if len(name) > _MOST_LABEL:
+                    raise ValueError(f"the label has {len(name)} characters, more than the {_MOST_LABEL} of a name")
                 if self._classes and name not in self._classes:
                     raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
         _refuse_unwritable(label, "label")

@@ -89,6 +89,10 @@ def test_labels_become_names(label, kept):
         ({"text": "x", "label": {"a": 1}}, "field 'label': the label {'a': 1} is not a name"),
         ({"text": "x", "label": ["a", None]}, "field 'label': no label"),
         ({"text": "x", "label": " "}, "field 'label': the label ' ' is not a name"),
+        (
+            {"text": "x", "label": "x" * 1001},
+            "field 'label': the label has 1001 characters, more than the 1000 of a name",
+        ),
         ({"text": "x", "label": "a\udfff"}, "field 'label': the label 'a\\udfff' is not a name"),
         ("text", "the record must be an object, not a text"),
         (None, "the record must be an object, not null"),
