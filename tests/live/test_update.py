@@ -72,7 +72,9 @@ def test_first_version(first: Path) -> None:
     assert found.records == {"train": 48, "held_out": 12, "quarantined": 0}
     assert {"model/model.safetensors", "learning/Replay/memory.json", "evaluation.json"} <= found.files.keys()
     assert not (first / "registry/staging").exists()
-    assert updater(first).run() == Outcome("nothing", "nothing new since the last update; 0 records are pending")
+    assert updater(first).run() == Outcome(
+        "nothing", "nothing to do: version 1 has learned every record that has arrived"
+    )
 
 
 def test_promoted_update_learns_a_new_class(folder: Path) -> None:
@@ -107,10 +109,8 @@ def test_refused_update_keeps_its_records_and_is_not_repeated(folder: Path) -> N
     assert refused.words.startswith("version 2 is refused: ")
     assert Registry(folder / "registry").aliases == {"production": 1, "refused": 2}
     again = updater(folder, gate=lenient_gate(**REFUSE)).run()
-    assert (again.status, again.words) == (
-        "nothing",
-        "nothing new since the last update; 60 records are pending",
-    )
+    assert again.status == "nothing"
+    assert again.words.startswith("60 records are pending, and an update was tried on all of them, last at ")
     feed(folder, "c", ["politics", "sport"], n=20)
     outcome = updater(folder).run()
     assert (outcome.status, outcome.version) == ("promoted", 3)
@@ -401,7 +401,9 @@ def test_late_labels(folder: Path) -> None:
     texts = [{"id": f"t{i}", "text": "the party law vote"} for i in range(30)]
     (folder / "inbox/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     join = {"label_join": LabelJoin(id="id", window=1_000)}
-    assert updater(folder, **join).run().words == "nothing new since the last update; 0 records are pending"
+    assert updater(folder, **join).run().words == (
+        "nothing to do: version 1 has learned every record that has arrived; 30 texts are waiting for their labels"
+    )
     labels = [{"id": f"t{i}", "label": "politics"} for i in range(30)]
     (folder / "inbox/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     assert updater(folder, **join).run().status == "promoted"

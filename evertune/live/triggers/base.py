@@ -71,9 +71,11 @@ class Situation:
                 f"{self.n_pending:,} records are pending, and an update was tried on all of them{since}: "
                 "the next one waits for more records, or for other settings"
             )
+        texts = len(self.waiting())
+        waiting = f"; {texts:,} texts are waiting for their labels" if texts else ""
         if self.production is None:
-            return "nothing to do: no usable record has arrived yet"
-        return f"nothing to do: version {self.production.number} has learned every record that has arrived"
+            return f"nothing to do: no usable record has arrived yet{waiting}"
+        return f"nothing to do: version {self.production.number} has learned every record that has arrived{waiting}"
 
 
 class Trigger(ABC):
