@@ -9,7 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -370,7 +370,8 @@ class Registry:
     def publish(self, folder: Path, manifest: Manifest) -> Version:
         """Make a local folder the version ``manifest.version``, as a whole or not at all. The folder is moved.
 
-        The manifest is completed with ``files`` (SHA-256 by name). No alias changes.
+        The manifest is completed with ``files`` (SHA-256 by name). In a local registry, files that are equal to the
+        parent's become hard links to them. No alias changes.
 
         Raises:
             RegistryError: If the version exists already, or the lease is lost.
@@ -385,6 +386,7 @@ class Registry:
         content = replace(manifest, files=hashes).to_json()
         version = self._parsed(number, content)
         write_atomically(folder / MANIFEST, content)
+        self._share(folder, version)
         with self.store.locked():
             # Before the first version, so that a missing file later on means damage and not an empty registry.
             if not self.store.exists(_ALIASES) and self.next_number() == 1:
@@ -697,6 +699,24 @@ class Registry:
 
     def _numbers(self) -> list[int]:
         return sorted(int(name) for name in self.store.list(_VERSIONS) if name.isdecimal() and str(int(name)) == name)
+
+    def _share(self, folder: Path, version: Version) -> None:
+        """Replace the files of a new version that are equal to its parent's by links to those."""
+        if not self.store.is_local or version.parent is None:
+            return
+        try:
+            parent = self.version(version.parent)
+        except RegistryError:
+            return
+        draft = folder.with_name(f".{folder.name}.link")  # outside the folder, which is published as it is
+        for name, digest in version.manifest.files.items():
+            old = parent.folder() / name
+            # Compared again, as the parent's file may have been damaged since.
+            if parent.manifest.files.get(name) == digest and old.is_file() and sha256(old) == digest:
+                with suppress(OSError):  # on another disk, or links are not supported: it stays a copy
+                    draft.unlink(missing_ok=True)
+                    os.link(old, draft)
+                    draft.replace(folder / name)
 
     def _leased(self, owner: str) -> AbstractContextManager[object]:
         """The lease, unless this object holds it already."""

@@ -869,3 +869,28 @@ def test_what_a_rollback_gave_up_is_read_from_the_events_of_an_older_file(disk: 
     del values["given_up"], values["digest"]
     disk.store.write("aliases.json", json.dumps(values).encode())
     assert disk.given_up == [3]
+
+
+# --- equal files
+
+
+def test_files_equal_to_the_parents_are_stored_once(disk: Registry) -> None:
+    for _ in range(3):
+        release(disk)
+    folders = [disk.version(number).folder() for number in (1, 2, 3)]
+    equal = "learning/Replay/memory.json"
+    assert len({(folder / equal).stat().st_ino for folder in folders}) == 1
+    assert len({(folder / "model/weights.bin").stat().st_ino for folder in folders}) == 3
+    assert len({(folder / "manifest.json").stat().st_ino for folder in folders}) == 3
+    assert disk.verify() == []
+    disk.gc(keep=1)
+    assert not folders[0].exists()
+    assert disk.verify() == []
+
+
+def test_a_damaged_file_of_the_parent_is_not_shared(disk: Registry) -> None:
+    release(disk)
+    disk.store.write("versions/1/learning/Replay/memory.json", b"[]")
+    release(disk)
+    assert (disk.version(2).folder() / "learning/Replay/memory.json").read_bytes() == b"{}"
+    assert [finding.version for finding in disk.inspect()] == [1]
