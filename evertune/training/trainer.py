@@ -64,7 +64,8 @@ class ContinualTrainer(Trainer):
         callbacks = _as_list(settings.get("callbacks"))  # a list of its own: Lightning appends to it
         _announce_copies(callbacks)
         self._settings = _kept(settings)
-        super().__init__(**{**settings, "callbacks": callbacks})
+        settings["callbacks"] = callbacks
+        super().__init__(**settings)  # as it stands: commands find the options of the trainer by reading this line
         self.experience: Experience | None = None
 
     def fit_stream(
