@@ -23,6 +23,9 @@ cannot be read, no usable or too few records.
 """
 
 _EPILOG = """\
+example:
+  evertune drift --reference last-month.jsonl --current today.jsonl --label intent --out drift.html
+
 Records are lines of JSON or CSV (also .gz) or rows of Parquet. Bad ones are counted and set aside. A reference of more
 records than --reference_size is sampled at random where --block_size is 1, which claims that records are independent;
 with larger blocks its last records are taken, in order. New records always stay in order.

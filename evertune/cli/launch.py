@@ -36,6 +36,9 @@ Options may also stand in the section `launch` of the command's --config file; s
 
   evertune launch local --processes_per_node 2 -- fit --config stream.yaml
   evertune launch slurm --nodes 4 --dry_run -- update --config live.yaml
+
+Exit codes: those of the command where the launcher waits for it (--wait), else 0 once it was submitted; 1 if it could
+not be; 2 a wrong argument: --dry_run shows what would be run.
 """
 _WATCH_MARGIN = 30.0  # seconds that a launcher gets beyond its own `grace` before the watch kills it
 

@@ -18,6 +18,7 @@ _OWN_PARSER = {
     "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
+    "check": "try what a configuration of update or watch names, without training: --config FILE",
     "quarantine": "records that were set aside: list, show, retry, drop",
     "pending": "records that wait for the next update: list, show, drop",
     "launch": "run one of these on many processes: local, torchrun, slurm, kubernetes",
@@ -54,7 +55,11 @@ def _main(arguments: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in _OWN_PARSER.items():
         commands.add_parser(name, help=what, add_help=False)
-    report = commands.add_parser("report", help="make the HTML page of a history.json, or of a registry")
+    report = commands.add_parser(
+        "report",
+        help="make the HTML page of a history.json, or of a registry",
+        epilog="Example: evertune report news --out news.html. Exit codes: 0 done, 1 an error, 2 a bad argument.",
+    )
     report.add_argument("history", type=Path, help="the history.json that a run has written, or a registry's folder")
     report.add_argument("--out", type=Path, help="the page to write (default: report.html beside the history)")
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="also write PNG plots to this folder")

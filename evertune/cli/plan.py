@@ -471,6 +471,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="evertune plan",
         description="What a model needs of each GPU under each strategy. Only its configuration is read, never its "
         "weights. Exit codes: 0 it fits, 1 it does not, 2 the question cannot be answered.",
+        epilog="Example: evertune plan --model bert-base-uncased --nodes 2 --gpus 8 --gpu_memory a100",
     )
     parser.add_argument("--config", type=Path, help="the YAML file of `evertune fit` or `evertune update`")
     parser.add_argument(

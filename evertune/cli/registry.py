@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 _UNKNOWN = "\N{EN DASH}"
 _SHOWN = 50  # versions listed without --all
 
+_EPILOG = (
+    "Examples: evertune registry list news; evertune registry rollback news --reason 'wrong labels'. "
+    "Exit codes: 0 done, 1 an error, or what `verify` found, 2 a wrong argument. `evertune registry verify` says what "
+    "is damaged."
+)
+
 
 def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``registry`` and its actions to a parser. :func:`run_registry` takes the arguments that they parse."""
@@ -26,11 +32,12 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
         "registry",
         help="look at versions, promote, roll back, verify, clean up",
         description="Look at the versions of a registry, change which is in production, check and clean up.",
+        epilog=_EPILOG,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def add(name: str, words: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        action = actions.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".", epilog=_EPILOG)
         action.add_argument("registry", metavar="REGISTRY", help="its folder, or its URL: s3://bucket/registry")
         action.add_argument("--json", action="store_true", help="print JSON, for machines")
         return action

@@ -28,8 +28,25 @@ from evertune.utils.terminal import complain, console
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
 
-WATCH = "evertune watch"
-"""The program whose section ``watch`` is used; other commands check it, and ignore it."""
+WATCH = ("evertune watch", "evertune check")
+"""The programs that use the section ``watch``; others check it, and ignore it."""
+
+_DESCRIPTION = {
+    "evertune update": "Learn what has arrived, and promote the new version if it is no worse.",
+    "evertune watch": "Keep a registry up to date as records arrive.",
+    "evertune check": "Try everything that a configuration of update or watch names, without training: read some "
+    "records, the registry, the weights of the model and the alerts. Nothing is written or sent.",
+}
+_EPILOG = {
+    "evertune update": "Example: evertune update --config live.yaml --gate.max_forgetting 0.05. Exit codes: 0 "
+    "promoted, 3 nothing to do, 4 refused by the gate, 5 stopped for bad data (see `evertune quarantine list`), 1 an "
+    "error, 2 a wrong setting.",
+    "evertune watch": "Example: evertune watch --config live.yaml --watch.poll 5. Exit codes: 0 after SIGTERM or "
+    "SIGINT, 1 if it cannot start or has lost the registry to another process, 2 a wrong setting. `evertune check` "
+    "with the same arguments says beforehand what does not work.",
+    "evertune check": "Example: evertune check --config live.yaml. Exit codes: 0 everything works, 1 something does "
+    "not, 2 the configuration cannot be read.",
+}
 
 logger = logging.getLogger("evertune.live")
 
@@ -39,7 +56,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
 
     Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
     ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``,
-    ``watch`` (:class:`~evertune.live.watch.WatchSettings`; made for :data:`WATCH` only) and, as in
+    ``watch`` (:class:`~evertune.live.watch.WatchSettings`; made for the programs in :data:`WATCH` only) and, as in
     ``evertune fit``, ``model``, ``trainer`` and ``data``.
 
     Args:
@@ -51,7 +68,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
     parser = _parser(program)
     config = parser.parse_args(list(arguments))
     recorded = _recorded(parser, config)  # goes into the manifest of each version
-    if program != WATCH:
+    if program not in WATCH:
         del config["watch"]  # an update does not need its secrets
     made = parser.instantiate(config)
     updater = Updater(
@@ -81,10 +98,11 @@ def _parser(program: str) -> LightningArgumentParser:
     load_classes()  # so that a configuration can name the classes of plug-ins
     parser = command_parser(
         prog=program,
-        description="Exit codes: 0 promoted, 3 nothing to do, 4 refused by the gate, 5 bad data, 1 errors.",
+        description=_DESCRIPTION.get(program, ""),
+        epilog=_EPILOG.get(program, ""),
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
-    if program == WATCH:
+    if program in WATCH:
         parser.add_class_arguments(WatchSettings, "watch")  # first, so that its help begins with its own settings
     parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
     parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
@@ -99,7 +117,7 @@ def _parser(program: str) -> LightningArgumentParser:
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     # Not instantiated: each update makes its own datamodule, and sets what the configuration must not.
     parser.add_class_arguments(ExperienceDataModule, "data", skip=set(DATA_OF_UPDATES), instantiate=False)
-    if program != WATCH:
+    if program not in WATCH:
         parser.add_class_arguments(WatchSettings, "watch")
     parser.add_lightning_class_args(ContinualTrainer, "trainer")  # last: it has the most options
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")

@@ -25,7 +25,7 @@ def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float =
     Returns:
         The exit code: 0 after SIGTERM or SIGINT; 1 if it cannot start, or has lost the registry to another process.
     """
-    from evertune.cli.update import WATCH, updater_from
+    from evertune.cli.update import updater_from
     from evertune.live.telemetry import log_to
     from evertune.live.watch import Watch
     from evertune.registry.store import RegistryError
@@ -33,7 +33,7 @@ def watch(arguments: Sequence[str], launcher: Sequence[str] = (), grace: float =
     command = [sys.executable, "-m", "evertune", *launcher, "update", *arguments]
     log_to()  # with the defaults, so that errors in the configuration are logged as well
     try:
-        updater, options = updater_from(arguments, WATCH)
+        updater, options = updater_from(arguments, "evertune watch")
         settings = options.watch
         if settings.log != "auto":
             log_to(as_json=settings.log == "json")
