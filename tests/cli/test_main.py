@@ -321,3 +321,28 @@ def test_a_reader_that_stops_reading_is_not_an_error(arguments: list[str]) -> No
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() in (0, 141)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fit",
+        "update",
+        "watch",
+        "check",
+        "quarantine",
+        "pending",
+        "launch",
+        "drift",
+        "forget",
+        "plan",
+        "report",
+        "registry",
+    ],
+)
+def test_each_help_has_an_example_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split()).lower()
+    assert "exit code" in shown and shown.count(f"evertune {command}") >= 2  # the usage, and an example
