@@ -135,10 +135,12 @@ def _show(journal: Journal, known: argparse.Namespace) -> int:
 
 
 def _retry(known: argparse.Namespace) -> int:
+    from evertune.cli.quiet import quiet
     from evertune.cli.update import updater_from
 
     place = [] if known.registry is None else ["--registry", known.registry]
-    updater, _ = updater_from(["--config", known.config, *place], "evertune quarantine retry")
+    with quiet():
+        updater, _ = updater_from(["--config", known.config, *place], "evertune quarantine retry")
     chosen = _chosen(updater.journal.references(), known)
     if known.kind is None and not known.references:
         chosen = {reference: row for reference, row in chosen.items() if row["kind"] != "superseded"}

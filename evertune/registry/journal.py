@@ -266,7 +266,9 @@ class Journal:
         """Move pending records into quarantine: all of them or, if the process dies, none.
 
         Args:
-            records: Rows of :meth:`records` with the number of their ``segment``, and with a ``kind`` and a ``reason``.
+            records: Rows of :meth:`records` with the number of their ``segment``, a ``reason`` and a ``kind``:
+                ``"refused"`` by another schema, ``"unlearnable"``, ``"batch"`` (refused twice by the gate) or
+                ``"dropped"`` by hand.
 
         Raises:
             OSError: If the file cannot be written.
