@@ -24,6 +24,7 @@ _OWN_PARSER = {
     "launch": "run one of these on many processes: local, torchrun, slurm, kubernetes",
     "drift": "whether new records differ from old ones, since when, and in what",
     "forget": "erase records from a registry by id, and prove it: REGISTRY --id ID",
+    "completion": "print a script that completes commands and options in bash or zsh",
     "plan": "what a model needs of each GPU, before there is one",
 }
 """Commands that parse their own arguments. Command ``x`` is the function ``x`` of the module ``evertune.cli.x``."""
