@@ -9,11 +9,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evertune.memory.memory import MemoryView, forget_saved
+from evertune.registry.journal import Journal, Segment, described
+from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from evertune.registry.store import MANIFEST, RegistryError, Store
 
@@ -30,8 +32,8 @@ class Erasure:
 
     Args:
         ids: The ids that were asked for.
-        found: Number of erased copies by place: ``pending``, ``quarantine``, ``slices``, ``memory`` and
-            ``predictions``.
+        found: Number of erased copies by place: ``pending``, ``quarantine``, ``slices``, ``memory``, ``predictions``,
+            and the number of ``damaged`` files that were deleted.
         versions: Numbers of the versions whose memory or predictions were rewritten.
     """
 
@@ -125,9 +127,13 @@ class _Edits:
             for name in self.store.list(place):
                 if name.endswith(".jsonl"):
                     self._rows(place, f"{place}/{name}")
-        for name in self.store.list("pending"):
-            if name.endswith(".json"):
-                self._description(f"pending/{name}")
+        for segment in Journal(self.store).segments():
+            self._description(segment)
+        for name in self.store.list("damaged"):  # what a repair has set aside cannot be rewritten
+            content = self.store.read(f"damaged/{name}")
+            if any(_quoted(id) in content for id in self.gone):
+                self.found["damaged"] += 1
+                self.files[f"damaged/{name}"] = None
         for name in self.store.list("versions"):
             if self.store.exists(f"versions/{name}/{MANIFEST}"):
                 self._version(f"versions/{name}")
@@ -158,30 +164,34 @@ class _Edits:
         self.files[name] = body
         self.changed[_sha256(content)] = _sha256(body), len(kept)
 
-    def _description(self, name: str) -> None:
+    def _description(self, segment: Segment) -> None:
         """The description of a segment names the hashes of its files and how many rows they hold."""
-        values = json.loads(self.store.read(name))
-        hits = {key: count for key, count in _COUNTED_BY.items() if values.get(key) in self.changed}
-        for key, count in hits.items():
-            values[key], values[count] = self.changed[values[key]]
-        if hits:
-            values["bad"] = min(values["bad"], values["quarantined"])
-            self.files[name] = json.dumps(values, indent=2).encode()
+        changes: dict[str, Any] = {}
+        for key, count in _COUNTED_BY.items():
+            if (digest := getattr(segment, key)) in self.changed:
+                changes[key], changes[count] = self.changed[digest]
+        if changes:
+            new = replace(segment, **changes)
+            self.files[f"pending/{segment.number:06d}.json"] = described(
+                replace(new, bad=min(new.bad, new.quarantined))
+            )
 
     def _version(self, folder: str) -> None:
-        manifest = json.loads(self.store.read(f"{folder}/{MANIFEST}"))
-        before = json.dumps(manifest)
-        for entry in manifest.get("slices", []):
-            if entry["sha256"] in self.changed:
-                entry["sha256"], entry["examples"] = self.changed[entry["sha256"]]
-        for name in list(manifest["files"]):
+        manifest = Manifest.from_json(self.store.read(f"{folder}/{MANIFEST}"))
+        files = dict(manifest.files)
+        for name in manifest.files:
             if PurePosixPath(name).name == _MEMORY:
-                self._memory(folder, name, manifest["files"])
+                self._memory(folder, name, files)
             elif name.endswith(".json") and not name.startswith("model/"):
-                self._predictions(folder, name, manifest["files"])
-        if json.dumps(manifest) != before:
-            self.versions.add(int(PurePosixPath(folder).name))
-            self.files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode()
+                self._predictions(folder, name, files)
+        slices = list(manifest.slices)
+        for place, entry in enumerate(slices):
+            if entry.sha256 in self.changed:
+                digest, examples = self.changed[entry.sha256]
+                slices[place] = replace(entry, sha256=digest, examples=examples)
+        if (files, slices) != (manifest.files, list(manifest.slices)):
+            self.versions.add(manifest.version)
+            self.files[f"{folder}/{MANIFEST}"] = replace(manifest, files=files, slices=slices).to_json()
 
     def _memory(self, folder: str, name: str, hashes: dict[str, str]) -> None:
         inside = PurePosixPath(name).parent
@@ -249,7 +259,7 @@ def _holding(store: Store, ids: set[str]) -> Iterator[str]:
     quoted = [_quoted(id) for id in ids]
     for top in store.list():
         for file in store.sizes(top):
-            name = f"{top}/{file}"
+            name = top if top.endswith(".json") else f"{top}/{file}"
             if file.endswith((".json", ".jsonl")):
                 content = store.read(name)
                 if any(id in content for id in quoted):

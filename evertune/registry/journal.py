@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -207,7 +208,7 @@ class Journal:
             self._describe(segment)
         else:
             try:
-                self.store.create(_meta_name(number), _described(segment))
+                self.store.create(_meta_name(number), described(segment))
             except FileExistsError:
                 address = self.store.address(_meta_name(number))
                 raise LeaseLost(f"another process has written {address} meanwhile: run it again") from None
@@ -249,6 +250,7 @@ class Journal:
         segments = list(segments)
         numbers, released = {segment.number for segment in segments}, self._released()
         withdrawn = [row for row in self._withdrawn() if row["segment"] in numbers]
+        gone = Counter(row["segment"] for row in withdrawn)
         bad = sum(row["kind"] in _BAD and _withdrawn_reference(row) not in released for row in withdrawn)
         changed = {int(name) for name in (reference.partition(":")[0] for reference in released) if name.isdecimal()}
         for segment in segments:
@@ -258,7 +260,8 @@ class Journal:
                 bad += segment.bad
         return Counts(
             read=sum(segment.read for segment in segments),
-            pending=sum(segment.records for segment in segments) - len(withdrawn),
+            # A repair may have left fewer records in a segment than were withdrawn from it.
+            pending=sum(max(segment.records - gone[segment.number], 0) for segment in segments),
             bad=bad,
         )
 
@@ -420,7 +423,7 @@ class Journal:
             self.store.write(name, content)
 
     def _describe(self, segment: Segment) -> None:
-        self.store.write(_meta_name(segment.number), _described(segment))
+        self.store.write(_meta_name(segment.number), described(segment))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -528,8 +531,8 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     return kept, superseded
 
 
-def _described(segment: Segment) -> bytes:
-    """The content of a segment's description."""
+def described(segment: Segment) -> bytes:
+    """The content of the file that describes a segment."""
     values = asdict(segment)
     return json.dumps({"format": _FORMAT, **sealed(values, without=["number"])}, indent=2).encode()
 

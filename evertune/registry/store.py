@@ -429,6 +429,8 @@ class _Bucket:
 
     def sizes(self, folder: str) -> dict[str, int]:
         path = self._of(folder)
+        if self._fs.isfile(path):
+            return {folder: int(self._fs.info(path)["size"])}
         found = self._fs.find(path, detail=True)
         return {str(name).removeprefix(path + "/"): int(about["size"]) for name, about in found.items()}
 

@@ -108,6 +108,19 @@ def test_an_erasure_that_was_killed_is_finished_by_the_next_update(folder: Path)
     assert registry.verify() == []
 
 
+def test_what_a_repair_has_set_aside_is_deleted(folder: Path) -> None:
+    registry = Registry(folder / "registry")
+    name = sorted(name for name in registry.store.list("pending") if name[:-6].isdecimal())[-1]
+    content = registry.store.read(f"pending/{name}")
+    registry.store.write(f"pending/{name}", content[:-9])
+    registry.repair()
+    assert registry.store.list("damaged")
+    erasure = erase(registry, [json.loads(content.splitlines()[0])["id"]])
+    assert erasure.found["damaged"] == 1
+    assert registry.store.list("damaged") == []
+    assert registry.verify() == []
+
+
 def test_half_of_a_plan_changes_nothing(folder: Path) -> None:
     registry = Registry(folder / "registry")
     registry.store.write("erasing/0", b"half")

@@ -146,3 +146,13 @@ def call(capsys: pytest.CaptureFixture[str], root: str, action: str) -> tuple[in
     add_registry_commands(parser.add_subparsers())
     code = run_registry(parser.parse_args(["registry", action, root]))
     return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_no_count_falls_below_zero_when_a_segment_with_withdrawn_records_is_repaired(registry: Registry) -> None:
+    journal = Journal(registry.store)
+    rows = journal.records(journal.segments(after=2), numbered=True)
+    journal.withdraw([{**row, "kind": "unlearnable", "reason": "too odd"} for row in rows])
+    registry.store.write("pending/000003.jsonl", b"")
+    registry.repair()
+    assert journal.counts(journal.segments(after=2)).pending == 0
+    assert registry.verify() == []
