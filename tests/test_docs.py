@@ -160,13 +160,13 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         at = words.index("--")
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
-    elif command in ("drift", "plan", "forget"):
+    elif command in ("drift", "plan", "forget", "quarantine", "pending"):
         module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(arguments)
     else:
         read: list[Namespace | Path] = []
         monkeypatch.setattr(cli, "run_registry", read.append)
-        monkeypatch.setattr("evertune.reports.write.make_report", lambda history, out, plots: read.append(history))
+        monkeypatch.setattr("evertune.reports.write.make_report", lambda history, *_: read.append(history))
         try:
             cli.main(words)
         except SystemExit as stop:

@@ -40,7 +40,7 @@ class RedisSource(Source):
     Example:
         >>> source = RedisSource("tickets", "redis://:secret@localhost:6379/0", field="json")
         >>> print(source)
-        the Redis stream tickets at redis://localhost:6379/0
+        the Redis stream tickets at redis://:***@localhost:6379/0
         >>> source.close()
     """
 

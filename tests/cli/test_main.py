@@ -250,14 +250,17 @@ def test_report_writes_the_page_and_the_plots(tmp_path: Path, capsys: pytest.Cap
         (pickle.dumps(print), "is a pickle"),
     ],
 )
-def test_report_of_a_corrupt_history_ends_in_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_report_of_a_corrupt_history_ends_in_one_line(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "history.json"
     if content is not None:
         path.write_bytes(content)
-    code = run_here(["report", str(path)])  # a string: printed to stderr, with exit code 1
-    assert code.startswith("evertune report: ")
-    assert message in code
-    assert str(path) in code
+    assert run_here(["report", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evertune report: ")
+    assert message in line
+    assert str(path) in line
     assert not (tmp_path / "report.html").exists()
 
 

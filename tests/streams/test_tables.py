@@ -236,14 +236,24 @@ OTHER_COLUMNS = {  # name: values of a column that nobody asked for, and what th
 }
 
 
+FORMS = ["one file", "two files", "list", "frame", "datasets"]
+NOT_WRITTEN = {  # what the format, not evertune, refuses
+    "beyond all printing": ("one file", "two files", "datasets"),
+    "beyond 64 bits": ("datasets",),
+    "beyond floats": ("datasets",),
+    "a lone surrogate": ("datasets",),
+    "a lone surrogate in an object": ("datasets",),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*is kept as text")
-@pytest.mark.parametrize("form", ["one file", "two files", "list", "frame", "datasets"])
-@pytest.mark.parametrize("values", OTHER_COLUMNS)
+@pytest.mark.parametrize(
+    ("values", "form"),
+    [(values, form) for values in OTHER_COLUMNS for form in FORMS if form not in NOT_WRITTEN.get(values, ())],
+)
 def test_a_column_that_nobody_asked_for_stops_nothing(values, form, tmp_path):
     values, kept = OTHER_COLUMNS[values]
     rows = [{"text": f"text {i}", "label": "a", "z": value} for i, value in enumerate(values)]
-    if form.endswith(("file", "files")) and values[1] == 10**5000:
-        pytest.skip("json cannot write this number")
     if form == "one file":
         source = write_jsonl(tmp_path / "rows.jsonl", rows)
     elif form == "two files":
@@ -251,10 +261,7 @@ def test_a_column_that_nobody_asked_for_stops_nothing(values, form, tmp_path):
     elif form == "frame":
         source = pd.DataFrame(rows, dtype=object)
     elif form == "datasets":
-        try:
-            source = {name: datasets.Dataset.from_list([row]) for name, row in zip(["train", "val"], rows, strict=True)}
-        except Exception:
-            pytest.skip("no dataset can hold this value")
+        source = {name: datasets.Dataset.from_list([row]) for name, row in zip(["train", "val"], rows, strict=True)}
     else:
         source = rows
     stream = everything(source)
