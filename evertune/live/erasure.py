@@ -18,6 +18,7 @@ from evertune.registry.journal import Journal, Segment, described
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from evertune.registry.store import MANIFEST, RegistryError, Store
+from evertune.sources.masking import masked_id
 
 _FOLDER = "erasing"
 _TODO = f"{_FOLDER}/todo.json"
@@ -217,11 +218,6 @@ class _Edits:
         self.found["predictions"] += _prune(values, self.gone)
         self.files[f"{folder}/{name}"] = new = json.dumps(values, sort_keys=True).encode()
         hashes[name] = _sha256(new)
-
-
-def masked_id(id: str) -> str:
-    """The hash by which a :class:`~evertune.sources.Masker` replaces an id that contains personal data."""
-    return "masked-" + hashlib.sha256(id.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _is_of(row: Mapping[str, Any], ids: set[str]) -> bool:

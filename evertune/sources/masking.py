@@ -50,7 +50,12 @@ class Masker(ABC):
         """
         if self.mask(text) == text:
             return text
-        return "masked-" + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+        return masked_id(text)
+
+
+def masked_id(id: str) -> str:
+    """The hash by which a :class:`Masker` replaces an id that contains personal data."""
+    return "masked-" + hashlib.sha256(id.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

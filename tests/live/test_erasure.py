@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from evertune.cli import main as cli
-from evertune.live.erasure import _Edits, erase, finish, masked_id
+from evertune.live.erasure import _Edits, erase, finish
 from evertune.memory.memory import MemoryView
 from evertune.registry.journal import Journal
 from evertune.registry.registry import Registry
-from evertune.sources.masking import Masker
+from evertune.sources.masking import Masker, masked_id
 from tests.helpers.live_worker import feed, prepare, updater
 
 
