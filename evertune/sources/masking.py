@@ -316,7 +316,7 @@ class PresidioMasker(Masker):
 
         engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": model or ""}])
         if model is None:
-            engine.nlp = {language: spacy.blank(language)}
+            engine.nlp = {language: spacy.blank(language)}  # type: ignore[assignment]
         elif not (spacy.util.is_package(model) or Path(model).exists()):  # Presidio would download it
             raise ValueError(f"the spaCy model {model!r} is not installed: python -m spacy download {model}")
         self._analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=[language])
