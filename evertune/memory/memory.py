@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evertune.memory.arrow import SCHEMA, checked_table, serialised
 from evertune.memory.codec import decode, encode
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
 from evertune.utils import typed_json
@@ -29,15 +30,6 @@ from evertune.utils.scratch import scratch_folder
 Label = str | None
 Labels = Sequence[Label] | Callable[[Any], Label]
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.large_string()),
-        ("label", pa.large_string()),
-        ("experience", pa.large_string()),
-        ("priority", pa.float64()),
-        ("data", pa.large_binary()),
-    ]
-)
 _FORMAT = "evertune-memory-1"
 _MANIFEST = "memory.json"
 _CHUNK = 4096
@@ -89,14 +81,14 @@ class MemoryView:
             ValueError: If the file is not an Arrow file, or is truncated.
         """
         try:
-            return cls(_checked_table(_mapped(Path(path))))
+            return cls(checked_table(_mapped(Path(path))))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path} is not the Arrow file of a memory, or is truncated: {error}") from None
 
     @classmethod
     def empty(cls) -> MemoryView:
         """A view without rows."""
-        return cls(_SCHEMA.empty_table())
+        return cls(SCHEMA.empty_table())
 
     def __len__(self) -> int:
         return len(self._table)
@@ -310,7 +302,7 @@ class ReplayMemory:
                         "data": encode(example),
                     }
                 )
-            self._write([table.take(pa.array(kept)), pa.Table.from_pylist(rows, schema=_SCHEMA)], seen + total)
+            self._write([table.take(pa.array(kept)), pa.Table.from_pylist(rows, schema=SCHEMA)], seen + total)
         self.generation += 1
 
     def add(
@@ -482,13 +474,13 @@ class ReplayMemory:
         """The bytes of the working file."""
         generation = self.generation if generation is None else generation
         if generation == 0:
-            return _serialise(_SCHEMA.empty_table(), self._settings() | {"seen": 0})
+            return serialised(SCHEMA.empty_table(), self._settings() | {"seen": 0})
         return _mapped(self.path(generation))
 
     def _write(self, tables: list[pa.Table], seen: int) -> None:
         """Write the file of the next generation."""
         table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-        write_atomically(self.path(self.generation + 1), _serialise(table, self._settings() | {"seen": seen}))
+        write_atomically(self.path(self.generation + 1), serialised(table, self._settings() | {"seen": seen}))
         # The previous file stays: loader workers may still draw from it.
         self._delete_older(than=self.generation)
 
@@ -502,7 +494,7 @@ class ReplayMemory:
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{source} is corrupt or truncated: its sha256 is not the one recorded when it was saved")
         try:
-            view = MemoryView(_checked_table(data))
+            view = MemoryView(checked_table(data))
             settings = typed_json.from_json(_Settings, view.settings)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{source} is corrupt, or is not a replay memory of this version: {error}") from error
@@ -563,7 +555,7 @@ def forget_saved(directory: str | Path, ids: Iterable[str]) -> int:
     stay = [slot for slot, id in enumerate(view.ids) if id not in wanted]
     if len(stay) == len(view):
         return 0
-    data = _serialise(view.table.take(pa.array(stay, pa.int64())), view.settings)
+    data = serialised(view.table.take(pa.array(stay, pa.int64())), view.settings)
     digest = hashlib.sha256(data).hexdigest()
     manifest |= {"examples": len(stay), "file": f"memory-{digest[:16]}.arrow", "sha256": digest}
     write_atomically(folder / manifest["file"], data)
@@ -582,34 +574,6 @@ def working_file(directory: Path, generation: int) -> Path:
 def content_id(data: bytes) -> str:
     """The id of an example without its own: a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _serialise(table: pa.Table, settings: dict[str, Any]) -> pa.Buffer:
-    table = table.combine_chunks().replace_schema_metadata({b"evertune": json.dumps(settings).encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _checked_table(data: pa.Buffer) -> pa.Table:
-    """The rows of an Arrow file that somebody else may have written.
-
-    Offsets are compared with the buffers that they point into: Arrow itself would read beyond them. The columns are
-    checked before any row is read.
-
-    Raises:
-        ArrowInvalid, OSError, ValueError: If it is not the file of a memory.
-    """
-    reader = pa.ipc.open_file(data)
-    if not reader.schema.equals(_SCHEMA):
-        raise ValueError(f"it has other columns ({', '.join(reader.schema.names)[:200]})")
-    table = reader.read_all()
-    table.validate(full=True)
-    for name in ("id", "experience", "priority", "data"):
-        if table.column(name).null_count:
-            raise ValueError(f"a row has no {name}")
-    return table.combine_chunks() if reader.num_record_batches > 1 else table
 
 
 def _mapped(path: Path) -> pa.Buffer:

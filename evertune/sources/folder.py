@@ -55,7 +55,7 @@ class FolderSource(Source):
     These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and
     numbers and nesting that are too large (not JSON, even if Python accepts them); CSV rows with too few or too many
     fields, or with misplaced quotes; Parquet rows that have no JSON equivalent; lines over ``max_line_bytes``, of which
-    only the head is kept; a Parquet or gz file that is corrupt, as one bad record: it is read again once another
+    only the head is kept, and Parquet rows over it; a Parquet or gz file that is corrupt, as one bad record: it is read again once another
     version replaces it. If the end of a CSV row cannot be found, its first line is bad and reading resumes at the next.
 
     A last line without a newline may still be being written. In JSONL it is taken as soon as it is a whole JSON object.
@@ -74,8 +74,8 @@ class FolderSource(Source):
         delimiter: Character between the fields of CSV files.
         settle: Seconds without a change after which an unfinished end counts as final. 5 by default: programs that
             write line by line rarely pause for longer.
-        max_line_bytes: Lines (in CSV: rows) longer than this are bad records; 4 MiB by default. It bounds the memory
-            that a line can take.
+        max_line_bytes: Lines (in CSV and Parquet: rows) longer than this are bad records; 4 MiB by default. It bounds
+            the memory that a line can take.
 
     Raises:
         ValueError: If a setting is out of range, a name is not set in the environment, or fsspec does not support the
@@ -352,7 +352,7 @@ class FolderSource(Source):
         left, self._open = self._open, None  # after an error, the file is opened again from its start
         if left and left[0] == (name, version):
             return left[1]
-        return ParquetReader(blob) if kind(name) == ".parquet" else Gunzip(blob)
+        return ParquetReader(blob, self._max_line_bytes) if kind(name) == ".parquet" else Gunzip(blob)
 
     def _settled(self, info: _Info, at_least: float = 0.0) -> bool:
         """Whether a file has not changed for ``settle`` seconds; ``abs``, as the clock may have been set back since."""

@@ -160,12 +160,14 @@ class ParquetReader:
     """The rows of a Parquet file, by number: fast where the last read ended, else from the start of a row group.
 
     A text that all rows share is stored once, so that a file of 1 kB may unpack to gigabytes. Texts are therefore read
-    with their dictionary, and what they take without it is counted before any row is made.
+    with their dictionary, and what they take without it is counted before any row is made. Rows that take more than
+    ``most`` bytes are bad records.
     """
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, most: int) -> None:
         import pyarrow.parquet as pq
 
+        self._most_of_row = most
         with _parquet_errors():
             file = pq.ParquetFile(blob)
             names = file.schema_arrow.names
@@ -181,7 +183,7 @@ class ParquetReader:
             # Decodes everything once, so that damage is found before the first record is taken.
             total = largest = 0
             for batch in self._file.iter_batches(self._n_batch):
-                unpacked = sum(map(_unpacked, batch.columns))
+                unpacked = _size(batch)
                 total, largest = total + unpacked, max(largest, unpacked)
                 self._check(total)
             self._n_batch = max(1, self._n_batch * _BATCH_BYTES // max(largest, _BATCH_BYTES))
@@ -201,8 +203,9 @@ class ParquetReader:
                     self._batch = next(self._batches)
             batch = self._batch[: limit - len(records)]
             self._batch = self._batch[len(batch) :]
-            records += _row_records(name, self._next, batch)
-            size += sum(map(_unpacked, batch.columns))
+            taken = _size(batch)
+            records += _row_records(name, self._next, batch, None if taken <= self._most_of_row else self._most_of_row)
+            size += taken
             self._next += len(batch)
         return records, size, self._next < self._n_rows
 
@@ -449,6 +452,11 @@ def _parquet_errors() -> Iterator[None]:
         raise BadFileError(f"corrupt or truncated Parquet file ({error})") from error
 
 
+def _size(batch: Any) -> int:
+    """The bytes that the rows of a batch take."""
+    return sum(map(_unpacked, batch.columns))
+
+
 def _unpacked(array: Any) -> int:
     """The bytes of an array, with each text of a dictionary counted as often as it is used."""
     import pyarrow as pa
@@ -459,21 +467,31 @@ def _unpacked(array: Any) -> int:
     if pa.types.is_dictionary(kind) and kind.value_type in texts:
         lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
         return int(array.indices.nbytes) + int(pc.sum(lengths).as_py() or 0)
-    if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
-        inner = array.flatten() if not pa.types.is_map(kind) else [array.keys, array.items]
-        return sum(map(_unpacked, inner if isinstance(inner, list) else [inner])) + 8 * len(array)
+    if pa.types.is_map(kind):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_unpacked(part[first:last]) for part in (array.keys, array.items)) + 8 * len(array)
+    if pa.types.is_struct(kind):
+        return sum(map(_unpacked, array.flatten())) + 8 * len(array)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _unpacked(array.flatten()) + 8 * len(array)
     return int(array.nbytes)
 
 
-def _row_records(name: str, first: int, batch: Any) -> list[Incoming]:
-    """The rows of a batch, of which ``first`` come before it."""
+def _row_records(name: str, first: int, batch: Any, most: int | None) -> list[Incoming]:
+    """The rows of a batch, of which ``first`` come before it; those of more than ``most`` bytes are bad."""
+    sizes = [0] * len(batch) if most is None else [_size(batch.slice(row, 1)) for row in range(len(batch))]
+    too_long = {row for row, size in enumerate(sizes) if most is not None and size > most}
     try:
-        rows = batch.to_pylist()
+        rows = [None] * len(batch) if too_long else batch.to_pylist()
     except Exception:  # a value that Python cannot represent: find out below in which rows
         rows = [None] * len(batch)
     records = []
     for position, row in enumerate(rows):
         origin = f"{name}:{first + position + 1}"
+        if position in too_long:
+            reason = f"a row of {sizes[position]} bytes is longer than max_line_bytes={most}"
+            records.append(Incoming(origin, None, reason, f"(row {first + position + 1} of {name})"))
+            continue
         try:
             value = plain(row or batch.slice(position, 1).to_pylist()[0], decode=True)
         except MemoryError:

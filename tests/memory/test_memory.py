@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from evertune.memory import Herding, MemoryView, Policy, ReplayMemory
+from evertune.memory.arrow import SCHEMA
 from evertune.memory.codec import decode, encode
 
 POLICIES = ["reservoir", "class_balanced", "ring"]
@@ -216,6 +217,19 @@ def settings(text):
     return change
 
 
+def written(**options):
+    """The same rows, written by Arrow with other options."""
+
+    def change(data):
+        table = pa.ipc.open_file(data).read_all()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    return change
+
+
 SETTINGS = {"format": "evertune-memory-1", "policy": "reservoir", "seed": 0, "seen": 2}
 CHANGES = {
     "an offset beyond the ids": offset("id", 2**40),
@@ -223,6 +237,8 @@ CHANGES = {
     "an offset beyond the data": offset("data", 2**40),
     "an offset before the data": offset("data", -8),
     "an offset out of order": offset("data", 10**6),
+    "rows that are compressed": written(compression="zstd"),
+    "older metadata, in which compression was hidden": written(metadata_version=pa.ipc.MetadataVersion.V4),
     "another type": column("priority", [1, 2]),
     "a column more": column("more", [1, 2]),
     "a row without an id": column("id", pa.array(["a", None], pa.large_string())),
@@ -251,6 +267,44 @@ def test_a_memory_from_elsewhere_is_checked_before_it_is_read(tmp_path, change):
         (file,) = tmp_path.glob("*.arrow")
         with pytest.raises(ValueError, match="not the Arrow file of a memory"):
             MemoryView.open(file)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_compressed_rows_are_refused_before_they_are_unpacked(tmp_path, codec):
+    """A file of 7 kB would unpack to 100 MB."""
+    columns = {"id": ["a"], "label": ["b"], "experience": ["e"], "priority": [0.5], "data": [bytes(100_000_000)]}
+    table = pa.table(columns, SCHEMA)
+    path = tmp_path / "memory.arrow"
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_file(str(path), table.schema, options=options) as writer:
+        writer.write_table(table)
+    usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counted)
+    try:
+        with pytest.raises(ValueError, match="its rows are compressed"):
+            MemoryView.open(path)
+    finally:
+        pa.set_memory_pool(usual)
+    assert counted.max_memory() < 1_000_000
+
+
+def test_only_the_rows_that_were_checked_are_read(tmp_path):
+    """The end of an Arrow file says where its rows are: it could point to others than those that were checked."""
+    memory = ReplayMemory(5)
+    memory.update(["x"], "e")
+    memory.save(tmp_path)
+
+    def hide_the_rows(data):
+        empty = pa.BufferOutputStream()
+        with pa.ipc.new_file(empty, SCHEMA):
+            pass
+        stream_ends = data.index(b"\xff\xff\xff\xff\0\0\0\0")
+        ends = empty.getvalue().to_pybytes()
+        return data[:stream_ends] + ends[ends.index(b"\xff\xff\xff\xff\0\0\0\0") :]
+
+    resealed(tmp_path, hide_the_rows)
+    with pytest.raises(ValueError, match="it holds 1 batches of rows, and its end says 0"):
+        ReplayMemory(5).load(tmp_path)
 
 
 @pytest.mark.parametrize("manifest", ["[" * 100_000, "[]", "{}", '{"file": 3, "sha256": "a"}', '{"a": 1e400}', "\xff"])

@@ -542,6 +542,29 @@ def test_a_text_that_all_rows_share_is_read_within_the_bounds_of_a_chunk(tmp_pat
     assert sum(sizes) == 300 and max(sizes) < 80
 
 
+LONG = "x" * 5_000
+LONG_VALUES = {
+    "a text": pa.array(["short", LONG, "short"]),
+    "bytes": pa.array([b"short", LONG.encode(), b"short"]),
+    "a shared text": pa.array(["short", LONG, "short"]).dictionary_encode(),
+    "a struct": pa.array([{"inner": "short"}, {"inner": LONG}, {"inner": "short"}]),
+    "a list": pa.array([["short"], ["short"] * 1_000, []]),
+    "a list of fixed size": pa.array([["a", "b"], [LONG, "b"], None], pa.list_(pa.string(), 2)),
+    "a map": pa.array([[("k", "short")], [("k", LONG)], []], pa.map_(pa.string(), pa.string())),
+    "the keys of a map": pa.array([[("k", 1)], [(LONG, 1)], []], pa.map_(pa.string(), pa.int64())),
+    "a list of numbers": pa.array([[1.0], [1.0] * 600, [2.0]]),
+}
+
+
+@pytest.mark.parametrize("column", LONG_VALUES.values(), ids=LONG_VALUES)
+def test_a_parquet_row_that_is_too_long_is_a_bad_record(tmp_path: Path, column: Any) -> None:
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "more": column}), tmp_path / "a.parquet")
+    first, bad, last = read_all(tmp_path, settle=0, max_line_bytes=4_000)
+    assert [record.value and record.value["text"] for record in (first, bad, last)] == ["a", None, "c"]
+    assert re.fullmatch(r"a row of \d{4,5} bytes is longer than max_line_bytes=4000", str(bad.error))
+    assert (bad.origin, bad.raw) == ("a.parquet:2", "(row 2 of a.parquet)")
+
+
 @pytest.mark.parametrize("name", ["b.parquet", "b.jsonl.gz"])
 def test_a_truncated_file_is_one_bad_record_until_it_is_replaced(tmp_path: Path, name: str) -> None:
     data = io.BytesIO()
