@@ -71,7 +71,9 @@ def _uncompressed(data: pa.Buffer) -> Iterator[pa.Message]:
             raise ValueError("it has an older version of Arrow's metadata than a memory writes")
         header = _field(metadata, root, _HEADER)
         if header is None or _field(metadata, _pointed_to(metadata, header), _COMPRESSION) is not None:
-            raise ValueError("its rows are compressed, and could unpack to far more than its size; a memory's never are")
+            raise ValueError(
+                "its rows are compressed, and could unpack to far more than its size; a memory's never are"
+            )
         yield message
 
 

@@ -55,8 +55,9 @@ class FolderSource(Source):
     These become bad records, with the reason: lines that are not UTF-8 or not a JSON object; NaN, infinities, and
     numbers and nesting that are too large (not JSON, even if Python accepts them); CSV rows with too few or too many
     fields, or with misplaced quotes; Parquet rows that have no JSON equivalent; lines over ``max_line_bytes``, of which
-    only the head is kept, and Parquet rows over it; a Parquet or gz file that is corrupt, as one bad record: it is read again once another
-    version replaces it. If the end of a CSV row cannot be found, its first line is bad and reading resumes at the next.
+    only the head is kept, and Parquet rows over it; a Parquet or gz file that is corrupt, as one bad record: it is read
+    again once another version replaces it. If the end of a CSV row cannot be found, its first line is bad and reading
+    resumes at the next.
 
     A last line without a newline may still be being written. In JSONL it is taken as soon as it is a whole JSON object.
     In CSV, where half a row can look whole, and for corrupt files, which may be half copied, it waits until the file
