@@ -314,7 +314,7 @@ class PresidioMasker(Masker):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f'PresidioMasker needs {error.name}: pip install "evertune[presidio]"') from error
 
-        engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": model or ""}])
+        engine: Any = SpacyNlpEngine(models=[{"lang_code": language, "model_name": model or ""}])
         if model is None:
             engine.nlp = {language: spacy.blank(language)}  # type: ignore[assignment]
         elif not (spacy.util.is_package(model) or Path(model).exists()):  # Presidio would download it
