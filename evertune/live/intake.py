@@ -16,6 +16,7 @@ from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema, id_value
+from evertune.sources.size import MOST_CHARACTERS, check_size
 
 _MAX_REASON = 500  # characters
 
@@ -60,9 +61,10 @@ class IntakeReport:
 class Intake:
     """Moves the records that have arrived from a source into the journal.
 
-    Each record is masked first, then checked, then joined with its label if labels arrive separately. Afterwards it is
-    in exactly one place: in the journal, in quarantine with the reason, or among the halves that wait. Nothing reaches
-    the disk unmasked. Of several records with the same id in a chunk, the newest counts; across chunks,
+    Each record is masked first, then checked, then joined with its label if labels arrive separately. One of more than
+    4,194,304 characters is refused before it is masked, whatever its source. Afterwards a record is in exactly one
+    place: in the journal, in quarantine with the reason, or among the halves that wait. Nothing reaches the disk
+    unmasked. Of several records with the same id in a chunk, the newest counts; across chunks,
     :func:`~evertune.registry.journal.latest` decides.
 
     A chunk becomes a segment of the journal, whole or not at all, together with the offset at which the next one
@@ -255,6 +257,11 @@ class Intake:
                 self._put_aside_unreadable(batch, origin, incoming)
                 continue
             try:
+                check_size(incoming.value)
+            except ValueError as error:
+                batch.put_aside("refused", f"{error}: it is left out here", origin, "")
+                continue
+            try:
                 value = self._masked(incoming.value)
             except (ValueError, RecursionError) as error:
                 # The value must not appear anywhere: it may contain personal data that was not recognised.
@@ -273,6 +280,8 @@ class Intake:
 
     def _put_aside_unreadable(self, batch: _Batch, origin: str, incoming: Incoming) -> None:
         reason, raw = incoming.error or "it cannot be read", incoming.raw
+        if len(raw) > MOST_CHARACTERS:
+            reason, raw = f"{reason} (its {len(raw):,} characters are left out here)", ""
         if self.masker is not None:
             try:
                 reason, raw = self.masker.mask(reason), self.masker.mask(raw)

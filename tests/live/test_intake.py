@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
 from datetime import datetime
@@ -20,6 +21,8 @@ from evertune.sources.folder import FolderSource
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker, PatternMasker
 from evertune.sources.schema import RecordSchema
+from evertune.sources.size import MOST_CHARACTERS
+from evertune.sources.sql import SQLSource
 from tests.registry.test_journal import Dies, files
 
 
@@ -248,6 +251,81 @@ def test_what_cannot_be_masked_is_not_kept(tmp_path):
     assert (report.good, report.bad) == (1, 2)
     assert [line["origin"] for line in Journal(Store(tmp_path / "r")).quarantined()] == ["list:0", "list:1"]
     assert not any(b"secret" in content for content in files(Store(tmp_path / "r")).values())
+
+
+def containing_itself(times):
+    part = []
+    part.extend([part] * times)
+    return part
+
+
+def nested(value, levels):
+    for _ in range(levels):
+        value = {"inner": [value]}
+    return value
+
+
+MILLION = "x" * 1_000_000
+TOO_LARGE = {
+    "a text": {"text": MILLION * 5},
+    "bytes, as a database gives them": {"text": MILLION.encode() * 5},
+    "a name, as of a field of Redis": {MILLION * 5: "x"},
+    "many fields": {f"field {number}": MILLION for number in range(5)},
+    "a list of texts": {"text": [MILLION] * 5},
+    "nested objects": {"after": nested({"text": [MILLION] * 5}, 20)},
+    "a wide list": {"more": [0] * MOST_CHARACTERS},
+    "a wide object": {"more": dict.fromkeys(range(MOST_CHARACTERS), 0)},
+    "lists of lists": {"more": [[[]] * 3_000] * 3_000},
+    "a list that contains itself often": {"more": containing_itself(1_000)},
+}
+TOO_DEEP = {
+    "a list that contains itself": {"more": containing_itself(1)},
+    "many levels": {"more": nested("x", 100_000)},
+}
+
+
+@pytest.mark.parametrize("value", [*TOO_LARGE.values(), *TOO_DEEP.values()], ids=[*TOO_LARGE, *TOO_DEEP])
+def test_a_record_that_is_too_large_is_refused_before_it_is_masked(tmp_path, value):
+    class Counting(Masker):
+        seen = 0
+
+        def mask(self, text):
+            self.seen += len(text)
+            return text
+
+    masker = Counting()
+    report = intake([ticket("a"), {"id": "b", "label": "billing"} | value], tmp_path / "r", masker=masker).run()
+    assert (report.good, report.bad, masker.seen < 1_000) == (1, 1, True)
+    (line,) = Journal(Store(tmp_path / "r")).quarantined()
+    why = "nested more than 100 levels deep" if value in TOO_DEEP.values() else "has more than 4,194,304 characters"
+    assert line["kind"] == "refused" and why in line["reason"] and line["reason"].endswith(": it is left out here")
+    assert line["raw"] == ""
+
+
+def test_a_table_with_a_text_that_is_too_large(tmp_path):
+    database = sqlite3.connect(tmp_path / "tickets.db")
+    database.execute("create table tickets (id integer primary key, text text, label text)")
+    database.executemany("insert into tickets values (?, ?, 'billing')", [(1, MILLION * 5), (2, "Charged twice")])
+    database.commit()
+    database.close()
+    source = SQLSource(f"sqlite:///{tmp_path / 'tickets.db'}", "tickets", cursor="id")
+    report = intake(source, tmp_path / "r", masker=PatternMasker()).run()
+    assert (report.good, report.bad) == (1, 1)
+    assert "has more than 4,194,304 characters" in report.words
+
+
+def test_what_cannot_be_read_is_kept_only_if_it_is_not_too_large(tmp_path):
+    report = intake(["{" * (MOST_CHARACTERS + 1), "{"], tmp_path / "r", masker=PatternMasker()).run()
+    assert report.bad == 2
+    large, small = Journal(Store(tmp_path / "r")).quarantined()
+    assert (large["raw"], large["reason"]) == ("", "not valid JSON (its 4,194,305 characters are left out here)")
+    assert (small["raw"], small["reason"]) == ("{", "not valid JSON")
+
+
+def test_the_largest_record_that_is_taken(tmp_path):
+    note = {"id": "a", "text": "Charged twice", "label": "billing", "note": ""}
+    note["note"] = "x" * (MOST_CHARACTERS - sum(len(name) + 1 + len(value) for name, value in note.items()))
+    assert intake([note, note | {"note": note["note"] + "x"}], tmp_path / "r").run().good == 1
 
 
 def test_labels_that_come_later(tmp_path):
