@@ -425,11 +425,11 @@ def replace_method(owner: Any, name: str, method: Any) -> None:
     """Replace a method by a function, on this object alone, until :func:`return_method`.
 
     Args:
-        owner: The strategy of a trainer, or its :func:`train_data_source`.
-        name: One of ``REPLACED``, or of ``REPLACED_IN_SOURCE``.
+        owner: The strategy of a trainer, its :func:`train_data_source` or one of its loops.
+        name: One of ``REPLACED``, of ``REPLACED_IN_SOURCE`` or of ``REPLACED_IN_LOOP``.
         method: A function with the method's arguments, without ``self``.
     """
-    assert name in REPLACED + REPLACED_IN_SOURCE
+    assert name in REPLACED + REPLACED_IN_SOURCE + REPLACED_IN_LOOP
     setattr(owner, name, method)
 
 
@@ -443,3 +443,6 @@ REPLACED = ("process_dataloader", "save_checkpoint", "load_checkpoint", "on_trai
 
 REPLACED_IN_SOURCE = ("dataloader",)
 """Methods of a :func:`train_data_source` that evertune wraps during a fit."""
+
+REPLACED_IN_LOOP = ("run",)
+"""Methods of the loops of training and validation that evertune wraps during a fit."""

@@ -169,9 +169,10 @@ PRIVATE = {
     "strategies:DeepSpeedStrategy": "_setup_model_and_optimizer _initialize_deepspeed_inference "
     "_auto_select_batch_size _init_deepspeed_distributed " + " ".join(_lightning.REPLACED),
     "strategies:Strategy": " ".join(_lightning.REPLACED),
-    "loops.training_epoch_loop:_TrainingEpochLoop": "_is_training_done _should_check_val_fx",
+    "loops.training_epoch_loop:_TrainingEpochLoop": "_is_training_done _should_check_val_fx val_loop",
+    "loops.evaluation_loop:_EvaluationLoop": " ".join(_lightning.REPLACED_IN_LOOP),
     "loops.fit_loop:_FitLoop": "_data_fetcher _combined_loader _combined_loader_states_to_load "
-    "_load_combined_loader_states _data_source is_resuming",
+    "_load_combined_loader_states _data_source is_resuming epoch_loop " + " ".join(_lightning.REPLACED_IN_LOOP),
     "loops.progress:_ProcessedTracker": "processed",
     "trainer.connectors.data_connector:_DataLoaderSource": " ".join(_lightning.REPLACED_IN_SOURCE),
     "core:LightningModule": "_on_before_batch_transfer",

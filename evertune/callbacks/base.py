@@ -37,10 +37,12 @@ class ContinualCallback(Callback):
         experience_index: Number of experiences that this callback has completed.
         keeps_nothing: Whether nothing is lost when this callback is neither saved nor loaded.
         across_experiences: Whether a ``ContinualTrainer`` keeps this object for its whole stream.
+        time_part: What the time of :meth:`on_experience_end` counts as: one of the parts of ``History.breakdown``.
     """
 
     across_experiences = True
     experience_index: int = 0
+    time_part: str = "other"
     keeps_nothing: bool = False
     _batch: Any = None  # the current batch, kept only if loss_term is overridden
     _has_trained = False  # in this fit

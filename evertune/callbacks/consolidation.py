@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from evertune._lightning import either, pl, replace_method, return_method
+from evertune.utils.clock import measured
 
 _saved: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 """For each strategy, the checkpoints that it has written, and at which step."""
@@ -18,6 +19,7 @@ class Method(Protocol):
     """A ``ContinualCallback``, as far as the end of an experience concerns it."""
 
     experience_index: int
+    time_part: str
 
     def undo_point(self) -> Callable[[], None]:
         """Return a function that puts the method back as it is now."""
@@ -44,7 +46,8 @@ def end_experience(
     completed = False
     try:
         for method in methods:
-            method.on_experience_end(trainer, module)
+            with measured(trainer, method.time_part):
+                method.on_experience_end(trainer, module)
         for method in methods:
             method.experience_index += 1
         if with_checkpoints:

@@ -55,6 +55,7 @@ class WeightMethod(ContinualCallback):
     """
 
     tensor_names: ClassVar[tuple[str, ...]] = ()
+    time_part = "importance"
 
     _state: FragmentState | None = None
     _saved_in: Path | None = None  # the folder passed to load(), until a fit reads it

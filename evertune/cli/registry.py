@@ -187,6 +187,8 @@ def _line(version: Version, aliases: Mapping[str, int], parent: Version | None) 
 
 def _show(registry: Registry, arguments: argparse.Namespace) -> int:
     from evertune.reports.listing import brief
+    from evertune.reports.summary import spent
+    from evertune.utils.clock import PARTS
 
     version = registry.version(arguments.version)
     manifest, aliases = version.manifest.to_dict(), registry.aliases
@@ -207,7 +209,8 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
             "classes": ", ".join(version.manifest.classes),
             **{name: manifest[name] for name in ("module", "consumed")},
             "offset": brief(version.manifest.offset) if version.manifest.offset else None,
-            **_named(version.manifest.seconds, "seconds to {}"),
+            **_named({k: v for k, v in version.manifest.seconds.items() if k not in PARTS}, "seconds to {}"),
+            "time": spent(version.manifest.seconds),
             "code": manifest["code"],
             "configuration": "" if arguments.config else "--config shows it",
             "size": f"{_size(found['size'])} in {len(sizes)} files",

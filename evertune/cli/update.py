@@ -177,4 +177,8 @@ def update(arguments: Sequence[str]) -> int:
         screen.print(outcome.verdict.table())
     if outcome.status != "trained":  # the words of the other ranks
         screen.print(outcome.words, soft_wrap=True)
+    if "training" in outcome.seconds:
+        from evertune.reports.summary import spent
+
+        screen.print(f"time: {spent(outcome.seconds)}", soft_wrap=True, style="dim")
     return outcome.code

@@ -127,6 +127,7 @@ def train(
     fit_start = time.perf_counter()
     learner.fit_experience(module, experience, datamodule, ckpt_path=latest(checkpoints))
     fit_seconds = time.perf_counter() - fit_start
+    spent = {part: seconds for part, seconds in learner.clock.split.items() if part != "other"}
     if learner.interrupted:
         raise Interrupted(f"update {plan.version} was interrupted; run it again to resume from its last checkpoint")
     version = staging / VERSION
@@ -144,7 +145,7 @@ def train(
             "plan": plan.identity,
             "steps": learner.global_step,
             "classes": list(getattr(module, "classes", [])),
-            "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start},
+            "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start, **spent},
         }
         # Written last: its existence says that weights and learning state are complete.
         write_atomically(staging / _TRAINED, json.dumps(content).encode())

@@ -33,6 +33,7 @@ from evertune.sources.base import Row, Source, SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
+from evertune.utils.clock import PARTS
 from evertune.utils.files import empty, write_atomically
 from evertune.utils.ranks import is_leader, started_together, tell_all
 from evertune.utils.typed_json import decode, foreign, to_json
@@ -60,6 +61,8 @@ _VERDICT = "verdict.json"
 _SHOWN = "trained on"
 _TO_BE_PAID = ("train", "evaluate")
 """The stages of an update whose seconds count as its cost."""
+_STAGES = ("plan", "train", "evaluate")
+"""The stages whose seconds a version records."""
 _NEEDED = {
     "tokenizer": "tokenizer (a tokenizer of transformers)",
     "hparams": "hparams (call save_hyperparameters() in its constructor)",
@@ -81,7 +84,8 @@ class Outcome:
         words: The reason, as a message for people.
         version: Number of the version that was made, whether promoted or refused; None if none was.
         verdict: Verdict of the gate with every check; None if nothing was judged.
-        seconds: Seconds that each stage took, by its name.
+        seconds: Seconds that each stage took, by its name; and the same time by what it was spent on, see
+            :attr:`~evertune.registry.Manifest.seconds`.
     """
 
     status: Status
@@ -423,7 +427,9 @@ class Updater:
         if dry_run:
             status: Status = "promoted" if verdict.passed else "refused"
             words = f"dry run: version {plan.version} would be {status}: {_reasons(verdict)}"
-            return Outcome(status, words, plan.version, verdict, seconds)
+            return Outcome(
+                status, words, plan.version, verdict, _with_breakdown({**seconds, **self._trained(plan)["seconds"]})
+            )
         with _timed(seconds, "publish"):
             version = self._publish(plan, verdict, seconds)
             return self._finish(plan, version, seconds)
@@ -445,6 +451,13 @@ class Updater:
             seed=self.settings.seed + plan.version,
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
+
+    def _trained(self, plan: Plan) -> dict[str, Any]:
+        from evertune.live.training import trained
+
+        results = trained(self.staging, plan)
+        assert results is not None
+        return results
 
     def _judge(self, plan: Plan) -> Verdict:
         """Evaluate the new version and the one in production side by side, and let the gate compare them."""
@@ -517,7 +530,7 @@ class Updater:
     def _publish(self, plan: Plan, verdict: Verdict, seconds: Mapping[str, float]) -> Version:
         """Publish the staged folder as a version of the registry, with its complete manifest."""
         from evertune.gate.predictions import Predictions
-        from evertune.live.training import VERSION, trained
+        from evertune.live.training import VERSION
 
         folder = self.staging / VERSION
         rows, held_out, put_aside, n_again = self._split(plan)
@@ -530,8 +543,7 @@ class Updater:
             self.journal.quarantine("put aside", put_aside, f"superseded-{plan.version}")
         said = _parsed((folder / _EVALUATION).read_bytes(), folder / _EVALUATION, Predictions.by_slice)
         accuracy = {name: one.accuracy for name, one in said.items()}
-        training = trained(self.staging, plan)
-        assert training is not None
+        training = self._trained(plan)
         segments = self._segments(plan)
         manifest = Manifest(
             version=plan.version,
@@ -553,7 +565,7 @@ class Updater:
             slices=slices,
             verdict=VerdictSummary(verdict.passed, _reasons(verdict)),
             metrics=Metrics(dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None),
-            seconds={**seconds, **training["seconds"]},
+            seconds=_with_breakdown({**seconds, **training["seconds"]}),
             config=self.config,
             config_digest=plan.config,
             code=f"evertune {metadata.version('evertune')}",
@@ -947,6 +959,18 @@ def _parsed(content: bytes, name: str | Path, parse: Callable[[Any], T]) -> T:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, default=str).encode()
+
+
+def _with_breakdown(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of an update's stages, and the same time by what it was spent on.
+
+    Args:
+        seconds: The seconds of each stage, and those of the fit by what they were spent on.
+    """
+    spent = {part: seconds.get(part, 0.0) for part in PARTS}
+    spent["evaluation"] += seconds.get("evaluate", 0.0)
+    spent["other"] = max(0.0, sum(seconds.get(stage, 0.0) for stage in _STAGES) - sum(spent.values()))
+    return {**seconds, **spent}
 
 
 @contextmanager

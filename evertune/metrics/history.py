@@ -1,4 +1,4 @@
-"""The history of a run: its accuracy matrix, its duration, and further data for the report."""
+"""The history of a run: its accuracy matrix, its duration and where it went, and further data for the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from evertune.metrics import functional
+from evertune.utils.clock import PARTS
 from evertune.utils.typed_json import decode
+
+_EXTRAS = ("drift", "memory", "examples", "breakdown")
+"""Fields that a history may lack."""
 
 
 @dataclass
@@ -32,6 +36,9 @@ class History:
         memory: Content of the replay memory at the end: ``{"size": n, "capacity": n, "per_experience": {name: n},
             "per_class": {name: n}}``. Empty without a memory.
         examples: Number of new examples that the run was trained on, or None if not counted.
+        breakdown: The same seconds by what they were spent on: ``training`` (with the loading of its batches, replayed
+            examples included), ``replay`` (filling the memory), ``importance`` (estimating how much each weight
+            matters), ``evaluation`` and ``other`` (setting up, saving). Empty if not measured.
 
     Raises:
         ValueError: If an argument does not have this form.
@@ -43,6 +50,7 @@ class History:
     drift: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
     examples: int | None = None
+    breakdown: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.experiences = _names(self.experiences)
@@ -53,6 +61,7 @@ class History:
         self.memory = _memory(_of_type(self.memory, dict, "memory"))
         if self.examples is not None and not _is_count(self.examples):
             raise ValueError(f"examples must be a count or None, got {self.examples!r}")
+        self.breakdown = _breakdown(_of_type(self.breakdown, Mapping, "breakdown"))
 
     @property
     def average_accuracy(self) -> float:
@@ -69,9 +78,18 @@ class History:
         """The last score minus the score when first learned (Lopez-Paz & Ranzato 2017)."""
         return functional.backward_transfer(self.accuracy_matrix)
 
+    def __str__(self) -> str:
+        """The metrics, and the seconds by what they were spent on."""
+        metrics = {"average accuracy": self.average_accuracy}
+        if len(self.accuracy_matrix) > 1:
+            metrics["forgetting"] = self.forgetting
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not math.isnan(value))
+        spent = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.breakdown.items() if seconds >= 0.05)
+        return f"{scores or 'not evaluated'}; {self.seconds:.1f} seconds{spent and f' ({spent})'}"
+
     def to_dict(self) -> dict[str, Any]:
         """The history as values for strict JSON: None for NaN, the metrics next to the matrix, no empty extras."""
-        extras = {"drift": self.drift, "memory": self.memory, "examples": self.examples}
+        extras = {name: getattr(self, name) for name in _EXTRAS}
         return {
             "experiences": list(self.experiences),
             "accuracy_matrix": [[_or_none(score) for score in row] for row in self.accuracy_matrix],
@@ -93,7 +111,7 @@ class History:
         missing = [key for key in ("experiences", "accuracy_matrix", "seconds") if key not in data]
         if missing:
             raise ValueError(f"a run must have {', '.join(missing)}; it has {', '.join(map(str, data)) or 'nothing'}")
-        optional = {key: data[key] for key in ("drift", "memory", "examples") if key in data}
+        optional = {key: data[key] for key in _EXTRAS if key in data}
         return cls(data["experiences"], data["accuracy_matrix"], data["seconds"], **optional)
 
 
@@ -199,6 +217,15 @@ def _drift_point(point: Any, index: int) -> dict[str, Any]:
     if not _is_number(point["score"]) or not _is_number(point["threshold"]):
         raise ValueError(f"drift[{index}] must have finite numbers as score and threshold, got {point!r}")
     return dict(point)
+
+
+def _breakdown(seconds: Mapping[Any, Any]) -> dict[str, float]:
+    for part, spent in seconds.items():
+        if part not in PARTS:
+            raise ValueError(f"breakdown must give the seconds of {', '.join(PARTS)}, got {part!r}")
+        if not _is_number(spent) or spent < 0:
+            raise ValueError(f"breakdown[{part!r}] must be a number of at least 0, got {spent!r}")
+    return {part: float(seconds[part]) for part in PARTS if part in seconds}
 
 
 def _memory(memory: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,9 @@ class Manifest:
         slices: The held-out records of every experience so far.
         verdict: The decision of the gate; None for a version that was never judged.
         metrics: Measurements on held-out records.
-        seconds: Duration of each stage of the update in seconds.
+        seconds: Duration of each stage of the update in seconds: ``plan``, ``train`` (with its ``fit``) and
+            ``evaluate``; and the same time by what it was spent on: ``training``, ``replay``, ``importance``,
+            ``evaluation`` and ``other``.
         config: The whole configuration of the update.
         config_digest: Hash of the configuration.
         code: Program that wrote it, with its version.

@@ -19,6 +19,7 @@ from evertune.reports.listing import Listing, brief
 from evertune.reports.page import fill
 from evertune.reports.stream import NBSP, Bar
 from evertune.reports.summary import UNKNOWN, percent
+from evertune.utils.clock import PARTS
 from evertune.utils.terminal import foreign
 
 MAX_SHOWN = 40
@@ -97,11 +98,14 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     if not slices:
         raise ValueError(f"no version that led to version {line[-1].number} was measured on a held-out slice")
     seconds = sum(version.manifest.seconds.get(stage, 0.0) for version in line for stage in STAGES)
+    times = [version.manifest.seconds for version in line]
+    breakdown = {part: sum(time[part] for time in times) for part in PARTS if all(part in time for time in times)}
     return History(
         slices,
         [[_accuracy(version).get(name, math.nan) for name in slices] for version in line],
         seconds,
         examples=sum(_records(version)["train"] for version in line),
+        breakdown=breakdown,
     )
 
 

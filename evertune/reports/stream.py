@@ -12,6 +12,7 @@ from evertune.metrics.history import History
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, spread, thin, ticks
 from evertune.reports.page import fill
 from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joint, percent, running_steps
+from evertune.utils.clock import PARTS
 
 N_COLORS = 6  # --run-0 to --run-5 of the template
 NBSP = "\N{NO-BREAK SPACE}"
@@ -27,8 +28,8 @@ def write_report(
 ) -> Path:
     """Write the runs as one self-contained HTML page: no network, no script, light and dark, phone and desktop.
 
-    It shows the summary, the accuracy over time, each accuracy matrix as a heat map and, where a run has them, the
-    drift score with its alarms and what the memory holds. Needs the extra ``evertune[reports]``.
+    It shows the summary, where the time went, the accuracy over time, each accuracy matrix as a heat map and, where a
+    run has them, the drift score with its alarms and what the memory holds. Needs the extra ``evertune[reports]``.
 
     Args:
         runs: Histories by the name of their run, or the path of a ``history.json``.
@@ -64,6 +65,8 @@ def render(runs: Runs, title: str) -> str:
         experiences=_experiences(views),
         ceiling=any(view.joint for view in views),
         counted=any(view.history.examples is not None for view in views),
+        timed=[view for view in views if view.history.breakdown],
+        parts=PARTS,
         drifting=[view for view in views if view.drift],
         remembering=[view for view in views if view.history.memory],
         headline=headline(views),

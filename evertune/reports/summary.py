@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from evertune.metrics import functional
 from evertune.metrics.history import History, load_history
+from evertune.utils.clock import PARTS
 from evertune.utils.terminal import foreign
 
 if TYPE_CHECKING:
@@ -98,8 +99,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def spent(seconds: Mapping[str, float]) -> str:
+    """What a time was spent on, the parts that took any of it.
+
+    Example:
+        >>> spent({"training": 61.0, "replay": 0.01, "importance": 4.2, "evaluation": 9.0, "other": 0.5})
+        'training 1 min 01 s, importance 4.2 s, evaluation 9.0 s, other 0.5 s'
+    """
+    return ", ".join(f"{part} {duration(seconds[part])}" for part in PARTS if seconds.get(part, 0.0) >= 0.05)
+
+
 def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
-    """The runs side by side, for the terminal: ``rich.print(summary_table(runs))``.
+    """The runs side by side, for the terminal: ``rich.print(summary_table(runs))``. Below it, where the time went.
 
     Args:
         runs: Histories by the name of their run, or the path of a ``history.json``.
@@ -114,10 +125,11 @@ def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
     """
     from rich.table import Table
 
-    table = Table("run", box=None, header_style="bold", pad_edge=False)
+    runs = as_runs(runs)
+    table = Table("run", box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
     for header in ("average accuracy", "forgetting", "backward transfer", "time"):
         table.add_column(header, justify="right")
-    for name, run in as_runs(runs).items():
+    for name, run in runs.items():
         several = len(run.accuracy_matrix) > 1
         table.add_row(
             foreign(name),
@@ -126,4 +138,8 @@ def summary_table(runs: Runs | str | os.PathLike[str]) -> Table:
             percent(run.backward_transfer, signed=True) if several else UNKNOWN,
             duration(run.seconds),
         )
+    timed = {name: spent(run.breakdown) for name, run in runs.items() if run.breakdown}
+    if timed:
+        words = [words if len(runs) == 1 else f"{name}: {words}" for name, words in timed.items()]
+        table.caption = foreign("\n".join(words))
     return table

@@ -22,6 +22,7 @@ from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.tasks.base import task_of
 from evertune.utils.batches import to_device
+from evertune.utils.clock import measured
 from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.typed_json import read_json
 
@@ -72,6 +73,8 @@ class ContinualEvaluation(ContinualCallback):
         ValueError: When ``fit`` starts, if there is nothing to evaluate on, a loader cannot be evaluated, or its first
             examples cannot be scored.
     """
+
+    time_part = "evaluation"
 
     def __init__(
         self, score: Score | None = None, on: Literal["test", "val"] = "test", evaluate_unseen: bool = False
@@ -147,7 +150,11 @@ class ContinualEvaluation(ContinualCallback):
         if loader is None or (name is not None and not self._knows(module, name)):
             return
         advice = "pass score=, a callable (module, batch) -> tensor [batch]"
-        with trial(f"ContinualEvaluation cannot score {type(module).__name__}", advice), _evaluating(trainer, module):
+        with (
+            measured(trainer, "evaluation"),
+            trial(f"ContinualEvaluation cannot score {type(module).__name__}", advice),
+            _evaluating(trainer, module),
+        ):
             batch = next(iter(_share(loader, trainer)[0]))
             self._score(trainer, module, to_device(trainer, batch))
         if is_deepspeed(trainer):

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +113,21 @@ class StreamRun:
         return latest(self.checkpoint.directory)
 
     @property
-    def seconds(self) -> float:
-        """Seconds spent on the experiences that have been learned."""
-        states = list(self.directory.glob(f"{_STATE}*/{_RUN}"))
-        return max((float(json.loads(path.read_bytes())["seconds"]) for path in states), default=0.0)
+    def breakdown(self) -> dict[str, float]:
+        """Seconds spent on the experiences that have been learned, by what they were spent on."""
+        states = [json.loads(path.read_bytes())["seconds"] for path in self.directory.glob(f"{_STATE}*/{_RUN}")]
+        return max(states, key=lambda spent: sum(spent.values()), default={})
 
-    def commit(self, trainer: pl.Trainer, module: pl.LightningModule, learned: int, seconds: float) -> None:
+    def commit(
+        self, trainer: pl.Trainer, module: pl.LightningModule, learned: int, seconds: Mapping[str, float]
+    ) -> None:
         """Save the state and remove the previous one. Call on every rank.
 
         Args:
             trainer: Trainer with the callbacks to save.
             module: Trained module.
             learned: Number of experiences that have been learned.
-            seconds: Seconds that they have taken.
+            seconds: Seconds that they have taken, by what they were spent on.
         """
         whole = self.directory / f"{_STATE}{learned}"
         draft = whole.with_name(f".{whole.name}")
@@ -141,7 +143,7 @@ class StreamRun:
         (draft / _random_file(rank_and_world_size()[0])).write_bytes(encode(self._generators.state))
         barrier()
         if is_writer():
-            write_atomically(draft / _RUN, json.dumps({"seconds": seconds}).encode())
+            write_atomically(draft / _RUN, json.dumps({"seconds": dict(seconds)}).encode())
             sync_tree(draft)
             draft.rename(whole)
             sync_folder(self.directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from evertune._lightning import PACKAGES, Trainer, either, is_overridden, pl, rank_zero_info, refuse_other_package
+from evertune._lightning import (
+    PACKAGES,
+    Trainer,
+    either,
+    is_overridden,
+    pl,
+    rank_zero_info,
+    refuse_other_package,
+    replace_method,
+    return_method,
+)
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.drift_trigger import DriftTrigger
 from evertune.callbacks.replay.callback import Replay
@@ -21,6 +30,7 @@ from evertune.streams.experience import Experience, ExperienceStream
 from evertune.tasks.base import task_of
 from evertune.training.elastic import layout
 from evertune.training.evaluation import ContinualEvaluation
+from evertune.utils.clock import Clock
 
 if TYPE_CHECKING:
     from evertune.training.stream_run import StreamRun
@@ -55,6 +65,7 @@ class ContinualTrainer(Trainer):
 
     Attributes:
         experience: The experience being learned, or None outside of ``fit_stream``.
+        clock: Where the time goes, since this trainer or its latest ``fit_stream`` began.
     """
 
     callbacks: list[pl.Callback]
@@ -67,6 +78,7 @@ class ContinualTrainer(Trainer):
         settings["callbacks"] = callbacks
         super().__init__(**settings)  # as it stands: commands find the options of the trainer by reading this line
         self.experience: Experience | None = None
+        self.clock = Clock()
 
     def fit_stream(
         self,
@@ -98,8 +110,8 @@ class ContinualTrainer(Trainer):
         was learned of the experiences before; call it again with the remaining ones.
 
         Returns:
-            The accuracy matrix, the metrics that follow from it, the duration in seconds, and summaries of the drift
-            triggers and the replay memory.
+            The accuracy matrix, the metrics that follow from it, the duration in seconds and where it went, and
+            summaries of the drift triggers and the replay memory.
 
         Raises:
             ValueError: If the stream is empty, or an experience has neither test nor validation data.
@@ -117,7 +129,7 @@ class ContinualTrainer(Trainer):
         for scored in evaluate_on or ():
             evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
         learned = 0 if run is None else run.resume(self, module, experiences)
-        start = time.perf_counter() - (0.0 if run is None else run.seconds)
+        clock = self.clock = Clock() if run is None else Clock(run.breakdown)
         datamodules = [make(experience) for experience in experiences]
         loaders = [  # before any training, so that an experience that cannot be scored fails at once
             None if evaluate_on is not None else _evaluation_loader(experience, data)
@@ -134,11 +146,11 @@ class ContinualTrainer(Trainer):
                     self.fit_experience(module, experience, data)
                 else:
                     self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
-                    run.commit(self, module, number + 1, time.perf_counter() - start)
+                    run.commit(self, module, number + 1, clock.split)
             return History(
                 evaluation.experiences,
                 evaluation.accuracy_matrix,
-                time.perf_counter() - start,
+                clock.total,
                 drift=[
                     point
                     for one in self.callbacks
@@ -148,6 +160,7 @@ class ContinualTrainer(Trainer):
                 ],
                 memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
                 examples=sum(len(experience.train) for experience in experiences),
+                breakdown=clock.split,
             )
 
     def fit_experience(
@@ -189,7 +202,8 @@ class ContinualTrainer(Trainer):
             self.limit_val_batches = 0  # Lightning warns of a loader without batches
         self.experience = experience
         try:
-            self.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+            with _timed_loops(self, self.clock):
+                self.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
         finally:
             self.experience, self.limit_val_batches = None, limit
 
@@ -222,6 +236,19 @@ class ContinualTrainer(Trainer):
         self._settings["callbacks"].append(evaluation)
         self.callbacks.append(evaluation)
         return evaluation
+
+
+@contextmanager
+def _timed_loops(trainer: ContinualTrainer, clock: Clock) -> Iterator[None]:
+    """Measure the loops of training and validation."""
+    loops: list[Any] = [trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop]
+    for loop, part in zip(loops, ("training", "evaluation"), strict=True):
+        replace_method(loop, "run", clock.measure(part)(loop.run))
+    try:
+        yield
+    finally:
+        for loop in loops:
+            return_method(loop, "run")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import PatternMasker
 from evertune.sources.schema import RecordSchema
+from evertune.utils.clock import PARTS
 from evertune.utils.files import empty
 from tests.helpers.distributed import run_ranks
 from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
@@ -90,6 +91,12 @@ def test_promoted_update_learns_a_new_class(folder: Path) -> None:
     memory = remembered(folder / "registry/versions/2")
     assert memory is not None
     assert (len(memory), memory.settings["seen"]) == (30, 96)
+    spent = found.seconds
+    total = spent["plan"] + spent["train"] + spent["evaluate"]
+    assert sum(spent[part] for part in PARTS) == pytest.approx(total)
+    assert min(spent[part] for part in PARTS) > 0
+    assert spent["evaluation"] >= spent["evaluate"]
+    assert outcome.seconds["training"] == spent["training"]
 
 
 def test_trigger_decides(folder: Path) -> None:
@@ -284,6 +291,7 @@ def test_dry_run_publishes_nothing_and_is_gone_on_with(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=60)
     outcome = updater(folder).run(dry_run=True)
     assert outcome.words.startswith("dry run: version 2 would be promoted")
+    assert outcome.seconds["training"] > 0
     assert [version.number for version in Registry(folder / "registry").versions()] == [1]
     weights = (folder / "registry/staging/version/model/model.safetensors").read_bytes()
     assert updater(folder).run().status == "promoted"

@@ -20,6 +20,7 @@ def example() -> History:
         drift=[{"step": 3, "score": 0.5, "alarm": True, "threshold": 0.25}],
         memory={"size": 2, "capacity": 4, "per_experience": {"tech": 2}, "per_class": {"tech": 2}},
         examples=100,
+        breakdown={"other": 0.02, "training": 12.48},
     )
 
 
@@ -49,6 +50,11 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["history.json"]
 
 
+def test_in_words():
+    assert str(example()) == "average accuracy 0.750, forgetting 0.200; 12.5 seconds (training 12.5)"
+    assert str(History(["a"], [[None]], 3)) == "not evaluated; 3.0 seconds"
+
+
 def test_a_metric_that_cannot_be_told_is_null():
     run = History(["a", "b"], [[None, None], [0.5, 0.5]], 1.0)
     assert run.to_dict()["forgetting"] is None
@@ -69,6 +75,8 @@ def test_a_metric_that_cannot_be_told_is_null():
         ({"seconds": -1}, "seconds must be a number of at least 0, got -1"),
         ({"seconds": "12"}, "seconds must be a number of at least 0, got '12'"),
         ({"examples": 1.5}, "examples must be a count or None, got 1.5"),
+        ({"breakdown": {"fit": 1.0}}, "breakdown must give the seconds of training, .*, other, got 'fit'"),
+        ({"breakdown": {"replay": -1.0}}, r"breakdown\['replay'\] must be a number of at least 0, got -1.0"),
         ({"drift": {}}, "drift must be a list, got a dict"),
         ({"drift": [{"step": 1}]}, r"drift\[0\] must have step, score, alarm and threshold"),
         ({"drift": [{"step": 1, "score": math.nan, "alarm": False, "threshold": 1.0}]}, "finite numbers as score"),

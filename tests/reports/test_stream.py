@@ -84,6 +84,7 @@ def test_the_page_shows_every_figure(tmp_path):
     for cell in ("98.9", "49.3", "98.1", "0.0", "1.2", "100.0", "95.1", "96.8", "97.5", "97.4", "98.7", "96.3"):
         assert cell in page.text
     assert "1 min 19 s" in page.text
+    assert "Where the time went" not in page.text
     assert "1,334" in page.text
     assert "1 alarm, at step 40" in page.text
     assert page.count("span", "alarm") == 1
@@ -91,6 +92,19 @@ def test_the_page_shows_every_figure(tmp_path):
     assert page.count("table", "map") == 3
     assert page.count("td", "none") == 6
     assert page.count("div", "panel") == 3
+
+
+def test_where_the_time_went(tmp_path):
+    run = example_runs()["naive"]
+    run.breakdown = {"training": 30.0, "importance": 1.24, "other": 9.96}
+    page = page_of(tmp_path, {"naive": run, "joint": example_runs()["joint"]})
+    start = page.text.index("Importance")
+    assert page.text[start : start + 9] == [
+        *("Importance", "Evaluation", "Other", "naive", "30 s", "\N{EN DASH}", "1.2 s", "\N{EN DASH}", "10.0 s")
+    ]
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(summary_table({"naive": run, "joint": example_runs()["joint"]}))
+    assert stream.getvalue().splitlines()[-1].strip() == "naive: training 30 s, importance 1.2 s, other 10.0 s"
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):

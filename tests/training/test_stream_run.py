@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evertune._lightning import pl
 from evertune.callbacks import Replay
+from evertune.metrics import History
 from evertune.streams import Experience
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.distributed import run_ranks
@@ -129,7 +130,7 @@ def test_any_module(tmp_path: Path) -> None:
     rows = [(torch.eye(3)[i % 3], i % 3) for i in range(12)]
     stream = [Experience(str(number), rows, test=rows) for number in range(3)]
 
-    def run(folder: Path | None, stop_at: int = -1) -> Linear:
+    def run(folder: Path | None, stop_at: int = -1) -> tuple[Linear, History]:
         torch.manual_seed(0)
         module = Linear()
         module.stop_at = stop_at
@@ -137,19 +138,24 @@ def test_any_module(tmp_path: Path) -> None:
             ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
         )
         trainer = ContinualTrainer(max_epochs=1, accelerator="cpu", callbacks=[Replay(memory_size=4)], **quiet)
-        trainer.fit_stream(module, stream, run_dir=folder, checkpoint_every_n_steps=1)
-        return module
+        return module, trainer.fit_stream(module, stream, run_dir=folder, checkpoint_every_n_steps=1)
 
     from evertune.streams import ExperienceDataModule
 
     plain_fit = ExperienceDataModule.__init__.__kwdefaults__["batch_size"]
     assert plain_fit > len(rows)  # one step for each experience
-    whole = run(None)
+    whole, _ = run(None)
     for stop_at in (1, 0):
         with pytest.raises(ZeroDivisionError):
             run(tmp_path / "run", stop_at)
     assert (tmp_path / "run" / "state-1" / "weights.safetensors").is_file()
-    resumed = run(tmp_path / "run")
+    record = tmp_path / "run" / "state-1" / "run.json"
+    spent = json.loads(record.read_text())["seconds"]
+    assert min(spent["training"], spent["replay"], spent["evaluation"], spent["other"]) > spent["importance"] == 0
+    record.write_text(json.dumps({"seconds": {**spent, "replay": 1_000.0}}))
+    resumed, history = run(tmp_path / "run")
+    assert history.breakdown["replay"] > 1_000
+    assert history.seconds == pytest.approx(sum(history.breakdown.values()))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert resumed.first.weight is resumed.second.weight

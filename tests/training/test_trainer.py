@@ -154,6 +154,9 @@ def test_equals_separate_fits(bert: str) -> None:
         assert str(history.accuracy_matrix) == str(callbacks[2].accuracy_matrix)
         assert history.memory == callbacks[0].memory.summary()
         assert [one.experience_index for one in callbacks] == [3, 3, 3]
+        assert list(history.breakdown) == ["training", "replay", "importance", "evaluation", "other"]
+        assert min(history.breakdown.values()) > 0
+        assert sum(history.breakdown.values()) == pytest.approx(history.seconds, abs=0.01)
 
 
 @pytest.mark.parametrize(("limit", "steps"), [({"max_epochs": 2}, 6), ({"max_steps": 4}, 4)])

@@ -124,6 +124,8 @@ class Replay(ContinualCallback):
         Replay(0 of 2000 examples, policy='reservoir', 0 experiences)
     """
 
+    time_part = "replay"
+
     def __init__(
         self,
         memory_size: int,
