@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.lightning_modules.analytic import AnalyticHead as AnalyticHead
+    from evertune.lightning_modules.analytic_classification import (
+        AnalyticClassificationModule as AnalyticClassificationModule,
+    )
     from evertune.lightning_modules.heads import CosineHead as CosineHead
     from evertune.lightning_modules.heads import LinearHead as LinearHead
     from evertune.lightning_modules.sequence_classification import ClassifierOutput as ClassifierOutput
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.lightning_modules.analytic": "AnalyticHead",
+        "evertune.lightning_modules.analytic_classification": "AnalyticClassificationModule",
         "evertune.lightning_modules.heads": "CosineHead LinearHead",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
