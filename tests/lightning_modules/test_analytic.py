@@ -306,7 +306,9 @@ def test_a_fit_that_resumes_counts_nothing_twice(model, tmp_path):
     assert resumed.head.statistics.counts.tolist() == [3, 3, 3]
     torch.testing.assert_close(logits(resumed), logits(expected), rtol=0, atol=0)
     other = fitted(model, ["business"])
-    with pytest.raises(ValueError, match=r"was written in the middle of a fit of other data \(6 examples, this fit has 3\)"):
+    with pytest.raises(
+        ValueError, match=r"was written in the middle of a fit of other data \(6 examples, this fit has 3\)"
+    ):
         trainer().fit(other, datamodule(other, ["sport"]), ckpt_path=path, weights_only=False)
     loaded = AnalyticClassificationModule.load_from_checkpoint(path, weights_only=False)
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=0, atol=0)
