@@ -21,7 +21,7 @@ LAYERS = [
     {"launch"},
     {"reports"},
     {"live"},
-    {"training", "registry"},
+    {"training", "registry", "presets"},
     {"lightning_modules", "callbacks"},
     {"streams", "drift", "importance", "strategies"},
     {"sources", "memory", "shards", "tasks", "gate"},

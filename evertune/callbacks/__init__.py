@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from evertune.callbacks.base import ContinualCallback as ContinualCallback
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
     from evertune.callbacks.ewc import EWC as EWC
+    from evertune.callbacks.imprinting import Imprinting as Imprinting
+    from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.callbacks.update_length import UpdateLength as UpdateLength
     from evertune.callbacks.weight_method import WeightMethod as WeightMethod
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
     from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
@@ -22,7 +25,10 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.base": "ContinualCallback",
         "evertune.callbacks.drift_trigger": "DriftTrigger",
         "evertune.callbacks.ewc": "EWC",
+        "evertune.callbacks.imprinting": "Imprinting",
+        "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.replay.callback": "Replay",
+        "evertune.callbacks.update_length": "UpdateLength",
         "evertune.callbacks.weight_method": "WeightMethod",
         "evertune.training.checkpoint": "UpdateCheckpoint",
         "evertune.training.evaluation": "ContinualEvaluation",

@@ -34,6 +34,17 @@ def learning_rate_factor(step: int, n_warmup: int, n_steps: int | None, schedule
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def learning_rate_for(n_weights: int) -> float:
+    """The peak learning rate of AdamW that suits a pretrained transformer with ``n_weights``.
+
+    In inverse proportion to its size, from 5e-5 for BERT's 110 million (Devlin et al. 2019), between 1e-5 and 2e-4.
+
+    >>> [f"{learning_rate_for(millions * 10**6):.1e}" for millions in (22, 110, 335, 7000)]
+    ['2.0e-04', '5.0e-05', '1.6e-05', '1.0e-05']
+    """
+    return min(2e-4, max(1e-5, 5e-5 * 110e6 / n_weights))
+
+
 def remaining_steps(trainer: pl.Trainer) -> int | None:
     """Number of optimizer steps of the ``fit`` that is about to start, or None if it is unknown.
 

@@ -56,7 +56,8 @@ class SequenceClassificationModule(TransformerModule):
     Args:
         model_name_or_path: Name on the Hugging Face hub, folder, or ``package:NAME/FOLDER`` (in an installed package).
         classes: Names of the classes known so far, in the order of the head's rows. Default: none.
-        head: ``linear`` (default), or ``cosine``, which does not favour the newest classes (Hou et al., 2019).
+        head: ``linear`` (default), or ``cosine`` (:class:`~evertune.lightning_modules.CosineHead`), which does not
+            favour the newest classes, and whose rows :class:`~evertune.callbacks.Imprinting` can set.
         multi_label: Whether a text has any number of labels (sigmoids) instead of exactly one (softmax). Default:
             False.
         label_smoothing: Share of the target, in [0, 1), that is spread over all classes (Szegedy et al., 2016).
@@ -65,12 +66,15 @@ class SequenceClassificationModule(TransformerModule):
             model that only reads left to right, and ``mean`` for the others.
         n_classes_ahead: Number of rows allocated from the start, so that the head keeps its shape until there are more
             classes; rows without a name are not used. Default: None.
-        learning_rate: Peak learning rate of AdamW, see :class:`TransformerModule`. Default: 5e-5.
+        learning_rate: Peak learning rate of AdamW; None (default) chooses it by the size of the transformer, see
+            :class:`TransformerModule`.
+        head_learning_rate: Peak learning rate of the head. None (default): the same.
         weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
         warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
         schedule: ``linear`` (default), ``cosine`` or ``constant``.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
             the head.
+        freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
         dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
 
     Raises:
@@ -98,11 +102,13 @@ class SequenceClassificationModule(TransformerModule):
         label_smoothing: float = 0.0,
         pooling: Pooling = "auto",
         n_classes_ahead: int | None = None,
-        learning_rate: float = 5e-5,
+        learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.1,
         schedule: Schedule = "linear",
         freeze_layers: int = 0,
+        freeze_word_embeddings: bool = False,
         dropout: float | None = None,
     ) -> None:
         if head not in get_args(HeadKind):
@@ -116,13 +122,16 @@ class SequenceClassificationModule(TransformerModule):
         super().__init__(
             model_name_or_path,
             learning_rate=learning_rate,
+            head_learning_rate=head_learning_rate,
             weight_decay=weight_decay,
             warmup_ratio=warmup_ratio,
             schedule=schedule,
             freeze_layers=freeze_layers,
+            freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,
         )
         self.head_kind = head
+        self._head_ignores_norms = head == "cosine"
         self.multi_label = multi_label
         self.task = SequenceClassificationTask(multi_label)
         self.label_smoothing = label_smoothing

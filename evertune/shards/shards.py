@@ -92,6 +92,10 @@ class ParameterShards(ABC):
         Valid only between the backward pass that completes an accumulation and the optimizer's step.
         """
 
+    @abstractmethod
+    def set_values(self, values: list[Tensor]) -> None:
+        """Overwrite the weights, one flat tensor per fragment. Call on every rank, between two steps."""
+
     def write_back(self) -> None:  # noqa: B027  (most strategies hand out the live storage)
         """Write edited gradients back where ``gradients()`` returned copies."""
 
@@ -206,7 +210,6 @@ class ReplicatedShards(ParameterShards):
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
-        """Overwrite the weights."""
         for p, value in zip(self._parameters.values(), values, strict=True):
             p.copy_(value.view(p.shape))
 
@@ -251,6 +254,11 @@ class ZeroShards(ParameterShards):
     @abstractmethod
     def _masters_changed(self) -> None:
         """Update the weights that the module computes with from their masters. Call on every rank."""
+
+    @torch.no_grad()
+    def set_values(self, values: list[Tensor]) -> None:
+        self._copy(values, [flat for flat, _ in self._partitions()])
+        self._masters_changed()
 
     def optimizer_state(self) -> OptimizerState:
         """The state of the optimizer, for :meth:`load`. The tensors are not copies.
@@ -456,7 +464,6 @@ class FrozenZero3Shards(ParameterShards):
         raise ValueError("weights that are not trained have no gradients")
 
     def set_values(self, values: list[Tensor]) -> None:
-        """Overwrite the weights. Call on every rank."""
         self._optimizer.checkpoint_event_prologue()
         for own, value in zip(self.values(), values, strict=True):
             own.copy_(value)

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from evertune._lightning import pl
-from evertune.callbacks import EWC, ContinualCallback, Replay
+from evertune.callbacks import EWC, ContinualCallback, Imprinting, LogitAdjustment, Replay
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.lightning_modules.heads import HeadKind
 from evertune.lightning_modules.saving import whole_state
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.texts import PadCollator
@@ -63,8 +64,8 @@ class Sentences(Dataset[dict[str, Any]]):
 class SmallBert(SequenceClassificationModule):
     """Without dropout, with the optimizer asked for."""
 
-    def __init__(self, folder: str, classes: list[str], optimizer: str) -> None:
-        super().__init__(folder, classes=classes, dropout=0.0)
+    def __init__(self, folder: str, classes: list[str], optimizer: str, head: HeadKind = "linear") -> None:
+        super().__init__(folder, classes=classes, dropout=0.0, head=head)
         self.optimizer_name = optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -121,6 +122,8 @@ def methods(name: str) -> list[pl.Callback]:
         "ewc": lambda: [EWC(ewc_lambda=50.0, n_examples=30, batch_size=4)],
         "l2sp": lambda: [L2SP(strength=0.01)],
         "loss": lambda: [LogitDecay()],
+        "imprint": lambda: [Imprinting(examples_per_class=20)],
+        "adjust": lambda: [LogitAdjustment()],
     }
     return [callback for part in name.split("+") for callback in made[part]()]
 
@@ -128,7 +131,7 @@ def methods(name: str) -> list[pl.Callback]:
 def learn_two(folder: str, out: str, strategy: str, runs: list[dict[str, Any]]) -> None:
     """Learn two experiences (the second in 20 steps) with each method and write the weights after each run."""
     for run in runs:
-        module = SmallBert(folder, CLASSES, run["optimizer"])
+        module = SmallBert(folder, CLASSES, run["optimizer"], "cosine" if "imprint" in run["method"] else "linear")
         callbacks = methods(run["method"])
         pl.seed_everything(1, verbose=False)
         fit(module, experience("first", 6, ["a", "b"], 1), strategy, run["accumulation"], list(callbacks))

@@ -1,0 +1,94 @@
+"""The training data of a fit, read outside of training: which classes it has, and batches of chosen examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from evertune._lightning import isolate_rng, pl
+from evertune.callbacks.trained import reads_by_index
+from evertune.utils.batches import targets_of, to_device
+
+_CHUNK = 256
+_ADVICE = "leave the callback out, or train from a DataLoader over a map-style dataset whose batches have targets"
+
+
+class TrainingData:
+    """The examples and the collate function of the training loader of a fit, without the replayed examples.
+
+    Args:
+        trainer: Trainer in training, from ``on_train_start`` on.
+        who: Name of the callback that needs the data, for the error messages.
+
+    Raises:
+        ValueError: If there are several training loaders, or the loader cannot be read by index.
+    """
+
+    def __init__(self, trainer: pl.Trainer, who: str) -> None:
+        loader: Any = trainer.train_dataloader
+        if not isinstance(loader, DataLoader) or not reads_by_index(trainer, loader):
+            kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+            raise ValueError(f"{who} needs the classes of the training data before training, got a {kind}: {_ADVICE}")
+        self._trainer, self._who = trainer, who
+        self.dataset: Any = loader.dataset
+        self.collate: Callable[[list[Any]], Any] = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        """The batch of some examples, on the module's device."""
+        return self.batch_of([self.dataset[index] for index in indices])
+
+    def batch_of(self, examples: list[Any]) -> Any:
+        """The batch of examples that the dataset or a memory gave."""
+        with isolate_rng():
+            return to_device(self._trainer, self.collate(examples))
+
+    def targets(self, examples: Any = None) -> Tensor:
+        """The targets of all training examples, or of a memory's: class numbers, or 0 and 1 for each class.
+
+        One pass over the examples without the model, on every rank.
+
+        Returns:
+            int64 ``[examples]``, or float ``[examples, classes]`` if an example has any number of classes. On the CPU.
+
+        Raises:
+            ValueError: If the targets are neither.
+        """
+        data = self.dataset if examples is None else examples
+        chunks = []
+        for start in range(0, len(data), _CHUNK):
+            batch = self.batch_of([data[index] for index in range(start, min(start + _CHUNK, len(data)))])
+            try:
+                targets = targets_of(batch)
+            except TypeError as error:
+                raise ValueError(f"{self._who} needs the class of every example: {error}; {_ADVICE}") from None
+            chunks.append(self._checked(targets).cpu())
+        return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
+
+    def _checked(self, targets: Any) -> Tensor:
+        if isinstance(targets, Tensor):
+            whole = not targets.is_floating_point()
+            if targets.ndim == 1 and whole and bool((targets >= 0).all()):
+                return targets
+            if targets.ndim == 2 and bool(((targets == 0) | (targets == 1)).all()):
+                return targets.float()
+        got = f"shape {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(
+            f"{self._who} needs targets that are class numbers [batch], or 0 and 1 [batch, classes]; got {got}"
+        )
+
+
+def class_counts(targets: Tensor, n_classes: int = 0) -> Tensor:
+    """The number of examples of each class: float64 ``[classes]``, at least ``n_classes`` long.
+
+    Example:
+        >>> class_counts(torch.tensor([0, 2, 2])), class_counts(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), 3)
+        (tensor([1., 0., 2.], dtype=torch.float64), tensor([1., 2., 0.], dtype=torch.float64))
+    """
+    if targets.ndim == 2:
+        counts = targets.double().sum(0)
+        return torch.cat([counts, counts.new_zeros(max(0, n_classes - len(counts)))])
+    return torch.bincount(targets, minlength=n_classes).double()
