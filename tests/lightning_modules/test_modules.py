@@ -55,6 +55,7 @@ class RecordRates(pl.Callback):
     ("settings", "message"),
     [
         ({"learning_rate": 0}, "learning_rate must be positive, got 0"),
+        ({"head_learning_rate": -1}, "head_learning_rate must not be negative, got -1"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
         ({"schedule": "step"}, "schedule must be one of .*'linear', 'cosine', 'constant'.*, got 'step'"),
@@ -182,6 +183,21 @@ def test_no_decay_on_biases_and_norms(model):
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
+def test_the_head_has_a_learning_rate_of_its_own(model):
+    module = build(model, head="cosine", learning_rate=1e-4, head_learning_rate=1e-3, freeze_word_embeddings=True)
+    fit = trainer(limit_train_batches=1)
+    fit.fit(module, loader(model, module.classes))
+    initial = {
+        (group["initial_lr"], group["weight_decay"]): group["params"] for group in fit.optimizers[0].param_groups
+    }
+    assert initial.keys() == {(1e-4, 0.01), (1e-4, 0.0), (1e-3, 0.0)}
+    assert initial[1e-3, 0.0][0] is module.head.weight
+    assert len(initial[1e-3, 0.0]) == 1
+    words = module.backbone.get_input_embeddings().weight
+    assert not words.requires_grad
+    assert not any(words is one for group in initial.values() for one in group)
+
+
 def test_head_only_training_changes_the_head_only(model):
     module = build(model, freeze_layers=-1, learning_rate=0.1)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -230,7 +246,7 @@ def test_a_fit_without_end_needs_a_constant_schedule(model):
 
     with pytest.warns(UserWarning, match=r"fit has no end, so warmup_ratio=0.1 is ignored"):
         trainer(max_epochs=-1, callbacks=[rates, Stop()]).fit(module, loader(model, module.classes))
-    assert rates.rates[0] == 5e-5
+    assert rates.rates[0] == 2e-4  # a small transformer
 
 
 # --- heads and classes
@@ -279,7 +295,7 @@ def test_cosine_head_formula(model):
     for i, features in enumerate(output.features):
         for j, row in enumerate(module.head.weight):
             cosine = (features @ row) / (features.norm() * row.norm())
-            assert output.logits[i, j].item() == pytest.approx(10.0 * cosine.item(), abs=1e-5)
+            assert output.logits[i, j].item() == pytest.approx(14.0 * cosine.item(), abs=1e-5)
 
 
 def test_prepare_experience_names_its_classes(model):
@@ -604,7 +620,7 @@ def test_damaged_folders_are_refused(model, tmp_path):
     manifest = json.loads(text)
     manifest["hparams"]["head"] = "cosine"
     (folder / "evertune.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"holds the weights .*, but the module has .*head.scale"):
+    with pytest.raises(ValueError, match=r"holds the weights .*head.bias.*, but the module has"):
         load(folder)
 
 
