@@ -44,7 +44,8 @@ class Statistics:
     def zeros(cls, n_classes: int, n_features: int, device: torch.device | str = "cpu") -> Statistics:
         """Sums over no examples."""
         shapes = ([1], [n_classes], [n_classes, n_features], [n_features], [n_features, n_features])
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        # Not torch.zeros: DeepSpeed replaces it while a model is built under ZeRO-3, and converts to its own type.
+        return cls(*(torch.from_numpy(np.zeros(shape)).to(device) for shape in shapes))
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""

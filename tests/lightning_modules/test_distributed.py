@@ -5,9 +5,18 @@ import torch
 from safetensors.torch import load_file
 
 from evertune._lightning import pl
-from evertune.lightning_modules import SequenceClassificationModule
+from evertune.callbacks import Replay
+from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
+from evertune.streams import Experience, ExperienceDataModule
 from tests.helpers.distributed import run_ranks
-from tests.helpers.lightning_modules import loader, tiny_bert
+from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def learn_two_experiences(folder, out, strategy, devices, head):
@@ -56,3 +65,45 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path, strategy, head):
         for key, value in expected.items():
             assert torch.allclose(found[key], value, rtol=1e-4, atol=2e-5), key
     assert load_file(tmp_path / "two/head.safetensors")["head.weight"].shape == (3, 32)
+
+
+def learn_without_training(folder, out, strategies, devices):
+    """Two experiences under each strategy, the second with a new class, and one that fails on the way."""
+    found = {}
+    for strategy in strategies:
+        module = AnalyticClassificationModule(folder, features="relu", solver="ridge", n_features=48)
+        for classes in (["business", "sport"], ["politics"]):
+            rows = [{"text": text, "label": name} for name in classes for text in TEXTS[name]]
+            experience = Experience("-".join(classes), rows, rows, classes=classes)
+            data = ExperienceDataModule(experience, module.tokenizer, task=module.task, batch_size=4 // devices)
+            settings = {"max_epochs": 2, "accelerator": "cpu", "devices": devices, "strategy": strategy}
+            pl.Trainer(**settings, **QUIET, callbacks=[Replay(memory_size=4)]).fit(module, data)
+        module.save_pretrained(f"{out}/{strategy}")
+        counts = module.head.statistics.counts.tolist()
+        found[strategy] = {"counts": counts, "predictions": module.predict(["the bank", "a goal", "a law"])}
+    return found
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ["ddp", "evertune_deepspeed_stage_3"],
+        pytest.param(["evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_count_what_one_process_counts(tmp_path, strategies):
+    folder = tiny_bert(tmp_path / "model")
+    one = learn_without_training(folder, str(tmp_path / "one"), ["auto"], 1)["auto"]
+    target = f"{__name__}:learn_without_training"
+    ranks = run_ranks(target, 2, folder=folder, out=str(tmp_path / "two"), strategies=strategies, devices=2)
+    expected = load_file(tmp_path / "one/auto/head.safetensors")
+    assert one["counts"] == [3, 3, 3]
+    for strategy in strategies:
+        for rank in ranks:
+            assert rank[strategy]["counts"] == [3, 3, 3]
+            for ours, theirs in zip(rank[strategy]["predictions"], one["predictions"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+        found = load_file(tmp_path / "two" / strategy / "head.safetensors")
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6 * float(value.abs().max()))
