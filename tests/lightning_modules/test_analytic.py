@@ -54,10 +54,11 @@ def test_lda_is_that_of_scikit_learn(data):
     head = solved(features, targets, shrinkage=0.3)
     priors = np.bincount(y) / len(y)  # also the weights of the classes in the covariance
     oracle = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.3, priors=priors).fit(x, y)
-    unbiased = (len(y) - 4) / len(y)
-    expected = (oracle.decision_function(x) - np.log(priors)) * unbiased
-    np.testing.assert_allclose(head(features).numpy(), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(head.weight.numpy(), oracle.coef_ * unbiased, rtol=1e-6)
+    ratio = head.weight.double().numpy() / oracle.coef_  # the logits are scaled
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        head.bias.double().numpy(), ratio[0, 0] * (oracle.intercept_ - np.log(priors)), rtol=1e-6
+    )
 
 
 def test_mean_is_the_nearest_centroid_of_scikit_learn(data):
@@ -106,6 +107,20 @@ def test_random_fourier_features_approximate_the_kernel(data):
     mapped = AnalyticHead(6, 2, features="rff", n_features=20_000, bandwidth=0.7).map(features)
     kernel = torch.exp(-torch.cdist(features, features).square() / (2 * 0.7**2))
     torch.testing.assert_close(mapped @ mapped.T, kernel, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probabilities_are_about_right(method):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 20, generator=generator)
+    targets = torch.randint(0, 8, (2_000,), generator=generator)
+    tails = torch.rand(2_000, 1, generator=generator).reciprocal().sqrt()  # heavier than those of a Gaussian
+    features = centres[targets] + 0.3 * tails * torch.randn(2_000, 20, generator=generator)
+    head = solved(features[:400], targets[:400], n_classes=8, **METHODS[method])
+    sure, answers = head(features[400:]).softmax(-1).max(-1)
+    right = (answers == targets[400:]).float().mean().item()
+    assert 0.5 < right < 0.999
+    assert sure.mean().item() == pytest.approx(right, abs=0.15)
 
 
 # --- any order, any parts
