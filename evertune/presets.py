@@ -159,8 +159,10 @@ def _max_length(stream: Sequence[Experience], model: str) -> int:
 
     from evertune.lightning_modules.backbone import skeleton
     from evertune.tasks.texts import max_tokens
+    from evertune.utils.locate import locate
     from evertune.utils.pretrained import load_tokenizer
 
+    model = locate(model)
     tokenizer = load_tokenizer(model)
     text = getattr(stream, "text", None) or "text"
     columns = [text] if isinstance(text, str) else list(text)

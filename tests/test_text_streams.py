@@ -1,0 +1,136 @@
+"""The benchmark of text streams: its cells, what it resumes, and its tables."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.helpers.lightning_modules import WORDS, tiny_bert
+
+PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "text_streams.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("text_streams", PATH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["text_streams"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes, each with a word of its own, in five domains and years."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "text": " ".join([WORDS[number], *WORDS[-1 - i % 3 :]]),
+            "label": f"class {number}",
+            "domain": f"domain {i % 4}",
+            "date": f"{2018 + i % 4}-05-17",
+            "split": split,
+        }
+        for split, n in (("train", 12), ("valid", 4), ("test", 4))
+        for number in range(10)
+        for i in range(n)
+    ]
+    for name in ("clinc150", "vader4", "huffpost_2018_2022", "uci3_sentiment"):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["C20", "C100", "vader4", "huffpost-topics", "huffpost-years", "uci3"])
+def test_streams_are_drawn_by_the_seed_and_tuned_on_validation_data(
+    benchmark: ModuleType, data: Path, name: str
+) -> None:
+    learned = [benchmark.task(data, name, seed, "test", False) for seed in (0, 0, 1)]
+    texts = [[row["text"] for e in one.learned for row in e.train] for one in learned]
+    assert texts[0] == texts[1]
+    if name != "huffpost-years":
+        assert [e.name for e in learned[0].learned] != [e.name for e in learned[2].learned]
+    assert sum(len(e.test) for e in learned[0].scored) == 40
+    trial = benchmark.task(data, name, 1_000, "valid", False)
+    assert len(trial.scored) == (len(learned[0].scored) + 1) // 2
+    assert trial.n_train < learned[0].n_train
+
+
+def test_quick_run_fills_the_table_and_a_second_one_trains_nothing(
+    benchmark: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_bert(tmp_path / "bert")
+    arguments = ["--data", str(data), "--results", str(tmp_path / "results"), "--model", model, "--quick"]
+    report = benchmark.main(arguments)
+    assert set(report["results"]) == {f"C20/{name}" for name in benchmark.QUICK}
+    for name, row in report["results"].items():
+        assert 0 <= row["accuracy"] <= 100 and row["cpu_seconds"] > 0, name
+        assert (row["forgetting"] is None) == ("joint" in name)
+    kept = {name: row["bytes_kept"] for name, row in report["results"].items()}
+    assert kept["C20/naive"] == kept["C20/joint"] == 0 < kept["C20/ER"] < kept["C20/EWC"]
+    printed = capsys.readouterr().out.splitlines()
+    assert json.loads(printed[-1]) == report
+
+    monkeypatch.setattr(benchmark, "learn", None)
+    assert benchmark.main(arguments) == report
+    assert benchmark.main([*arguments, "--table"]) == report
+
+
+def test_a_cell_is_done_by_one_process_and_given_back_when_it_fails(
+    benchmark: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = benchmark.Job(data, tmp_path, ("C20",), ("ER",), 2, False, "model")
+    trials = job.cells("C20", "ER")
+    assert [cell.split for cell in trials] == ["valid"] * 4
+    assert {cell.settings["memory_size"] for cell in trials} == {120}
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(benchmark, "learn", fail)
+    with benchmark.claimed(trials[0].path(tmp_path)) as mine:
+        assert mine and not benchmark._do(job, "ER", trials[0])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        benchmark._do(job, "ER", trials[0])
+
+    scores = iter([0.25, 0.75, 0.5, 0.1])
+    figures = {"forgetting": 0.0, "cpu_seconds": 1.0, "bytes_kept": 1}
+    monkeypatch.setattr(benchmark, "learn", lambda *_: {"accuracy": next(scores), **figures})
+    assert all(benchmark._do(job, "ER", cell) for cell in trials)
+    assert job.chosen("C20", "ER") == job.chosen("C20", "ER, 5 %") == benchmark._rates(benchmark.STREAMS["C20"])[1]
+    assert [(cell.split, cell.seed) for cell in job.cells("C20", "ER")] == [("test", 0), ("test", 1)]
+    assert job.cells("C20", "ER, 5 %")[0].settings["memory_size"] == 6
+
+
+def test_bars_hold_the_preset_against_its_rivals_and_its_limits(benchmark: ModuleType) -> None:
+    rows = {
+        name: {"accuracy": accuracy, "cpu_seconds": 80.0}
+        for name, accuracy in {
+            "preset": 92.5,
+            "SLDA": 92.7,
+            "ER": 90.0,
+            "joint": 91.0,
+            "joint, as the preset": 93.0,
+        }.items()
+    }
+    bars = benchmark.bars({"C20": rows})
+    assert {name: bar["ok"] for name, bar in bars.items()} == {
+        "C20: preset against SLDA": False,
+        "C20: preset against ER": True,
+        "C20: preset": True,
+        "C20: CPU seconds of the preset": True,
+        "C20: preset behind joint": True,
+        "C20: best without memory": True,
+    }
+    assert bars["C20: preset behind joint"] == {"value": 0.5, "limit": 1.0, "ok": True}
