@@ -67,7 +67,7 @@ class SequenceClassificationModule(TransformerModule):
         n_classes_ahead: Number of rows allocated from the start, so that the head keeps its shape until there are more
             classes; rows without a name are not used. Default: None.
         learning_rate: Peak learning rate of AdamW; None (default) chooses it by the size of the transformer, see
-            :class:`TransformerModule`.
+            :class:`TransformerModule`, and halves it for a cosine head, which leaves the encoder less to change.
         head_learning_rate: Peak learning rate of the head. None (default): the same.
         weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
         warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
@@ -230,6 +230,10 @@ class SequenceClassificationModule(TransformerModule):
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
         self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)
+
+    def default_learning_rate(self) -> float:
+        """The peak learning rate where none was given: half of the usual one with a cosine head."""
+        return super().default_learning_rate() / (2 if self.head_kind == "cosine" else 1)
 
     def forward(self, **inputs: Any) -> ClassifierOutput:
         """Class scores of a batch of tokenised texts: ``module(input_ids=..., attention_mask=...)``."""
