@@ -47,7 +47,7 @@ class Preset:
         return module
 
     def callbacks(self) -> list[Callback]:
-        """The callbacks, made anew with each call."""
+        """The callbacks; each call makes new ones."""
         return [_class(one["class_path"])(**one["init_args"]) for one in self.methods]
 
     def config(self, model_name_or_path: str) -> dict[str, Any]:
