@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
+from evertune.cli.init import asks_for_init, init
 from evertune.cli.parsing import command_parser
 from evertune.cli.quiet import quiet, unset_output
 from evertune.utils.files import write_atomically
@@ -39,6 +40,8 @@ def fit(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 when the run is complete, also if it was before; 2 if the data or the folder cannot be used.
     """
+    if asks_for_init(arguments):
+        return init("fit", arguments)
     with quiet():
         return _fit(arguments)
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evertune.cli.init import asks_for_init, init
 from evertune.cli.parsing import command_parser
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
@@ -155,6 +156,8 @@ def update(arguments: Sequence[str]) -> int:
     from evertune.sources.base import SourceError
     from evertune.utils.processes import end_with_supervisor
 
+    if asks_for_init(arguments):
+        return init("update", arguments)
     end_with_supervisor()
     signal.signal(signal.SIGTERM, _end)
     watched = "EVERTUNE_LEASE" in os.environ  # of the watch that runs this process and reads its output
