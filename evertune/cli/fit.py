@@ -13,6 +13,7 @@ import yaml
 
 from evertune.cli.init import asks_for_init, init
 from evertune.cli.parsing import command_parser
+from evertune.cli.presets import add_preset_argument, parse_with_preset
 from evertune.cli.quiet import quiet, unset_output
 from evertune.utils.files import write_atomically
 from evertune.utils.plugins import load_classes
@@ -108,9 +109,10 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
                 help="optimizer steps between two checkpoints inside an experience: what a kill costs at most",
             )
             parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
+            add_preset_argument(parser)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            self.config = parser.parse_args(list(arguments))  # LightningCLI would read sys.argv, `fit` included
+            self.config = parse_with_preset(parser, arguments)  # LightningCLI would read sys.argv, `fit` included
 
         def instantiate_trainer(self, **settings: Any) -> Trainer:
             return super().instantiate_trainer(**unset_output(self.config_init["trainer"]), **settings)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evertune.cli.init import asks_for_init, init
 from evertune.cli.parsing import command_parser
+from evertune.cli.presets import add_preset_argument, parse_with_preset
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
 from evertune.live.triggers import Trigger
@@ -67,7 +68,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
     from evertune.training.trainer import ContinualTrainer
 
     parser = _parser(program)
-    config = parser.parse_args(list(arguments))
+    config = parse_with_preset(parser, arguments)
     recorded = _recorded(parser, config)  # goes into the manifest of each version
     if program not in WATCH:
         del config["watch"]  # an update does not need its secrets
@@ -122,6 +123,7 @@ def _parser(program: str) -> LightningArgumentParser:
         parser.add_class_arguments(WatchSettings, "watch")
     parser.add_lightning_class_args(ContinualTrainer, "trainer")  # last: it has the most options
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
+    add_preset_argument(parser)
     parser.add_argument("--read_on_from", type=dict[str, Any] | None, default=None, help="an offset of the source")
     parser.add_argument("--dry_run", action="store_true", help="train and judge, but publish nothing")
     return parser
