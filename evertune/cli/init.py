@@ -41,7 +41,7 @@ def init(command: Literal["fit", "update"], arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 when the file is written, 2 if the data cannot be read or the file exists.
     """
-    known = _parser(command).parse_args(list(arguments))
+    known = init_parser(command).parse_args(list(arguments))
     target = known.to or Path("stream.yaml" if command == "fit" else "live.yaml")
     try:
         if target.exists():
@@ -60,7 +60,8 @@ def init(command: Literal["fit", "update"], arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def init_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of the options that go with ``--init``."""
     parser = argparse.ArgumentParser(
         prog=f"evertune {command} --init",
         description="Look at data and write a configuration for them.",
