@@ -22,7 +22,7 @@ import yaml
 from evertune.callbacks import Replay
 from evertune.cli import main as cli
 from evertune.cli.init import init_parser
-from evertune.gate.gate import State
+from evertune.gate.verdict import State
 from evertune.launch.settings import read_settings
 from evertune.registry.registry import ALIASES
 from tests.helpers import live_worker

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
-    from evertune.gate.gate import Check as Check
     from evertune.gate.gate import Gate as Gate
-    from evertune.gate.gate import Verdict as Verdict
+    from evertune.gate.verdict import Check as Check
+    from evertune.gate.verdict import Verdict as Verdict
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
-        "evertune.gate.gate": "Check Gate Verdict",
+        "evertune.gate.gate": "Gate",
+        "evertune.gate.verdict": "Check Verdict",
     },
 )

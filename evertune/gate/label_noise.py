@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evertune.gate.predictions import Label, Predictions
+from evertune.gate.predictions import Label, Predictions, names_of
 
 UNSURE = 0.25
 """Quantile of a model's confidence, among its predictions that agree with the label, below which it does not count."""
@@ -131,9 +131,9 @@ def learned_classes(champion: Iterable[Predictions], past: Iterable[Predictions]
     records, right = Counter[str](), Counter[str]()
     for one in filter(_has_classes, past):
         for label, said in zip(one.labels, one.predicted, strict=True):
-            records.update(_names(label))
-            right.update(_names(label) & _names(said))
-    named = {name for one in filter(_has_classes, champion) for said in one.predicted for name in _names(said)}
+            records.update(names_of(label))
+            right.update(names_of(label) & names_of(said))
+    named = {name for one in filter(_has_classes, champion) for said in one.predicted for name in names_of(said)}
     return {name for name in named | set(records) if 2 * right[name] >= records[name]}
 
 
@@ -158,8 +158,4 @@ def _known(labels: Iterable[Label], known: Collection[str]) -> np.ndarray:
 
 
 def _same(left: Label, right: Label) -> bool:
-    return left == right or _names(left) == _names(right)
-
-
-def _names(label: Label) -> set[str]:
-    return {label} if isinstance(label, str) else set(label)
+    return left == right or names_of(left) == names_of(right)

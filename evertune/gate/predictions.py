@@ -94,7 +94,7 @@ class Predictions:
     def correct(self) -> np.ndarray:
         """Whether each prediction is right, ``[records]``; for several labels, whether all of them are."""
         pairs = zip(self.labels, self.predicted, strict=True)
-        return np.array([label == said or _names(label) == _names(said) for label, said in pairs], bool)
+        return np.array([label == said or names_of(label) == names_of(said) for label, said in pairs], bool)
 
     @property
     def accuracy(self) -> float:
@@ -170,7 +170,8 @@ class Cost:
     size_bytes: int
 
 
-def _names(label: Label) -> frozenset[str]:
+def names_of(label: Label) -> frozenset[str]:
+    """The names of the classes in a label."""
     return frozenset([label] if isinstance(label, str) else label)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evertune.gate.predictions import Label
+from evertune.gate.predictions import Label, names_of
 
 _BINS = 15
 
@@ -166,17 +166,13 @@ def kappa(labels: Sequence[Label], predicted: Sequence[Label]) -> float | None:
         (0.5, None)
     """
     n = len(labels)
-    names = [[_name(label) for label in side] for side in (labels, predicted)]
+    names = [[names_of(label) for label in side] for side in (labels, predicted)]
     given, said = Counter(names[0]), Counter(names[1])
     by_chance = sum(count * said[name] for name, count in given.items())
     if by_chance == n * n:
         return None
     agreed = sum(a == b for a, b in zip(names[0], names[1], strict=True))
     return (agreed * n - by_chance) / (n * n - by_chance)
-
-
-def _name(label: Label) -> frozenset[str]:
-    return frozenset([label] if isinstance(label, str) else label)
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NO_FEATURES = "there are no features of a pretrained encoder by which to compare the records"
+"""Why a check that needs these answers cannot tell."""
+
 
 def nearest_class_means(features: np.ndarray, labels: Sequence[str]) -> list[str]:
     """The class whose mean is nearest to each record, where the record itself does not count (leave one out).

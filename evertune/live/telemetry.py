@@ -103,7 +103,7 @@ class Telemetry:
         self._accuracy.set(math.nan if accuracy is None else accuracy)
 
     def judged(self, checks: Any) -> None:
-        """Report the checks of a verdict, as :meth:`~evertune.gate.gate.Verdict.to_dict` lists them.
+        """Report the checks of a verdict, as :meth:`~evertune.gate.verdict.Verdict.to_dict` lists them.
 
         They come from another process: what is not a list of checks is left out.
         """

@@ -15,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from evertune.gate.gate import FEW, Check, Gate, Verdict
+from evertune.gate.comparison import FEW
+from evertune.gate.gate import Gate
+from evertune.gate.verdict import Check, Verdict
 from evertune.live import erasure
 from evertune.live.backlog import Backlog
 from evertune.live.intake import Intake, IntakeReport

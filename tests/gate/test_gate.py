@@ -11,11 +11,14 @@ import pytest
 from rich.console import Console
 
 from evertune.gate.best import Best, still_best
-from evertune.gate.gate import MANY, Check, Gate, Verdict, aligned, pool
+from evertune.gate.checks.forgetting import forgetting_in_all, since_best
+from evertune.gate.comparison import PairedTest, aligned, pool
+from evertune.gate.gate import Gate
 from evertune.gate.label_noise import label_noise, learned_classes
 from evertune.gate.predictions import Cost, Predictions
 from evertune.gate.statistics import binomial_tail, bootstrap, calibration_error, calibration_test, holm, kappa, mcnemar
 from evertune.gate.untrained import nearest_class_means
+from evertune.gate.verdict import MANY, Check, Verdict
 
 # --- a model of two versions and their records
 
@@ -452,8 +455,9 @@ def test_chance_does_not_raise_the_standard() -> None:
         right = np.where(rng.random(n) < 0.3, rng.random(n), hard) < 0.9
         made = ["sport" if one else "law" for one in right]
         now = {"old": Predictions(ids, labels, made, np.full(n, 0.9), np.full(n, 0.5))}
-        since, _ = gate._since_best(best, {"old": (now["old"], now["old"])})
-        refused += any(not check.passed for check in gate._compared("x", since, 0.05, best))
+        past = {"old": (now["old"], now["old"])}
+        checks = forgetting_in_all(since_best(best, past), past, best, 0.05, PairedTest(gate.alpha))
+        refused += any(not check.passed for check in checks)
         best = still_best({"old": Best(number, now["old"])} | best, now, gate.alpha)
     assert refused <= 1
 

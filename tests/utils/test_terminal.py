@@ -13,7 +13,7 @@ import rich
 from rich.table import Table
 from rich.text import Text
 
-from evertune.gate.gate import Check, Verdict
+from evertune.gate.verdict import Check, Verdict
 from evertune.utils.terminal import complain, console, foreign, guard, visible
 
 KINDS = {
