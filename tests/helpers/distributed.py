@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -64,6 +65,8 @@ def _rank(target: str, arguments: str, environment: dict[str, str], log: Path, r
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
+    # As where a launcher starts a rank. A fork server of the rank's own would import everything once more for its workers.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(environment)
     import torch
