@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from evertune.launch.settings import read_settings
 from evertune.registry.registry import ALIASES
 from tests.helpers import live_worker
 from tests.helpers.lightning_modules import TEXTS
+from tests.helpers.processes import Command
 from tests.test_examples import example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,12 +232,12 @@ def test_next_month_in_a_new_process_does_not_forget(tmp_path: Path) -> None:
     (script,) = [block.text for block in blocks("README.md") if block.text.startswith("# month.py")]
     (tmp_path / "month.py").write_text(script)
     (tmp_path / "my_project.py").write_text(MY_PROJECT)
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    shutil.copy(ROOT / "examples/embed_vision.py", tmp_path)
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     vision = example("embed_vision")
     accuracy = []
     for months in (["2026-01"], ["2026-02", "2026-01"]):
-        command = [sys.executable, "month.py", *months]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = Command(tmp_path, "month.py", *months, environment=environment).wait()
         assert done.returncode == 0, done.stderr[-4000:]
         module = vision.ConvNet()
         module.load_state_dict(torch.load(tmp_path / months[0] / "weights.pt", weights_only=True))

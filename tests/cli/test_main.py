@@ -21,6 +21,7 @@ from evertune.cli.main import main
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.metrics.history import History, load_history, save_history
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.helpers.processes import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -57,25 +58,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m evertune`` in a folder, without what a launcher or a test before has left in the environment."""
+def environment() -> dict[str, str]:
+    """Without what a launcher or a test before has left there."""
     launched = ("LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    inherited = {name: value for name, value in os.environ.items() if name not in launched}
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m evertune`` in a folder."""
+    command = [sys.executable, "-m", "evertune", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", "evertune", *arguments],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=1_200,
-        check=False,
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=1_200, check=False
     )
 
 
 @pytest.fixture(scope="module")
 def fitted(workspace: Path) -> Path:
     """What ``evertune fit`` leaves on one process."""
-    done = evertune(workspace, "fit", "--config", "stream.yaml")
+    done = Command(workspace, "-m", "evertune", "fit", "--config", "stream.yaml", environment=environment()).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "report: run/report.html" in done.stdout
     lines = done.stderr.splitlines()
@@ -113,6 +114,7 @@ def test_fit_writes_the_history_the_report_and_the_model(fitted: Path) -> None:
     assert beside == {"bert", "rows.jsonl", "stream.yaml", "run"}  # nothing is left lying about
 
 
+@pytest.mark.slow  # tests/cli/test_update.py has a quick one
 def test_fit_on_two_processes_that_lightning_starts(workspace: Path, fitted: Path) -> None:
     settings = ["--trainer.devices", "2", "--trainer.strategy", "evertune_deepspeed_stage_3", "--data.batch_size", "2"]
     done = evertune(workspace, "fit", "--config", "stream.yaml", *settings, "--out", "two")

@@ -18,6 +18,7 @@ from evertune.cli.update import update
 from evertune.live.training import remembered
 from evertune.registry.registry import Registry
 from tests.helpers.live_worker import feed, prepare
+from tests.helpers.processes import Command
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 CONFIG = """
@@ -62,13 +63,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evertune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "evertune", *arguments]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def evertune(folder: Path, *arguments: str, **variables: str) -> Command:
+    return Command(folder, "-m", "evertune", *arguments, environment=ENVIRONMENT | variables)
 
 
 def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    first = evertune(folder, "update", "--config", "live.yaml")
+    first = evertune(folder, "update", "--config", "live.yaml").wait()
     assert first.returncode == 0, first.stderr
     assert "version 1 is in production" in first.stdout
     assert first.stderr.splitlines() == ["62 records arrived", "update 1: 60 new records (10 asked for)"]
@@ -89,24 +89,22 @@ def test_exit_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_terminated_update_goes_on(folder: Path) -> None:
-    slow = ["update", "--config", "live.yaml", "--trainer.max_epochs", "40", "--update.checkpoint_every_n_steps", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "evertune", *slow], cwd=folder, env=ENVIRONMENT)
+    slow = ["update", "--config", "live.yaml", "--trainer.max_epochs", "20", "--update.checkpoint_every_n_steps", "2"]
+    update = evertune(folder, *slow)
     while not list(folder.glob("registry/staging/checkpoints/step-*")):
-        assert process.poll() is None
+        assert update.process.is_alive()
         time.sleep(0.01)
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    update.process.terminate()
+    assert update.wait(60).returncode == 128 + signal.SIGTERM
     assert Registry(folder / "registry").production is None
-    done = evertune(folder, *slow)
+    done = evertune(folder, *slow).wait()
     assert done.returncode == 0, done.stderr
     assert Registry(folder / "registry").aliases == {"production": 1}
 
 
 def test_a_watch_reads_the_verdict_as_one_line(folder: Path) -> None:
     with Registry(folder / "registry").lease("evertune watch") as lease:
-        command = [sys.executable, "-m", "evertune", "update", "--config", "live.yaml"]
-        environment = ENVIRONMENT | {"EVERTUNE_LEASE": lease.token}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = evertune(folder, "update", "--config", "live.yaml", EVERTUNE_LEASE=lease.token).wait()
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["event"] for line in lines] == ["set_aside", "intake", "training", "verdict"], done.stderr
     assert lines[-1]["passed"] and lines[-1]["version"] == 1
@@ -115,7 +113,8 @@ def test_a_watch_reads_the_verdict_as_one_line(folder: Path) -> None:
 
 def test_lightning_starts_the_other_rank(folder: Path) -> None:
     devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4"]
-    done = evertune(folder, "update", "--config", "live.yaml", *devices)
+    command = [sys.executable, "-m", "evertune", "update", "--config", "live.yaml", *devices]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     registry = Registry(folder / "registry")
     assert registry.aliases == {"production": 1}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
-import multiprocessing
 import os
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.processes import FORKS
+from tests.helpers.processes import FORKS, as_started_by_a_shell
 
 
 def run_ranks(target: str, world_size: int, timeout: float = 1_200, **arguments: Any) -> list[Any]:
@@ -65,8 +64,7 @@ def _rank(target: str, arguments: str, environment: dict[str, str], log: Path, r
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
-    # As where a launcher starts a rank. A fork server of the rank's own would import everything once more for its workers.
-    multiprocessing.set_start_method(None, force=True)
+    as_started_by_a_shell()
     os.environ.clear()
     os.environ.update(environment)
     import torch

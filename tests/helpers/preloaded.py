@@ -17,6 +17,8 @@ for module in (
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
     "evertune.callbacks.drift_trigger",
+    "evertune.cli.fit",
+    "evertune.cli.update",
     "evertune.live.evaluation",
     "evertune.live.training",
     "evertune.training.elastic",
