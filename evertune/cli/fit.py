@@ -68,7 +68,11 @@ def _fit(arguments: Sequence[str]) -> int:
         complain("evertune fit", error)
         return 2
     history = cli.trainer.fit_stream(
-        cli.model, cli.datamodule, run_dir=run_dir, checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"]
+        cli.model,
+        cli.datamodule,
+        run_dir=run_dir,
+        checkpoint_every_n_steps=cli.config["checkpoint_every_n_steps"],
+        untrained=cli.config["untrained"],
     )
     if not is_leader() and not dist.is_initialized():
         return 0  # an earlier start has learned everything; one process is enough to write the results
@@ -107,6 +111,12 @@ def _read(arguments: Sequence[str]) -> LightningCLI:
                 type=int,
                 default=500,
                 help="optimizer steps between two checkpoints inside an experience: what a kill costs at most",
+            )
+            parser.add_argument(
+                "--untrained",
+                type=bool,
+                default=True,
+                help="measure what no training would give: one forward pass over the data",
             )
             parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
             add_preset_argument(parser)

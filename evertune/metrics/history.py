@@ -14,7 +14,7 @@ from evertune.metrics import functional
 from evertune.utils.clock import PARTS
 from evertune.utils.typed_json import decode
 
-_EXTRAS = ("drift", "memory", "examples", "breakdown")
+_EXTRAS = ("drift", "memory", "examples", "breakdown", "untrained")
 """Fields that a history may lack."""
 
 
@@ -39,6 +39,8 @@ class History:
         breakdown: The same seconds by what they were spent on: ``training`` (with the loading of its batches, replayed
             examples included), ``replay`` (filling the memory), ``importance`` (estimating how much each weight
             matters), ``evaluation`` and ``other`` (setting up, saving). Empty if not measured.
+        untrained: What no training would give on the same data: ``{"method": name, "accuracy_matrix": rows, "seconds":
+            n}``, of the best classifier over the pretrained encoder. Empty if not measured.
 
     Raises:
         ValueError: If an argument does not have this form.
@@ -51,6 +53,7 @@ class History:
     memory: dict[str, Any] = field(default_factory=dict)
     examples: int | None = None
     breakdown: dict[str, float] = field(default_factory=dict)
+    untrained: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.experiences = _names(self.experiences)
@@ -62,6 +65,7 @@ class History:
         if self.examples is not None and not _is_count(self.examples):
             raise ValueError(f"examples must be a count or None, got {self.examples!r}")
         self.breakdown = _breakdown(_of_type(self.breakdown, Mapping, "breakdown"))
+        self.untrained = _untrained(_of_type(self.untrained, Mapping, "untrained"), self.experiences)
 
     @property
     def average_accuracy(self) -> float:
@@ -78,9 +82,18 @@ class History:
         """The last score minus the score when first learned (Lopez-Paz & Ranzato 2017)."""
         return functional.backward_transfer(self.accuracy_matrix)
 
+    @property
+    def baseline(self) -> History | None:
+        """What no training would give, as a history; None if it was not measured."""
+        if not self.untrained:
+            return None
+        return History(self.experiences, self.untrained["accuracy_matrix"], self.untrained["seconds"])
+
     def __str__(self) -> str:
         """The metrics, and the seconds by what they were spent on."""
         metrics = {"average accuracy": self.average_accuracy}
+        if self.baseline is not None:
+            metrics["without training"] = self.baseline.average_accuracy
         if len(self.accuracy_matrix) > 1:
             metrics["forgetting"] = self.forgetting
         scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not math.isnan(value))
@@ -90,6 +103,9 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """The history as values for strict JSON: None for NaN, the metrics next to the matrix, no empty extras."""
         extras = {name: getattr(self, name) for name in _EXTRAS}
+        if self.untrained:
+            rows = [[_or_none(score) for score in row] for row in self.untrained["accuracy_matrix"]]
+            extras["untrained"] = {**self.untrained, "accuracy_matrix": rows}
         return {
             "experiences": list(self.experiences),
             "accuracy_matrix": [[_or_none(score) for score in row] for row in self.accuracy_matrix],
@@ -226,6 +242,16 @@ def _breakdown(seconds: Mapping[Any, Any]) -> dict[str, float]:
         if not _is_number(spent) or spent < 0:
             raise ValueError(f"breakdown[{part!r}] must be a number of at least 0, got {spent!r}")
     return {part: float(seconds[part]) for part in PARTS if part in seconds}
+
+
+def _untrained(found: Mapping[str, Any], experiences: list[str]) -> dict[str, Any]:
+    if not found:
+        return {}
+    if not {"method", "accuracy_matrix", "seconds"} <= found.keys() or not isinstance(found["method"], str):
+        raise ValueError(f"untrained must have method, accuracy_matrix and seconds, got {sorted(found)}")
+    if not _is_number(found["seconds"]) or found["seconds"] < 0:
+        raise ValueError(f"untrained['seconds'] must be a number of at least 0, got {found['seconds']!r}")
+    return {**found, "accuracy_matrix": _scores(found["accuracy_matrix"], experiences)}
 
 
 def _memory(memory: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joint, running_steps
+from evertune.reports.summary import Runs, as_runs, average_over_updates, is_baseline, is_joint, running_steps
 
 COLORS = ("#c75a11", "#2a5fd0", "#8145c9", "#a8276b", "#6b7311", "#10748c")
 REFERENCE = "#5d6470"
@@ -68,13 +68,13 @@ def save_plots(runs: Runs | str | os.PathLike[str], directory: str | os.PathLike
 def _accuracy_over_time(figure: Any, runs: Runs) -> None:
     figure.set_size_inches(8, 4.5)
     axes = figure.subplots()
-    learners = [name for name, run in runs.items() if not is_joint(run)]
+    learners = [name for name, run in runs.items() if not is_joint(run) and not is_baseline(name)]
     for name, run in runs.items():
         average = [100 * value for value in average_over_updates(run)]
         if is_joint(run):
             axes.axhline(average[0], color=REFERENCE, linestyle="--", label=_wrapped(f"{name} (all data at once)"))
         else:
-            color = COLORS[learners.index(name) % len(COLORS)]
+            color = REFERENCE if is_baseline(name) else COLORS[learners.index(name) % len(COLORS)]
             axes.plot(range(1, len(average) + 1), average, marker="o", color=color, label=_wrapped(name))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="update", ylabel="average accuracy, %", ylim=(0, 102))

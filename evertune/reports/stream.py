@@ -11,7 +11,7 @@ from pathlib import Path
 from evertune.metrics.history import History
 from evertune.reports.chart import Axis, Chart, Line, Mark, keep_peaks, polyline, spread, thin, ticks
 from evertune.reports.page import fill
-from evertune.reports.summary import Runs, as_runs, average_over_updates, is_joint, percent, running_steps
+from evertune.reports.summary import Runs, as_runs, average_over_updates, is_baseline, is_joint, percent, running_steps
 from evertune.utils.clock import PARTS
 
 N_COLORS = 6  # --run-0 to --run-5 of the template
@@ -152,7 +152,11 @@ def headline(views: Sequence[RunView]) -> list[tuple[RunView | None, str]]:
     scored = [view for view in views if not math.isnan(view.history.average_accuracy)]
     if not scored:
         return [(None, "No experience was evaluated after the last update.")]
-    learners = sorted((view for view in scored if not view.joint), key=lambda view: -view.history.average_accuracy)
+    learners = sorted(
+        (view for view in scored if not view.joint and not is_baseline(view.name)),
+        key=lambda view: -view.history.average_accuracy,
+    )
+    without = next((view for view in scored if is_baseline(view.name)), None)
     ceiling = next((view for view in scored if view.joint), None)
     best, worst = (learners[0], learners[-1]) if learners else (scored[0], scored[0])
     top = best.history.average_accuracy
@@ -167,6 +171,12 @@ def headline(views: Sequence[RunView]) -> list[tuple[RunView | None, str]]:
             (ceiling, ceiling.name),
             (None, " training on all data at once"),
         ]
+    if without is not None and without is not best:
+        gain = top - without.history.average_accuracy
+        pieces += [
+            (None, f", {percent(abs(gain))}{NBSP}points {'above' if gain >= 0 else 'below'} "),
+            (without, without.name),
+        ]
     if worst is not best:
         pieces += [
             (None, ". "),
@@ -180,11 +190,12 @@ def headline(views: Sequence[RunView]) -> list[tuple[RunView | None, str]]:
 
 
 def _colors(runs: Runs) -> list[str]:
-    """A colour for each run. Joint runs are a neutral reference; the others take the colours in order."""
+    """A colour for each run. Joint runs and baselines are neutral references; the others take the colours in order."""
     colors, used = [], 0
-    for run in runs.values():
-        colors.append("var(--reference)" if is_joint(run) else f"var(--run-{used % N_COLORS})")
-        used += not is_joint(run)
+    for name, run in runs.items():
+        neutral = is_joint(run) or is_baseline(name)
+        colors.append("var(--reference)" if neutral else f"var(--run-{used % N_COLORS})")
+        used += not neutral
     return colors
 
 

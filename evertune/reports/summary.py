@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
+WITHOUT_TRAINING = "no training"
+
 Runs = Mapping[str, History]
 """Histories by the name of their run."""
 
 
 def as_runs(runs: Runs | str | os.PathLike[str]) -> Runs:
-    """The runs themselves, or those in a ``history.json``.
+    """The runs themselves, or those in a ``history.json``, and what no training would give beside them.
 
     Args:
         runs: Histories by the name of their run, or the path of a ``history.json``.
@@ -32,10 +34,28 @@ def as_runs(runs: Runs | str | os.PathLike[str]) -> Runs:
         ValueError: If there are no runs, or the file is not a history.
     """
     if isinstance(runs, str | os.PathLike):
-        return load_history(runs)
+        runs = load_history(runs)
     if not runs:
         raise ValueError("there are no runs to report")
-    return runs
+    return {**runs, **_baselines(runs)}
+
+
+def _baselines(runs: Runs) -> Runs:
+    """What no training would give, as runs: one for all runs over the same data and the same pretrained model."""
+    found: dict[str, History] = {}
+    measured = [run for run in runs.values() if run.baseline is not None]
+    for run in [run for run in measured if not is_joint(run)] or measured:
+        baseline = run.baseline
+        known = [one.to_dict()["accuracy_matrix"] for one in found.values()]
+        if baseline is not None and baseline.to_dict()["accuracy_matrix"] not in known:
+            name = f"{WITHOUT_TRAINING} ({run.untrained['method']})"
+            found[name if name not in found else f"{name} {len(found) + 1}"] = baseline
+    return {name: run for name, run in found.items() if name not in runs}
+
+
+def is_baseline(name: str) -> bool:
+    """Whether a run is not one, but what no training would give."""
+    return name.startswith(WITHOUT_TRAINING)
 
 
 def is_joint(run: History) -> bool:

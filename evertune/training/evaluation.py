@@ -115,6 +115,14 @@ class ContinualEvaluation(ContinualCallback):
         self._loaders[name] = loader
         self._classes[name] = set(classes)
 
+    def loader(self, name: str) -> DataLoader[Any]:
+        """The loader of an experience.
+
+        Raises:
+            KeyError: If none was added for it.
+        """
+        return self._loaders[name]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reject, by name, a strategy that this callback does not support."""
         super().setup(trainer, pl_module, stage)

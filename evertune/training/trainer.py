@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from evertune.streams.experience import Experience, ExperienceStream
 from evertune.tasks.base import task_of
 from evertune.training.elastic import layout
 from evertune.training.evaluation import ContinualEvaluation
+from evertune.training.untrained import UntrainedBaseline
 from evertune.utils.clock import Clock
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class ContinualTrainer(Trainer):
         evaluate_on: Sequence[Experience] | None = None,
         run_dir: str | Path | None = None,
         checkpoint_every_n_steps: int = 500,
+        untrained: bool = True,
     ) -> History:
         """Learn the experiences of a stream one after the other.
 
@@ -102,6 +105,8 @@ class ContinualTrainer(Trainer):
                 in a new process, it resumes where it was killed or stopped; on the same number of processes, the
                 result is bit-identical. By default nothing is stored.
             checkpoint_every_n_steps: Optimizer steps between two checkpoints inside an experience, with ``run_dir``.
+            untrained: Whether to measure what no training would give, if the module has ``features``: one forward pass
+                over the data, see :class:`~evertune.training.untrained.UntrainedBaseline`. Default: True.
 
         With ``fast_dev_run``, the stream is learned from a few batches each, and only the weights change: nothing is
         stored, and the callbacks are put back as they were.
@@ -128,6 +133,7 @@ class ContinualTrainer(Trainer):
         evaluation.evaluate_unseen |= evaluate_on is not None
         for scored in evaluate_on or ():
             evaluation.add_experience(scored.name, _evaluation_loader(scored, make(scored)), scored.classes)
+        baseline = self._baseline() if untrained and not self.fast_dev_run else None  # type: ignore[attr-defined]
         learned = 0 if run is None else run.resume(self, module, experiences)
         clock = self.clock = Clock() if run is None else Clock(run.breakdown)
         datamodules = [make(experience) for experience in experiences]
@@ -135,6 +141,10 @@ class ContinualTrainer(Trainer):
             None if evaluate_on is not None else _evaluation_loader(experience, data)
             for experience, data in zip(experiences, datamodules, strict=True)
         ]
+        if baseline is not None and not evaluation.accuracy_matrix:
+            tests = [evaluation.loader(scored.name) for scored in evaluate_on or ()]
+            tests = tests or [loader for loader in loaders if loader is not None]
+            baseline.compare_on(module, datamodules, tests, evaluation.evaluate_unseen)
         with _smoke_test(self):
             for number, (experience, data, loader) in enumerate(zip(experiences, datamodules, loaders, strict=True)):
                 if loader is not None:
@@ -161,6 +171,7 @@ class ContinualTrainer(Trainer):
                 memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
                 examples=sum(len(experience.train) for experience in experiences),
                 breakdown=clock.split,
+                untrained=_comparable(baseline, evaluation),
             )
 
     def fit_experience(
@@ -227,6 +238,16 @@ class ContinualTrainer(Trainer):
         super().__init__(**_kept(self._settings))
         return run
 
+    def _baseline(self) -> UntrainedBaseline:
+        """The baseline among the callbacks, or a new one that is kept for all updates."""
+        for callback in self.callbacks:
+            if isinstance(callback, UntrainedBaseline):
+                return callback
+        baseline = UntrainedBaseline()
+        self._settings["callbacks"].append(baseline)
+        self.callbacks.append(baseline)
+        return baseline
+
     def _evaluation(self) -> ContinualEvaluation:
         """The evaluation among the callbacks, or a new one that is kept for all updates."""
         for callback in self.callbacks:
@@ -236,6 +257,14 @@ class ContinualTrainer(Trainer):
         self._settings["callbacks"].append(evaluation)
         self.callbacks.append(evaluation)
         return evaluation
+
+
+def _comparable(baseline: UntrainedBaseline | None, evaluation: ContinualEvaluation) -> dict[str, Any]:
+    """What no training would give on the experiences that were evaluated; empty if it was not measured on them."""
+    found = None if baseline is None else baseline.found
+    if found is None or len(found.accuracy_matrix) != len(evaluation.accuracy_matrix):
+        return {}
+    return asdict(found)
 
 
 @contextmanager

@@ -134,3 +134,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         load_history(tmp_path / "nothing.json")
+
+
+def test_what_no_training_would_give():
+    untrained = {"method": "LDA", "accuracy_matrix": [[0.9], [0.5, 0.7]], "seconds": 2.0}
+    history = History(["a", "b"], [[1.0], [0.5, 0.9]], 10.0, untrained=untrained)
+    assert history.baseline.average_accuracy == pytest.approx(0.6)
+    assert str(history).startswith("average accuracy 0.700, without training 0.600, forgetting 0.500")
+    again = History.from_dict(json.loads(json.dumps(history.to_dict())))
+    assert again.baseline.to_dict() == history.baseline.to_dict()
+    assert History(["a"], [[1.0]], 1.0).baseline is None
+    with pytest.raises(ValueError, match="untrained must have method, accuracy_matrix and seconds"):
+        History(["a"], [[1.0]], 1.0, untrained={"method": "LDA"})

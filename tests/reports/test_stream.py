@@ -256,3 +256,14 @@ def test_peaks_survive_thinning():
     kept = keep_peaks(values)
     assert {0, 1234, 8765, 9999} <= set(kept)
     assert len(kept) <= MAX_POINTS + 2
+
+
+def test_what_no_training_would_give_is_beside_the_runs(tmp_path):
+    untrained = {"method": "LDA", "accuracy_matrix": [[0.9], [0.85, 0.9], [0.8, 0.85, 0.9]], "seconds": 3.0}
+    runs = {name: run if name == "joint" else replace(run, untrained=untrained) for name, run in example_runs().items()}
+    page = Page(write_report(runs, tmp_path / "report.html").read_text())
+    assert page.text.count("no training (LDA)") >= 3  # the headline, the summary, the accuracy matrices
+    text = " ".join(page.text).replace("\N{NO-BREAK SPACE}", " ")
+    assert "11.5 points above no training (LDA)" in text
+    assert summary_table(runs).row_count == 4
+    assert len(save_plots(runs, tmp_path)) == 4
