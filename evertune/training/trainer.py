@@ -157,10 +157,11 @@ class ContinualTrainer(Trainer):
                 else:
                     self.fit_experience(module, experience, data, run.ckpt_path, run.step_size(self, data))
                     run.commit(self, module, number + 1, clock.split)
+            spent = clock.split
             return History(
                 evaluation.experiences,
                 evaluation.accuracy_matrix,
-                clock.total,
+                sum(spent.values()),
                 drift=[
                     point
                     for one in self.callbacks
@@ -170,7 +171,7 @@ class ContinualTrainer(Trainer):
                 ],
                 memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
                 examples=sum(len(experience.train) for experience in experiences),
-                breakdown=clock.split,
+                breakdown=spent,
                 untrained=_comparable(baseline, evaluation),
             )
 
