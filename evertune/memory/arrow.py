@@ -15,6 +15,7 @@ SCHEMA = pa.schema(
         ("label", pa.large_string()),
         ("experience", pa.large_string()),
         ("priority", pa.float64()),
+        ("length", pa.int32()),  # number of tokens; null if the example is not a tokenised text
         ("data", pa.large_binary()),
     ]
 )

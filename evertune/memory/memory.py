@@ -9,8 +9,9 @@ import os
 import shutil
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,6 +34,8 @@ Labels = Sequence[Label] | Callable[[Any], Label]
 _FORMAT = "evertune-memory-1"
 _MANIFEST = "memory.json"
 _CHUNK = 4096
+_BLUR = 0.05
+"""Lengths that differ by less than this share count as equal at random, so that companions in a batch change."""
 
 
 @dataclass
@@ -105,7 +108,7 @@ class MemoryView:
 
     @property
     def table(self) -> pa.Table:
-        """The rows: ``id``, ``label``, ``experience``, ``priority`` and the encoded ``data``."""
+        """The rows: ``id``, ``label``, ``experience``, ``priority``, ``length`` and the encoded ``data``."""
         return self._table
 
     @property
@@ -123,6 +126,12 @@ class MemoryView:
         """The experience in which the example of every slot arrived."""
         return self._table.column("experience").to_pylist()  # type: ignore[no-any-return]
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """The number of tokens of every slot; None if not all examples are tokenised texts."""
+        column = self._table.column("length")
+        return None if column.null_count or not len(self) else column.to_numpy().astype(np.int64)
+
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
         """The slots at ``positions`` in the infinite sequence of draws of one update.
 
@@ -139,13 +148,36 @@ class MemoryView:
             slots[here] = self._order(update, number)[places[here]]
         return slots
 
+    def draw_alike(self, first: int, lengths: NDArray[np.int64], update: int) -> Indices:
+        """The slots at the positions from ``first`` on, in another order: short examples where ``lengths`` are small.
+
+        The positions must lie in one pass through the memory. Lengths are compared with a random error of 5%, so that
+        an example meets other companions in every pass.
+
+        Args:
+            first: First position.
+            lengths: The length that is wanted at each position.
+            update: Number of the update.
+
+        Raises:
+            ValueError: If the lengths of the examples are not known.
+        """
+        if self.lengths is None:
+            raise ValueError("the memory holds examples without a length")
+        slots = self.draw(np.arange(first, first + len(lengths)), update)
+        blur = self._generator(update, first, 1).uniform(1 - _BLUR, 1 + _BLUR, len(slots))
+        alike = np.empty_like(slots)
+        alike[np.argsort(lengths, kind="stable")] = slots[np.argsort(self.lengths[slots] * blur, kind="stable")]
+        return alike
+
     def _order(self, update: int, number: int) -> Indices:
         if self._pass is None or self._pass[0] != (update, number):
-            # A counter-based generator with its own seed per pass: any position can be reached without drawing those
-            # before it.
-            stream = np.random.Philox(np.random.SeedSequence([self.settings.get("seed", 0), update, number]))
-            self._pass = (update, number), np.random.Generator(stream).permutation(len(self))
+            self._pass = (update, number), self._generator(update, number).permutation(len(self))
         return self._pass[1]
+
+    def _generator(self, *numbers: int) -> np.random.Generator:
+        """A counter-based generator with its own seed: any position can be reached without drawing those before it."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.settings.get("seed", 0), *numbers])))
 
 
 class ReplayMemory:
@@ -299,6 +331,7 @@ class ReplayMemory:
                         "label": label,
                         "experience": experience,
                         "priority": float(priorities[index]),
+                        "length": length_of(example),
                         "data": encode(example),
                     }
                 )
@@ -574,6 +607,20 @@ def working_file(directory: Path, generation: int) -> Path:
 def content_id(data: bytes) -> str:
     """The id of an example without its own: a hash of its encoded bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def length_of(example: Any) -> int | None:
+    """The number of tokens of an example, by its ``input_ids``; None if it has none.
+
+    Example:
+        >>> length_of({"input_ids": torch.zeros(7), "labels": "sport"}), length_of({"input_ids": [1, 2]}), length_of(3)
+        (7, 2, None)
+    """
+    tokens = example.get("input_ids") if isinstance(example, Mapping) else None
+    if isinstance(tokens, list | tuple):
+        return len(tokens)
+    shape: Sequence[int] = getattr(tokens, "shape", ())
+    return int(shape[-1]) if shape else None
 
 
 def _mapped(path: Path) -> pa.Buffer:

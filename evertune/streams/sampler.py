@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class BucketSampler(DistributedSampler[Any]):
     """
 
     chunk_steps = 50
+    on_pass: Callable[[np.ndarray, int], None] | None = None
+    """Called in the training process at the start of a pass, with :meth:`sequence` and the rank's first index in it."""
 
     def __init__(
         self,
@@ -87,7 +89,10 @@ class BucketSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         """The rank's examples, starting with the one at index ``start``."""
-        return iter(self.sequence()[self.rank :: self.num_replicas][self.start :].tolist())
+        sequence = self.sequence()
+        if self.on_pass is not None:
+            self.on_pass(sequence, self.start)
+        return iter(sequence[self.rank :: self.num_replicas][self.start :].tolist())
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -272,8 +272,8 @@ def test_a_memory_from_elsewhere_is_checked_before_it_is_read(tmp_path, change):
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_compressed_rows_are_refused_before_they_are_unpacked(tmp_path, codec):
     """A file of 7 kB would unpack to 100 MB."""
-    columns = {"id": ["a"], "label": ["b"], "experience": ["e"], "priority": [0.5], "data": [bytes(100_000_000)]}
-    table = pa.table(columns, SCHEMA)
+    row = {"id": "a", "label": "b", "experience": "e", "priority": 0.5, "length": 1, "data": bytes(100_000_000)}
+    table = pa.Table.from_pylist([row], SCHEMA)
     path = tmp_path / "memory.arrow"
     options = pa.ipc.IpcWriteOptions(compression=codec)
     with pa.ipc.new_file(str(path), table.schema, options=options) as writer:

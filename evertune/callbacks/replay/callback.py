@@ -31,6 +31,7 @@ from evertune._lightning import (
 )
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.collate import UNSTORABLE, ReplayCollate, Schedule, restarting
+from evertune.callbacks.replay.lengths import StepLengths
 from evertune.callbacks.replay.spool import (
     Capture,
     Record,
@@ -46,6 +47,7 @@ from evertune.memory.policies import Policy
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
+from evertune.streams.sampler import BucketSampler
 from evertune.tasks.base import Task, task_of
 from evertune.utils.batches import logits_of, name_of, to_device
 from evertune.utils.collectives import gather_bytes
@@ -78,7 +80,8 @@ class Replay(ContinualCallback):
 
     All ranks share one memory. The draws of an update are one sequence distributed over the ranks, and which examples
     are kept depends only on their ids and the seed: with the same global batch, the result is the same on any number of
-    processes, and after a resume.
+    processes, and after a resume. If the training loader has a :class:`~evertune.streams.BucketSampler`, as that of an
+    ``ExperienceDataModule``, texts of about the same length are replayed beside the new ones, to save padding.
 
     The memory is filled with what was trained on: with ``limit_train_batches``, ``max_steps`` or an early stop, with
     nothing else, and after ``fast_dev_run`` with nothing. With a map-style dataset, it is filled by index. It is filled
@@ -150,6 +153,7 @@ class Replay(ContinualCallback):
         self._trainer: pl.Trainer | None = None
         self._loader: DataLoader[Any] | None = None
         self._unwrapped: DataLoader[Any] | None = None  # the user's loader
+        self._sampler: BucketSampler | None = None  # reports its order to the loader processes
         self._schedule = Schedule()
         self._is_writer = True
         self._set_up_early = False  # before Lightning read its part of the checkpoint
@@ -294,6 +298,9 @@ class Replay(ContinualCallback):
         self._detach()
 
     def _detach(self) -> None:
+        if self._sampler is not None:
+            self._sampler.on_pass = None
+            self._sampler = None
         if self._trainer is not None:
             return_method(self._trainer.strategy, "process_dataloader")
             return_method(train_data_source(self._trainer), "dataloader")
@@ -359,6 +366,7 @@ class Replay(ContinualCallback):
                 self.label_of,
                 self.id_of,
             ),
+            lengths=self._lengths(loader, batch_size),
         )
         if self.loader is not None:
             restarting(self._loader, self._schedule)
@@ -368,6 +376,17 @@ class Replay(ContinualCallback):
         else:
             self._start_iterator(trainer)
         return self._loader
+
+    def _lengths(self, loader: DataLoader[Any], batch_size: int | None) -> StepLengths | None:
+        """The lengths of the batches to come, if the loader's sampler knows them."""
+        self._sampler = None
+        if self.loader is not None or not StepLengths.known(loader.sampler, batch_size):
+            return None
+        assert self._trainer is not None and batch_size is not None and isinstance(loader.sampler, BucketSampler)
+        self._sampler, limit = loader.sampler, self._trainer.limit_train_batches
+        n_batches = len(loader)
+        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+        return StepLengths(loader.sampler, batch_size, n_batches, lambda: self._schedule.iterator()[1])
 
     def _start_schedule(self, trainer: pl.Trainer) -> None:
         """Set the number of the loader's first batch and the memory that it draws from."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, get_worker_info
 
+from evertune.callbacks.replay.lengths import StepLengths
 from evertune.callbacks.replay.spool import Capture, Spool
 from evertune.memory.codec import StorableCheck
 from evertune.memory.memory import MemoryView, working_file
@@ -93,6 +95,9 @@ class ReplayCollate:
     ``floor(m * b * ratio)`` on. The rank's ``i``-th draw is draw ``i * world_size + rank`` of the update, so that the
     ranks' and the accumulated batches' draws together are those of one process with one large batch.
 
+    If the lengths of the new examples are known in advance, the draws of an epoch are dealt so that examples of about
+    the same length meet: within each pass through the memory, the shortest go to the steps with the shortest new ones.
+
     Args:
         collate_fn: The loader's own ``collate_fn``.
         schedule: Schedule shared with the training process.
@@ -102,6 +107,7 @@ class ReplayCollate:
         rank: Rank of this process.
         world_size: Number of ranks that share the draws.
         capture: How to keep candidates for the memory as they pass; None if the memory is filled from the dataset.
+        lengths: The lengths of the new examples; None if they are not known.
     """
 
     def __init__(
@@ -115,15 +121,18 @@ class ReplayCollate:
         rank: int,
         world_size: int,
         capture: Capture | None,
+        lengths: StepLengths | None = None,
     ) -> None:
         self.collate_fn = collate_fn
         self.schedule, self.directory, self.ratio = schedule, directory, ratio
         self.stride = batch_size or 1 << 20
         self.rank, self.world_size = rank, world_size
         self.capture = capture
+        self.lengths = lengths
         self._iterator, self._calls = 0, 0
         self._spool: Spool | None = None
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
+        self._dealt: tuple[tuple[int, ...], int, NDArray[np.int64]] = ((), 0, np.empty(0, dtype=np.int64))
         self._check = StorableCheck()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,11 +217,38 @@ class ReplayCollate:
         first, update, generation = current
         if self._view[0] != generation:
             self._view = generation, MemoryView.open(working_file(self.directory, generation))
-        start = (batch - first) * self.stride
-        # Truncated differences: over the batches, fractional ratios add up exactly, without keeping any state.
-        own = np.arange(int(start * self.ratio), int((start + n_new) * self.ratio), dtype=np.int64)
         view = self._view[1]
-        return view.draw(own * self.world_size + self.rank, update).tolist(), view
+        start, stop = self._bounds(np.array([0, n_new]) + (batch - first) * self.stride)
+        positions = np.arange(start, stop) * self.world_size + self.rank
+        if self.lengths is None or view.lengths is None or not self.lengths.covers(batch):
+            return view.draw(positions, update).tolist(), view
+        passes = positions // len(view)
+        slots = np.empty_like(positions)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            opened, dealt = self._deal(view, current, number)
+            slots[here] = dealt[positions[here] - opened]
+        return slots.tolist(), view
+
+    def _bounds(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rank's number of draws before its new examples of an update reach the given numbers.
+
+        Truncated: over the batches, fractional ratios add up exactly, without keeping any state.
+        """
+        return (examples * self.ratio).astype(np.int64)
+
+    def _deal(self, view: MemoryView, current: tuple[int, int, int], number: int) -> tuple[int, NDArray[np.int64]]:
+        """The draws of an epoch in one pass through the memory, of all ranks: the first position, and the slots."""
+        assert self.lengths is not None
+        first, update, generation = current
+        key = (generation, update, first, self.lengths.first, number)
+        if self._dealt[0] != key:
+            batches, lengths = self.lengths.from_batch(first)
+            bounds = self._bounds(np.append(batches, batches[-1] + 1) * self.stride) * self.world_size
+            start, stop = max(bounds[0], number * len(view)), min(bounds[-1], (number + 1) * len(view))
+            wanted = lengths[np.searchsorted(bounds, np.arange(start, stop), side="right") - 1]
+            self._dealt = key, int(start), view.draw_alike(int(start), wanted, update)
+        return self._dealt[1:]
 
 
 def difference_of(past: Any, new: Any, where: str = "") -> str | None:
