@@ -91,6 +91,10 @@ class ContinualTrainer(Trainer):
         run_dir: str | Path | None = None,
         checkpoint_every_n_steps: int = 500,
         untrained: bool = True,
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        num_workers: int | None = None,
     ) -> History:
         """Learn the experiences of a stream one after the other.
 
@@ -107,6 +111,9 @@ class ContinualTrainer(Trainer):
             checkpoint_every_n_steps: Optimizer steps between two checkpoints inside an experience, with ``run_dir``.
             untrained: Whether to measure what no training would give, if the module has ``features``: one forward pass
                 over the data, see :class:`~evertune.training.untrained.UntrainedBaseline`. Default: True.
+            batch_size: Training examples per batch and rank. By default that of ``ExperienceDataModule``, 32.
+            max_length: Tokens after which a text is truncated. By default that of ``ExperienceDataModule``, 128.
+            num_workers: Number of processes that load batches. By default that of ``ExperienceDataModule``, 0.
 
         With ``fast_dev_run``, the stream is learned from a few batches each, and only the weights change: nothing is
         stored, and the callbacks are put back as they were.
@@ -119,16 +126,22 @@ class ContinualTrainer(Trainer):
             summaries of the drift triggers and the replay memory.
 
         Raises:
-            ValueError: If the stream is empty, or an experience has neither test nor validation data.
+            ValueError: If the stream is empty, an experience has neither test nor validation data, or settings of the
+                batches are given beside a ``StreamDataModule`` or ``datamodule``, which has its own.
         """
         refuse_other_package(self, [module, stream])
+        batches = {"batch_size": batch_size, "max_length": max_length, "num_workers": num_workers}
+        batches = {name: value for name, value in batches.items() if value is not None}
+        if batches and (datamodule is not None or isinstance(stream, StreamDataModule)):
+            owner = "the datamodule" if datamodule is not None else "the StreamDataModule"
+            raise ValueError(f"{', '.join(batches)} would be ignored: {owner} makes the batches; set it there")
         experiences = stream.stream_for(module) if isinstance(stream, StreamDataModule) else stream
         if len(experiences) == 0:
             raise ValueError("the stream is empty: there is nothing to learn")
         run = None
         if run_dir is not None and not self.fast_dev_run:  # type: ignore[attr-defined]
             run = self._start_run(run_dir, experiences, checkpoint_every_n_steps)
-        make = datamodule or _default_datamodule(module, stream)
+        make = datamodule or _default_datamodule(module, stream, batches)
         evaluation = self._evaluation()
         evaluation.evaluate_unseen |= evaluate_on is not None
         for scored in evaluate_on or ():
@@ -338,20 +351,20 @@ def _announce_copies(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def _default_datamodule(
-    module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule
+    module: pl.LightningModule, stream: Sequence[Experience] | StreamDataModule, batches: Mapping[str, Any]
 ) -> Callable[[Experience], pl.LightningDataModule]:
     """The default for the argument ``datamodule`` of :meth:`ContinualTrainer.fit_stream`."""
     tokenizer, task = getattr(module, "tokenizer", None), task_of(module)
     if isinstance(stream, StreamDataModule):
         return lambda experience: stream.datamodule(experience, tokenizer, task)
-    columns: dict[str, Any] = {}
+    settings = dict(batches)
     if isinstance(stream, ExperienceStream):
-        columns = {"text": stream.text, "label": stream.label}
+        settings |= {"text": stream.text, "label": stream.label}
     made: dict[int, ExperienceDataModule] = {}
 
     def make(experience: Experience) -> ExperienceDataModule:
         if id(experience) not in made:  # tokenize only once, although each is scored after many updates
-            made[id(experience)] = ExperienceDataModule(experience, tokenizer, task=task, **columns)
+            made[id(experience)] = ExperienceDataModule(experience, tokenizer, task=task, **settings)
         return made[id(experience)]
 
     return make

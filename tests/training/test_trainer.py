@@ -183,7 +183,7 @@ def test_the_schedule_warms_up_again_at_each_update(bert: str) -> None:
     rates = Rates()
     module = small_bert(bert, warmup_ratio=0.25)
     trainer = ContinualTrainer(max_epochs=4, callbacks=[rates], **QUIET)
-    trainer.fit_stream(module, texts_stream(), lambda one: ExperienceDataModule(one, module.tokenizer, batch_size=6))
+    trainer.fit_stream(module, texts_stream(), batch_size=6, max_length=16)
     factors = [1 / 3, 2 / 3, *(1 - i / 6 for i in range(6))]
     assert rates.seen == [pytest.approx([1e-3 * factor for factor in factors])] * 3
 
@@ -297,6 +297,8 @@ def test_streams_that_cannot_be_learnt_are_refused_before_training() -> None:
     trainer = ContinualTrainer(max_epochs=1, **QUIET)
     with pytest.raises(ValueError, match="the stream is empty: there is nothing to learn"):
         trainer.fit_stream(module, [])
+    with pytest.raises(ValueError, match="batch_size would be ignored: the datamodule makes the batches"):
+        trainer.fit_stream(module, plain_stream(), batches_of, batch_size=8)
     stream = [plain_stream()[0], Experience("blind", points((2, 3), 8, 1))]
     with pytest.raises(ValueError, match="experience 'blind' has neither test nor validation data to score it on"):
         trainer.fit_stream(module, stream, batches_of)
