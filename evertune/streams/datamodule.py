@@ -8,10 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from evertune._lightning import LightningDataModule
+from evertune._lightning import LightningDataModule, RunningStage
 from evertune.streams import splits as scenarios
 from evertune.streams.experience import Experience, ExperienceStream
-from evertune.streams.sampler import BucketSampler, ResumableLoader
+from evertune.streams.sampler import BucketSampler, ResumableLoader, longest_first
 from evertune.tasks.base import Task, task_of
 from evertune.tasks.texts import truncation_length
 
@@ -21,7 +21,10 @@ class ExperienceDataModule(LightningDataModule):
 
     Training batches are shuffled by ``(seed, epoch)``, composed of texts of similar length, and dealt to the ranks so
     that an optimizer step uses the same examples on any number of them (see :class:`BucketSampler`). A run that resumes
-    in the middle of an epoch continues with the next batch. Validation and test batches are in order.
+    in the middle of an epoch continues with the next batch.
+
+    Where a trainer evaluates all validation or test data, those batches hold texts of similar length, too, the longest
+    first. With a limit on their number, and in a loader that you take yourself, as for predictions, they are in order.
 
     Args:
         experience: Experience whose examples are dicts with the columns below; without a tokenizer they may be
@@ -156,25 +159,33 @@ class ExperienceDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in order; empty without validation data."""
+        """Each example once; empty without validation data."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in order; empty without test data."""
+        """Each example once; empty without test data."""
         return self._eval_loader("test")
 
     def _eval_loader(self, split: Literal["val", "test"]) -> DataLoader[Any] | list[Any]:
         dataset = self.dataset(split)
         if dataset is None:
             return []
+        lengths = getattr(dataset, "lengths", None) if self.bucketed and self._evaluates_all(split) else None
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
+            sampler=None if lengths is None else longest_first(lengths),
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # does not touch the global random state
         )
+
+    def _evaluates_all(self, split: str) -> bool:
+        """Whether a trainer is about to evaluate the whole split, so that the order does not matter."""
+        stage = None if self.trainer is None else self.trainer.state.stage
+        limit = getattr(self.trainer, f"limit_{split}_batches", 0)
+        return stage not in (None, RunningStage.PREDICTING) and isinstance(limit, float) and limit == 1
 
 
 class StreamDataModule(LightningDataModule):

@@ -95,6 +95,19 @@ class BucketSampler(DistributedSampler[Any]):
         return iter(sequence[self.rank :: self.num_replicas][self.start :].tolist())
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The indices of examples by descending length, so that a batch needs little padding.
+
+    The longest come first: if they take more memory than there is, this shows at once.
+
+    Example:
+        >>> longest_first([3, 9, 3, 7])
+        [1, 3, 0, 2]
+    """
+    indices: list[int] = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return indices
+
+
 class ResumableLoader(DataLoader[Any]):
     """A ``DataLoader`` over a :class:`BucketSampler` that Lightning can save and resume in the middle of an epoch.
 

@@ -20,6 +20,7 @@ from evertune._lightning import RunningStage, is_overridden, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
+from evertune.streams.sampler import longest_first
 from evertune.tasks.base import task_of
 from evertune.utils.batches import to_device
 from evertune.utils.clock import measured
@@ -102,7 +103,7 @@ class ContinualEvaluation(ContinualCallback):
         Args:
             name: Unique name of the experience; the name of its column.
             loader: ``DataLoader`` over a map-style dataset. Only its dataset, batch size and ``collate_fn`` are used:
-                examples are read in order, each exactly once.
+                each example is read exactly once, in order, or by length if the dataset has ``lengths``.
             classes: Names of its classes. While a module with its own ``classes`` lacks one of them (because its head
                 has not grown yet), the score is NaN.
 
@@ -163,7 +164,7 @@ class ContinualEvaluation(ContinualCallback):
             trial(f"ContinualEvaluation cannot score {type(module).__name__}", advice),
             _evaluating(trainer, module),
         ):
-            batch = next(iter(_share(loader, trainer)[0]))
+            batch = next(iter(_share(loader, trainer, at_most=2 * trainer.world_size)[0]))
             self._score(trainer, module, to_device(trainer, batch))
         if is_deepspeed(trainer):
             ParameterShards.of(trainer).release()
@@ -303,7 +304,7 @@ def _evaluating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
         trainer.state.stage = stage
 
 
-def _share(loader: DataLoader[Any], trainer: pl.Trainer) -> tuple[DataLoader[Any], int]:
+def _share(loader: DataLoader[Any], trainer: pl.Trainer, at_most: int | None = None) -> tuple[DataLoader[Any], int]:
     """This rank's examples and how many of them count. Padded, so that all ranks run the same number of batches."""
     batch_size = _batch_size(loader)
     assert batch_size is not None
@@ -311,7 +312,13 @@ def _share(loader: DataLoader[Any], trainer: pl.Trainer) -> tuple[DataLoader[Any
     n_debug_batches = int(getattr(trainer, "fast_dev_run", 0))
     if n_debug_batches:
         n_examples = min(n_examples, n_debug_batches * batch_size * trainer.world_size)
-    indices = list(range(trainer.global_rank, n_examples, trainer.world_size))
+    if at_most is not None:
+        n_examples = min(n_examples, at_most)
+    lengths = getattr(loader.dataset, "lengths", None)
+    order: Sequence[int] = range(n_examples)
+    if lengths is not None:  # each batch of one length, so that it needs little padding
+        order = longest_first(lengths[:n_examples])
+    indices = list(order[trainer.global_rank :: trainer.world_size])
     n_real = len(indices)
     indices += [0] * (math.ceil(n_examples / trainer.world_size) - n_real)
     return DataLoader(loader.dataset, batch_size=batch_size, sampler=indices, collate_fn=loader.collate_fn), n_real

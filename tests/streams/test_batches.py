@@ -294,6 +294,24 @@ def test_text_becomes_padded_batches_with_the_names_of_labels():
     assert torch.equal(batches[0]["input_ids"], torch.tensor(expected["input_ids"]))
 
 
+def test_evaluation_of_all_data_is_batched_by_length():
+    class Lengths(Recorder):
+        def validation_step(self, batch, batch_idx):
+            self.seen += batch["attention_mask"].sum(1).tolist()
+
+    rows = text_rows(40)
+    data = ExperienceDataModule(Experience("x", rows, val=rows), TOKENIZER, eval_batch_size=8)
+    in_order = [len(data.dataset("val")[i]["input_ids"]) for i in range(40)]
+    seen = []
+    for limit in (1.0, 2):
+        module = Lengths()
+        settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "limit_val_batches": limit}
+        pl.Trainer(**settings).validate(module, datamodule=data, verbose=False)
+        seen.append(module.seen)
+    assert seen == [sorted(in_order, reverse=True), in_order[:16]]
+    assert [n for batch in data.val_dataloader() for n in batch["attention_mask"].sum(1).tolist()] == in_order
+
+
 def test_pairs_of_texts():
     rows = [{"q": "w1 w2", "a": "w3", "label": "yes"}]
     datamodule = ExperienceDataModule(Experience("x", rows), TOKENIZER, text=("q", "a"), batch_size=1)
