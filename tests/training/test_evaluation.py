@@ -251,7 +251,7 @@ def test_refusals_at_fit_start():
         trainer_with(ContinualEvaluation()).fit(Classifier(), loader(0))
     with pytest.raises(ValueError, match="found 2 validation loaders"):
         trainer_with(ContinualEvaluation()).fit(Classifier(), loader(0), [loader(1), loader(2)])
-    with pytest.raises(ValueError, match=r"shape \[batch\], got \[8, 3\]"):
+    with pytest.raises(ValueError, match=r"shape \[batch\], got \[2, 3\]"):
         trainer_with(ContinualEvaluation(score=lambda m, b: m(b[0]))).fit(Classifier(), loader(0), loader(1))
     with pytest.raises(ValueError, match=r"values in \[0, 1\], got 2 to 2"):
         score = lambda m, b: torch.full((len(b[0]),), 2.0)  # noqa: E731
