@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from evertune.cli.actions import REGISTRY, opened
+from evertune.registry.registry import RegistryError
+from evertune.utils.terminal import complain
 
 _EXAMPLE = """example:
   evertune forget registry --id customer-17
@@ -24,17 +27,14 @@ def forget(arguments: Sequence[str]) -> int:
         The exit code: 0 if no file of the registry holds the records now; 1 after an error.
     """
     from evertune.live.erasure import erase
-    from evertune.registry.registry import Registry, RegistryError
 
     options = _parser().parse_args(list(arguments))
     try:
-        registry = Registry(options.registry)
-        if not registry.store.list():
-            raise RegistryError(f"{options.registry} is not a registry: check the path")
+        registry = opened(options.registry)
         ids = [*options.id, *(options.ids.read_text().split("\n") if options.ids else ())]
         erasure = erase(registry, [id for id in ids if id], options.work_dir)
     except (RegistryError, OSError, ValueError) as error:
-        print(f"evertune forget: {error}", file=sys.stderr)
+        complain("evertune forget", error)
         return 1
     if options.json:
         print(json.dumps({"ids": len(erasure.ids), "found": erasure.found, "versions": erasure.versions}))
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("registry", metavar="REGISTRY", help="its folder, or its URL: s3://bucket/registry")
+    parser.add_argument("registry", metavar="REGISTRY", help=REGISTRY)
     parser.add_argument("--id", action="append", default=[], help="the id of a record; may be repeated")
     parser.add_argument("--ids", type=Path, metavar="FILE", help="a file with one id in each line")
     parser.add_argument(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from evertune.cli.quarantine import NOTHING, opened
+from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
 from evertune.live.backlog import Backlog
 from evertune.registry.journal import Journal, Segment
 from evertune.registry.registry import RegistryError
@@ -46,33 +46,23 @@ def pending(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evertune pending",
-        description="Look at the records that wait for the next update, or take some of them out.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser, actions = with_actions(
+        "evertune pending",
+        "Look at the records that wait for the next update, or take some of them out.",
+        _EXAMPLES,
+        {
+            "list": "list where the pending records come from, segment by segment",
+            "show": "show pending records whole",
+            "drop": "take records out: they go to quarantine, and no update learns them",
+        },
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, words in {
-        "list": "list where the pending records come from, segment by segment",
-        "show": "show pending records whole",
-        "drop": "take records out: they go to quarantine, and no update learns them",
-    }.items():
-        action = actions.add_parser(
-            name,
-            help=words,
-            description=words[0].upper() + words[1:] + ".",
-            epilog=_EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        action.add_argument("--registry", required=True, help="its folder, or its URL: s3://bucket/registry")
+    for action in actions.values():
+        action.add_argument("--registry", required=True, help=REGISTRY)
         action.add_argument("--id", action="append", default=[], help="the record with this id; can be repeated")
         action.add_argument("--origin", metavar="TEXT", help="records with this text in their origin, such as a file")
         action.add_argument("--segment", type=int, help="records of this segment")
-        action.add_argument("--json", action="store_true", help="print JSON, for machines")
-        if name == "drop":
-            action.add_argument("--reason", default="", help="why, for the quarantine")
-            action.add_argument("--all", action="store_true", help="all of them, where nothing else is said")
+    actions["drop"].add_argument("--reason", default="", help="why, for the quarantine")
+    actions["drop"].add_argument("--all", action="store_true", help="all of them, where nothing else is said")
     return parser
 
 

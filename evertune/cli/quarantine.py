@@ -6,14 +6,12 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 
+from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
 from evertune.registry.journal import Journal
 from evertune.registry.reasons import Reasons
-from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.registry import RegistryError
 from evertune.sources.base import Row, SourceError
 from evertune.utils.terminal import complain, visible
-
-NOTHING = 3
-"""The exit code of a command that found no record to act on."""
 
 _EXAMPLES = """examples:
   evertune quarantine list --registry registry
@@ -48,51 +46,28 @@ def quarantine(arguments: Sequence[str]) -> int:
         return 1
 
 
-def opened(place: str) -> Registry:
-    """The registry at a place.
-
-    Raises:
-        RegistryError: If there is none.
-    """
-    registry = Registry(place)
-    if not registry.store.list():
-        raise RegistryError(f"there is no registry at {registry.store.root}: check the path, and that it is mounted")
-    return registry
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evertune quarantine",
-        description="Look at the records that were set aside, have them checked again, or delete them.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser, actions = with_actions(
+        "evertune quarantine",
+        "Look at the records that were set aside, have them checked again, or delete them.",
+        _EXAMPLES,
+        {
+            "list": "list the reasons, the commonest first, with the number of records and an example",
+            "show": "show records whole, with their reasons",
+            "retry": "check records again under the schema as it is now; good ones are pending again",
+            "drop": "delete records for good; they no longer count as bad",
+        },
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def add(name: str, words: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(
-            name,
-            help=words,
-            description=words[0].upper() + words[1:] + ".",
-            epilog=_EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        needed = name != "retry"
-        action.add_argument("--registry", required=needed, help="its folder, or its URL: s3://bucket/registry")
+    for name, action in actions.items():
+        action.add_argument("--registry", required=name != "retry", help=REGISTRY)
         action.add_argument(
             "references", nargs="*", metavar="REFERENCE", help="such as 000003:5f1c09ab33d2 (default: all)"
         )
         action.add_argument("--kind", help="only of this kind: refused, unreadable, unlearnable, batch, dropped, ...")
         action.add_argument("--reason", metavar="TEXT", help="only those with this text in their reason")
-        action.add_argument("--json", action="store_true", help="print JSON, for machines")
-        return action
-
-    add("list", "list the reasons, the commonest first, with the number of records and an example")
-    add("show", "show records whole, with their reasons")
-    retry = add("retry", "check records again under the schema as it is now; good ones are pending again")
-    retry.add_argument("--config", "-c", required=True, help="the YAML file of `evertune update`, with the schema")
-    drop = add("drop", "delete records for good; they no longer count as bad")
-    drop.add_argument("--all", action="store_true", help="all of them, where nothing else is said")
+    config = "the YAML file of `evertune update`, with the schema"
+    actions["retry"].add_argument("--config", "-c", required=True, help=config)
+    actions["drop"].add_argument("--all", action="store_true", help="all of them, where nothing else is said")
     return parser
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from evertune.cli.actions import REGISTRY, opened
 from evertune.registry.registry import ALIASES, LeaseHeld, Registry, RegistryError, Version
 from evertune.utils.terminal import complain, console, foreign
 
@@ -38,7 +39,7 @@ def add_registry_commands(subparsers: argparse._SubParsersAction[argparse.Argume
 
     def add(name: str, words: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".", epilog=_EPILOG)
-        action.add_argument("registry", metavar="REGISTRY", help="its folder, or its URL: s3://bucket/registry")
+        action.add_argument("registry", metavar="REGISTRY", help=REGISTRY)
         action.add_argument("--json", action="store_true", help="print JSON, for machines")
         return action
 
@@ -87,11 +88,7 @@ def run_registry(arguments: argparse.Namespace) -> int:
         The exit code: 0; 1 after an error, which is reported in one line on stderr, or if ``verify`` found a problem.
     """
     try:
-        registry = Registry(arguments.registry)
-        if not registry.store.list():
-            raise RegistryError(
-                f"there is no registry at {registry.store.root}: check the path, and that it is mounted"
-            )
+        registry = opened(arguments.registry)
         # Warnings become plain lines on stderr, without the file and line of the code that raised them.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

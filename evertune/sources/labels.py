@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time as clocks
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,6 @@ from typing import Any
 
 from evertune.sources.schema import time_value
 from evertune.utils.durations import duration
-
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +96,14 @@ class LabelJoin:
         self.zone: tzinfo | None = None  # of times without one; the intake sets it to the schema's
         self._span: float
         if isinstance(window, str):
-            match = _DURATION.fullmatch(window)
-            if match is None:
-                raise ValueError(
-                    f'window must be a number of records or a duration such as "12h" or "7d", got {window!r}'
-                )
+            try:
+                self._span = duration("window", window).total_seconds()
+            except ValueError as error:
+                raise ValueError(f"{error}; or a number of records") from None
             if time is None:
                 raise ValueError(
                     f"a window of {window} needs time=, the field with a record's time; or pass a number of records"
                 )
-            self._span = float(match[1]) * _UNITS[match[2]]
         else:
             self._span = window
         if self._span <= 0 or max_waiting < 1:

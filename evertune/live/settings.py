@@ -1,0 +1,43 @@
+"""How an update treats its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """How an update treats its records.
+
+    Args:
+        holdout: Share of the new records that is held out of training, to judge this and every later version. Default:
+            0.2.
+        max_holdout: Maximum number of records held out of one update. Default: 500.
+        max_records: Maximum number of records in one update; the rest wait for the next. Default: 50,000.
+        max_evaluation: Maximum number of records of all slices on which a version is judged; the longest slices are
+            shortened first. Default: 5,000.
+        rebuild_after: Number of refusals in a row after which a new model is trained from the pretrained one, on the
+            replay memory and the pending records. Default: 3; None never rebuilds.
+        checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that a crash loses. Default: 200.
+        seed: Seed of everything random; the number of the version is added to it.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    holdout: float = 0.2
+    max_holdout: int = 500
+    max_records: int = 50_000
+    max_evaluation: int = 5_000
+    rebuild_after: int | None = 3
+    checkpoint_every_n_steps: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}")
+        for name in ("max_holdout", "max_records", "max_evaluation", "checkpoint_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.rebuild_after is not None and self.rebuild_after < 1:
+            raise ValueError(f"rebuild_after must be positive or None, got {self.rebuild_after}")
