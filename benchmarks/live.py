@@ -36,8 +36,9 @@ import evertune
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.intake import Intake
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import Volume
-from evertune.live.update import Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.memory.memory import ReplayMemory
 from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary

@@ -15,8 +15,9 @@ from evertune.cli.parsing import command_parser
 from evertune.cli.presets import add_preset_argument, parse_with_preset
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import Trigger
-from evertune.live.update import DATA_OF_UPDATES, Updater, UpdateSettings
+from evertune.live.update import DATA_OF_UPDATES, Updater
 from evertune.live.watch import WatchSettings
 from evertune.registry.mlflow import MLflowMirror
 from evertune.sources.base import Source
@@ -57,7 +58,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
     """The updater that a configuration describes, and all settings of the command line.
 
     Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
-    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.update.UpdateSettings`), ``mirror``, ``work_dir``,
+    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.settings.UpdateSettings`), ``mirror``, ``work_dir``,
     ``watch`` (:class:`~evertune.live.watch.WatchSettings`; made for the programs in :data:`WATCH` only) and, as in
     ``evertune fit``, ``model``, ``trainer`` and ``data``.
 

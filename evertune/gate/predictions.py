@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -118,6 +118,10 @@ class Predictions:
             None if self.scores is None else self.scores[chosen],
         )
 
+    def without(self, ids: Collection[str]) -> Predictions:
+        """The predictions without those on some records."""
+        return self.pick([row for row, one in enumerate(self.ids) if one not in ids])
+
     def to_dict(self) -> dict[str, list[Any]]:
         """The predictions as JSON values: lists, with None for a probability that is not finite."""
         scores = {} if self.scores is None else {"scores": _or_none(self.scores)}
@@ -129,11 +133,6 @@ class Predictions:
             "label_probability": _or_none(self.label_probability),
             **scores,
         }
-
-    @classmethod
-    def by_slice(cls, evaluation: Mapping[str, Any]) -> dict[str, Predictions]:
-        """The predictions in an ``evaluation.json``, by the name of their slice."""
-        return {name: cls.from_dict(values) for name, values in evaluation["slices"].items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Predictions:

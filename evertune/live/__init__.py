@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.live.outcome import Outcome as Outcome
+    from evertune.live.settings import UpdateSettings as UpdateSettings
     from evertune.live.triggers.base import Situation as Situation
     from evertune.live.triggers.base import Trigger as Trigger
     from evertune.live.triggers.basic import AllOf as AllOf
@@ -22,19 +24,19 @@ if TYPE_CHECKING:
     from evertune.live.triggers.thresholds import RollingAverage as RollingAverage
     from evertune.live.triggers.thresholds import Static as Static
     from evertune.live.triggers.thresholds import Threshold as Threshold
-    from evertune.live.update import Outcome as Outcome
     from evertune.live.update import Updater as Updater
-    from evertune.live.update import UpdateSettings as UpdateSettings
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.live.outcome": "Outcome",
+        "evertune.live.settings": "UpdateSettings",
         "evertune.live.triggers.base": "Situation Trigger",
         "evertune.live.triggers.basic": "AllOf AnyOf Every Schedule Volume",
         "evertune.live.triggers.drift": "Drift LabelDrift",
         "evertune.live.triggers.performance": "PerformanceDrop",
         "evertune.live.triggers.policies": "CoolDown CostBudget WarmUp",
         "evertune.live.triggers.thresholds": "Quantile RollingAverage Static Threshold",
-        "evertune.live.update": "Outcome UpdateSettings Updater",
+        "evertune.live.update": "Updater",
     },
 )

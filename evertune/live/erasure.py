@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evertune.gate.evaluation import Evaluation
+from evertune.live.versions import EVALUATION
 from evertune.memory.memory import MemoryView, forget_saved
 from evertune.registry.journal import Journal, Segment, described
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.sources.masking import masked_id
+from evertune.utils.typed_json import decode, foreign
 
 _FOLDER = "erasing"
 _TODO = f"{_FOLDER}/todo.json"
@@ -183,8 +186,8 @@ class _Edits:
         for name in manifest.files:
             if PurePosixPath(name).name == _MEMORY:
                 self._memory(folder, name, files)
-            elif name.endswith(".json") and not name.startswith("model/"):
-                self._predictions(folder, name, files)
+        if EVALUATION in files:
+            self._predictions(folder, files)
         slices = list(manifest.slices)
         for place, entry in enumerate(slices):
             if entry.sha256 in self.changed:
@@ -210,14 +213,17 @@ class _Edits:
                 self.files[f"{folder}/{inside / path.name}"] = content = path.read_bytes()
                 hashes[str(inside / path.name)] = _sha256(content)
 
-    def _predictions(self, folder: str, name: str, hashes: dict[str, str]) -> None:
-        content = self.store.read(f"{folder}/{name}")
+    def _predictions(self, folder: str, hashes: dict[str, str]) -> None:
+        name = f"{folder}/{EVALUATION}"
+        content = self.store.read(name)
         if not any(_quoted(id) in content for id in self.gone):
             return
-        values = json.loads(content)
-        self.found["predictions"] += _prune(values, self.gone)
-        self.files[f"{folder}/{name}"] = new = json.dumps(values, sort_keys=True).encode()
-        hashes[name] = _sha256(new)
+        with foreign(self.store.address(name)):
+            stored = Evaluation.from_dict(decode(content))
+        left = stored.without(self.gone)
+        self.found["predictions"] += len(stored) - len(left)
+        self.files[name] = new = json.dumps(left.to_dict(), sort_keys=True).encode()
+        hashes[EVALUATION] = _sha256(new)
 
 
 def _is_of(row: Mapping[str, Any], ids: set[str]) -> bool:
@@ -230,24 +236,6 @@ def _is_of(row: Mapping[str, Any], ids: set[str]) -> bool:
     return isinstance(record, Mapping) and any(
         isinstance(value, str | int) and str(value) in ids for value in record.values()
     )
-
-
-def _prune(values: Any, ids: set[str]) -> int:
-    """Remove records from decoded JSON: from parallel lists beside ``ids``, and objects with such an ``id``."""
-    if isinstance(values, list):
-        kept = [value for value in values if not (isinstance(value, dict) and value.get("id") in ids)]
-        count, values[:] = len(values) - len(kept), kept
-        return count + sum(_prune(value, ids) for value in values)
-    if not isinstance(values, dict):
-        return 0
-    count = 0
-    if isinstance(named := values.get("ids"), list):
-        stay = [place for place, id in enumerate(named) if id not in ids]
-        count = len(named) - len(stay)
-        for key, column in list(values.items()):
-            if isinstance(column, list) and len(column) == len(named):
-                values[key] = [column[place] for place in stay]
-    return count + sum(_prune(value, ids) for key, value in values.items() if key != "ids")
 
 
 def _holding(store: Store, ids: set[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evertune.utils.files import write_atomically
+from evertune.utils.files import empty, write_atomically
 from evertune.utils.typed_json import read_json
 
 _FILE = "plan.json"
@@ -73,3 +73,9 @@ class Plan:
             return read_json(cls, path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); delete {folder} to plan the update again") from error
+
+
+def clear(folder: Path) -> None:
+    """Delete an update in progress."""
+    (folder / _FILE).unlink(missing_ok=True)  # first, so that leftovers of a crash belong to no update
+    empty(folder)

@@ -72,6 +72,13 @@ def trained(staging: Path, plan: Plan) -> dict[str, Any] | None:
     return asdict(found) if found.plan == plan.identity else None
 
 
+def results(staging: Path, plan: Plan) -> dict[str, Any]:
+    """The results of :func:`train`, which has finished this plan."""
+    found = trained(staging, plan)
+    assert found is not None
+    return found
+
+
 def train(
     plan: Plan,
     rows: Sequence[Row],

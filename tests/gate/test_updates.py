@@ -15,8 +15,10 @@ import pytest
 from evertune.callbacks import Replay
 from evertune.gate.gate import Gate
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.outcome import Outcome
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import Volume
-from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.registry.registry import Registry
 from evertune.sources.folder import FolderSource
 from evertune.sources.schema import RecordSchema

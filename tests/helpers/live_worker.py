@@ -13,8 +13,10 @@ from evertune.callbacks import EWC, Replay
 from evertune.gate.gate import Gate
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.intake import Intake
+from evertune.live.outcome import Outcome
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import Volume
-from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.sources.folder import FolderSource
 from evertune.sources.schema import RecordSchema
 from evertune.training.trainer import ContinualTrainer
@@ -57,10 +59,12 @@ def updater(folder: str | Path, **changes: Any) -> Updater:
         "gate": lenient_gate(),
         "settings": UpdateSettings(checkpoint_every_n_steps=4),
     }
+    model = SequenceClassificationModule(str(folder / "bert"), learning_rate=3e-3)
+    model.task = changes.pop("task", model.task)
     return Updater(
         changes.pop("registry", folder / "registry"),
         FolderSource(str(folder / "inbox")),
-        SequenceClassificationModule(str(folder / "bert"), learning_rate=3e-3),
+        model,
         ContinualTrainer(**{**trainer, **changes.pop("trainer", {})}),
         **{**settings, **changes},
     )

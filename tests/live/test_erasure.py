@@ -162,7 +162,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == {"ids": 1, "found": {}, "versions": []}
     for arguments, message in [
         ([root], "erasing needs at least one id"),
-        ([str(tmp_path / "none"), "--id", "a"], "is not a registry: check the path"),
+        ([str(tmp_path / "none"), "--id", "a"], "there is no registry at"),
     ]:
         with pytest.raises(SystemExit, match="1"):
             cli.main(["forget", *arguments])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from evertune.live.outcome import Outcome
 from evertune.live.slices import load_slice
 from evertune.live.training import remembered
-from evertune.live.update import Outcome
 from evertune.registry.registry import Registry
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema

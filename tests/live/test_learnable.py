@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.learnable import unlearnable
-from evertune.live.plan import Plan
+from evertune.live.planning import PlannedUpdate
 from evertune.live.slices import hold_out
 from evertune.live.update import Updater
 from evertune.sources.base import Row
@@ -105,9 +105,7 @@ def test_pending_records_are_checked_again_when_the_task_says_more(tmp_path: Pat
     prepare(tmp_path)
     feed(tmp_path, "a", ["business", "sport"], n=40)
     write(tmp_path, "b", {"id": "list", "text": "goal", "label": ["sport"]})
-    before = updater(tmp_path)
-    before.task = Task()  # type: ignore[assignment]
-    before.schema = before._intake.schema = RecordSchema(id="id")
+    before = updater(tmp_path, task=Task())
     before.intake()
     assert len(ids(before)[0]) == 41
     live = updater(tmp_path)
@@ -134,9 +132,7 @@ def test_pending_records_are_checked_again_when_the_schema_changes(folder: Path)
 
 def test_a_record_that_would_end_the_training_is_set_aside_and_the_rest_is_learned(folder: Path) -> None:
     feed(folder, "b", ["politics", "sport"], n=40)
-    live = updater(folder)
-    live.task = Stumbling()  # type: ignore[assignment]
-    live.model.task = live.task
+    live = updater(folder, task=Stumbling())
     outcome = live.run()
     assert outcome.status == "promoted"
     assert "it cannot be learned: TypeError: it stumbles" in outcome.words
@@ -189,7 +185,7 @@ def test_a_record_that_ends_the_training_or_the_evaluation_is_found(tmp_path: Pa
 def _is_held_out(live: Updater, name: str) -> bool:
     live.intake()
     rows = [*live.journal.records(live.journal.segments()), {"id": name, "record": {"text": "x", "label": "sport"}}]
-    _, held_out = hold_out(rows, "label", live.settings.holdout, live.settings.max_holdout, live._classes_of)
+    _, held_out = hold_out(rows, "label", live.settings.holdout, live.settings.max_holdout)
     return name in {row["id"] for row in held_out}
 
 
@@ -197,8 +193,7 @@ def test_an_update_that_was_planned_with_such_a_record_is_planned_again(folder: 
     feed(folder, "b", ["politics", "sport"], n=40)
     live = updater(folder)
     live.intake()
-    plan = live._plan()
-    assert isinstance(plan, Plan)
+    assert isinstance(live._planner.plan(), PlannedUpdate)
     row = live.journal.records(live.journal.segments(after=1), numbered=True)[0]
     live.journal.withdraw([row | {"kind": "dropped", "reason": "poisoned"}])
     outcome = updater(folder).run()

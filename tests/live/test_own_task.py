@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from evertune._lightning import pl
 from evertune.callbacks import Replay
 from evertune.gate.gate import Gate
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import LabelDrift, PerformanceDrop, Volume
-from evertune.live.update import Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.sources.folder import FolderSource
 from evertune.sources.schema import RecordSchema
 from evertune.tasks.base import Task

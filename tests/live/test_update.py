@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import torch
 
 from evertune.callbacks import Replay
 from evertune.gate.gate import Gate
-from evertune.live.plan import Plan
+from evertune.live.outcome import Outcome
+from evertune.live.planning import PlannedUpdate
+from evertune.live.settings import UpdateSettings
 from evertune.live.training import remembered
 from evertune.live.triggers import Volume
-from evertune.live.update import Outcome, Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import LeaseHeld, Registry, RegistryError, Version
+from evertune.registry.store import Store
 from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import PatternMasker
@@ -343,8 +347,7 @@ def test_results_of_another_plan_are_never_taken(folder: Path) -> None:
     shutil.copytree(staging, left)
     later = updater(folder, config={"lr": 2})
     with later.registry.lease():
-        plan = later._plan()
-    assert isinstance(plan, Plan)
+        assert isinstance(later._planner.plan(), PlannedUpdate)
     shutil.copytree(left, staging, dirs_exist_ok=True)
     assert later.run().status == "promoted"
     assert manifest(folder, 2).classes == ["business", "sport", "politics"]
@@ -482,6 +485,21 @@ def test_production_is_verified_once_in_an_update(folder: Path, monkeypatch: pyt
     feed(folder, "b", ["politics", "sport"], n=60)
     assert updater(folder).run().status == "promoted"
     assert hashed == [1]
+
+
+def test_the_records_of_an_update_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(folder, "b", ["business", "sport"], n=40)
+    read = Counter[str]()
+    usual = Store.read
+
+    def counting(store: Store, name: str) -> bytes:
+        read[name] += 1
+        return usual(store, name)
+
+    monkeypatch.setattr(Store, "read", counting)
+    assert updater(folder).run().status == "promoted"
+    rows = {name: n for name, n in read.items() if name.startswith(("pending/0", "slices/")) and name.endswith("l")}
+    assert len(rows) == 2 and set(rows.values()) == {1}, rows
 
 
 def test_one_updater_at_a_time(folder: Path) -> None:
