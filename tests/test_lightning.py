@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from evertune import _lightning
+from tests.helpers.fresh import Fresh
+from tests.helpers.lightning_worker import two_ranks
 from tests.helpers.shard_worker import make_bert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,24 +24,27 @@ INSTALLED = [one for one in _lightning.PACKAGES if find_spec(one.partition(".")[
 BOTH = len(INSTALLED) == 2
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python in a fresh process, which no test has told which Lightning to use."""
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    processes = Fresh(settings())
+    yield processes
+    processes.close()
+
+
+def settings(**variables: str) -> dict[str, str]:
+    """An environment in which no test has told which Lightning to use."""
     inherited = {name: value for name, value in os.environ.items() if name != "EVERTUNE_LIGHTNING"}
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=inherited | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=1_200,
-        check=False,
-    )
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
 
 
-def worker(function: str, *arguments: str, **environment: str) -> Any:
+def run(fresh: Fresh, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python in a fresh process."""
+    return fresh.run(*arguments, environment=settings(**variables))
+
+
+def worker(fresh: Fresh, function: str, *arguments: str, **variables: str) -> Any:
     """What a function of tests/helpers/lightning_worker.py returns, run in a fresh process."""
-    done = run("-m", "tests.helpers.lightning_worker", function, *arguments, **environment)
+    done = run(fresh, "-m", "tests.helpers.lightning_worker", function, *arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -48,8 +53,8 @@ WEIGHTS: dict[str, list[float]] = {}
 
 
 @pytest.mark.parametrize("package", INSTALLED)
-def test_one_package_alone(package: str, tmp_path: Path) -> None:
-    found = worker("alone", package, str(tmp_path))
+def test_one_package_alone(fresh: Fresh, package: str, tmp_path: Path) -> None:
+    found = worker(fresh, "alone", package, str(tmp_path))
     assert found["status"] == "promoted"
     assert found["rows"] == 2
     assert found["foreign"] == [], "the other package was imported"
@@ -59,26 +64,27 @@ def test_one_package_alone(package: str, tmp_path: Path) -> None:
 
 if BOTH:  # the environment of `make test-lightning` has one
 
-    def test_callbacks_and_strategies_work_with_trainers_of_both_packages_in_one_process(tmp_path: Path) -> None:
-        found = worker("both", str(tmp_path))
+    def test_callbacks_and_strategies_work_with_trainers_of_both_packages_in_one_process(
+        fresh: Fresh, tmp_path: Path
+    ) -> None:
+        found = worker(fresh, "both", str(tmp_path))
         assert found["weights"][0] == found["weights"][1]
         assert "lightning.pytorch and pytorch_lightning are both imported" in found["refusal"]
         assert "EVERTUNE_LIGHTNING=lightning" in found["refusal"]
 
     @pytest.mark.parametrize("package", INSTALLED)
-    def test_what_the_other_package_made_is_refused_by_name(package: str) -> None:
+    def test_what_the_other_package_made_is_refused_by_name(fresh: Fresh, package: str) -> None:
         other = next(one for one in INSTALLED if one != package)
-        messages = worker("refused", package, EVERTUNE_LIGHTNING=package.partition(".")[0]).splitlines()
+        messages = worker(fresh, "refused", package, EVERTUNE_LIGHTNING=package.partition(".")[0]).splitlines()
         assert [message.split()[0] for message in messages] == ["ContinualTrainer"] * 3
         for message, name in zip(messages, ("Classifier", "SingleDeviceStrategy", "ModelCheckpoint"), strict=True):
             assert f"made with {package}, but it was given a {name} made with {other}; use one of the two" in message
             assert "EVERTUNE_LIGHTNING=pytorch_lightning" in message
 
-    def test_two_ranks_end_in_the_same_weights_with_both_packages(tmp_path: Path) -> None:
+    def test_two_ranks_end_in_the_same_weights_with_both_packages(fresh: Fresh, tmp_path: Path) -> None:
         folder = make_bert(tmp_path / "bert")
-        for package in INSTALLED:
-            name = package.partition(".")[0]
-            worker("two_ranks", folder, str(tmp_path / name), EVERTUNE_LIGHTNING=name)
+        two_ranks(folder, str(tmp_path / "pytorch_lightning"))  # that of the tests, see conftest.py
+        worker(fresh, "two_ranks", folder, str(tmp_path / "lightning"), EVERTUNE_LIGHTNING="lightning")
         one, other = tmp_path / "lightning", tmp_path / "pytorch_lightning"
         for strategy in ("ddp", "evertune_deepspeed_stage_3"):
             file = f"{strategy}/replay+ewc-sgd-1.safetensors"
@@ -98,11 +104,11 @@ PRINT_PACKAGE = "import evertune, sys; from evertune import _lightning; print(_l
         ("import lightning", {"EVERTUNE_LIGHTNING": "pytorch_lightning"}, "pytorch_lightning"),
     ],
 )
-def test_which_package_is_used(code: str, environment: dict[str, str], expected: str) -> None:
+def test_which_package_is_used(fresh: Fresh, code: str, environment: dict[str, str], expected: str) -> None:
     roots = {one.partition(".")[0] for one in INSTALLED}
     if not {*code.split()[1:], *environment.values()} <= roots:
         return  # a case of two packages
-    done = run("-c", f"{code or 'pass'}; {PRINT_PACKAGE}", **environment)
+    done = run(fresh, "-c", f"{code or 'pass'}; {PRINT_PACKAGE}", **environment)
     assert done.stdout.strip() == expected, done.stderr
 
 
@@ -114,13 +120,13 @@ def test_which_package_is_used(code: str, environment: dict[str, str], expected:
         (["lightning"], {"EVERTUNE_LIGHTNING": "lightning"}, "is not installed: pip install 'evertune[lightning]'"),
     ],
 )
-def test_no_package_to_use(hidden: list[str], environment: dict[str, str], message: str) -> None:
+def test_no_package_to_use(fresh: Fresh, hidden: list[str], environment: dict[str, str], message: str) -> None:
     hide = f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))"
-    done = run("-c", f"{hide}; import evertune; from evertune.callbacks import Replay", **environment)
+    done = run(fresh, "-c", f"{hide}; import evertune; from evertune.callbacks import Replay", **environment)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert "ImportError" in done.stderr or "LightningError" in done.stderr
-    done = run("-c", f"{hide}; from evertune.cli.main import main; main(['fit'])", **environment)
+    done = run(fresh, "-c", f"{hide}; from evertune.cli.main import main; main(['fit'])", **environment)
     assert done.returncode == 2
     assert done.stderr.startswith("evertune fit: ")
     assert message in done.stderr
@@ -145,8 +151,8 @@ assert ("_Finder" in str(sys.meta_path)) == {waits}
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("package", INSTALLED[:1])
-def test_strategies_are_registered_in_each_order_of_imports(order: str, package: str) -> None:
-    done = run("-c", order.format(package) + REGISTERED.format(packages=[package], waits=True))
+def test_strategies_are_registered_in_each_order_of_imports(fresh: Fresh, order: str, package: str) -> None:
+    done = run(fresh, "-c", order.format(package) + REGISTERED.format(packages=[package], waits=True))
     assert done.returncode == 0, done.stderr
 
 
@@ -156,8 +162,8 @@ if BOTH:
         "order",
         ["import evertune, lightning, pytorch_lightning", "import lightning, evertune; import pytorch_lightning as pl"],
     )
-    def test_strategies_are_registered_with_both(order: str) -> None:
-        done = run("-c", order + REGISTERED.format(packages=INSTALLED, waits=False))
+    def test_strategies_are_registered_with_both(fresh: Fresh, order: str) -> None:
+        done = run(fresh, "-c", order + REGISTERED.format(packages=INSTALLED, waits=False))
         assert done.returncode == 0, done.stderr
 
 
