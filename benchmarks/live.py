@@ -41,8 +41,9 @@ from evertune.live.triggers import Volume
 from evertune.live.update import Updater
 from evertune.memory.memory import ReplayMemory
 from evertune.registry.journal import Journal
-from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry
+from evertune.registry.slice_index import SliceEntry
 from evertune.registry.store import Store
 from evertune.sources.folder import FolderSource
 from evertune.sources.schema import RecordSchema
@@ -156,7 +157,7 @@ def measure_registry(n: int) -> dict[str, float]:
             (staged / "model").mkdir(parents=True)
             for file in range(20):
                 (staged / "model" / f"{file}.json").write_text(json.dumps(file))
-            registry.publish(staged, manifest(number))
+            registry.publish(staged, manifest(number), SLICES)
         times = []
         for _ in range(5):
             start = time.perf_counter()
@@ -165,8 +166,11 @@ def measure_registry(n: int) -> dict[str, float]:
     return {"seconds_to_list": median(times)}
 
 
+SLICES = [SliceEntry(f"update-{i}", f"slices/{i}.jsonl", 200, "0" * 64) for i in range(10)]
+
+
 def manifest(number: int) -> Manifest:
-    """A manifest of ordinary size: ten slices, the configuration of a run."""
+    """A manifest of ordinary size, with the configuration of a run."""
     return Manifest(
         version=number,
         parent=number - 1 or None,
@@ -177,7 +181,6 @@ def manifest(number: int) -> Manifest:
         module="SequenceClassificationModule",
         classes=["business", "politics", "sport"],
         records={"train": 800, "held_out": 200, "quarantined": 3},
-        slices=[SliceEntry(f"update-{i}", f"slices/{i}.jsonl", 200, "0" * 64) for i in range(10)],
         verdict=VerdictSummary(True, "promoted"),
         metrics=Metrics({f"update-{i}": 0.9 for i in range(10)}, 0.9),
         seconds={"train": 100.0},

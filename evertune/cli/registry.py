@@ -6,6 +6,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -192,7 +193,14 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
     events = [event for event in registry.events if version.number in (event.get("from"), event.get("to"))]
     sizes = registry.store.sizes(f"versions/{version.number}")
     names = [alias for alias, number in aliases.items() if number == version.number]
-    found = {**manifest, "aliases": names, "size": sum(sizes.values()), "events": events}
+    slices = version.slices()
+    found = {
+        **manifest,
+        "slices": [asdict(entry) for entry in slices],
+        "aliases": names,
+        "size": sum(sizes.values()),
+        "events": events,
+    }
 
     def tables() -> Iterable[Any]:
         metrics = version.manifest.metrics
@@ -216,7 +224,7 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
         if arguments.config:
             yield yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).rstrip()
         if metrics.accuracy:
-            examples = {entry.name: entry.examples for entry in version.manifest.slices}
+            examples = {entry.name: entry.examples for entry in slices}
             rows = [[name, examples.get(name), _percent(value)] for name, value in metrics.accuracy.items()]
             yield _table(["slice", "examples", "accuracy"], rows, right=("examples", "accuracy"))
         if events:

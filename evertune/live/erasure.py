@@ -19,6 +19,7 @@ from evertune.memory.memory import MemoryView, forget_saved
 from evertune.registry.journal import Journal, Segment, described
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
+from evertune.registry.slice_index import INDEX, SliceIndex
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.sources.masking import masked_id
 from evertune.utils.typed_json import decode, foreign
@@ -129,7 +130,7 @@ class _Edits:
     def plan(self) -> None:
         for place in ("pending", "quarantine", "slices"):
             for name in self.store.list(place):
-                if name.endswith(".jsonl"):
+                if name.endswith(".jsonl") and f"{place}/{name}" != INDEX:
                     self._rows(place, f"{place}/{name}")
         for segment in Journal(self.store).segments():
             self._description(segment)
@@ -138,9 +139,13 @@ class _Edits:
             if any(_quoted(id) in content for id in self.gone):
                 self.found["damaged"] += 1
                 self.files[f"damaged/{name}"] = None
+        index = SliceIndex.read(self.store)
+        before = index.content
         for name in self.store.list("versions"):
             if self.store.exists(f"versions/{name}/{MANIFEST}"):
-                self._version(f"versions/{name}")
+                self._version(f"versions/{name}", index)
+        if index.content != before:  # first, as it has the lists of the old manifests and of the new ones
+            self.files = {INDEX: index.content, **self.files}
 
     def commit(self) -> None:
         """Write the new files beside the old ones, and then the list that makes them count."""
@@ -180,7 +185,7 @@ class _Edits:
                 replace(new, bad=min(new.bad, new.quarantined))
             )
 
-    def _version(self, folder: str) -> None:
+    def _version(self, folder: str, index: SliceIndex) -> None:
         manifest = Manifest.from_json(self.store.read(f"{folder}/{MANIFEST}"))
         files = dict(manifest.files)
         for name in manifest.files:
@@ -188,14 +193,15 @@ class _Edits:
                 self._memory(folder, name, files)
         if EVALUATION in files:
             self._predictions(folder, files)
-        slices = list(manifest.slices)
+        slices = index.entries(manifest.slices_digest)
         for place, entry in enumerate(slices):
             if entry.sha256 in self.changed:
                 digest, examples = self.changed[entry.sha256]
                 slices[place] = replace(entry, sha256=digest, examples=examples)
-        if (files, slices) != (manifest.files, list(manifest.slices)):
+        new = replace(manifest, files=files, slices_digest=index.add(slices))
+        if new != manifest:
             self.versions.add(manifest.version)
-            self.files[f"{folder}/{MANIFEST}"] = replace(manifest, files=files, slices=slices).to_json()
+            self.files[f"{folder}/{MANIFEST}"] = new.to_json()
 
     def _memory(self, folder: str, name: str, hashes: dict[str, str]) -> None:
         inside = PurePosixPath(name).parent

@@ -33,7 +33,7 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
     """Publish the staged folder as a version of the registry, with its complete manifest."""
     plan, folder = update.plan, setup.staging / VERSION
     rows, held_out, put_aside, n_again = update.records.split
-    slices = [] if update.records.parent is None else list(update.records.parent.manifest.slices)
+    slices = [] if update.records.parent is None else update.records.parent.slices()
     if held_out:
         # Written before the manifest that names it; if the process dies in between, the same file is written again.
         slices.append(save_slice(setup.registry.store, plan.experience, held_out))
@@ -59,7 +59,6 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
             "quarantined": sum(segment.quarantined for segment in update.records.segments) + len(put_aside),
             **({"sent_again": n_again} if n_again else {}),
         },
-        slices=slices,
         verdict=VerdictSummary(verdict.passed, reasons_of(verdict)),
         metrics=Metrics(dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None),
         seconds=with_breakdown({**seconds, **training["seconds"]}),
@@ -67,7 +66,7 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
         config_digest=plan.config,
         code=f"evertune {metadata.version('evertune')}",
     )
-    return setup.registry.publish(folder, manifest)
+    return setup.registry.publish(folder, manifest, slices)
 
 
 def finish(

@@ -8,12 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evertune.registry.manifest import SliceEntry
+from evertune.registry.slice_index import FOLDER, SliceEntry
 from evertune.registry.store import Store
 from evertune.sources.base import Row
 from evertune.utils.typed_json import decode, foreign
-
-FOLDER = "slices"
 
 
 def draw(row: Row) -> str:

@@ -60,5 +60,5 @@ class Versions:
         Raises:
             ValueError: If a file is damaged.
         """
-        entries = [] if version is None else version.manifest.slices
+        entries = [] if version is None else version.slices()
         return {entry.name: load_slice(self._registry.store, entry) for entry in entries}

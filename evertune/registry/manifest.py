@@ -19,23 +19,6 @@ _WRITTEN_ALWAYS = ("version", "created", "files")
 
 
 @dataclass(frozen=True)
-class SliceEntry:
-    """The file with the records held out of one update.
-
-    Args:
-        name: Name of the experience that they were held out of.
-        file: Name of the file in the registry.
-        examples: Number of records in the file.
-        sha256: SHA-256 of the file, in hexadecimal.
-    """
-
-    name: str
-    file: str
-    examples: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class VerdictSummary:
     """The decision of the gate. The whole verdict is in the version's ``verdict.json``.
 
@@ -93,7 +76,8 @@ class Manifest:
         classes: Names of the classes that it knows; empty for a task without classes.
         records: Numbers of records by their use: ``train``, ``held_out`` and ``quarantined``; ``sent_again`` of the
             latter two had been held out of an earlier update.
-        slices: The held-out records of every experience so far.
+        slices_digest: Digest of the list of held-out records of every experience so far, filled in by
+            :meth:`~evertune.registry.Registry.publish`; None if there are none. ``Version.slices`` returns the list.
         verdict: The decision of the gate; None for a version that was never judged.
         metrics: Measurements on held-out records.
         seconds: Duration of each stage of the update in seconds: ``plan``, ``train`` (with its ``fit``) and
@@ -127,7 +111,7 @@ class Manifest:
     module: str | None = None
     classes: list[str] = field(default_factory=list)
     records: dict[str, int] = field(default_factory=dict)
-    slices: list[SliceEntry] = field(default_factory=list)
+    slices_digest: str | None = None
     verdict: VerdictSummary | None = None
     metrics: Metrics = field(default_factory=Metrics)
     seconds: dict[str, float] = field(default_factory=dict)

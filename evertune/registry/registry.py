@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -20,6 +20,9 @@ from evertune.registry.journal import Journal
 from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
 from evertune.registry.manifest import FormatError, Manifest
 from evertune.registry.repair import damage, repair
+from evertune.registry.slice_index import FOLDER as SLICES
+from evertune.registry.slice_index import INDEX, SliceEntry, SliceIndex
+from evertune.registry.slice_index import repair as repair_slices
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.utils.files import sha256, write_atomically
 from evertune.utils.typed_json import SEAL, check_seal, decode, read_json, sealed
@@ -40,7 +43,6 @@ ALIASES = ("production", "previous", "refused")
 
 _ALIASES = "aliases.json"
 _VERSIONS = "versions"
-_SLICES = "slices"
 _PENDING = "pending"
 _STAGING = "staging"
 _EVENTS = 200
@@ -132,6 +134,18 @@ class Version:
             raise self._damaged(f"{name} does not match its sha256")
         return content
 
+    def slices(self) -> list[SliceEntry]:
+        """The files with the records held out of every update so far, oldest first.
+
+        Raises:
+            RegistryError: If the index of slices is damaged. The version can be served, but no update can start from
+                it.
+        """
+        try:
+            return SliceIndex.read(self.store).entries(self.manifest.slices_digest)
+        except ValueError as error:
+            raise RegistryError(str(error)) from None
+
     def _damaged(self, *problems: str) -> RegistryError:
         root = self.store.root
         return RegistryError(
@@ -148,7 +162,8 @@ class Finding:
         version: Number of the version that has the defect; None for the registry itself.
         words: Description of the defect.
         usable: Whether the version can be loaded in spite of it.
-        part: The part of the registry that has the defect, if it is not a version: ``"aliases"`` or ``"journal"``.
+        part: The part of the registry that has the defect, if it is not a version: ``"aliases"``, ``"slices"`` or
+            ``"journal"``.
     """
 
     version: int | None
@@ -367,11 +382,16 @@ class Registry:
         if self._lease is not None and self._lease.held:
             self._lease.check()
 
-    def publish(self, folder: Path, manifest: Manifest) -> Version:
+    def publish(self, folder: Path, manifest: Manifest, slices: Sequence[SliceEntry] = ()) -> Version:
         """Make a local folder the version ``manifest.version``, as a whole or not at all. The folder is moved.
 
-        The manifest is completed with ``files`` (SHA-256 by name). In a local registry, files that are equal to the
-        parent's become hard links to them. No alias changes.
+        The manifest is completed with ``files`` (SHA-256 by name) and ``slices_digest``. In a local registry, files
+        that are equal to the parent's become hard links to them. No alias changes.
+
+        Args:
+            folder: The files of the version.
+            manifest: What is known about it.
+            slices: The files with the records held out of every update so far, oldest first, which the registry has.
 
         Raises:
             RegistryError: If the version exists already, or the lease is lost.
@@ -383,7 +403,7 @@ class Registry:
             raise RegistryError(f"{self.store.root} has a version {number}, and versions never change")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
         hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-        content = replace(manifest, files=hashes).to_json()
+        content = replace(manifest, files=hashes, slices_digest=SliceIndex().add(slices)).to_json()
         version = self._parsed(number, content)
         write_atomically(folder / MANIFEST, content)
         self._share(folder, version)
@@ -391,6 +411,12 @@ class Registry:
             # Before the first version, so that a missing file later on means damage and not an empty registry.
             if not self.store.exists(_ALIASES) and self.next_number() == 1:
                 self.store.write(_ALIASES, _State().encoded())
+            # Before the manifest that needs it; if the process dies in between, the line is there the next time.
+            index = SliceIndex.read(self.store)
+            before, _ = index.content, index.add(slices)
+            if index.content != before:
+                self.check_lease()
+                self.store.write(INDEX, index.content)
         self.store.publish(folder, _folder(number))
         return version
 
@@ -520,7 +546,8 @@ class Registry:
 
         For a version: files that are missing, damaged, truncated or not listed in the manifest; a manifest of another
         format; held-out slices that are missing or damaged, without which the version can be served, but no update can
-        start from it. For the registry: the aliases, and the journal of records, which :meth:`repair` mends.
+        start from it. For the registry: the aliases, and the index of slices and the journal of records, which
+        :meth:`repair` mends.
 
         Args:
             which: Number or alias of a version; None for the whole registry.
@@ -533,7 +560,7 @@ class Registry:
             if number not in self._numbers():
                 raise RegistryError(f"{self.store.root} has no version {number}; it has {_listed(self._numbers())}")
             return self._inspect(number)
-        findings = []
+        findings, check = [], _SliceCheck(self.store)
         try:
             for alias, number in self.aliases.items():
                 if not self.store.exists(_manifest(number)):
@@ -542,15 +569,17 @@ class Registry:
             findings.append(Finding(None, str(error), False))
         for number in self._numbers():
             if self.store.exists(_manifest(number)):
-                findings += self._inspect(number)
+                findings += self._inspect(number, check=check)
+        findings += [Finding(None, words, True, "slices") for words in check.index.problems()]
         findings += [Finding(None, found.words, True, "journal") for found in damage(Journal(self.store))]
         return findings
 
     def repair(self) -> list[str]:
-        """Set damaged files of the journal aside with what can be read of them, so that updates go on.
+        """Set damaged files of the journal aside with what can be read of them, and restore a damaged index of slices,
+        so that updates go on.
 
-        See :func:`~evertune.registry.repair.repair`. The lease is taken, unless this object or the parent process holds
-        it.
+        See :func:`evertune.registry.repair.repair` and :func:`evertune.registry.slice_index.repair`. The lease is
+        taken, unless this object or the parent process holds it.
 
         Returns:
             What was done, as messages; empty if nothing is damaged.
@@ -559,7 +588,8 @@ class Registry:
             LeaseHeld: If another process is writing.
         """
         with self._leased("evertune registry repair"):
-            return repair(Journal(self.store, self.check_lease))
+            digests = {version.manifest.slices_digest for version in self._survey()[0]}
+            return repair_slices(self.store, digests) + repair(Journal(self.store, self.check_lease))
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
         """The differences between two versions.
@@ -629,10 +659,10 @@ class Registry:
             if number not in retained:
                 why = "old" if number in published else "never published whole"
                 garbage.append(self._entry(_folder(number), why))
-        needed = {entry.file for manifest in manifests for entry in manifest.slices}
-        for name in self.store.list(_SLICES) if retained else []:
-            if f"{_SLICES}/{name}" not in needed:
-                garbage.append(self._entry(f"{_SLICES}/{name}", "no version needs it"))
+        needed = {INDEX, *self._slice_files(manifests)}
+        for name in self.store.list(SLICES) if retained else []:
+            if f"{SLICES}/{name}" not in needed:
+                garbage.append(self._entry(f"{SLICES}/{name}", "no version needs it"))
         garbage += self._learned_segments(manifests)
         old = [name for name in self.store.leftovers() if self.store.age(name) > stale_days * _DAY]
         garbage += [self._entry(name, "left by a process that was killed") for name in old]
@@ -681,6 +711,13 @@ class Registry:
         return deleted
 
     # --- internals
+
+    def _slice_files(self, manifests: Iterable[Manifest]) -> set[str]:
+        index = SliceIndex.read(self.store)
+        try:
+            return {entry.file for manifest in manifests for entry in index.entries(manifest.slices_digest)}
+        except ValueError as error:
+            raise RegistryError(str(error)) from None
 
     def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
         """The segments of records that every retained version has learned, but never the newest."""
@@ -786,7 +823,7 @@ class Registry:
             if state.encoded() != before:
                 self.store.write(_ALIASES, state.encoded())
 
-    def _inspect(self, number: int, hashes: bool = True) -> list[Finding]:
+    def _inspect(self, number: int, hashes: bool = True, check: _SliceCheck | None = None) -> list[Finding]:
         """The defects of one version; without ``hashes``, only those that show without reading its files."""
         folder, findings = _folder(number), []
 
@@ -808,18 +845,40 @@ class Registry:
                 find(f"{folder}/{name} is damaged or cut short: its sha256 is not the manifest's")
         for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST}):
             find(f"{folder}/{name} is not in the manifest: it was added later")
-        for entry in manifest.slices if hashes else []:
-            try:
-                if self.store.sha256(entry.file) != entry.sha256:
-                    find(f"{entry.file} is damaged or cut short: no update can start from this version", usable=True)
-            except FileNotFoundError:
-                find(f"{entry.file} is missing: no update can start from this version", usable=True)
-            except OSError as error:
-                find(f"{entry.file} cannot be read ({error}): no update can start from this version", usable=True)
-            except ValueError:
-                words = f"{_manifest(number)} names the file {entry.file!r} as a slice"
+        if hashes:
+            for words in (check or _SliceCheck(self.store)).problems(manifest):
                 find(f"{words}: no update can start from this version", usable=True)
         return findings
+
+
+class _SliceCheck:
+    """Checks the slices of versions, each file once."""
+
+    def __init__(self, store: Store) -> None:
+        self.index = SliceIndex.read(store)
+        self._store = store
+        self._found: dict[SliceEntry, str] = {}
+
+    def problems(self, manifest: Manifest) -> list[str]:
+        """What is wrong with the slices of a version."""
+        try:
+            entries = self.index.entries(manifest.slices_digest)
+        except ValueError as error:
+            return [str(error)]
+        for entry in entries:
+            if entry not in self._found:
+                self._found[entry] = self._problem(entry)
+        return [self._found[entry] for entry in entries if self._found[entry]]
+
+    def _problem(self, entry: SliceEntry) -> str:
+        try:
+            return "" if self._store.sha256(entry.file) == entry.sha256 else f"{entry.file} is damaged or cut short"
+        except FileNotFoundError:
+            return f"{entry.file} is missing"
+        except OSError as error:
+            return f"{entry.file} cannot be read ({error})"
+        except ValueError:
+            return f"{INDEX} names the file {entry.file!r} as a slice"
 
 
 def _folder(number: int) -> str:

@@ -192,8 +192,12 @@ def _texts(registry: Registry, version: Version, slices: set[str]) -> dict[tuple
     schema = version.manifest.config.get("schema")
     field = schema.get("text", "text") if isinstance(schema, dict) else "text"
     fields = [field] if isinstance(field, str) else list(field)
-    texts = {}
-    for entry in version.manifest.slices:
+    texts: dict[tuple[str, str], str] = {}
+    try:
+        entries = version.slices()
+    except RegistryError:
+        return texts
+    for entry in entries:
         if entry.name not in slices:
             continue
         try:

@@ -434,7 +434,7 @@ def _held(line: Sequence[VersionView], slices: dict[str, int | None]) -> list[Sl
     if not line:
         return []
     production = line[-1]
-    examples = {entry.name: entry.examples for entry in production.version.manifest.slices}
+    examples = {entry.name: entry.examples for entry in production.version.slices()}
     held = [
         SliceView(name, number, examples.get(name, 0), production.accuracy[name], _change(name, line))
         for name, number in slices.items()

@@ -18,7 +18,7 @@ from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
 
 def held_out(folder: Path, number: int) -> list[Row]:
     registry = Registry(folder / "registry")
-    return [row for entry in registry.version(number).manifest.slices for row in load_slice(registry.store, entry)]
+    return [row for entry in registry.version(number).slices() for row in load_slice(registry.store, entry)]
 
 
 @pytest.mark.parametrize("id", ["id", None])

@@ -128,7 +128,7 @@ def bits(folder: Path, number: int) -> dict[str, Any]:
     """What a version is: the hash of each file (the verdict tells times), and what its manifest says of its data."""
     manifest = Registry(folder / "registry").version(number).manifest
     files = {name: value for name, value in manifest.files.items() if not name.endswith("verdict.json")}
-    return {name: getattr(manifest, name) for name in ("consumed", "offset", "records", "slices", "metrics")} | {
+    return {name: getattr(manifest, name) for name in ("consumed", "offset", "records", "slices_digest", "metrics")} | {
         "files": files
     }
 

@@ -98,7 +98,7 @@ def check(live: Updater, n_lines: int) -> None:
     assert all(row["reason"] for row in set_aside)
     if production is not None:
         trained = set(MemoryView.open(next((production.folder() / "learning").rglob("*.arrow"))).ids)
-        held = [row for entry in production.manifest.slices for row in load_slice(live.registry.store, entry)]
+        held = [row for entry in production.slices() for row in load_slice(live.registry.store, entry)]
         ids, contents = {row["id"] for row in held}, {content(row) for row in held}
         # A newer record of an id that was trained on may be held out; nothing else is both.
         assert trained & ids <= {row["id"] for row in superseded}

@@ -89,7 +89,7 @@ def test_promoted_update_learns_a_new_class(folder: Path) -> None:
     found = manifest(folder, 2)
     assert (found.kind, found.parent, found.consumed) == ("update", 1, 2)
     assert found.classes == ["business", "sport", "politics"]
-    assert [entry.name for entry in found.slices] == ["update-1", "update-2"]
+    assert [entry.name for entry in Registry(folder / "registry").version(2).slices()] == ["update-1", "update-2"]
     assert set(found.metrics.accuracy) == {"update-1", "update-2"}
     assert Registry(folder / "registry").verify() == []
     memory = remembered(folder / "registry/versions/2")

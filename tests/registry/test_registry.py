@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,9 @@ import pytest
 
 from evertune.registry.journal import Journal
 from evertune.registry.lease import TOKEN, LeaseHeld, LeaseLost
-from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.slice_index import SliceEntry
 
 FORK = multiprocessing.get_context("fork")
 
@@ -52,27 +53,27 @@ def stage(path: Path, number: int) -> Path:
     return path
 
 
-def publish(registry: Registry, passed: bool = True, **entries: Any) -> int:
+def publish(registry: Registry, passed: bool = True, slices: Sequence[SliceEntry] | None = None, **entries: Any) -> int:
     """The next version, trained from production, with the slices of its parent and one more."""
     number = registry.next_number()
     production = registry.production
-    slices = list(production.manifest.slices) if production else []
-    content = b'{"text": "slice of %d"}\n' % number
-    file = f"slices/update-{number}-0000.jsonl"
-    registry.store.write(file, content)
-    slices.append(SliceEntry(f"update-{number}", file, 1, registry.store.sha256(file)))
+    if slices is None:
+        content = b'{"text": "slice of %d"}\n' % number
+        file = f"slices/update-{number}-0000.jsonl"
+        registry.store.write(file, content)
+        new = SliceEntry(f"update-{number}", file, 1, registry.store.sha256(file))
+        slices = [*(production.slices() if production else []), new]
     manifest = Manifest(
         version=number,
         parent=production.number if production else None,
         experience=f"update-{number}",
         consumed=number,
-        slices=slices,
         verdict=VerdictSummary(passed, "all is well" if passed else "it forgets update-1"),
     )
     staging = Path(registry.store.root if registry.store.is_local else tempfile.mkdtemp()) / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     folder = stage(staging, number)
-    return registry.publish(folder, replace(manifest, **entries)).number
+    return registry.publish(folder, replace(manifest, **entries), slices).number
 
 
 def release(registry: Registry, **entries: Any) -> int:
@@ -344,10 +345,7 @@ def test_a_slice_outside_the_registry(disk: Registry) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("slices", [{"file": "x", "sha256": ""}], "'slices[0].name' is missing"),
-        ("slices", [{}], "'slices[0].name' is missing"),
-        ("slices", ["x"], "'slices[0]' must be an object, got 'x'"),
-        ("slices", [None], "'slices[0]' must be an object, got None"),
+        ("slices_digest", ["x"], "'slices_digest' must be a string, got ['x']"),
         ("consumed", "7", "'consumed' must be a whole number, got '7'"),
         ("consumed", True, "'consumed' must be a whole number, got True"),
         ("parent", 1.0, "'parent' must be a whole number, got 1.0"),
@@ -489,7 +487,7 @@ def test_gc_keeps_what_is_needed(registry: Registry) -> None:
     assert len(registry.versions()) == 7
     assert registry.gc(keep=1) == expected
     assert [version.number for version in registry.versions()] == [5, 6, 7]
-    assert registry.store.list("slices") == [f"update-{number}-0000.jsonl" for number in range(1, 8)]
+    assert registry.store.list("slices") == ["index.jsonl", *(f"update-{number}-0000.jsonl" for number in range(1, 8))]
     assert registry.store.list("pending")[0] == "000006.json"
     assert len(registry.store.list("quarantine")) == 9
     assert registry.gc(keep=1) == registry.verify() == []
@@ -651,7 +649,9 @@ def update(root: Path) -> None:
         if not registry.store.exists("versions/3/manifest.json"):
             staging = root / "staging"
             shutil.rmtree(staging, ignore_errors=True)
-            registry.publish(stage(staging, 3), Manifest(version=3, parent=2, created=datetime(2026, 1, 1, tzinfo=UTC)))
+            manifest = Manifest(version=3, parent=2, created=datetime(2026, 1, 1, tzinfo=UTC))
+            slices = registry.version(2).slices()
+            registry.publish(stage(staging, 3), manifest, [*slices, replace(slices[-1], name="update-3")])
         registry.promote(3, expected=2)
         registry.gc(keep=1)
 
@@ -788,8 +788,7 @@ MANIFEST_ENTRIES: list[dict[str, Any]] = [
     {"created": 5},
     {"parent": "1"},
     {"parent": 9},
-    {"slices": [1]},
-    {"slices": [{"name": "a"}]},
+    {"slices_digest": 1},
     {"files": ["a"]},
     {"files": {"a": None}},
     {"metrics": {"average_accuracy": 10**400}},

@@ -35,11 +35,10 @@ def registry_with(tmp_path, predictions: Predictions | None, text: str | list[st
     manifest = Manifest(
         version=1,
         experience="update-1",
-        slices=[entry],
         metrics=Metrics({"update-1": 0.7}, 0.7),
         config={"schema": {"text": text}},
     )
-    registry.promote(registry.publish(folder, manifest).number)
+    registry.promote(registry.publish(folder, manifest, [entry]).number)
     return registry
 
 
@@ -112,7 +111,7 @@ def test_suspect_labels_are_written_for_relabelling(tmp_path, monkeypatch, capsy
         "predicted": "tech",
         "confidence": 0.97,
     }
-    registry.store.delete("slices/" + registry.store.list("slices")[0])
+    registry.store.delete("slices/" + registry.store.list("slices")[-1])
     assert write_suspects(registry, "again.jsonl") == 1, "a slice that is gone costs the text alone"
     with pytest.raises(ValueError, match="no version in production"):
         write_suspects(tmp_path / "empty", "none.jsonl")

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from evertune.registry.journal import Journal
-from evertune.registry.manifest import Manifest, Metrics, SliceEntry, VerdictSummary
+from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.slice_index import SliceEntry
 from evertune.reports import save_plots, write_report
 from evertune.reports.registry import MAX_SHOWN, history_of, versions_table, write_versions_report
 from evertune.reports.summary import MINUS, UNKNOWN
@@ -41,13 +42,13 @@ def publish(registry: Registry, tmp_path: Path, accuracy: dict[str, float | None
         module="SequenceClassificationModule",
         classes=["sport", "tech"],
         records={"train": 100 * number, "held_out": 10, "quarantined": number % 2},
-        slices=[SliceEntry(name, "x", 50, "0") for name in accuracy],
         verdict=VerdictSummary(not refused, refused or "passed: 9 checks"),
         metrics=Metrics(accuracy),
         seconds={"plan": 1.0, "train": 10.0, "fit": 8.0, "evaluate": 2.0},
         code="evertune 0.1.0",
     )
-    version = registry.publish(folder, replace(manifest, **extra))
+    slices = [SliceEntry(name, "x", 50, "0") for name in accuracy]
+    version = registry.publish(folder, replace(manifest, **extra), slices)
     if refused:
         registry.set_refused(number)
     else:
