@@ -125,7 +125,7 @@ class Intake:
         """
         began = time.perf_counter()
         last, waiting = self._restored()
-        offset = last.offset if last is not None else start
+        offset = self.journal.offset(last) if last is not None else start
         reasons = Reasons()
         labels: dict[str, None] = {}
         read = good = segments = 0
@@ -229,7 +229,7 @@ class Intake:
                 list(good.rows.values()),
                 good.bad,
                 waiting=join.waiting if join is not None else self.journal.waiting(),
-                offset=last.offset if last is not None else None,
+                offset=self.journal.offset(last),
                 read=0,
                 clock=join.clock if join is not None else last.clock if last is not None else None,
                 released=released,

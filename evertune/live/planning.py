@@ -89,7 +89,7 @@ class Planner:
             kind=self._kind(production),
             after=segments[0].number - 1,
             consumed=segments[-1].number,
-            offset=segments[-1].offset,
+            offset=self._journal.offset(segments[-1]),
             reason=reason,
             created=_now(),
             config=self._setup.config_digest,

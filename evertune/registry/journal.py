@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from evertune.registry import offsets
 from evertune.registry.lease import LeaseLost
+from evertune.registry.offsets import Position
 from evertune.registry.store import Store
 from evertune.sources.base import Offset, Row
-from evertune.utils.typed_json import check_seal, decode, from_json, sealed
+from evertune.utils.typed_json import check_seal, decode, foreign, from_json, sealed
 
 _FOLDER = "pending"
 _QUARANTINE = "quarantine"
@@ -37,7 +39,7 @@ class Segment:
 
     Args:
         number: Number of the segment, counted from 1 in the order in which the segments were read.
-        offset: Offset of the source after the segment.
+        position: Offset of the source after the segment, as it is written; see :meth:`Journal.offset`.
         read: Number of records that were read.
         records: Number of records in the segment, including those that had been waiting for their other half.
         quarantined: Number of records that went to quarantine with the segment, for whatever reason.
@@ -52,7 +54,7 @@ class Segment:
     """
 
     number: int
-    offset: Offset | None
+    position: Position
     read: int
     records: int
     quarantined: int
@@ -106,13 +108,15 @@ class Journal:
         >>> journal = Journal(Store("memory://doc/journal"))
         >>> row = {"id": "a", "origin": "tickets.jsonl:1", "record": {"text": "Charged twice", "label": "billing"}}
         >>> segment = journal.append([row], bad=[], waiting=[], offset={"line": 1})
-        >>> segment.number, journal.last.offset, journal.records(journal.segments(after=0)) == [row]
+        >>> segment.number, journal.offset(journal.last), journal.records(journal.segments(after=0)) == [row]
         (1, {'line': 1}, True)
     """
 
     def __init__(self, store: Store, check_lease: Callable[[], None] | None = None) -> None:
         self.store = store
         self._check_lease = check_lease or (lambda: None)
+        self._base: tuple[str | None, bytes] = None, b""
+        """SHA-256 and content of the base of offsets that was read last."""
 
     def segments(self, after: int = 0) -> list[Segment]:
         """The segments with a number above ``after``, oldest first.
@@ -127,6 +131,18 @@ class Journal:
         """The newest segment; None if there is none."""
         numbers = self._numbers()
         return self._segment(numbers[-1]) if numbers else None
+
+    def offset(self, segment: Segment | None) -> Offset | None:
+        """Offset of the source after a segment; None before the first.
+
+        Raises:
+            ValueError: If the file with the offset is damaged or missing.
+        """
+        if segment is None:
+            return None
+        base = self._base_of(segment.position)
+        with foreign(self.store.address(_meta_name(segment.number))):
+            return segment.position.offset(base)
 
     def append(
         self,
@@ -179,10 +195,11 @@ class Journal:
             number = last.number
         else:
             number = last.number + 1 if last is not None else 1
+        position, base = self._positioned(offset, number, last)
         kept, refused, halves = _lines(records), _lines({**row, "segment": number} for row in bad), _lines(waiting)
         segment = Segment(
             number=number,
-            offset=offset,
+            position=position,
             read=len(records) + len(bad) if read is None else read,
             records=len(records),
             quarantined=len(bad),
@@ -202,6 +219,8 @@ class Journal:
             self.store.delete(_quarantine_name(number))
         if waiting:
             self._create(_waiting_name(number), halves)
+        if base:
+            self._create(_offset_name(number), base)
         self._create(_records_name(number), kept)
         self._check_lease()  # where the store has no lock, this is what a process that wakes up too late meets
         if self.store.is_local or (last is not None and last.number == number):
@@ -277,13 +296,14 @@ class Journal:
             OSError: If the file cannot be written.
             ValueError: If the list of the records withdrawn before is damaged.
         """
-        if records:
+        if not records:
+            return
+        with self._writing():
             before = self._withdrawn()
             known = {(row["segment"], row["id"]) for row in before}
             now = datetime.now(UTC).isoformat(timespec="seconds")
             new = [{**row, "withdrawn": now} for row in records if (row["segment"], row["id"]) not in known]
-            with self._writing():
-                self._write_sealed(_WITHDRAWN, [*before, *new])
+            self._write_sealed(_WITHDRAWN, [*before, *new])
 
     def waiting(self) -> list[dict[str, Any]]:
         """The halves that wait for their other half after the last segment.
@@ -405,11 +425,51 @@ class Journal:
 
         Their records in quarantine are kept.
         """
-        for number in self._numbers()[:-1]:
-            if number <= upto:
-                # Records before the description: after a crash in between, discarding again finds and deletes the rest.
-                self.store.delete(_records_name(number))
-                self.store.delete(_meta_name(number))
+        with self._writing():
+            for name in self.files(upto):
+                self.store.delete(name)
+
+    def files(self, upto: int) -> list[str]:
+        """The names of the files that only the segments up to number ``upto`` need, but never those of the last.
+
+        The file with the offset that later segments are the difference from stays.
+        """
+        numbers = self._numbers()
+        kept = [number for number in numbers if number > upto] or numbers[-1:]
+        first = kept[0] if kept else 0
+        try:
+            base = {self._segment(first).position.base} if kept else set()
+        except ValueError:  # it cannot be known which one it needs
+            base = set(numbers)
+        needed = {_offset_name(number) for number in base if number is not None}
+        names = [name for name in self.store.list(_FOLDER) if name.partition(".")[0].isdecimal()]
+        old = [f"{_FOLDER}/{name}" for name in names if int(name.partition(".")[0]) <= min(upto, first - 1)]
+        return [name for name in old if name not in needed]
+
+    def _positioned(self, offset: Offset | None, number: int, last: Segment | None) -> tuple[Position, bytes]:
+        """How to write an offset, and the content of the file to write with it, if there is to be one."""
+        before = last.position if last is not None else Position()
+        position = offsets.position(offset, number, before, self._base_of(before))
+        if position is not None:
+            return position, b""
+        if last is not None and number == last.number:  # its description is replaced, which may need the file there is
+            return Position(whole=offset), b""
+        base = offsets.encoded(offset)
+        return Position(base=number, sha256=_sha256(base)), base
+
+    def _base_of(self, position: Position) -> bytes:
+        """Content of the file that an offset is the difference from; empty if there is none."""
+        if position.base is None:
+            return b""
+        if position.sha256 != self._base[0]:
+            name = _offset_name(position.base)
+            address, content = self.store.address(name), self.store.read_all([name]).get(name)
+            if content is None:
+                raise ValueError(f"{address} is missing, with the offset of the source; {_REPAIR}")
+            if _sha256(content) != position.sha256:
+                raise ValueError(f"{address} is damaged or cut short: it does not match its sha256; {_REPAIR}")
+            self._base = position.sha256, content
+        return self._base[1]
 
     def _create(self, name: str, content: bytes) -> None:
         """Write a file of a segment that does not exist yet. If the file does, a killed process has left it."""
@@ -534,7 +594,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 def described(segment: Segment) -> bytes:
     """The content of the file that describes a segment."""
     values = asdict(segment)
-    return json.dumps({"format": _FORMAT, **sealed(values, without=["number"])}, indent=2).encode()
+    return json.dumps({"format": _FORMAT, **sealed(values, without=["number"])}).encode()
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -557,6 +617,10 @@ def _sha256(content: bytes) -> str:
 
 def _meta_name(number: int) -> str:
     return f"{_FOLDER}/{number:06d}.json"
+
+
+def _offset_name(number: int) -> str:
+    return f"{_FOLDER}/{number:06d}.offset.json"
 
 
 def _records_name(number: int) -> str:

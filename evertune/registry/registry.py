@@ -43,7 +43,6 @@ ALIASES = ("production", "previous", "refused")
 
 _ALIASES = "aliases.json"
 _VERSIONS = "versions"
-_PENDING = "pending"
 _STAGING = "staging"
 _EVENTS = 200
 _DAY = 86_400
@@ -722,13 +721,8 @@ class Registry:
     def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
         """The segments of records that every retained version has learned, but never the newest."""
         learned = min((manifest.consumed for manifest in manifests), default=0)
-        segments = [name for name in self.store.list(_PENDING) if name.partition(".")[0].isdecimal()]
-        whole = [name for name in segments if name.count(".") == 1 and name.endswith(".json")]  # written last
-        # The newest segment stays even if it was learned: it holds the offset at which reading continues.
-        newest = max((int(name.removesuffix(".json")) for name in whole), default=0)
-        for name in segments:
-            if int(name.partition(".")[0]) <= min(learned, newest - 1):
-                yield self._entry(f"{_PENDING}/{name}", "every version that is kept has learned it")
+        for name in Journal(self.store).files(learned):
+            yield self._entry(name, "every version that is kept has learned it")
 
     def _entry(self, name: str, why: str) -> Garbage:
         sizes = self.store.sizes(name)

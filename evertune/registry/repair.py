@@ -15,11 +15,13 @@ from evertune.registry.journal import (
     Segment,
     _lines,
     _meta_name,
+    _offset_name,
     _quarantine_name,
     _records_name,
     _sha256,
     _waiting_name,
 )
+from evertune.registry.offsets import Position
 from evertune.sources.base import Row
 from evertune.utils.typed_json import decode
 
@@ -68,6 +70,7 @@ def repair(journal: Journal) -> list[str]:
 
 def _damage(journal: Journal) -> Iterator[Damage]:
     numbers = journal._numbers()
+    bases = set[int | None]()
     for number in numbers:
         try:
             segment = journal._segment(number)
@@ -82,6 +85,13 @@ def _damage(journal: Journal) -> Iterator[Damage]:
             files.append((_quarantine_name(number), segment.sha256_quarantined, segment.quarantined))
         for name, digest, expected in files:
             yield from _unreadable(journal, name, digest, expected, number)
+        if segment.position.base not in bases:
+            bases.add(segment.position.base)
+            try:
+                journal.offset(segment)
+            except ValueError as error:
+                assert segment.position.base is not None
+                yield Damage(_offset_name(segment.position.base), str(error), segment.position.base)
     for name in (_WITHDRAWN, _RELEASED):
         try:
             journal._read_sealed(name)
@@ -117,6 +127,10 @@ def _mend(journal: Journal, found: Damage) -> str:
         journal._write_sealed(found.file, rows)
         return f"{found.file} is set aside; {len(rows)} of its lines can be read and count"
     assert number is not None
+    if found.file == _offset_name(number):
+        _set_aside(journal, files)
+        again = _replace_base(journal, number)
+        return f"{found.file} is set aside; {again}, so that records may be pending twice, those with an id only once"
     if found.file == _meta_name(number):
         files += [name for name in (_records_name(number), _waiting_name(number)) if journal.store.exists(name)]
     rows = [row for name in files if name != _meta_name(number) for row in _readable(journal, name)]
@@ -142,11 +156,11 @@ def _replace_segment(journal: Journal, number: int, file: str) -> str:
             journal.store.delete(name)
         return "; the source is read again from before it"
     else:
-        before = [segment.offset for segment in _segments(journal) if segment.number < number]
+        before = [segment.position for segment in _segments(journal) if segment.number < number]
         journal._describe(
             Segment(
                 number=number,
-                offset=before[-1] if before else None,
+                position=before[-1] if before else Position(),
                 read=0,
                 quarantined=0,
                 bad=0,
@@ -159,6 +173,18 @@ def _replace_segment(journal: Journal, number: int, file: str) -> str:
         )
         journal.store.write(_records_name(number), b"")
     return ""
+
+
+def _replace_base(journal: Journal, base: int) -> str:
+    """Give the segments whose offset is lost the one before them. Returns what follows from it, for the message."""
+    position, number = Position(), 0
+    for segment in _segments(journal):
+        if segment.position.base == base:
+            journal._describe(replace(segment, position=position))
+        else:
+            position, number = segment.position, segment.number
+    journal.store.delete(_offset_name(base))
+    return f"the source is read again from after segment {number}" if number else "the source is read again"
 
 
 def _replace_quarantine(journal: Journal, file: str, rows: list[Row], number: int | None) -> None:

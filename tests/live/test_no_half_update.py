@@ -143,9 +143,7 @@ def where_records_are(folder: Path, pending: bool = False) -> dict[str, int]:
     if not pending:
         assert journal.segments(after=consumed) == []
     found.update(record_id(line) for line in journal.quarantined())
-    last = journal.last
-    read = last.offset if last else None
-    unread = live_worker.updater(folder).source.read(read, 10_000)
+    unread = live_worker.updater(folder).source.read(journal.offset(journal.last), 10_000)
     found.update((record.value or {}).get("id", record.origin) for record in unread.records)
     return dict(found)
 

@@ -54,7 +54,7 @@ def test_what_goes_in_comes_out(store):
     assert again.segments() == [one, two]
     assert again.segments(after=1) == [two] and again.segments(after=2) == []
     assert again.last == two
-    assert again.last.offset == {"line": 9} and again.segments()[0].clock == {"position": 3}
+    assert again.offset(again.last) == {"line": 9} and again.segments()[0].clock == {"position": 3}
     assert again.records([one, two]) == [row("a"), odd, row("c")]
     assert again.quarantined() == [bad("f:3") | {"segment": 1}]
 
@@ -83,12 +83,12 @@ def test_offsets_that_move_by_themselves_fill_no_disk(store):
     journal = Journal(store)
     for number in range(5):
         journal.append([], [], [], {"n": number})
-    assert [segment.offset for segment in journal.segments()] == [{"n": 4}]
+    assert [journal.offset(segment) for segment in journal.segments()] == [{"n": 4}]
     journal.append([row("a")], [], [], {"n": 5})
     journal.append([], [], [half("b")], {"n": 6}, read=1)
     for number in range(7, 10):
         journal.append([], [], [half("b")], {"n": number})
-    assert [segment.offset["n"] for segment in journal.segments()] == [4, 5, 6, 9]
+    assert [journal.offset(segment)["n"] for segment in journal.segments()] == [4, 5, 6, 9]
     assert journal.waiting() == [half("b")]
 
 
@@ -239,6 +239,94 @@ def test_quarantine_at_a_later_stage_is_idempotent(store):
             journal.quarantine("x", [row("a")], name)
 
 
+# --- offsets of many files
+
+
+def many(changed=(), n=1_000):
+    files = {f"inbox/2026/{number:06d}.jsonl": [100, number, "a1b2c3d4"] for number in range(n)}
+    return {"files": files | {f"inbox/2026/{number:06d}.jsonl": [200, number, "e5f6"] for number in changed}}
+
+
+def test_a_long_offset_is_not_repeated_in_each_segment(store):
+    journal, whole = Journal(store), len(json.dumps(many()))
+    offsets = [many(range(number)) for number in range(60)]
+    for number, offset in enumerate(offsets):
+        journal.append([row(f"{number}")], [], [], offset)
+    size = sum(len(content) for content in files(store).values())
+    assert size < 60 * 4_000 + 2 * whole < 60 * whole / 6
+    again = Journal(store)
+    assert [again.offset(segment) for segment in again.segments()] == offsets
+    assert next(name for name in store.list("pending") if "offset" in name) == "000001.offset.json"
+
+
+def test_a_long_offset_is_exact(store):
+    journal = Journal(store)
+    odd = [
+        many() | {"n": 1},
+        many([3]) | {"n": 1.0},
+        many([3]) | {"n": True},
+        many(n=999) | {"n": None},
+        many([7]),
+        {"files": {}},
+        None,
+        many(n=2_000),
+        many(n=2_000) | {"files": [1]},
+        many() | {"": {"a": {"\ud800é": []}}},
+    ]
+    for number, offset in enumerate(odd):
+        journal.append([row(f"{number}")], [], [], offset)
+    found = [Journal(store).offset(segment) for segment in journal.segments()]
+    assert [json.dumps(offset, sort_keys=True) for offset in found] == [
+        json.dumps(offset, sort_keys=True) for offset in odd
+    ]
+
+
+def test_a_long_offset_that_moves_by_itself_fills_no_disk(store):
+    journal = Journal(store)
+    journal.append([row("a")], [], [], many())
+    sizes = []
+    for number in range(1, 50):
+        journal.append([], [], [], many([number]))
+        assert Journal(store).offset(journal.last) == many([number])
+        sizes.append(sum(len(content) for content in files(store).values()))
+    assert max(sizes) - min(sizes) < 200
+    assert journal.append([row("b")], [], [], many([50])).number == 3
+    assert Journal(store).offset(journal.last) == many([50])
+
+
+def test_discarding_keeps_the_offset_that_later_segments_need(store):
+    journal = Journal(store)
+    for number in range(1, 6):
+        journal.append([row(str(number))], [], [], many([number]))
+    journal.discard(upto=3)
+    assert sorted(store.list("pending")) == ["000001.offset.json"] + [
+        f"00000{number}.{kind}" for number in (4, 5) for kind in ("json", "jsonl")
+    ]
+    assert [Journal(store).offset(segment) for segment in journal.segments()] == [many([4]), many([5])]
+    journal.append([row("6")], [], [], many(n=2_000))  # another base
+    journal.discard(upto=5)
+    assert sorted(store.list("pending")) == ["000006.json", "000006.jsonl", "000006.offset.json"]
+    assert Journal(store).offset(journal.last) == many(n=2_000)
+
+
+def test_killed_while_a_long_offset_is_written(tmp_path):
+    offsets = [many([1]), many([2]), many(n=2_000), many(n=2_001)]
+    for changes in itertools.count():
+        root = tmp_path / str(changes)
+        try:
+            for number, offset in enumerate(offsets):
+                Journal(Dies(root, changes)).append([row(str(number))], [], [], offset)
+            break
+        except KeyboardInterrupt:
+            journal = Journal(Store(root))
+            found = [journal.offset(segment) for segment in journal.segments()]
+            assert found == offsets[: len(found)]
+            for number, offset in enumerate(offsets[len(found) :], start=len(found)):
+                journal.append([row(str(number))], [], [], offset)
+            assert [Journal(Store(root)).offset(segment) for segment in journal.segments()] == offsets
+    assert changes > 2
+
+
 def test_latest():
     rows = [row("a", "1"), row("b", "1"), row("a", "2"), row("c", "1"), row("a", "3")]
     kept, superseded = latest(rows)
@@ -280,8 +368,8 @@ STEPS = [  # records, bad, waiting: with and without each
 def go_on(store):
     """Append what is not there yet, as an intake does: from the offset of the last segment."""
     journal = Journal(store)
-    while (last := journal.last) is None or last.offset["step"] < len(STEPS):
-        done = 0 if last is None else last.offset["step"]
+    while (last := journal.last) is None or journal.offset(last)["step"] < len(STEPS):
+        done = 0 if last is None else journal.offset(last)["step"]
         records, refused, waiting = STEPS[done]
         journal.append(records, refused, waiting, {"step": done + 1})
     return journal

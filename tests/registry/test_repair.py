@@ -76,11 +76,11 @@ def test_a_damaged_file_is_found_and_set_aside(registry: Registry, file: str, ch
     held = [one.get("id") for one in journal.quarantined()]
     if file == "pending/000003.json":  # the source is read again from the offset before it
         assert journal.last is not None
-        assert (journal.last.number, journal.last.offset) == (2, {"line": 2})
+        assert (journal.last.number, journal.offset(journal.last)) == (2, {"line": 2})
     else:
         assert [segment.number for segment in segments] == [1, 2, 3]
         assert journal.last is not None
-        assert journal.last.offset == {"line": 3}
+        assert journal.offset(journal.last) == {"line": 3}
     damaged = int(file.partition("/")[2][:6])
     sound = [f"{number}{letter}" for number in (1, 2, 3) for letter in "abc" if number != damaged]
     assert set(sound) <= set(kept)
@@ -155,4 +155,30 @@ def test_no_count_falls_below_zero_when_a_segment_with_withdrawn_records_is_repa
     registry.store.write("pending/000003.jsonl", b"")
     registry.repair()
     assert journal.counts(journal.segments(after=2)).pending == 0
+    assert registry.verify() == []
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "lost"])
+def test_a_lost_offset_is_replaced_by_the_one_before(registry: Registry, change: str) -> None:
+    journal = Journal(registry.store)
+    offset = {"files": {f"{number:06d}.jsonl": number for number in range(1_000)}}
+    for number in (4, 5):
+        journal.append([row(f"{number}a")], [], [half("w")], {**offset, "n": number})
+    name = "pending/000004.offset.json"
+    if change == "lost":
+        registry.store.delete(name)
+    else:
+        registry.store.write(name, CHANGES[change](registry.store.read(name)))
+    (problem,) = registry.verify()
+    assert registry.store.address(name) in problem
+    with pytest.raises(ValueError, match=r"000004\.offset\.json is .*registry repair"):
+        Journal(registry.store).offset(journal.last)
+    (words,) = registry.repair()
+    assert f"{name} is set aside; the source is read again from after segment 3" in words
+    assert registry.verify() == registry.repair() == []
+    again = Journal(registry.store)
+    assert again.offset(again.last) == {"line": 3}
+    assert [one["id"] for one in again.records(again.segments(after=3))] == ["4a", "5a"]
+    again.append([row("6a")], [], [], {**offset, "n": 6})
+    assert Journal(registry.store).offset(again.last) == {**offset, "n": 6}
     assert registry.verify() == []
