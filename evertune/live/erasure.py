@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,11 +88,11 @@ def erase(registry: Registry, ids: Iterable[str], staging: Path | None = None) -
     gone = {*asked, *map(masked_id, asked)}
     store = registry.store
     with registry.lease("evertune forget"):
-        finish(store)
+        finish(registry)
         edits = _Edits(store, gone)
         edits.plan()
-        edits.commit()
-        finish(store)
+        edits.commit(registry.check_lease)
+        finish(registry)
         if staging is None and store.is_local:
             staging = store.local("staging")
         if staging is not None and staging.exists():
@@ -102,14 +102,17 @@ def erase(registry: Registry, ids: Iterable[str], staging: Path | None = None) -
     return Erasure(asked, dict(edits.found), sorted(edits.versions))
 
 
-def finish(store: Store) -> None:
+def finish(registry: Registry) -> None:
     """Finish an erasure that was interrupted, if there is one. The caller holds the registry's lease."""
+    store = registry.store
     if store.exists(_TODO):
         for name, part in json.loads(store.read(_TODO)).items():
-            if part is None:
-                store.delete(name)
-            else:
-                store.write(name, store.read(f"{_FOLDER}/{part}"))
+            with store.locked():
+                registry.check_lease()
+                if part is None:
+                    store.delete(name)
+                else:
+                    store.write(name, store.read(f"{_FOLDER}/{part}"))
         store.delete(_TODO)  # first, so that half of the folder is never taken for a whole plan
     if store.exists(_FOLDER):
         store.delete(_FOLDER)
@@ -147,7 +150,7 @@ class _Edits:
         if index.content != before:  # first, as it has the lists of the old manifests and of the new ones
             self.files = {INDEX: index.content, **self.files}
 
-    def commit(self) -> None:
+    def commit(self, check_lease: Callable[[], None] = lambda: None) -> None:
         """Write the new files beside the old ones, and then the list that makes them count."""
         todo: dict[str, str | None] = {}
         for number, (name, content) in enumerate(self.files.items()):
@@ -155,7 +158,9 @@ class _Edits:
             if content is not None:
                 self.store.write(f"{_FOLDER}/{number}", content)
         if todo:
-            self.store.write(_TODO, json.dumps(todo).encode())
+            with self.store.locked():
+                check_lease()
+                self.store.write(_TODO, json.dumps(todo).encode())
 
     def _rows(self, place: str, name: str) -> None:
         content = self.store.read(name)

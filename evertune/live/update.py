@@ -211,7 +211,7 @@ class Updater:
         if not is_leader():
             return self._follow()
         with self.registry.lease():
-            erasure.finish(self.registry.store)
+            erasure.finish(self.registry)
             seconds: dict[str, float] = {}
             decision: PlannedUpdate | Outcome | None = None
             try:

@@ -114,7 +114,8 @@ class Journal:
 
     def __init__(self, store: Store, check_lease: Callable[[], None] | None = None) -> None:
         self.store = store
-        self._check_lease = check_lease or (lambda: None)
+        self.check_lease = check_lease or (lambda: None)
+        self._is_writing = False
         self._base: tuple[str | None, bytes] = None, b""
         """SHA-256 and content of the base of offsets that was read last."""
 
@@ -222,7 +223,7 @@ class Journal:
         if base:
             self._create(_offset_name(number), base)
         self._create(_records_name(number), kept)
-        self._check_lease()  # where the store has no lock, this is what a process that wakes up too late meets
+        self.check_lease()  # where the store has no lock, this is what a process that wakes up too late meets
         if self.store.is_local or (last is not None and last.number == number):
             self._describe(segment)
         else:
@@ -479,7 +480,7 @@ class Journal:
         try:
             self.store.create(name, content)
         except FileExistsError:
-            self._check_lease()  # or another process has taken over, and it belongs to that one's segment
+            self.check_lease()  # or another process has taken over, and it belongs to that one's segment
             self.store.write(name, content)
 
     def _describe(self, segment: Segment) -> None:
@@ -488,10 +489,17 @@ class Journal:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """The right to write, which nobody can take over until the end: a process that is stopped in here keeps the
-        lock, without which no other process can take the lease."""
-        with self.store.locked():
-            self._check_lease()
+        lock, without which no other process can take the lease. May be nested."""
+        if self._is_writing:
             yield
+            return
+        with self.store.locked():
+            self.check_lease()
+            self._is_writing = True
+            try:
+                yield
+            finally:
+                self._is_writing = False
 
     def _numbers(self) -> list[int]:
         found = (_META.fullmatch(name) for name in self.store.list(_FOLDER))

@@ -588,7 +588,7 @@ class Registry:
         """
         with self._leased("evertune registry repair"):
             digests = {version.manifest.slices_digest for version in self._survey()[0]}
-            return repair_slices(self.store, digests) + repair(Journal(self.store, self.check_lease))
+            return repair_slices(self.store, digests, self.check_lease) + repair(Journal(self.store, self.check_lease))
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
         """The differences between two versions.

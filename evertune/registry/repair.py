@@ -61,7 +61,8 @@ def repair(journal: Journal) -> list[str]:
     done: list[str] = []
     # A file that is set aside may show another one to be incomplete, which is then mended in the next round.
     while found := next(_damage(journal), None):
-        words = _mend(journal, found)
+        with journal._writing():
+            words = _mend(journal, found)
         if words in done:
             raise ValueError(f"{journal.store.address(found.file)} cannot be repaired: {found.words}")
         done.append(words)

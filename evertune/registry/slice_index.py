@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -167,12 +167,13 @@ class SliceIndex:
         return False
 
 
-def repair(store: Store, digests: Iterable[str | None]) -> list[str]:
+def repair(store: Store, digests: Iterable[str | None], check_lease: Callable[[], None] = lambda: None) -> list[str]:
     """Set a damaged index aside and write a sound one, with the lost lines that the slices give again.
 
     Args:
         store: Store of the registry, whose lease the caller holds.
         digests: Digests of the lists of all versions.
+        check_lease: Raises if this process has lost the lease.
 
     Returns:
         What was done, as messages; empty if nothing is damaged, or if nothing can be restored.
@@ -183,9 +184,11 @@ def repair(store: Store, digests: Iterable[str | None]) -> list[str]:
     restored = index.restored(digests, list(_slices(store)))
     if restored.content == index.content:
         return []
-    if index.content:
-        store.write(f"damaged/slices-index-{_digest(index.content)[:8]}.jsonl", index.content)
-    store.write(INDEX, restored.content)
+    with store.locked():
+        check_lease()
+        if index.content:
+            store.write(f"damaged/slices-index-{_digest(index.content)[:8]}.jsonl", index.content)
+        store.write(INDEX, restored.content)
     lost = sum(not restored.has(digest) for digest in digests)
     return [f"{INDEX} is set aside and written again; {lost or 'no'} versions lack their list of slices"]
 

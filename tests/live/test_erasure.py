@@ -125,7 +125,7 @@ def test_half_of_a_plan_changes_nothing(folder: Path) -> None:
     registry = Registry(folder / "registry")
     registry.store.write("erasing/0", b"half")
     before = held(folder / "registry")
-    finish(registry.store)
+    finish(registry)
     assert held(folder / "registry") == before
     assert not registry.store.exists("erasing")
 

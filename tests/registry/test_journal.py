@@ -1,5 +1,6 @@
 """The journal: segments are whole or not there, whenever the process dies."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -14,6 +15,8 @@ import pytest
 from evertune.registry.journal import Journal, latest
 from evertune.registry.lease import LeaseLost
 from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.repair import repair
+from evertune.registry.slice_index import repair as repair_slices
 from evertune.registry.store import Store
 
 
@@ -467,6 +470,49 @@ def test_a_writer_that_has_lost_the_lease_writes_nothing(root, foreign_lease):
     with pytest.raises(LeaseLost, match="has lost its lease"):
         journal.quarantine("withdrawn", [row("a")], "late")
     assert untouched(root, "b")
+
+
+WRITES = {
+    "append": lambda journal, line: journal.append([row("a")], [bad("a")], [half("a")], {"line": 1}),
+    "quarantine": lambda journal, line: journal.quarantine("withdrawn", [row("a")], "late"),
+    "withdraw": lambda journal, line: journal.withdraw([line | {"kind": "dropped", "reason": "because"}]),
+    "drop": lambda journal, line: journal.drop(journal.references()),
+    "schema": lambda journal, line: setattr(journal, "schema", "0123"),
+    "discard": lambda journal, line: journal.discard(upto=1),
+    "repair": lambda journal, line: repair(journal),
+    "repair of slices": lambda journal, line: repair_slices(journal.store, [], journal.check_lease),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_writer_checks_the_lease_while_it_has_the_lock(root, foreign_lease, monkeypatch, write):
+    """A process that was stopped right before it writes, and whose lease another process has taken meanwhile."""
+    journal = stale(root)
+    journal.append([row("a")], [bad("a")], [half("a")], {"line": 1})
+    journal.append([row("b")], [], [], {"line": 2})
+    line = journal.records(journal.segments(), numbered=True)[0]
+    if write.startswith("repair"):
+        journal.store.write("pending/000001.jsonl", b"damaged")
+        journal.store.write("slices/index.jsonl", b"damaged")
+    before = files(journal.store)
+    locked, taken = journal.store.locked, []
+
+    @contextlib.contextmanager
+    def late():
+        if not taken:
+            taken.append(True)
+            with Registry(root).lease(ttl=0.05):
+                pass
+        with locked():
+            yield
+
+    monkeypatch.setattr(journal.store, "locked", late)
+    with pytest.raises(LeaseLost, match="has lost its lease"):
+        WRITES[write](journal, line)
+    after = files(journal.store)
+    assert {name: after[name] for name in after if not name.startswith("lease")} == {
+        name: before[name] for name in before if not name.startswith("lease")
+    }
 
 
 @pytest.mark.parametrize("step", range(4))
