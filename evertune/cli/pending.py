@@ -10,8 +10,9 @@ from pathlib import Path
 
 from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
 from evertune.live.backlog import Backlog
-from evertune.registry.journal import Journal, Segment
+from evertune.registry.journal import Journal
 from evertune.registry.registry import RegistryError
+from evertune.registry.segments import Segment
 from evertune.sources.base import Row
 from evertune.utils.terminal import complain, visible
 

@@ -16,9 +16,10 @@ from typing import Any
 from evertune.gate.evaluation import Evaluation
 from evertune.live.versions import EVALUATION
 from evertune.memory.memory import MemoryView, forget_saved
-from evertune.registry.journal import Journal, Segment, described
+from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
+from evertune.registry.segments import Segment, described
 from evertune.registry.slice_index import INDEX, SliceIndex
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.sources.masking import masked_id

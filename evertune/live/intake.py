@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.registry.journal import Journal, Segment
+from evertune.registry.journal import Journal
 from evertune.registry.reasons import Reason, Reasons
+from evertune.registry.segments import Segment
 from evertune.sources.base import Incoming, Offset, Row, Source, SourceError
 from evertune.sources.labels import Half, LabelJoin
 from evertune.sources.masking import Masker
@@ -65,7 +66,7 @@ class Intake:
     4,194,304 characters is refused before it is masked, whatever its source. Afterwards a record is in exactly one
     place: in the journal, in quarantine with the reason, or among the halves that wait. Nothing reaches the disk
     unmasked. Of several records with the same id in a chunk, the newest counts; across chunks,
-    :func:`~evertune.registry.journal.latest` decides.
+    :func:`~evertune.registry.rows.latest` decides.
 
     A chunk becomes a segment of the journal, whole or not at all, together with the offset at which the next one
     starts. An intake can therefore be killed at any moment: the next one reads the same records again, with the same

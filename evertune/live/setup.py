@@ -14,8 +14,9 @@ from evertune.gate.gate import Gate
 from evertune.live.plan import Plan
 from evertune.live.settings import UpdateSettings
 from evertune.live.versions import Versions
-from evertune.registry.journal import Journal, Segment
+from evertune.registry.journal import Journal
 from evertune.registry.registry import Registry
+from evertune.registry.segments import Segment
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema
 from evertune.tasks.base import Task

@@ -7,21 +7,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evertune.registry.journal import (
-    _QUARANTINE,
-    _RELEASED,
-    _WITHDRAWN,
-    Journal,
-    Segment,
-    _lines,
-    _meta_name,
-    _offset_name,
-    _quarantine_name,
-    _records_name,
-    _sha256,
-    _waiting_name,
-)
+from evertune.registry.journal import Journal
 from evertune.registry.offsets import Position
+from evertune.registry.quarantine import RELEASED, WITHDRAWN
+from evertune.registry.rows import encode_rows, read_rows, read_sealed, sha256, write_sealed
+from evertune.registry.segments import (
+    QUARANTINE,
+    Segment,
+    description_name,
+    offset_name,
+    quarantine_name,
+    read_segment,
+    records_name,
+    segment_numbers,
+    waiting_name,
+)
 from evertune.sources.base import Row
 from evertune.utils.typed_json import decode
 
@@ -61,7 +61,7 @@ def repair(journal: Journal) -> list[str]:
     done: list[str] = []
     # A file that is set aside may show another one to be incomplete, which is then mended in the next round.
     while found := next(_damage(journal), None):
-        with journal._writing():
+        with journal.writing():
             words = _mend(journal, found)
         if words in done:
             raise ValueError(f"{journal.store.address(found.file)} cannot be repaired: {found.words}")
@@ -70,20 +70,20 @@ def repair(journal: Journal) -> list[str]:
 
 
 def _damage(journal: Journal) -> Iterator[Damage]:
-    numbers = journal._numbers()
+    numbers = segment_numbers(journal.store)
     bases = set[int | None]()
     for number in numbers:
         try:
-            segment = journal._segment(number)
+            segment = read_segment(journal.store, number)
         except ValueError as error:
-            yield Damage(_meta_name(number), str(error), number)
+            yield Damage(description_name(number), str(error), number)
             continue
-        files = [(_records_name(number), segment.sha256, segment.records)]
+        files = [(records_name(number), segment.sha256, segment.records)]
         if segment.sha256_waiting is not None and number == numbers[-1]:
-            files.append((_waiting_name(number), segment.sha256_waiting, segment.waiting))
+            files.append((waiting_name(number), segment.sha256_waiting, segment.waiting))
         # Files in quarantine may be deleted once somebody has dealt with them.
-        if segment.sha256_quarantined is not None and journal.store.exists(_quarantine_name(number)):
-            files.append((_quarantine_name(number), segment.sha256_quarantined, segment.quarantined))
+        if segment.sha256_quarantined is not None and journal.store.exists(quarantine_name(number)):
+            files.append((quarantine_name(number), segment.sha256_quarantined, segment.quarantined))
         for name, digest, expected in files:
             yield from _unreadable(journal, name, digest, expected, number)
         if segment.position.base not in bases:
@@ -92,49 +92,49 @@ def _damage(journal: Journal) -> Iterator[Damage]:
                 journal.offset(segment)
             except ValueError as error:
                 assert segment.position.base is not None
-                yield Damage(_offset_name(segment.position.base), str(error), segment.position.base)
-    for name in (_WITHDRAWN, _RELEASED):
+                yield Damage(offset_name(segment.position.base), str(error), segment.position.base)
+    for name in (WITHDRAWN, RELEASED):
         try:
-            journal._read_sealed(name)
+            read_sealed(journal.store, name)
         except ValueError as error:
             yield Damage(name, str(error))
-    for file in journal.store.list(_QUARANTINE):
+    for file in journal.store.list(QUARANTINE):
         name = file.removesuffix(".jsonl")
         if not name.isdecimal() or int(name) not in numbers:
-            yield from _unreadable(journal, f"{_QUARANTINE}/{file}")
+            yield from _unreadable(journal, f"{QUARANTINE}/{file}")
 
 
 def _unreadable(
     journal: Journal, name: str, digest: str | None = None, expected: int = 0, segment: int | None = None
 ) -> Iterator[Damage]:
     try:
-        journal._rows(name, digest, expected)
+        read_rows(journal.store, name, digest, expected)
     except ValueError as error:
         yield Damage(name, str(error), segment)
 
 
 def _mend(journal: Journal, found: Damage) -> str:
     number, files = found.segment, [found.file]
-    if found.file.startswith(f"{_QUARANTINE}/"):
+    if found.file.startswith(f"{QUARANTINE}/"):
         rows = _readable(journal, found.file)
         _set_aside(journal, files)
         _replace_quarantine(journal, found.file, rows, number)
         return f"{found.file} is set aside; {len(rows)} of its lines can be read and stay in quarantine"
-    if found.file in (_WITHDRAWN, _RELEASED):
-        needed = {"reference"} if found.file == _RELEASED else {"segment", "id", "kind"}
+    if found.file in (WITHDRAWN, RELEASED):
+        needed = {"reference"} if found.file == RELEASED else {"segment", "id", "kind"}
         lines = _objects(journal, found.file)
         rows = [row for row in lines if needed <= row.keys()]
         _set_aside(journal, files)
-        journal._write_sealed(found.file, rows)
+        write_sealed(journal.store, found.file, rows)
         return f"{found.file} is set aside; {len(rows)} of its lines can be read and count"
     assert number is not None
-    if found.file == _offset_name(number):
+    if found.file == offset_name(number):
         _set_aside(journal, files)
         again = _replace_base(journal, number)
         return f"{found.file} is set aside; {again}, so that records may be pending twice, those with an id only once"
-    if found.file == _meta_name(number):
-        files += [name for name in (_records_name(number), _waiting_name(number)) if journal.store.exists(name)]
-    rows = [row for name in files if name != _meta_name(number) for row in _readable(journal, name)]
+    if found.file == description_name(number):
+        files += [name for name in (records_name(number), waiting_name(number)) if journal.store.exists(name)]
+    rows = [row for name in files if name != description_name(number) for row in _readable(journal, name)]
     _set_aside(journal, files)
     # The rows first: if the process dies before the segment is replaced, the next repair puts the same ones there.
     reason = f"{found.file} was damaged, so that this record may be wrong"
@@ -145,20 +145,20 @@ def _mend(journal: Journal, found: Damage) -> str:
 
 def _replace_segment(journal: Journal, number: int, file: str) -> str:
     """Describe a segment without the damaged file. Returns what follows from it, for the message."""
-    numbers = journal._numbers()
-    empty: dict[str, Any] = {"records": 0, "sha256": _sha256(b"")}
-    if file == _waiting_name(number):
-        journal._describe(replace(journal._segment(number), waiting=0, sha256_waiting=None))
-    elif file == _records_name(number):
-        journal._describe(replace(journal._segment(number), **empty))
-        journal.store.write(_records_name(number), b"")
+    numbers = segment_numbers(journal.store)
+    empty: dict[str, Any] = {"records": 0, "sha256": sha256(b"")}
+    if file == waiting_name(number):
+        journal.describe(replace(read_segment(journal.store, number), waiting=0, sha256_waiting=None))
+    elif file == records_name(number):
+        journal.describe(replace(read_segment(journal.store, number), **empty))
+        journal.store.write(records_name(number), b"")
     elif number == numbers[-1]:
-        for name in (_records_name(number), _waiting_name(number), _meta_name(number)):
+        for name in (records_name(number), waiting_name(number), description_name(number)):
             journal.store.delete(name)
         return "; the source is read again from before it"
     else:
         before = [segment.position for segment in _segments(journal) if segment.number < number]
-        journal._describe(
+        journal.describe(
             Segment(
                 number=number,
                 position=before[-1] if before else Position(),
@@ -172,7 +172,7 @@ def _replace_segment(journal: Journal, number: int, file: str) -> str:
                 **empty,
             )
         )
-        journal.store.write(_records_name(number), b"")
+        journal.store.write(records_name(number), b"")
     return ""
 
 
@@ -181,18 +181,18 @@ def _replace_base(journal: Journal, base: int) -> str:
     position, number = Position(), 0
     for segment in _segments(journal):
         if segment.position.base == base:
-            journal._describe(replace(segment, position=position))
+            journal.describe(replace(segment, position=position))
         else:
             position, number = segment.position, segment.number
-    journal.store.delete(_offset_name(base))
+    journal.store.delete(offset_name(base))
     return f"the source is read again from after segment {number}" if number else "the source is read again"
 
 
 def _replace_quarantine(journal: Journal, file: str, rows: list[Row], number: int | None) -> None:
-    content = _lines(rows)
+    content = encode_rows(rows)
     if number is not None:
-        sha256 = _sha256(content) if rows else None
-        journal._describe(replace(journal._segment(number), quarantined=len(rows), sha256_quarantined=sha256))
+        digest = sha256(content) if rows else None
+        journal.describe(replace(read_segment(journal.store, number), quarantined=len(rows), sha256_quarantined=digest))
     if rows:
         journal.store.write(file, content)
     else:
@@ -201,9 +201,9 @@ def _replace_quarantine(journal: Journal, file: str, rows: list[Row], number: in
 
 def _segments(journal: Journal) -> Iterator[Segment]:
     """The segments whose descriptions can be read."""
-    for number in journal._numbers():
+    for number in segment_numbers(journal.store):
         try:
-            yield journal._segment(number)
+            yield read_segment(journal.store, number)
         except ValueError:
             continue
 
@@ -241,4 +241,4 @@ def _objects(journal: Journal, file: str) -> list[Row]:
 def _set_aside(journal: Journal, files: list[str]) -> None:
     for name, content in journal.store.read_all(files).items():
         stem, _, ending = name.replace("/", "-").partition(".")
-        journal.store.write(f"{_ASIDE}/{stem}-{_sha256(content)[:8]}.{ending}", content)
+        journal.store.write(f"{_ASIDE}/{stem}-{sha256(content)[:8]}.{ending}", content)

@@ -15,7 +15,7 @@ from evertune.callbacks import Replay
 from evertune.live.slices import load_slice
 from evertune.live.update import Updater
 from evertune.memory.memory import MemoryView
-from evertune.registry.journal import latest
+from evertune.registry.rows import latest
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema
 from tests.helpers.lightning_modules import TEXTS, tiny_bert

@@ -12,10 +12,11 @@ import uuid
 
 import pytest
 
-from evertune.registry.journal import Journal, latest
+from evertune.registry.journal import Journal
 from evertune.registry.lease import LeaseLost
 from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.repair import repair
+from evertune.registry.rows import latest
 from evertune.registry.slice_index import repair as repair_slices
 from evertune.registry.store import Store
 
