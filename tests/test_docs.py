@@ -22,7 +22,7 @@ from evertune.cli import main as cli
 from evertune.cli.init import init_parser
 from evertune.gate.verdict import State
 from evertune.launch.settings import read_settings
-from evertune.registry.registry import ALIASES
+from evertune.registry.aliases import ALIASES
 from tests.helpers import live_worker
 from tests.helpers.lightning_modules import TEXTS
 from tests.helpers.processes import Command

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evertune.cli.actions import REGISTRY, opened
-from evertune.registry.registry import ALIASES, LeaseHeld, Registry, RegistryError, Version
+from evertune.registry.aliases import ALIASES
+from evertune.registry.registry import LeaseHeld, Registry, RegistryError
+from evertune.registry.version import Version
 from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:

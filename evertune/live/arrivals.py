@@ -12,7 +12,7 @@ from evertune.live.intake import Intake, IntakeReport
 from evertune.live.records import Records
 from evertune.live.setup import Setup, as_json
 from evertune.registry.reasons import Reasons
-from evertune.registry.registry import Version
+from evertune.registry.version import Version
 from evertune.sources.alike import alike, alike_words
 from evertune.sources.base import Row
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evertune.registry.journal import Journal
-from evertune.registry.registry import Registry, Version
+from evertune.registry.registry import Registry
 from evertune.registry.segments import Segment
+from evertune.registry.version import Version
 from evertune.sources.base import Row
 from evertune.utils.files import write_atomically
 from evertune.utils.typed_json import read_json

@@ -20,7 +20,7 @@ from evertune.live.setup import Setup, as_json
 from evertune.live.slices import draw, thin
 from evertune.live.training import MODEL, VERSION, remembered, starting_module
 from evertune.live.versions import EVALUATION
-from evertune.registry.registry import Version
+from evertune.registry.version import Version
 from evertune.sources.base import Row
 from evertune.utils.files import write_atomically
 from evertune.utils.typed_json import decode, foreign, to_json

@@ -15,7 +15,8 @@ from evertune.live.records import Records
 from evertune.live.setup import Setup
 from evertune.live.situations import situation
 from evertune.live.triggers import Trigger
-from evertune.registry.registry import RegistryError, Version
+from evertune.registry.registry import RegistryError
+from evertune.registry.version import Version
 from evertune.sources.base import SourceError
 
 logger = logging.getLogger("evertune.live")

@@ -20,7 +20,7 @@ from evertune.live.slices import save_slice
 from evertune.live.training import VERSION, results
 from evertune.live.versions import EVALUATION
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
-from evertune.registry.registry import Version
+from evertune.registry.version import Version
 from evertune.sources.base import Source, SourceError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from evertune.gate.verdict import Check
 from evertune.live.setup import Setup
 from evertune.live.slices import hold_out, sent_again
-from evertune.registry.registry import Version
 from evertune.registry.rows import latest
 from evertune.registry.segments import Segment
+from evertune.registry.version import Version
 from evertune.sources.base import Row
 
 

@@ -10,7 +10,7 @@ from evertune.live.backlog import Backlog
 from evertune.live.seconds import TO_BE_PAID
 from evertune.live.setup import Setup
 from evertune.live.triggers import Situation
-from evertune.registry.registry import Version
+from evertune.registry.version import Version
 from evertune.sources.base import Row
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evertune.gate.evaluation import Evaluation
 from evertune.live.slices import load_slice
-from evertune.registry.registry import Registry, Version
+from evertune.registry.registry import Registry
+from evertune.registry.version import Version
 from evertune.sources.base import Row
 from evertune.utils.typed_json import decode, foreign
 

@@ -11,17 +11,18 @@ if TYPE_CHECKING:
     from evertune.registry.registry import LeaseHeld as LeaseHeld
     from evertune.registry.registry import Registry as Registry
     from evertune.registry.registry import RegistryError as RegistryError
-    from evertune.registry.registry import Version as Version
     from evertune.registry.serving import Served as Served
     from evertune.registry.serving import load as load
     from evertune.registry.slice_index import SliceEntry as SliceEntry
+    from evertune.registry.version import Version as Version
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.registry.manifest": "Manifest Metrics VerdictSummary",
-        "evertune.registry.registry": "LeaseHeld Registry RegistryError Version",
+        "evertune.registry.registry": "LeaseHeld Registry RegistryError",
         "evertune.registry.serving": "Served load",
         "evertune.registry.slice_index": "SliceEntry",
+        "evertune.registry.version": "Version",
     },
 )

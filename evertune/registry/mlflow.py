@@ -8,7 +8,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from evertune.registry.registry import RegistryError, Version
+from evertune.registry.registry import RegistryError
+from evertune.registry.version import Version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient  # type: ignore[import-not-found]

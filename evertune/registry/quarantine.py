@@ -58,7 +58,7 @@ class Quarantine:
         write_sealed(self._store, RELEASED, [{"reference": reference} for reference in released])
 
     def put(self, records: Sequence[Row], name: str) -> None:
-        """Make records the content of a named file; without any, there is no file.
+        """Make records the content of a named file; without any, the file is deleted.
 
         Raises:
             ValueError: If the name cannot be the name of a file, or could be that of a segment.

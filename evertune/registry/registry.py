@@ -2,240 +2,30 @@
 
 from __future__ import annotations
 
-import getpass
-import hashlib
-import json
 import os
-import socket
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+from evertune.registry.aliases import ALIASES, AliasFile, event
+from evertune.registry.differences import differences
+from evertune.registry.garbage import Garbage, find_garbage
+from evertune.registry.inspection import Finding, SliceCheck, inspect_version
 from evertune.registry.journal import Journal
 from evertune.registry.lease import Lease, LeaseHeld, LeaseLost
 from evertune.registry.manifest import FormatError, Manifest
 from evertune.registry.repair import damage, repair
-from evertune.registry.slice_index import FOLDER as SLICES
 from evertune.registry.slice_index import INDEX, SliceEntry, SliceIndex
 from evertune.registry.slice_index import repair as repair_slices
 from evertune.registry.store import MANIFEST, RegistryError, Store
+from evertune.registry.version import VERSIONS, Version, manifest_name, version_folder
 from evertune.utils.files import sha256, write_atomically
-from evertune.utils.typed_json import SEAL, check_seal, decode, read_json, sealed
 
-__all__ = [
-    "ALIASES",
-    "Finding",
-    "Garbage",
-    "LeaseHeld",
-    "LeaseLost",
-    "Manifest",
-    "Registry",
-    "RegistryError",
-    "Version",
-]
-
-ALIASES = ("production", "previous", "refused")
-
-_ALIASES = "aliases.json"
-_VERSIONS = "versions"
-_STAGING = "staging"
-_EVENTS = 200
-_DAY = 86_400
-
-
-@dataclass(frozen=True)
-class Version:
-    """One attempt to update the model that reached the gate, whether promoted or refused.
-
-    Args:
-        manifest: Manifest of the version.
-        store: Store of the registry that holds it.
-    """
-
-    manifest: Manifest
-    store: Store = field(repr=False, compare=False)
-
-    @property
-    def number(self) -> int:
-        """Number of the version in the registry, counted from 1."""
-        return self.manifest.version
-
-    @property
-    def parent(self) -> int | None:
-        """Number of the version that it was trained from; None for the first."""
-        return self.manifest.parent
-
-    @property
-    def created(self) -> datetime:
-        """When it was made."""
-        return self.manifest.created
-
-    @property
-    def passed(self) -> bool:
-        """Whether the gate let it pass; True for a version that was never judged."""
-        return self.manifest.passed
-
-    @property
-    def experience(self) -> str:
-        """Name of the experience that it learned."""
-        return self.manifest.experience
-
-    def folder(self) -> Path:
-        """Its files on this machine: the folder itself, or a verified copy if the registry is remote.
-
-        Raises:
-            RegistryError: If the files of a remote registry are damaged.
-        """
-        return self.store.local(_folder(self.number))
-
-    def verified_folder(self, part: str = "") -> Path:
-        """Like :meth:`folder`, with every file compared with its SHA-256 in the manifest.
-
-        Use it wherever weights or learning state are loaded, or a decision rests on what the files say.
-
-        Args:
-            part: Subfolder to compare, such as ``"model"``. By default all files.
-
-        Raises:
-            RegistryError: If a file is missing, was changed or was added, or the manifest names none.
-        """
-        folder = self.folder()
-        expected = {name for name in self.manifest.files if not part or name.startswith(f"{part}/")}
-        paths = (folder / part).rglob("*")
-        found = {path.relative_to(folder).as_posix() for path in paths if path.is_file()} - {MANIFEST}
-        problems = [f"{name} is missing" for name in sorted(expected - found)]
-        problems += [f"{name} is not in its manifest" for name in sorted(found - expected)]
-        problems += [
-            f"{name} does not match its sha256"
-            for name in sorted(expected & found)
-            if sha256(folder / name) != self.manifest.files[name]
-        ]
-        if problems or not expected:
-            raise self._damaged(*problems or [f"it holds no {part or 'files'}"])
-        return folder
-
-    def read(self, name: str) -> bytes:
-        """The content of one of its files, compared with its SHA-256 in the manifest.
-
-        Raises:
-            RegistryError: If the file is missing or was changed.
-        """
-        file = f"{_folder(self.number)}/{name}"
-        content = self.store.read_all([file]).get(file)
-        if content is None:
-            raise self._damaged(f"{name} is missing")
-        if hashlib.sha256(content).hexdigest() != self.manifest.files.get(name):
-            raise self._damaged(f"{name} does not match its sha256")
-        return content
-
-    def slices(self) -> list[SliceEntry]:
-        """The files with the records held out of every update so far, oldest first.
-
-        Raises:
-            RegistryError: If the index of slices is damaged. The version can be served, but no update can start from
-                it.
-        """
-        try:
-            return SliceIndex.read(self.store).entries(self.manifest.slices_digest)
-        except ValueError as error:
-            raise RegistryError(str(error)) from None
-
-    def _damaged(self, *problems: str) -> RegistryError:
-        root = self.store.root
-        return RegistryError(
-            f"version {self.number} of {root} is damaged: {'; '.join(problems)}. "
-            f"If it is in production, go back with `evertune registry rollback {root}`"
-        )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A defect of a registry.
-
-    Args:
-        version: Number of the version that has the defect; None for the registry itself.
-        words: Description of the defect.
-        usable: Whether the version can be loaded in spite of it.
-        part: The part of the registry that has the defect, if it is not a version: ``"aliases"``, ``"slices"`` or
-            ``"journal"``.
-    """
-
-    version: int | None
-    words: str
-    usable: bool
-    part: str = "aliases"
-
-
-@dataclass(frozen=True)
-class Garbage:
-    """A file or folder of a registry that is no longer needed.
-
-    Args:
-        name: Name of the file or folder.
-        size: Size of all its files in bytes.
-        why: Why it is not needed.
-    """
-
-    name: str
-    size: int
-    why: str
-
-
-@dataclass
-class _State:
-    """The content of ``aliases.json``."""
-
-    aliases: dict[str, int] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    given_up: list[int] = field(default_factory=list)
-
-    def encoded(self) -> bytes:
-        values = {**self.aliases, "given_up": self.given_up, "events": self.events[-_EVENTS:]}
-        return json.dumps(sealed(values), indent=1).encode()
-
-    @classmethod
-    def parse(cls, content: bytes) -> _State:
-        values = decode(content)
-        checked = read_json(_Aliases, content)
-        check_seal(values, {entry.name for entry in fields(_Aliases)})
-        aliases = {name: number for name in ALIASES if (number := getattr(checked, name)) is not None}
-        given_up = checked.given_up
-        if given_up is None:  # written before the field existed: the events say it
-            given_up = []
-            for event in checked.events:
-                if event.action == "promote":
-                    given_up = []
-                elif event.discard is not None:
-                    given_up.append(event.discard)
-        return cls(aliases, values["events"], given_up)
-
-
-@dataclass
-class _Event:
-    """The entries of an event that others rely on."""
-
-    time: str
-    action: str
-    to: int | None
-    reason: str = ""
-    by: str = ""
-    discard: int | None = None
-
-
-@dataclass
-class _Aliases:
-    """The entries of ``aliases.json``."""
-
-    events: list[_Event]
-    production: int | None = None
-    previous: int | None = None
-    refused: int | None = None
-    given_up: list[int] | None = None
+__all__ = ["LeaseHeld", "LeaseLost", "Manifest", "Registry", "RegistryError"]
 
 
 class Registry:
@@ -272,6 +62,7 @@ class Registry:
         self._known: dict[int, Version] = {}
         """Versions whose manifests were read by :meth:`versions`: they never change."""
         self._lease: Lease | None = None
+        self._aliases = AliasFile(self.store, lambda: self.next_number() > 1, self.check_lease)
 
     def __repr__(self) -> str:
         return f"Registry({self.store.root!r})"
@@ -296,7 +87,7 @@ class Registry:
         numbers, damaged = self._numbers(), dict[int, str]()
         # A version that was deleted is forgotten, since the number of one that was never whole is used again.
         self._known = {number: self._known[number] for number in numbers if number in self._known}
-        new = [_manifest(number) for number in numbers if number not in self._known]
+        new = [manifest_name(number) for number in numbers if number not in self._known]
         for name, content in self.store.read_all(new).items():
             number = int(name.split("/")[1])
             try:
@@ -312,10 +103,10 @@ class Registry:
             RegistryError: If there is no such version, or its manifest is damaged.
         """
         number = self._number(which)
-        found = self.store.read_all([_manifest(number)])
+        found = self.store.read_all([manifest_name(number)])
         if not found:
             raise RegistryError(f"{self.store.root} has no version {number}; it has {_listed(self._numbers())}")
-        return self._parsed(number, found[_manifest(number)])
+        return self._parsed(number, found[manifest_name(number)])
 
     @property
     def aliases(self) -> dict[str, int]:
@@ -324,7 +115,7 @@ class Registry:
         Raises:
             RegistryError: If ``aliases.json`` is damaged, or missing although there are versions.
         """
-        return dict(self._state().aliases)
+        return dict(self._aliases.read().aliases)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -333,12 +124,12 @@ class Registry:
         Each has ``time``, ``action`` (``"promote"``, ``"rollback"``, ``"refused"``), ``from``, ``to``, ``reason`` and
         ``by``; a rollback with ``discard`` also has ``discard``, the version whose records must not be learned again.
         """
-        return list(self._state().events)
+        return list(self._aliases.read().events)
 
     @property
     def given_up(self) -> list[int]:
         """Numbers of the versions rolled back from with ``discard`` since the last promotion, oldest first."""
-        return list(self._state().given_up)
+        return list(self._aliases.read().given_up)
 
     @property
     def production(self) -> Version | None:
@@ -349,7 +140,7 @@ class Registry:
     def next_number(self) -> int:
         """The number of the version that is published next."""
         numbers = self._numbers()
-        while numbers and not self.store.exists(_manifest(numbers[-1])):
+        while numbers and not self.store.exists(manifest_name(numbers[-1])):
             numbers.pop()  # left by an interrupted publication: the number is used again
         return numbers[-1] + 1 if numbers else 1
 
@@ -398,7 +189,7 @@ class Registry:
         """
         number = manifest.version
         self.check_lease()
-        if self.store.exists(_manifest(number)):
+        if self.store.exists(manifest_name(number)):
             raise RegistryError(f"{self.store.root} has a version {number}, and versions never change")
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
         hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
@@ -408,15 +199,14 @@ class Registry:
         self._share(folder, version)
         with self.store.locked():
             # Before the first version, so that a missing file later on means damage and not an empty registry.
-            if not self.store.exists(_ALIASES) and self.next_number() == 1:
-                self.store.write(_ALIASES, _State().encoded())
+            self._aliases.create()
             # Before the manifest that needs it; if the process dies in between, the line is there the next time.
             index = SliceIndex.read(self.store)
             before, _ = index.content, index.add(slices)
             if index.content != before:
                 self.check_lease()
                 self.store.write(INDEX, index.content)
-        self.store.publish(folder, _folder(number))
+        self.store.publish(folder, version_folder(number))
         return version
 
     def promote(
@@ -457,7 +247,7 @@ class Registry:
         problems = [finding.words for finding in self._inspect(version.number, verify) if not finding.usable]
         if problems:
             raise RegistryError(f"version {version.number} is damaged and not promoted: {'; '.join(problems)}")
-        with self._changing(repair=force) as state:
+        with self._aliases.changing(repair=force) as state:
             self._check_exists(version.number)
             now = state.aliases.get("production")
             if now == version.number:
@@ -469,7 +259,7 @@ class Registry:
                 )
             state.aliases = {"production": version.number} | ({} if now is None else {"previous": now})
             state.given_up = []
-            state.events.append(_event("promote", now, version.number, reason, by))
+            state.events.append(event("promote", now, version.number, reason, by))
         return version
 
     def set_refused(self, which: int | str, reason: str = "", by: str | None = None) -> Version:
@@ -479,12 +269,12 @@ class Registry:
             RegistryError: If there is no such version, or the lease is lost.
         """
         version = self.version(which)
-        with self._changing() as state:
+        with self._aliases.changing() as state:
             self._check_exists(version.number)
             now = state.aliases.get("refused")
             if now != version.number:
                 state.aliases["refused"] = version.number
-                state.events.append(_event("refused", now, version.number, reason, by))
+                state.events.append(event("refused", now, version.number, reason, by))
         return version
 
     def rollback(self, reason: str = "", *, discard: bool = False, by: str | None = None) -> Version:
@@ -506,7 +296,7 @@ class Registry:
         Raises:
             RegistryError: If there is no previous version, or files of it are missing.
         """
-        with self._changing() as state:
+        with self._aliases.changing() as state:
             now, back = state.aliases.get("production"), state.aliases.get("previous")
             if now is None or back is None:
                 raise RegistryError(
@@ -522,11 +312,11 @@ class Registry:
                 )
             state.aliases["production"] = back
             del state.aliases["previous"]
-            if version.parent is not None and self.store.exists(_manifest(version.parent)):
+            if version.parent is not None and self.store.exists(manifest_name(version.parent)):
                 state.aliases["previous"] = version.parent
             state.given_up += [now] * discard
-            event = _event("rollback", now, back, reason, by)
-            state.events.append(event | ({"discard": now} if discard else {}))
+            change = event("rollback", now, back, reason, by)
+            state.events.append(change | ({"discard": now} if discard else {}))
         return version
 
     # --- checking and comparing
@@ -559,17 +349,17 @@ class Registry:
             if number not in self._numbers():
                 raise RegistryError(f"{self.store.root} has no version {number}; it has {_listed(self._numbers())}")
             return self._inspect(number)
-        findings, check = [], _SliceCheck(self.store)
+        findings, slices = [], SliceCheck(self.store)
         try:
             for alias, number in self.aliases.items():
-                if not self.store.exists(_manifest(number)):
+                if not self.store.exists(manifest_name(number)):
                     findings.append(Finding(None, f"{alias} names version {number}, which does not exist", False))
         except RegistryError as error:
             findings.append(Finding(None, str(error), False))
         for number in self._numbers():
-            if self.store.exists(_manifest(number)):
-                findings += self._inspect(number, check=check)
-        findings += [Finding(None, words, True, "slices") for words in check.index.problems()]
+            if self.store.exists(manifest_name(number)):
+                findings += self._inspect(number, slices=slices)
+        findings += [Finding(None, words, True, "slices") for words in slices.index.problems()]
         findings += [Finding(None, found.words, True, "journal") for found in damage(Journal(self.store))]
         return findings
 
@@ -591,48 +381,8 @@ class Registry:
             return repair_slices(self.store, digests, self.check_lease) + repair(Journal(self.store, self.check_lease))
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:
-        """The differences between two versions.
-
-        Returns:
-            ``a`` and ``b``: the numbers. ``manifest``, ``records``, ``metrics``, ``seconds`` and ``config``: the pairs
-            of values that differ, by name (nested names joined by dots), with None for a missing value; ``records`` and
-            ``metrics`` list all values. ``classes``: the names ``added`` and ``removed``. ``files``: the pairs of sizes
-            of files ``added``, ``removed`` and ``changed``, by name, and the number ``unchanged``. ``size``: the pair
-            of total sizes in bytes.
-        """
-        one, two = self.version(a), self.version(b)
-        first, second = one.manifest.to_dict(), two.manifest.to_dict()
-        sizes = self.store.sizes(_folder(one.number)), self.store.sizes(_folder(two.number))
-        plain = [
-            name
-            for name in first
-            if name not in ("version", SEAL)
-            and not any(isinstance(side[name], dict | list) for side in (first, second))
-        ]
-        files: dict[str, Any] = {"added": {}, "removed": {}, "changed": {}, "unchanged": 0}
-        for name in sorted({**first["files"], **second["files"]}):
-            hashes = first["files"].get(name), second["files"].get(name)
-            if hashes[0] == hashes[1]:
-                files["unchanged"] += 1
-                continue
-            kind = "added" if hashes[0] is None else "removed" if hashes[1] is None else "changed"
-            files[kind][name] = [size.get(name) for size in sizes]
-        classes = first["classes"], second["classes"]
-        return {
-            "a": one.number,
-            "b": two.number,
-            "manifest": _changes({name: first[name] for name in plain}, {name: second[name] for name in plain}),
-            "records": _changes(first["records"], second["records"], all_of_them=True),
-            "metrics": _changes(first["metrics"], second["metrics"], all_of_them=True),
-            "seconds": _changes(first["seconds"], second["seconds"]),
-            "config": _changes(first["config"], second["config"]),
-            "classes": {
-                "added": [name for name in classes[1] if name not in classes[0]],
-                "removed": [name for name in classes[0] if name not in classes[1]],
-            },
-            "files": files,
-            "size": [sum(size.values()) for size in sizes],
-        }
+        """The differences between two versions, see :func:`~evertune.registry.differences.differences`."""
+        return differences(self.version(a), self.version(b))
 
     # --- garbage collection
 
@@ -648,26 +398,12 @@ class Registry:
         if keep < 1:
             raise ValueError(f"keep must be positive, got {keep}: the newest version is never deleted")
         numbers, aliases = self._numbers(), self.aliases
-        whole = list(self.store.read_all([_manifest(number) for number in numbers]))
+        whole = list(self.store.read_all([manifest_name(number) for number in numbers]))
         published = [int(name.split("/")[1]) for name in whole]
         retained = sorted({*published[-keep:], *aliases.values()})
         manifests = [self.version(number).manifest for number in retained]
 
-        garbage = []
-        for number in numbers:
-            if number not in retained:
-                why = "old" if number in published else "never published whole"
-                garbage.append(self._entry(_folder(number), why))
-        needed = {INDEX, *self._slice_files(manifests)}
-        for name in self.store.list(SLICES) if retained else []:
-            if f"{SLICES}/{name}" not in needed:
-                garbage.append(self._entry(f"{SLICES}/{name}", "no version needs it"))
-        garbage += self._learned_segments(manifests)
-        old = [name for name in self.store.leftovers() if self.store.age(name) > stale_days * _DAY]
-        garbage += [self._entry(name, "left by a process that was killed") for name in old]
-        if self.store.exists(_STAGING) and self.store.age(_STAGING) > stale_days * _DAY:
-            garbage.append(self._entry(_STAGING, "an update that nobody went on with"))
-        return garbage
+        return list(find_garbage(self.store, numbers, published, manifests, stale_days))
 
     def gc(self, keep: int = 5, dry_run: bool = False, *, stale_days: float = 7.0) -> list[str]:
         """Delete old versions, and the files that only they needed.
@@ -711,25 +447,8 @@ class Registry:
 
     # --- internals
 
-    def _slice_files(self, manifests: Iterable[Manifest]) -> set[str]:
-        index = SliceIndex.read(self.store)
-        try:
-            return {entry.file for manifest in manifests for entry in index.entries(manifest.slices_digest)}
-        except ValueError as error:
-            raise RegistryError(str(error)) from None
-
-    def _learned_segments(self, manifests: Sequence[Manifest]) -> Iterator[Garbage]:
-        """The segments of records that every retained version has learned, but never the newest."""
-        learned = min((manifest.consumed for manifest in manifests), default=0)
-        for name in Journal(self.store).files(learned):
-            yield self._entry(name, "every version that is kept has learned it")
-
-    def _entry(self, name: str, why: str) -> Garbage:
-        sizes = self.store.sizes(name)
-        return Garbage(name, sum(sizes.values()), why)
-
     def _numbers(self) -> list[int]:
-        return sorted(int(name) for name in self.store.list(_VERSIONS) if name.isdecimal() and str(int(name)) == name)
+        return sorted(int(name) for name in self.store.list(VERSIONS) if name.isdecimal() and str(int(name)) == name)
 
     def _share(self, folder: Path, version: Version) -> None:
         """Replace the files of a new version that are equal to its parent's by links to those."""
@@ -754,7 +473,7 @@ class Registry:
         return nullcontext() if self._lease is not None and self._lease.held else self.lease(owner)
 
     def _check_exists(self, number: int) -> None:
-        if not self.store.exists(_manifest(number)):
+        if not self.store.exists(manifest_name(number)):
             numbers = _listed(self._numbers())
             raise RegistryError(f"version {number} was deleted meanwhile; {self.store.root} has {numbers}")
 
@@ -772,7 +491,7 @@ class Registry:
 
     def _parsed(self, number: int, content: bytes) -> Version:
         """The version that a manifest describes, if it is the manifest of this number."""
-        address = self.store.address(_manifest(number))
+        address = self.store.address(manifest_name(number))
         try:
             manifest = Manifest.from_json(content)
             if manifest.version != number:
@@ -783,104 +502,11 @@ class Registry:
             raise RegistryError(f"{address} is damaged or cut short ({error}): restore it from a backup") from None
         return Version(manifest, self.store)
 
-    def _state(self) -> _State:
-        """The content of ``aliases.json``."""
-        address = self.store.address(_ALIASES)
-        repair = (
-            f"Restore it from a backup, or make a new one with `evertune registry promote {self.store.root} N --force`"
-        )
-        content = self.store.read_all([_ALIASES]).get(_ALIASES)
-        if content is None:
-            if self.next_number() > 1:
-                raise RegistryError(f"{address} is missing, though there are versions. {repair}")
-            return _State()
+    def _inspect(self, number: int, hashes: bool = True, slices: SliceCheck | None = None) -> list[Finding]:
         try:
-            return _State.parse(content)
-        except ValueError as error:
-            raise RegistryError(f"{address} is damaged or cut short ({error}). {repair}") from None
-
-    @contextmanager
-    def _changing(self, repair: bool = False) -> Iterator[_State]:
-        """The aliases, to be changed: read, compared and replaced while no other process does the same."""
-        with self.store.locked():
-            self.check_lease()
-            try:
-                state = self._state()
-            except RegistryError:
-                if not repair:
-                    raise
-                for damaged in self.store.read_all([_ALIASES]).values():
-                    self.store.write(f"{_ALIASES}.damaged", damaged)
-                state = _State()
-            before = state.encoded()
-            yield state
-            if state.encoded() != before:
-                self.store.write(_ALIASES, state.encoded())
-
-    def _inspect(self, number: int, hashes: bool = True, check: _SliceCheck | None = None) -> list[Finding]:
-        """The defects of one version; without ``hashes``, only those that show without reading its files."""
-        folder, findings = _folder(number), []
-
-        def find(words: str, usable: bool = False) -> None:
-            findings.append(Finding(number, words, usable))
-
-        try:
-            manifest = self.version(number).manifest
-            Manifest.check_seal(self.store.read(_manifest(number)))
+            return inspect_version(self.version(number), hashes, slices)
         except RegistryError as error:
             return [Finding(number, str(error), False)]
-        except ValueError as error:
-            find(f"{_manifest(number)} is damaged: {error}")
-        there = self.store.sizes(folder)
-        for name, digest in manifest.files.items():
-            if name not in there:
-                find(f"{folder}/{name} is missing")
-            elif hashes and self.store.sha256(f"{folder}/{name}") != digest:
-                find(f"{folder}/{name} is damaged or cut short: its sha256 is not the manifest's")
-        for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST}):
-            find(f"{folder}/{name} is not in the manifest: it was added later")
-        if hashes:
-            for words in (check or _SliceCheck(self.store)).problems(manifest):
-                find(f"{words}: no update can start from this version", usable=True)
-        return findings
-
-
-class _SliceCheck:
-    """Checks the slices of versions, each file once."""
-
-    def __init__(self, store: Store) -> None:
-        self.index = SliceIndex.read(store)
-        self._store = store
-        self._found: dict[SliceEntry, str] = {}
-
-    def problems(self, manifest: Manifest) -> list[str]:
-        """What is wrong with the slices of a version."""
-        try:
-            entries = self.index.entries(manifest.slices_digest)
-        except ValueError as error:
-            return [str(error)]
-        for entry in entries:
-            if entry not in self._found:
-                self._found[entry] = self._problem(entry)
-        return [self._found[entry] for entry in entries if self._found[entry]]
-
-    def _problem(self, entry: SliceEntry) -> str:
-        try:
-            return "" if self._store.sha256(entry.file) == entry.sha256 else f"{entry.file} is damaged or cut short"
-        except FileNotFoundError:
-            return f"{entry.file} is missing"
-        except OSError as error:
-            return f"{entry.file} cannot be read ({error})"
-        except ValueError:
-            return f"{INDEX} names the file {entry.file!r} as a slice"
-
-
-def _folder(number: int) -> str:
-    return f"{_VERSIONS}/{number}"
-
-
-def _manifest(number: int) -> str:
-    return f"{_VERSIONS}/{number}/{MANIFEST}"
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -893,44 +519,3 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _summary(version: Version) -> str:
     return (version.manifest.summary or "the gate gave no reason").rstrip(".")
-
-
-def _event(action: str, old: int | None, new: int, reason: str, by: str | None) -> dict[str, Any]:
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "action": action,
-        "from": old,
-        "to": new,
-        "reason": reason,
-        "by": by or _who(),
-    }
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no entry in /etc/passwd
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names.
-
-    Example:
-        >>> _flat({"trainer": {"devices": 2}, "seed": 0})
-        {'trainer.devices': 2, 'seed': 0}
-    """
-    if not isinstance(value, Mapping):
-        return {prefix: value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    return flat
-
-
-def _changes(a: Any, b: Any, all_of_them: bool = False) -> dict[str, list[Any]]:
-    """The pairs of values that differ, by name."""
-    first, second = _flat(a), _flat(b)
-    pairs = {name: [first.get(name), second.get(name)] for name in dict.fromkeys((*first, *second))}
-    return {name: pair for name, pair in pairs.items() if all_of_them or pair[0] != pair[1]}

@@ -33,7 +33,7 @@ def write_sealed(store: Store, name: str, rows: Sequence[Row]) -> None:
 
 
 def read_sealed(store: Store, name: str) -> list[Row]:
-    """The rows of a file that :func:`write_sealed` has written; none if there is no file.
+    """The rows of a file that :func:`write_sealed` has written; none if it is missing.
 
     Raises:
         ValueError: If it is damaged.

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from evertune.registry.registry import ALIASES, Registry, RegistryError, Version
+from evertune.registry.aliases import ALIASES
+from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.version import Version
 
 if TYPE_CHECKING:
     import torch

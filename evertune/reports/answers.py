@@ -21,7 +21,8 @@ from evertune.live.slices import load_slice
 from evertune.registry.registry import RegistryError
 
 if TYPE_CHECKING:
-    from evertune.registry.registry import Registry, Version
+    from evertune.registry.registry import Registry
+    from evertune.registry.version import Version
 
 MAX_CLASSES = 40
 MAX_CONFUSIONS = 12

@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from evertune.metrics.history import History
-from evertune.registry.registry import Registry, RegistryError, Version
+from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.version import Version
 from evertune.reports.answers import MAX_CLASSES, MAX_CONFUSIONS, MAX_TEXT, MAX_WORST, Answers, answers_of
 from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin, ticks
 from evertune.reports.listing import Listing, brief

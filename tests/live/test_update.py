@@ -23,8 +23,9 @@ from evertune.live.training import remembered
 from evertune.live.triggers import Volume
 from evertune.live.update import Updater
 from evertune.registry.manifest import Manifest
-from evertune.registry.registry import LeaseHeld, Registry, RegistryError, Version
+from evertune.registry.registry import LeaseHeld, Registry, RegistryError
 from evertune.registry.store import Store
+from evertune.registry.version import Version
 from evertune.sources.base import SourceError
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import PatternMasker

@@ -12,7 +12,8 @@ import pytest
 
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.mlflow import MLflowMirror, digest
-from evertune.registry.registry import Registry, RegistryError, Version
+from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.version import Version
 
 
 @pytest.fixture(scope="module")

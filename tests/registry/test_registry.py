@@ -142,7 +142,7 @@ def test_promotions_are_events(registry: Registry) -> None:
 
 
 def test_events_are_bounded(disk: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evertune.registry.registry._EVENTS", 3)
+    monkeypatch.setattr("evertune.registry.aliases._EVENTS", 3)
     for _ in range(5):
         release(disk)
     assert [event["to"] for event in disk.events] == [3, 4, 5]
@@ -566,13 +566,13 @@ def test_what_gc_deletes_meanwhile_is_not_promoted(registry: Registry, act: str)
     for _ in range(4):
         release(registry)
     other = Registry(registry.store.root)
-    before = other._changing
+    before = other._aliases.changing
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
         registry.gc(keep=1)
         return before(*arguments, **named)
 
-    other._changing = meanwhile  # type: ignore[method-assign]
+    other._aliases.changing = meanwhile  # type: ignore[method-assign]
     with pytest.raises(RegistryError, match=r"version 1 was deleted meanwhile; .* has 3, 4"):
         getattr(other, act)(1)
     assert registry.verify() == []
@@ -845,7 +845,7 @@ def test_versions_are_read_once(registry: Registry, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_a_rollback_gave_up_outlives_its_event(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evertune.registry.registry._EVENTS", 3)
+    monkeypatch.setattr("evertune.registry.aliases._EVENTS", 3)
     for _ in range(3):
         release(registry)
     registry.rollback(discard=True)

@@ -19,8 +19,9 @@ import torch
 
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.registry.manifest import Manifest
-from evertune.registry.registry import Registry, RegistryError, Version
+from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.serving import Served, load
+from evertune.registry.version import Version
 from tests.helpers.lightning_modules import tiny_bert
 
 TEXTS = ["the bank share", "goal match of the team", "vote"]

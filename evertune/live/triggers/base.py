@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evertune.gate.predictions import Label, Predictions
-    from evertune.registry.registry import Version
+    from evertune.registry.version import Version
 
 
 @dataclass(frozen=True, kw_only=True)
