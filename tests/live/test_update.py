@@ -24,6 +24,7 @@ from evertune.live.triggers import Volume
 from evertune.live.update import Updater
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import LeaseHeld, Registry, RegistryError
+from evertune.registry.slice_index import INDEX
 from evertune.registry.store import Store
 from evertune.registry.version import Version
 from evertune.sources.base import SourceError
@@ -498,6 +499,7 @@ def test_the_records_of_an_update_are_read_once(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Store, "read", counting)
     assert updater(folder).run().status == "promoted"
+    del read[INDEX]  # lists the slices, and holds no records
     rows = {name: n for name, n in read.items() if name.startswith(("pending/0", "slices/")) and name.endswith("l")}
     assert len(rows) == 2 and set(rows.values()) == {1}, rows
 
