@@ -23,7 +23,7 @@ class Fastest(ContinualCallback):
 
     When a fit starts, rank 0 times a training step of a few short texts (:func:`evertune.utils.hardware.fastest`), and
     all ranks take its choice, which is logged with the reason. Nothing is measured again while model and machine stay
-    the same, nor in a resumed run, which must end in the same bits: the choice is kept with the state of the callbacks.
+    the same, nor in a resumed run, which must be bit-identical: the choice is kept with the state of the callbacks.
 
     Attention is chosen only for a :class:`~evertune.lightning_modules.TransformerModule` with ``attention="auto"``; a
     model of your own keeps what it has. A model without a transformer, and sharded weights (DeepSpeed, FSDP), keep the
