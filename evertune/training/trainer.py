@@ -68,7 +68,7 @@ class ContinualTrainer(Trainer):
 
         stream = class_incremental("intents.jsonl", label="intent", n_experiences=10)
         module = SequenceClassificationModule("bert-base-uncased")
-        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC(ewc_lambda=100.0)])
+        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC()])
         history = trainer.fit_stream(module, stream)
         print(history.average_accuracy, history.forgetting)
 
