@@ -106,7 +106,12 @@ def without_training(
 
 
 def features_of_rows(
-    module: Any, rows: Sequence[Row], text: str | Sequence[str] = "text", batch_size: int = 64, max_length: int = 128
+    module: Any,
+    rows: Sequence[Row],
+    text: str | Sequence[str] = "text",
+    label: str = "label",
+    batch_size: int = 64,
+    max_length: int = 128,
 ) -> np.ndarray:
     """The features of records, ``[records, features]`` in float64; the arguments are those of :func:`evaluate`."""
     with _predicting(module):

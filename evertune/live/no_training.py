@@ -14,14 +14,24 @@ from safetensors.torch import load_file, save_file
 
 from evertune.gate.predictions import Predictions
 from evertune.lightning_modules.analytic import AnalyticHead
+from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
 from evertune.live.evaluation import features_of_rows
+from evertune.live.setup import Setup, as_json
+from evertune.live.slices import thin
+from evertune.live.training import starting_module
+from evertune.registry.registry import Version
 from evertune.sources.base import Row
-from evertune.utils.typed_json import read_json
+from evertune.utils.files import write_atomically
+from evertune.utils.typed_json import from_json, read_json
 
-FOLDER = "untrained"
+_FOLDER = "untrained"
 _SUMS, _ABOUT = "head.safetensors", "head.json"
+UNTRAINED = f"{_FOLDER}/accuracy.json"
+"""The file of a version that says what no training would give."""
 _SETTINGS = ("model_name_or_path", "pooling")
-"""Hyperparameters of a module that its features depend on before it is trained."""
+"""Hyperparameters of a module on which its features depend before it is trained."""
+_ENOUGH = 500
+"""Held-out records on which versions are compared with the classifier."""
 
 logger = logging.getLogger("evertune.live")
 
@@ -51,79 +61,89 @@ class NoTraining:
 
 @dataclass(frozen=True)
 class _About:
-    """What the sums in a folder are over."""
+    """What the sums of a classifier are over.
+
+    Args:
+        classes: Its classes.
+        settings: Settings of the encoder.
+    """
 
     classes: list[str]
     settings: dict[str, str]
 
 
-def learn(
-    module: Any, rows: Sequence[Row], parent: Path | None, folder: Path, label: str, **reading: Any
-) -> tuple[AnalyticHead, list[str]] | None:
-    """Add the records of an update to the classifier of the version before, and write it to a folder.
+def words_of(content: Any) -> str:
+    """The comparison in a version's file :data:`UNTRAINED`, as a message for people."""
+    return from_json(NoTraining, content).words
+
+
+def pretrained(setup: Setup) -> Any:
+    """The module before any training, for its features."""
+    module = starting_module(setup.model, None)
+    if not getattr(module, "classes", True) and hasattr(module, "add_classes"):
+        module.add_classes(["any"])  # a head has to have a row; the features do not depend on it
+    return setup.placed(module)
+
+
+def measure_untrained(
+    setup: Setup,
+    folder: Path,
+    parent: Version | None,
+    rows: Sequence[Row],
+    slices: Mapping[str, list[Row]],
+    said: Mapping[str, Predictions],
+) -> None:
+    """Compare a new version with a classifier that has learned the same records in closed form.
+
+    The sums of the classifier are those of the version before and the records of this update. They are written to the
+    folder of the new version, with the result. Nothing is written if the settings leave it out, the module has no
+    features or is not trained itself, labels are not single classes, or the version before has no such sums.
 
     Args:
-        module: The pretrained module, with a ``tokenizer`` and ``features(batch)``.
-        rows: Records that the update is trained on.
-        parent: Folder of the classifier of the version before; None for a first version.
-        folder: Folder to write.
-        label: Field with the label.
-        reading: ``text``, ``batch_size`` and ``max_length``, as for :func:`~evertune.live.evaluation.evaluate`.
-
-    Returns:
-        The classifier and its classes; None if the version before has none, of this encoder.
+        setup: What all updates have in common.
+        folder: Folder of the new version.
+        parent: The version that the update starts from.
+        rows: Records that the update was trained on.
+        slices: Held-out records by the name of their slice.
+        said: The new version's predictions for them.
     """
-    settings = {name: str(module.hparams.get(name)) for name in _SETTINGS}
-    known = _About([], settings)
-    if parent is not None:
-        if not (parent / _ABOUT).is_file():
-            return None
-        known = read_json(_About, (parent / _ABOUT).read_bytes())
-        if known.settings != settings:
-            return None
-    features = torch.from_numpy(features_of_rows(module, rows, **reading))
-    labels = [str(row["record"][label]) for row in rows]
+    model, labels = setup.model, [setup.label_of(row) for row in rows]
+    if not setup.settings.untrained or isinstance(model, AnalyticClassificationModule):
+        return
+    if not callable(getattr(model, "features", None)) or not all(isinstance(label, str) for label in labels):
+        return
+    known = _About([], {name: str(model.hparams.get(name)) for name in _SETTINGS})
+    before = None if parent is None else setup.versions.folder(parent) / _FOLDER
+    if before is not None:
+        if not (before / _ABOUT).is_file():
+            return
+        stored = read_json(_About, (before / _ABOUT).read_bytes())
+        if stored.settings != known.settings:
+            return
+        known = stored
     classes = list(dict.fromkeys([*known.classes, *labels]))
+    some = [(name, row) for name, chosen in thin(dict(slices), _ENOUGH).items() for row in chosen]
+    try:
+        module = pretrained(setup)
+        features = torch.from_numpy(features_of_rows(module, [*rows, *(row for _, row in some)], **setup.reading))
+    except (TypeError, KeyError, AttributeError) as error:
+        logger.warning("what no training would give is not known: %s: %s", type(error).__name__, error)
+        return
     head = AnalyticHead(features.shape[1], len(known.classes) or len(classes))
-    if parent is not None:
-        head.load_state_dict(load_file(parent / _SUMS))
+    if before is not None:
+        head.load_state_dict(load_file(before / _SUMS))
         head.grow(len(classes))
     numbers = {name: number for number, name in enumerate(classes)}
-    head.update(features, torch.tensor([numbers[name] for name in labels]))
+    head.update(features[: len(rows)], torch.tensor([numbers[label] for label in labels]))
     head.solve()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(head.state_dict(), folder / _SUMS)
-    (folder / _ABOUT).write_text(json.dumps(asdict(_About(classes, settings))) + "\n", encoding="utf-8")
-    return head, classes
-
-
-def compare(
-    module: Any,
-    head: AnalyticHead,
-    classes: Sequence[str],
-    slices: Mapping[str, Sequence[Row]],
-    said: Mapping[str, Predictions],
-    label: str,
-    **reading: Any,
-) -> NoTraining | None:
-    """Compare a version with the classifier on held-out records; None without records.
-
-    Args:
-        module: The pretrained module.
-        head: The classifier.
-        classes: Its classes.
-        slices: Records by the name of their slice.
-        said: Predictions of the version for these records, and possibly for others.
-        label: Field with the label.
-        reading: As for :func:`learn`.
-    """
-    rows = [row for chosen in slices.values() for row in chosen]
-    if not rows:
-        return None
-    answers = head(torch.from_numpy(features_of_rows(module, rows, **reading))).argmax(1).tolist()
-    right = [classes[answer] == row["record"][label] for answer, row in zip(answers, rows, strict=True)]
-    of_version = []
-    for name, chosen in slices.items():
-        places = {one: place for place, one in enumerate(said[name].ids)}
-        of_version += [bool(said[name].correct[places[row["id"]]]) for row in chosen]
-    return NoTraining(sum(right) / len(rows), sum(of_version) / len(rows), len(rows))
+    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    save_file(head.state_dict(), folder / _FOLDER / _SUMS)
+    (folder / _FOLDER / _ABOUT).write_text(json.dumps(asdict(_About(classes, known.settings))) + "\n", encoding="utf-8")
+    if some:
+        answers = head(features[len(rows) :]).argmax(1).tolist()
+        right = sum(classes[answer] == setup.label_of(row) for answer, (_, row) in zip(answers, some, strict=True))
+        correct = {name: dict(zip(one.ids, one.correct.tolist(), strict=True)) for name, one in said.items()}
+        found = NoTraining(
+            right / len(some), sum(bool(correct[name][row["id"]]) for name, row in some) / len(some), len(some)
+        )
+        write_atomically(folder / UNTRAINED, as_json(asdict(found)))

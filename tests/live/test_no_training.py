@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from evertune.callbacks import Replay
 from evertune.lightning_modules import AnalyticClassificationModule
 from evertune.live.no_training import NoTraining
+from evertune.live.settings import UpdateSettings
 from evertune.live.triggers import Volume
-from evertune.live.update import Updater, UpdateSettings
+from evertune.live.update import Updater
 from evertune.registry.registry import Registry
 from evertune.sources.folder import FolderSource
 from evertune.sources.schema import RecordSchema
@@ -47,7 +48,7 @@ def test_each_version_has_the_sums_of_all_records_so_far(folder: Path) -> None:
 
 def test_the_outcome_says_what_no_training_would_give(folder: Path, tmp_path: Path) -> None:
     registry = Registry(folder / "registry")
-    stored = json.loads(registry.version(2).read("evaluation.json"))["untrained"]
+    stored = json.loads(registry.version(2).read("untrained/accuracy.json"))
     assert stored["records"] == sum(entry.examples for entry in registry.version(2).manifest.slices)
     assert 0 <= stored["accuracy"] <= 1
     words = NoTraining(0.875, 0.9, 40).words
@@ -96,5 +97,5 @@ def test_a_model_without_training_is_kept_up_to_date(tmp_path: Path) -> None:
     module = AnalyticClassificationModule.from_pretrained(tmp_path / "registry/versions/2/model")
     trained_on = sum(registry.version(number).manifest.records["train"] for number in (1, 2))
     assert module.head.statistics.n.tolist() == [trained_on]
-    assert "untrained" not in json.loads(registry.version(2).read("evaluation.json"))
+    assert "untrained/accuracy.json" not in registry.version(2).manifest.files
     assert registry.version(2).manifest.metrics.average_accuracy > 0.5
