@@ -134,7 +134,7 @@ def measure_update(n: int, first: int, epochs: int, n_fisher: int) -> dict[str, 
             schema=RecordSchema(id="id"),
             data={"batch_size": 32, "max_length": 64},
             trigger=Volume(1),
-            settings=UpdateSettings(),
+            settings=UpdateSettings(untrained=False),
         )
         for part, size in (("a", first), ("b", n)):
             chosen = [next(records) for _ in range(size)]

@@ -416,6 +416,15 @@ def give_loader_states(trainer: Any) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
+def set_precision(trainer: Any, precision: str) -> None:
+    """Set the precision of a trainer that has none of DeepSpeed's or FSDP's: ``"32-true"`` or ``"bf16-mixed"``."""
+    plugins, strategy = import_module(f"{package_of(trainer) or package()}.plugins"), trainer.strategy
+    mixed = precision == "bf16-mixed"
+    plugin = plugins.MixedPrecision(precision, strategy.root_device.type) if mixed else plugins.Precision()
+    if strategy.precision_plugin.precision != plugin.precision:
+        strategy.precision_plugin = plugin
+
+
 def before_transfer(module: Any, batch: Any) -> Any:
     """A batch after the module's hook ``on_before_batch_transfer``, which runs before the move to the device."""
     return module._on_before_batch_transfer(batch, dataloader_idx=0)

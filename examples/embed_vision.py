@@ -77,7 +77,7 @@ def learn(callbacks: list[pl.Callback]) -> tuple[float, float]:
 
 def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    methods = {"no callbacks": [], "Replay + EWC": [Replay(memory_size=100), EWC(ewc_lambda=10.0)]}
+    methods = {"no callbacks": [], "Replay + EWC": [Replay(memory_size=100), EWC()]}
     print(f"{'':14}{'digits 0-4':>12}{'digits 5-9':>12}")
     for name, callbacks in methods.items():
         old, new = learn(callbacks)

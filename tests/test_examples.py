@@ -34,7 +34,7 @@ def test_a_module_unaware_of_evertune_forgets_without_the_callbacks_and_not_with
     vision = example("embed_vision")
     old, new = vision.learn([])
     assert old < 0.5 and new > 0.85
-    old, new = vision.learn([vision.Replay(memory_size=100), vision.EWC(ewc_lambda=10.0)])
+    old, new = vision.learn([vision.Replay(memory_size=100), vision.EWC()])
     assert old > 0.85 and new > 0.85
 
 

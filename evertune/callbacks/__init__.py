@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.weight_method import WeightMethod as WeightMethod
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
     from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
+    from evertune.training.fastest import Fastest as Fastest
     from evertune.training.heartbeat import Heartbeat as Heartbeat
     from evertune.training.preemption import Preempted as Preempted
     from evertune.training.preemption import Preemption as Preemption
@@ -32,6 +33,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.weight_method": "WeightMethod",
         "evertune.training.checkpoint": "UpdateCheckpoint",
         "evertune.training.evaluation": "ContinualEvaluation",
+        "evertune.training.fastest": "Fastest",
         "evertune.training.heartbeat": "Heartbeat",
         "evertune.training.preemption": "Preempted Preemption",
     },

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from evertune._lightning import pl, rank_zero_warn
+from evertune._lightning import pl, rank_zero_info, rank_zero_warn
 from evertune.callbacks.examples import ExampleSampler
 from evertune.callbacks.weight_method import WeightMethod
-from evertune.importance.fisher import Estimator, Logits, Targets, check_fisher, estimate_fisher
+from evertune.importance.fisher import (
+    EXACT_UP_TO,
+    Checked,
+    Estimator,
+    Logits,
+    Targets,
+    check_fisher,
+    estimate_fisher,
+)
 from evertune.shards.penalty import QuadraticPenalty
 from evertune.shards.shards import ParameterShards
-from evertune.tasks.base import Likelihood
 from evertune.utils.batches import batch_size_of, take
 from evertune.utils.evaluation import trial
 
 _EXAMPLES = "evertune.ewc.examples"
 """Key in a checkpoint of the batches that all ranks hold for the next estimation of the Fisher."""
+
+BOUND = 0.1
+"""Backward passes of an automatic estimation, at most, for each example that was trained on."""
+AT_LEAST = 16
+"""Backward passes of an automatic estimation of the smallest experiences: fewer examples say nothing about a model."""
+EXACT_FROM = 100
+"""Number of examples from which an automatic estimation prefers the exact Fisher to a sampled one on more of them."""
 
 
 class EWC(WeightMethod):
@@ -37,18 +52,27 @@ class EWC(WeightMethod):
     paper. A sum of quadratics is a quadratic, so this costs no more memory: ``F`` is the sum of the importances and
     ``anchor`` their weighted mean (Huszar 2018).
 
+    ``notes``, saved with the state, says how the importance of the latest experience was estimated: ``estimator``,
+    ``examples``, ``trained`` (on how many, over all epochs) and ``normalize``.
+
     Args:
-        ewc_lambda: Strength of the penalty, not negative. The Fisher is a mean over examples, so it does not depend on
-            the size of the data. Values from 1 to 10,000 are common; tune it. Default: 100.
+        ewc_lambda: Strength of the penalty, not negative: its mean curvature, over the weights that matter at all and
+            after one experience. Default: 0.1, near the best of every model and stream that it was tried on; from 0.03
+            to 1 is worth a try. With ``normalize=False``, 10 to 100,000 are common.
         mode: ``"online"`` (default) or ``"separate"``.
         gamma: Factor in [0, 1] by which the old importance decays per experience. Only for ``"online"``. Default: 1 (no
             decay).
-        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"`` (default): exact for
-            examples with up to 32 classes (times positions that count), sampled for the others. All but ``"batched"``
-            square per example, so the result depends neither on the batch size nor on the number of ranks (van de Ven
-            2025). See :func:`evertune.importance.estimate_fisher`.
-        n_examples: Number of training examples of an experience, over all ranks, on which the Fisher is estimated. 500
-            (default) lose 0.3 points of accuracy against all of them (van de Ven 2025).
+        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"`` (default): exact or
+            sampled, with at most one backward pass for every ten examples trained on (counted over the epochs, without
+            replayed ones), or 16. It is exact for up to 32 classes if that leaves 100 examples, or all. All but
+            ``"batched"`` square per example, so the result depends neither on the batch size nor on the number of ranks
+            (van de Ven 2025). See :func:`evertune.importance.estimate_fisher`.
+        n_examples: Number of training examples of an experience, over all ranks, on which the Fisher is estimated; with
+            ``"auto"``, the maximum. 500 (default) lose 0.3 points of accuracy against all of them (van de Ven 2025).
+        normalize: Whether the Fisher of each experience is divided by its mean over all weights where it is not 0
+            (default). ``ewc_lambda`` then means the same on a model of any size, however sure of its answers it is
+            (Schwarz et al. 2018 normalize for this reason), and no weight is pulled beyond its anchor in a plain
+            gradient step: ``ewc_lambda * F_i`` is at most ``1 / learning_rate``. False is EWC as published.
         batch_size: Examples per rank and pass in the estimation. Changes speed and memory, not the result. Default: 16.
         logits: Function ``(module, batch) -> tensor [batch, ..., classes]``. By default the module's task finds the
             logits (:meth:`evertune.tasks.Task.outputs`): it calls the module on the batch without its targets.
@@ -63,7 +87,7 @@ class EWC(WeightMethod):
 
     Example::
 
-        trainer = pl.Trainer(max_epochs=3, callbacks=[EWC(ewc_lambda=100.0)])
+        trainer = pl.Trainer(max_epochs=3, callbacks=[EWC()])
         trainer.fit(module, first_data)  # learns freely, then remembers what mattered
 
         trainer = pl.Trainer(max_epochs=3, callbacks=trainer.callbacks)
@@ -74,11 +98,12 @@ class EWC(WeightMethod):
 
     def __init__(
         self,
-        ewc_lambda: float = 100.0,
+        ewc_lambda: float = 0.1,
         mode: Literal["online", "separate"] = "online",
         gamma: float = 1.0,
         estimator: Estimator = "auto",
         n_examples: int = 500,
+        normalize: bool = True,
         batch_size: int = 16,
         logits: Logits | None = None,
         targets: Targets | None = None,
@@ -103,22 +128,27 @@ class EWC(WeightMethod):
         self.gamma = gamma
         self.estimator = estimator
         self.n_examples = n_examples
+        self.normalize = normalize
         self.batch_size = batch_size
         self.logits = logits
         self.targets = targets
         self.seed = seed
         self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
-        self._likelihood: Likelihood | None = None  # determined at the first batch of each fit
+        self._checked: Checked | None = None  # determined at the first batch of each fit
+        self._has_told = False  # that the bound applies
+        self._learning_rate = 0.0  # the highest of this fit
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the requirements, and note from now on what is trained on."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._likelihood = None
+            self._checked = None
             self._examples.setup(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._learning_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         super().on_train_start(trainer, pl_module)
         self._examples.on_train_start(trainer)
 
@@ -126,8 +156,8 @@ class EWC(WeightMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._likelihood is None:
-            self._likelihood = self._try_to_estimate(trainer, pl_module, batch)
+        if self._checked is None:
+            self._checked = self._try_to_estimate(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,13 +166,13 @@ class EWC(WeightMethod):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._examples.see(trainer, batch, batch_idx)
 
-    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Likelihood:
+    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Checked:
         """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
         advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
         shards = self._shards or ParameterShards.of(trainer)
         with trial(f"EWC cannot estimate the importance of the weights of {type(module).__name__}", advice):
             size = batch_size_of(batch)
-            likelihood = check_fisher(
+            checked = check_fisher(
                 module,
                 take(batch, list(range(min(size, self.batch_size))), size),
                 shards,
@@ -152,7 +182,7 @@ class EWC(WeightMethod):
                 forward_context=trainer.precision_plugin.forward_context,
             )
         shards.release()
-        return likelihood
+        return checked
 
     def consolidate(
         self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards
@@ -177,24 +207,71 @@ class EWC(WeightMethod):
 
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
         """The diagonal Fisher on a sample of the experience's examples: one tensor per fragment."""
+        n_sample, n_trained = self._examples.counts(trainer)
+        estimator, n_examples = self._affordable(n_sample, n_trained)
         fisher = estimate_fisher(
             module,
-            self._examples.batches(trainer),
+            self._examples.batches(trainer, n_examples),
             shards,
-            estimator=self.estimator,
+            estimator=estimator,
             logits=self.logits,
             targets=self.targets,
-            likelihood=self._likelihood,
+            likelihood=None if self._checked is None else self._checked.likelihood,
             seed=self.seed + self.experience_index,
             forward_context=trainer.precision_plugin.forward_context,
         )
+        if self.normalize:
+            _normalize(fisher, shards)
         shards.release()
         self._examples.forget()
+        self.notes = {"estimator": estimator, "examples": n_examples, "trained": n_trained, "normalize": self.normalize}
         return fisher
+
+    def _affordable(self, n_sample: int, n_trained: int) -> tuple[Estimator, int]:
+        """The estimator, and on how many examples: with ``"auto"``, what takes a tenth of the training at most.
+
+        The cost is counted in backward passes, not in seconds, so that the choice is reproducible and the same at any
+        batch size and number of ranks.
+
+        Args:
+            n_sample: Number of examples that can be drawn.
+            n_trained: Number of examples trained on in the experience, over all its epochs.
+        """
+        if self.estimator != "auto":
+            return self.estimator, n_sample
+        budget = max(AT_LEAST, int(BOUND * n_trained))
+        passes = None if self._checked is None else self._checked.exact_passes
+        estimator: Estimator = "sampled"
+        n_examples = min(n_sample, budget)
+        if passes is not None and passes <= EXACT_UP_TO:
+            n_exact = min(n_sample, budget // max(passes, 1))
+            if n_exact >= min(EXACT_FROM, n_examples):
+                estimator, n_examples = "exact", n_exact
+        if n_examples < n_sample and not self._has_told:
+            rank_zero_info(
+                f"EWC bounds the Fisher to a tenth of the training ({n_trained:,} examples): {estimator}, on "
+                f"{n_examples:,} of {n_sample:,} examples; to spend more, set estimator= and n_examples="
+            )
+            self._has_told = True
+        return estimator, n_examples
+
+    def check_notes(self, notes: Mapping[str, Any], origin: str) -> None:
+        """Refuse an importance of another scale: the two cannot be added."""
+        found = bool(notes.get("normalize", False))
+        if found != self.normalize:
+            raise ValueError(
+                f"{origin} holds importance that was estimated with normalize={found}, and this EWC has "
+                f"normalize={self.normalize}: keep the setting, or start with a new EWC"
+            )
 
     def prepare(self, shards: ParameterShards) -> None:
         """Build the penalty once for all steps, restricted to the weights that have importance."""
-        self._penalty = QuadraticPenalty(shards, self.tensors["importance"], self.tensors["anchor"])
+        importance = self.tensors["importance"]
+        if self.normalize and self.ewc_lambda * self._learning_rate > 0:
+            # A stronger pull would overshoot the anchor in a plain gradient step, and a much stronger one diverge.
+            most = 1 / (self.ewc_lambda * self._learning_rate)
+            importance = [one.clamp(max=most) if one.numel() and one.max() > most else one for one in importance]
+        self._penalty = QuadraticPenalty(shards, importance, self.tensors["anchor"])
 
     def add_to_gradient(self, shards: ParameterShards) -> None:
         """Add the gradient of the penalty, in place."""
@@ -227,3 +304,15 @@ class EWC(WeightMethod):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if _EXAMPLES in checkpoint:
             self._examples.load_state_dict(checkpoint[_EXAMPLES], trainer)
+
+
+def _normalize(importance: list[Tensor], shards: ParameterShards) -> None:
+    """Divide the importance by its mean over all weights, on all ranks, that have any. In place."""
+    sums = [torch.stack((one.sum(dtype=torch.float64), (one > 0).sum().double())) for one in importance]
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+    if shards.sharded:
+        shards.sum_over_ranks(total)
+    mean = float(total[0] / total[1])
+    if mean > 0:  # NaN if no weight has any
+        for one in importance:
+            one.div_(mean)

@@ -13,7 +13,7 @@ from evertune._lightning import move_data_to_device, pl, rank_zero_warn, return_
 from evertune.callbacks.trained import record_batches, recorded_batches
 from evertune.importance.fisher import IndexedBatch
 from evertune.memory.codec import decode, encode
-from evertune.utils.batches import batch_size_of, to_device
+from evertune.utils.batches import batch_size_of, take, to_device
 from evertune.utils.collectives import gather_bytes
 
 
@@ -25,7 +25,7 @@ class ExampleSampler:
     (``splits_fit``), examples cannot be read again: a uniform sample of the trained batches is held instead.
 
     Args:
-        n_examples: Number of examples over all ranks; fewer if the experience has fewer.
+        n_examples: Maximum number of examples over all ranks; fewer if the experience has fewer.
         batch_size: Examples per batch and rank when drawing by index.
         seed: Seed of the draw.
     """
@@ -80,15 +80,33 @@ class ExampleSampler:
             indices = [first + i * trainer.world_size if i < n_new else -1 for i in range(size)]
             self._held[slot : slot + 1] = [IndexedBatch(batch, indices)]
 
-    def batches(self, trainer: pl.Trainer) -> Iterator[IndexedBatch]:
-        """The sample as batches on the module's device, without replayed examples; equally many on all ranks."""
+    def counts(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """The number of examples in the sample, and of all examples trained on in this experience, over all ranks.
+
+        An example that was trained on twice counts twice in the second. Both are the same at any world size. Call on
+        every rank.
+        """
+        batches = recorded_batches(trainer.train_dataloader)
+        if batches is not None:
+            return min(len(batches.trained()), self._n_examples), batches.n_trained()
+        n_held = self._n_held(trainer)
+        return n_held, round(self._seen * n_held / max(len(self._held), 1))
+
+    def batches(self, trainer: pl.Trainer, n_examples: int) -> Iterator[IndexedBatch]:
+        """The sample as batches on the module's device, without replayed examples; equally many on all ranks.
+
+        Args:
+            trainer: Trainer of the experience that ends.
+            n_examples: Number of examples to draw from the sample, over all ranks; at least one on each rank if batches
+                are held.
+        """
         loader: Any = trainer.train_dataloader
         batches = recorded_batches(loader)
         if batches is None:
-            yield from self._held
+            yield from self._some_held(trainer, n_examples)
             return
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self._seed)).numpy()
-        drawn = order[np.isin(order, batches.trained())][: self._n_examples].tolist()
+        drawn = order[np.isin(order, batches.trained())][:n_examples].tolist()
         rank, world_size = trainer.global_rank, trainer.world_size
         collate = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)  # without the replayed examples
         for start in range(0, len(drawn), self._batch_size * world_size):
@@ -98,6 +116,25 @@ class ExampleSampler:
             indices = list(range(start + rank, end, world_size)) or [-1]
             batch = collate([loader.dataset[drawn[index]] for index in indices])
             yield IndexedBatch(to_device(trainer, batch), indices)
+
+    def _n_held(self, trainer: pl.Trainer) -> int:
+        """The number of examples held by all ranks. Call on every rank."""
+        own = sum(index >= 0 for batch in self._held for index in batch.indices)
+        return sum(int(part) for part in gather_bytes(str(own).encode(), trainer))
+
+    def _some_held(self, trainer: pl.Trainer, n_examples: int) -> Iterator[IndexedBatch]:
+        """Held batches, drawn at random, with about as many examples over all ranks; equally many on all ranks."""
+        n_held = self._n_held(trainer)
+        if n_examples >= n_held:
+            yield from self._held
+            return
+        n_batches = max(1, len(self._held) * n_examples // n_held)
+        room = max(1, n_examples // (n_batches * trainer.world_size))
+        # Seeded by the count of batches alone, so that all ranks draw the same slots.
+        for slot in np.random.default_rng((self._seed, self._seen)).permutation(len(self._held))[:n_batches]:
+            indices = self._held[slot].indices
+            rows = [row for row, index in enumerate(indices) if index >= 0][:room] or [0]
+            yield IndexedBatch(take(self._held[slot].batch, rows, len(indices)), [indices[row] for row in rows])
 
     def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The batches held by all ranks, or the indices that they have trained on, as tensors. Call on every rank."""

@@ -41,6 +41,7 @@ class RecordedBatches(BatchSampler):
         self._given: deque[list[int]] = deque()  # batches of this pass that are not counted yet
         self._first = 0  # number of the first of them in the pass
         self._counted = n_started(trainer)
+        self._passes = 0.0  # over the batches, as far as they are counted
 
     def __getattr__(self, name: str) -> Any:
         if name == "_batches":
@@ -70,6 +71,7 @@ class RecordedBatches(BatchSampler):
             self._trained[self._given.popleft()] = True
             self._counted += 1
             self._first += 1
+            self._passes += 1 / len(self._batches)
 
     def index_of(self, batch: int, place: int) -> int | None:
         """The index of an example of a batch of this pass, None if the batch has been trained on."""
@@ -80,10 +82,16 @@ class RecordedBatches(BatchSampler):
         """The indices that any rank has trained on, ascending. Call on every rank."""
         return np.flatnonzero(_mask(self._everyones(), len(self._trained)))
 
+    def n_trained(self) -> int:
+        """The number of examples trained on over all ranks; one that was trained on twice counts twice."""
+        self._count()
+        return round(self._passes * len(self._trained))
+
     def state_dict(self) -> dict[str, Any]:
-        """The trained indices of all ranks, as bits. Call on every rank."""
+        """The trained indices of all ranks, as bits, and the passes over the data. Call on every rank."""
         bits = torch.from_numpy(self._everyones())
-        return {"experience": experience_name(self._trainer), "examples": len(self._trained), "bits": bits}
+        about = {"experience": experience_name(self._trainer), "examples": len(self._trained)}
+        return {**about, "bits": bits, "passes": self._passes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`. Call it in ``on_train_start``."""
@@ -91,6 +99,7 @@ class RecordedBatches(BatchSampler):
         here, n_examples = experience_name(self._trainer), len(self._trained)
         if state["examples"] == n_examples and state["experience"] == here:
             self._trained |= _mask(state["bits"].numpy(), n_examples)
+            self._passes += state["passes"]
             return
         was, now = state["experience"] or "its data", here or "this fit"
         rank_zero_warn(

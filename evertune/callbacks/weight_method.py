@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,7 @@ class WeightMethod(ContinualCallback):
     Attributes:
         tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
         tensors: The tensors by name, one flat tensor per fragment; empty until an experience has been learned.
+        notes: What to know about the tensors, JSON values that are saved with them. :meth:`consolidate` sets it.
 
     Example::
 
@@ -57,6 +59,7 @@ class WeightMethod(ContinualCallback):
     tensor_names: ClassVar[tuple[str, ...]] = ()
     time_part = "importance"
 
+    notes: Mapping[str, Any] = MappingProxyType({})
     _state: FragmentState | None = None
     _saved_in: Path | None = None  # the folder passed to load(), until a fit reads it
     _shards: ParameterShards | None = None  # within a fit
@@ -85,6 +88,14 @@ class WeightMethod(ContinualCallback):
 
     def prepare(self, shards: ParameterShards) -> None:
         """Build what :meth:`add_to_gradient` needs. Called when a fit starts and whenever the tensors change."""
+
+    def check_notes(self, notes: Mapping[str, Any], origin: str) -> None:
+        """Raise ``ValueError`` if this method cannot continue from tensors with these notes.
+
+        Args:
+            notes: The :attr:`notes` saved with the tensors.
+            origin: Where they were found, for the message.
+        """
 
     # --- their life
 
@@ -198,13 +209,16 @@ class WeightMethod(ContinualCallback):
         """Tensors and numbers only; under ZeRO, the tensors are in the checkpoint's own folder."""
         state: dict[str, Any] = {"experience_index": self.experience_index}
         if self._state is not None and not self._state.sharded:
-            state |= self._state.state_dict()
+            state |= {**self._state.state_dict(), "notes": dict(self.notes)}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from :meth:`state_dict`."""
+        if "tensors" in state_dict:
+            self.check_notes(state_dict["notes"], "the checkpoint")
         self.experience_index = state_dict["experience_index"]
         if "tensors" in state_dict:
+            self.notes = state_dict["notes"]
             self._state, self._saved_in = FragmentState.from_state_dict(state_dict), None
 
     def on_load_checkpoint(
@@ -225,7 +239,7 @@ class WeightMethod(ContinualCallback):
             raise ValueError(
                 f"{name} has nothing to save: no experience has been learned, or a loaded one not yet used"
             )
-        self._state.save(directory, {"experience_index": self.experience_index})
+        self._state.save(directory, {"experience_index": self.experience_index, "notes": dict(self.notes)})
 
     def load(self, directory: str | Path) -> None:
         """Check a folder that :meth:`save` wrote and use it from the next fit on, at any world size.
@@ -241,6 +255,9 @@ class WeightMethod(ContinualCallback):
             raise ValueError(f"{directory} holds fragments that {name} has not saved: they have no experience_index")
         if (found := saved_kinds(directory)) != sorted(self.tensor_names):
             raise ValueError(f"{directory} holds the tensors {found}, but {name} keeps {sorted(self.tensor_names)}")
+        notes = dict(extra.get("notes", {}))
+        self.check_notes(notes, str(directory))
+        self.notes = notes
         self.experience_index = int(extra["experience_index"])
         self._saved_in = Path(directory)
 

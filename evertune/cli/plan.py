@@ -61,7 +61,7 @@ RESERVE = 0.1
 
 _PREFIX = "evertune_deepspeed_"
 
-_PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}
+_PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true", "auto": "bf16-mixed"}
 _MOST_GPUS = 4096  # in all, up to which more nodes are tried
 
 

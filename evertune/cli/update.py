@@ -176,6 +176,7 @@ def update(arguments: Sequence[str]) -> int:
         if watched:
             facts = {} if outcome.verdict is None else outcome.verdict.to_dict()
             about = {"event": "verdict" if facts else "outcome", "status": outcome.status, "version": outcome.version}
+            about |= {"untrained": outcome.untrained} if outcome.untrained else {}
             logger.info("%s", outcome.words, extra={**about, **facts})
             return outcome.code
     screen = console()
@@ -183,6 +184,8 @@ def update(arguments: Sequence[str]) -> int:
         screen.print(outcome.verdict.table())
     if outcome.status != "trained":  # the words of the other ranks
         screen.print(outcome.words, soft_wrap=True)
+    if outcome.untrained:
+        screen.print(outcome.untrained, soft_wrap=True)
     if "training" in outcome.seconds:
         from evertune.reports.summary import spent
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -165,6 +165,19 @@ def estimate_fisher(
     return fisher.mean()
 
 
+class Checked(NamedTuple):
+    """What :func:`check_fisher` finds.
+
+    Args:
+        likelihood: What the logits parametrise.
+        exact_passes: Backward passes that ``"exact"`` takes for an example; None if they vary, because an example has
+            several positions.
+    """
+
+    likelihood: Likelihood
+    exact_passes: int | None
+
+
 def check_fisher(
     module: pl.LightningModule,
     batch: Any,
@@ -174,7 +187,7 @@ def check_fisher(
     logits: Logits | None = None,
     targets: Targets | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Likelihood:
+) -> Checked:
     """Raise now what :func:`estimate_fisher` would raise later, using forward passes only. Call on every rank.
 
     Args:
@@ -183,7 +196,7 @@ def check_fisher(
         shards: The weights. This and all further arguments are as for :func:`estimate_fisher`.
 
     Returns:
-        What the logits parametrise.
+        What the logits parametrise, and the cost of the exact Fisher.
 
     Raises:
         TypeError: As for :func:`estimate_fisher`.
@@ -198,7 +211,9 @@ def check_fisher(
         run.check_apart(alone, outputs.logits)
         run.steps(outputs, range(size), 0)
         assert run.likelihood is not None
-        return run.likelihood
+        width = outputs.logits.shape[-1]
+        passes = width - (run.likelihood == "categorical")
+        return Checked(run.likelihood, passes if outputs.logits.ndim == 2 else None)
 
 
 class _Run:

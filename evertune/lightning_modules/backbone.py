@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from evertune.utils.pretrained import load_config, load_model
 
 Pooling = Literal["auto", "mean", "cls", "last"]
+Attention = Literal["auto", "sdpa", "eager"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
-def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
+def load_backbone(model_name_or_path: str, dropout: float | None = None, attention: Attention = "auto") -> Any:
     """Load a pretrained transformer without a head, in torch's default dtype and in training mode.
 
     A pooler is removed, because nothing would train it.
@@ -24,11 +25,12 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
     Args:
         model_name_or_path: Name on the Hugging Face hub, or folder.
         dropout: Replaces every dropout probability of the configuration; None (default) keeps them.
+        attention: Implementation of attention. ``auto`` (default) is the model's own.
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If its weights are damaged, incomplete or a pickle, it asks for code that comes with it, or it is an
-            encoder-decoder.
+        ValueError: If it has no such attention, its weights are damaged, incomplete or a pickle, it asks for code that
+            comes with it, or it is an encoder-decoder.
     """
     from safetensors import SafetensorError
 
@@ -40,7 +42,11 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None) -> Any:
     try:
         with quiet_transformers():
             backbone, info = load_model(
-                model_name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
+                model_name_or_path,
+                config=config,
+                dtype=torch.get_default_dtype(),
+                output_loading_info=True,
+                **({} if attention == "auto" else {"attn_implementation": attention}),
             )
     except SafetensorError as error:
         raise ValueError(f"the weights in {model_name_or_path} are damaged or cut short: {error}") from None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evertune.lightning_modules.backbone import POOLINGS, Pooling, pool, resolve_pooling
+from evertune.lightning_modules.backbone import POOLINGS, Attention, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
 from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
@@ -76,6 +76,7 @@ class SequenceClassificationModule(TransformerModule):
             the head.
         freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
         dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
+        attention: ``auto`` (default), ``sdpa`` or ``eager``, see :class:`TransformerModule`.
 
     Raises:
         ValueError: If an argument is out of range; the message names the allowed values.
@@ -110,6 +111,7 @@ class SequenceClassificationModule(TransformerModule):
         freeze_layers: int = 0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
+        attention: Attention = "auto",
     ) -> None:
         if head not in get_args(HeadKind):
             raise ValueError(f"head must be one of {list(get_args(HeadKind))}, got {head!r}")
@@ -129,6 +131,7 @@ class SequenceClassificationModule(TransformerModule):
             freeze_layers=freeze_layers,
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,
+            attention=attention,
         )
         self.head_kind = head
         self._head_ignores_norms = head == "cosine"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
 
 from evertune._lightning import LightningModule, either, rank_zero_warn
-from evertune.lightning_modules.backbone import accepted_inputs, freeze, load_backbone, skeleton
+from evertune.lightning_modules.backbone import Attention, accepted_inputs, freeze, load_backbone, skeleton
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
@@ -60,6 +60,9 @@ class TransformerModule(LightningModule):
         freeze_word_embeddings: Whether to freeze the word embeddings, which saves time and memory (half of MiniLM's
             weights) and keeps rare words as they are. Default: False.
         dropout: Replaces every dropout probability of the model; None (default) keeps the model's own.
+        attention: Implementation of attention, ``sdpa`` or ``eager``. ``auto`` (default) is the model's own, or what is
+            fastest on the machine with :class:`~evertune.callbacks.Fastest`, which
+            ``ContinualTrainer(precision="auto")`` adds.
 
     Raises:
         ValueError: If an argument is out of range; the message names the allowed values.
@@ -81,6 +84,7 @@ class TransformerModule(LightningModule):
         freeze_layers: int = 0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
+        attention: Attention = "auto",
     ) -> None:
         super().__init__()
         if learning_rate is not None and learning_rate <= 0:
@@ -97,6 +101,8 @@ class TransformerModule(LightningModule):
             raise ValueError(f"freeze_layers must be -1 (all), 0 (none) or a number of layers, got {freeze_layers}")
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention must be one of {list(get_args(Attention))}, got {attention!r}")
         self.save_hyperparameters()
         self.model_name_or_path = locate(str(model_name_or_path))
         self.learning_rate = learning_rate
@@ -107,6 +113,7 @@ class TransformerModule(LightningModule):
         self.freeze_layers = freeze_layers
         self.freeze_word_embeddings = freeze_word_embeddings
         self.dropout = dropout
+        self.attention = attention
         self.backbone = None
         self._tokenizer: Any = None
         self._saved: Path | None = None
@@ -118,7 +125,7 @@ class TransformerModule(LightningModule):
         if self.backbone is not None:
             return
         with self._zero_3():
-            self.backbone = load_backbone(self.model_name_or_path, self.dropout)
+            self.backbone = load_backbone(self.model_name_or_path, self.dropout, self.attention)
         freeze(self.backbone, self.freeze_layers)
         if self.freeze_word_embeddings:
             self.backbone.get_input_embeddings().requires_grad_(False)

@@ -105,6 +105,19 @@ def without_training(
     return said
 
 
+def features_of_rows(
+    module: Any,
+    rows: Sequence[Row],
+    text: str | Sequence[str] = "text",
+    label: str = "label",
+    batch_size: int = 64,
+    max_length: int = 128,
+) -> np.ndarray:
+    """The features of records, ``[records, features]`` in float64; the arguments are those of :func:`evaluate`."""
+    with _predicting(module):
+        return features_of(module, columns_of(rows, text), batch_size, max_length)
+
+
 def evaluate_examples(module: Any, examples: Sequence[Any], labels: Sequence[str], batch_size: int = 64) -> Predictions:
     """Whether a module is right on examples that are tokenised already, such as those of a replay memory.
 

@@ -15,10 +15,11 @@ from evertune.gate.label_noise import learned_classes
 from evertune.gate.predictions import Cost, Predictions
 from evertune.gate.verdict import Verdict
 from evertune.live.evaluation import evaluate, evaluate_examples, measure, without_training
+from evertune.live.no_training import measure_untrained, pretrained
 from evertune.live.planning import PlannedUpdate
 from evertune.live.setup import Setup, as_json
 from evertune.live.slices import draw, thin
-from evertune.live.training import MODEL, VERSION, remembered, starting_module
+from evertune.live.training import MODEL, VERSION, remembered
 from evertune.live.versions import EVALUATION
 from evertune.registry.version import Version
 from evertune.sources.base import Row
@@ -60,6 +61,7 @@ def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
         old = {name: Best(update.plan.parent, one) for name, one in past.items()} | setup.gate.standing(before.best)
         # Kept with the new version, as the version that made them may be deleted.
         best = {name: one for name, one in still_best(old, said, setup.gate.alpha).items() if name in asked.slices}
+    measure_untrained(setup, folder, update.records.parent, asked.trained, asked.slices, said)
     # The verdict is written last: a resumed update takes it as proof that the evaluation is complete.
     write_atomically(folder / EVALUATION, as_json(Evaluation(said, best).to_dict()))
     write_atomically(folder / VERDICT, as_json(to_json(verdict.to_dict())))
@@ -171,8 +173,5 @@ def _without_training(
         if all(known.issuperset(setup.task.label_names(setup.label_of(row))) for row in asked.trained):
             return None
     some = thin({name: rows for name, rows in asked.slices.items() if name != asked.new}, _ENOUGH)
-    module = starting_module(setup.model, None)
-    if not getattr(module, "classes", True) and hasattr(module, "add_classes"):
-        module.add_classes(["any"])  # a head has to have a row; the features do not depend on it
     slices = some | {asked.new: asked.slices[asked.new], _SHOWN: asked.shown}
-    return without_training(setup.placed(module), slices, **setup.reading)
+    return without_training(pretrained(setup), slices, **setup.reading)

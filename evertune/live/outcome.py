@@ -25,6 +25,7 @@ class Outcome:
         verdict: Verdict of the gate with every check; None if nothing was judged.
         seconds: Seconds that each stage took, by its name; and the same time by what it was spent on, see
             :attr:`~evertune.registry.Manifest.seconds`.
+        untrained: What no training would give beside this version, as a message for people; empty if not measured.
     """
 
     status: Status
@@ -32,6 +33,7 @@ class Outcome:
     version: int | None = None
     verdict: Verdict | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    untrained: str = ""
 
     @property
     def code(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from evertune.gate.evaluation import Evaluation
 from evertune.gate.verdict import Verdict
 from evertune.live.judging import VERDICT, parsed
+from evertune.live.no_training import UNTRAINED, words_of
 from evertune.live.outcome import Outcome, Status, reasons_of
 from evertune.live.plan import Plan, clear
 from evertune.live.planning import PlannedUpdate
@@ -100,4 +101,8 @@ def finish(
     words = f"version {version.number} is {'in production' if verdict.passed else 'refused'}: {reasons_of(verdict)}"
     if n_again := version.manifest.records.get("sent_again"):
         words += f"; {n_again} records that were held out before were sent again, and stay held out"
-    return Outcome(status, words, version.number, verdict, {**version.manifest.seconds, **seconds})
+    spent, name = {**version.manifest.seconds, **seconds}, UNTRAINED
+    untrained = ""
+    if name in version.manifest.files:
+        untrained = parsed(version.read(name), f"{name} of version {version.number}", words_of)
+    return Outcome(status, words, version.number, verdict, spent, untrained)

@@ -20,6 +20,8 @@ class UpdateSettings:
             replay memory and the pending records. Default: 3; None never rebuilds.
         checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that a crash loses. Default: 200.
         seed: Seed of everything random; the number of the version is added to it.
+        untrained: Whether to measure what no training would give: one forward pass of the pretrained encoder over the
+            new records and 500 held-out ones. Default: True.
 
     Raises:
         ValueError: If a number is out of range.
@@ -32,6 +34,7 @@ class UpdateSettings:
     rebuild_after: int | None = 3
     checkpoint_every_n_steps: int = 200
     seed: int = 0
+    untrained: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.holdout < 1:

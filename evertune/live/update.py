@@ -257,9 +257,10 @@ class Updater:
         return Outcome("trained", "this rank has trained along with the others")
 
     def _carry_out(self, update: PlannedUpdate, seconds: dict[str, float], dry_run: bool) -> Outcome:
-        from evertune.live.judging import judge
+        from evertune.live.judging import judge, parsed
+        from evertune.live.no_training import UNTRAINED, words_of
         from evertune.live.publishing import finish, publish
-        from evertune.live.training import results
+        from evertune.live.training import VERSION, results
 
         plan, setup = update.plan, self._setup
         logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "training", "version": plan.version})
@@ -274,7 +275,9 @@ class Updater:
             status: Status = "promoted" if verdict.passed else "refused"
             words = f"dry run: version {plan.version} would be {status}: {reasons_of(verdict)}"
             spent = with_breakdown({**seconds, **results(setup.staging, plan)["seconds"]})
-            return Outcome(status, words, plan.version, verdict, spent)
+            path = setup.staging / VERSION / UNTRAINED
+            untrained = parsed(path.read_bytes(), path, words_of) if path.is_file() else ""
+            return Outcome(status, words, plan.version, verdict, spent, untrained)
         with timed(seconds, "publish"):
             version = publish(setup, update, verdict, seconds)
             return finish(setup, plan, version, self.source, self.mirror, seconds)

@@ -7,6 +7,7 @@ from evertune.utils.lazy import face
 if TYPE_CHECKING:
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
     from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
+    from evertune.training.fastest import Fastest as Fastest
     from evertune.training.heartbeat import Heartbeat as Heartbeat
     from evertune.training.preemption import Preempted as Preempted
     from evertune.training.preemption import Preemption as Preemption
@@ -17,6 +18,7 @@ __all__, __getattr__, __dir__ = face(
     {
         "evertune.training.checkpoint": "UpdateCheckpoint",
         "evertune.training.evaluation": "ContinualEvaluation",
+        "evertune.training.fastest": "Fastest",
         "evertune.training.heartbeat": "Heartbeat",
         "evertune.training.preemption": "Preempted Preemption",
         "evertune.training.trainer": "ContinualTrainer",

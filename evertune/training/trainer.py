@@ -31,8 +31,10 @@ from evertune.streams.experience import Experience, ExperienceStream
 from evertune.tasks.base import task_of
 from evertune.training.elastic import layout
 from evertune.training.evaluation import ContinualEvaluation
+from evertune.training.fastest import Fastest
 from evertune.training.untrained import UntrainedBaseline
 from evertune.utils.clock import Clock
+from evertune.utils.gpus import computes_in_bf16
 
 if TYPE_CHECKING:
     from evertune.training.stream_run import StreamRun
@@ -55,13 +57,18 @@ class ContinualTrainer(Trainer):
     ``fit``, ``validate``, ``test`` and ``predict`` are unchanged.
 
     Args:
-        **settings: Arguments of ``pl.Trainer``.
+        precision: That of ``pl.Trainer``, or ``"auto"``: what is fastest on this machine, together with the attention
+            of the module (:class:`~evertune.callbacks.Fastest`).
+        **settings: All other arguments of ``pl.Trainer``.
+
+    Raises:
+        ValueError: If there is both a precision and a ``Fastest`` that chooses one.
 
     Example::
 
         stream = class_incremental("intents.jsonl", label="intent", n_experiences=10)
         module = SequenceClassificationModule("bert-base-uncased")
-        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC(ewc_lambda=100.0)])
+        trainer = ContinualTrainer(max_epochs=3, callbacks=[Replay(memory_size=2_000), EWC()])
         history = trainer.fit_stream(module, stream)
         print(history.average_accuracy, history.forgetting)
 
@@ -72,12 +79,13 @@ class ContinualTrainer(Trainer):
 
     callbacks: list[pl.Callback]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, precision: str | int | None = None, **settings: Any) -> None:
         refuse_other_package(self, [one for value in settings.values() for one in _as_list(value)])
         callbacks = _as_list(settings.get("callbacks"))  # a list of its own: Lightning appends to it
+        settings["precision"] = _precision(precision, settings.get("strategy"), callbacks)
         _announce_copies(callbacks)
-        self._settings = _kept(settings)
         settings["callbacks"] = callbacks
+        self._settings = _kept(settings)
         super().__init__(**settings)  # as it stands: commands find the options of the trainer by reading this line
         self.experience: Experience | None = None
         self.clock = Clock()
@@ -304,6 +312,22 @@ def _smoke_test(trainer: ContinualTrainer) -> Iterator[None]:
     finally:
         for put_back in undo:
             put_back()
+
+
+def _precision(precision: str | int | None, strategy: Any, callbacks: list[pl.Callback]) -> str | int | None:
+    """The precision for Lightning; ``"auto"`` adds the callback that chooses it."""
+    chooses = any(isinstance(one, Fastest) and one.precision == "auto" for one in callbacks)
+    if precision is None or precision != "auto":
+        if precision is not None and chooses:
+            raise ValueError(f'precision={precision!r}, and Fastest chooses one: leave one out, or pass "auto"')
+        return precision
+    if not chooses:
+        callbacks.append(Fastest())
+    # DeepSpeed's engine is made for one precision, before anything could be measured.
+    deepspeed = (
+        "deepspeed" in strategy if isinstance(strategy, str) else isinstance(strategy, either("DeepSpeedStrategy"))
+    )
+    return "bf16-mixed" if deepspeed and computes_in_bf16() else None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The number of GPUs of this machine, without loading torch if there are none."""
+"""The GPUs of this machine, without loading torch if there are none."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def computes_in_bf16() -> bool:
+    """Whether there is a GPU, and it computes in bf16 itself."""
+    if gpu_count() == 0:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC
-from evertune.importance import estimate_fisher
+from evertune.importance import Estimator, estimate_fisher
 from evertune.shards.shards import ReplicatedShards
 
 
@@ -69,13 +70,18 @@ def importance_and_anchor(ewc: EWC) -> tuple[dict[str, Tensor], dict[str, Tensor
     return dict(zip(names, importance, strict=True)), dict(zip(names, anchor, strict=True))
 
 
+def plain(**settings: Any) -> EWC:
+    """EWC as published: the exact Fisher of all examples, as it is."""
+    return EWC(**{"estimator": "exact", "normalize": False, "n_examples": 40} | settings)
+
+
 def flat_weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 @pytest.mark.parametrize("accumulation", [1, 5])
 def test_acts_like_the_penalty_in_the_loss(accumulation: int) -> None:
-    ewc = EWC(ewc_lambda=30.0, n_examples=40)
+    ewc = plain(ewc_lambda=30.0)
     module = Classifier()
     fit(module, loader(1), ewc)
     importance, anchor = ({k: v.clone() for k, v in part.items()} for part in importance_and_anchor(ewc))
@@ -100,7 +106,7 @@ def test_acts_like_the_penalty_in_the_loss(accumulation: int) -> None:
 
 
 def test_importance_is_the_fisher_of_the_data() -> None:
-    ewc, module, data = EWC(estimator="exact", n_examples=1000, batch_size=7), Classifier(), loader(1)
+    ewc, module, data = plain(n_examples=1000, batch_size=7), Classifier(), loader(1)
     fit(module, data, ewc)
     importance, anchor = importance_and_anchor(ewc)
     expected = estimate_fisher(module, list(data), ReplicatedShards(module), estimator="exact")
@@ -109,8 +115,57 @@ def test_importance_is_the_fisher_of_the_data() -> None:
         torch.testing.assert_close(anchor[name], weight.detach().flatten(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("batch_size", [8, 13])
+@pytest.mark.parametrize(
+    ("epochs", "estimator", "examples"), [(5, "sampled", 20), (19, "sampled", 40), (20, "exact", 40)]
+)
+def test_auto_takes_a_tenth_of_the_training_at_most(
+    epochs: int, estimator: str, examples: int, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ewc, module = EWC(), Classifier()
+    with caplog.at_level("INFO"):
+        fit(module, DataLoader(loader(1).dataset, batch_size, shuffle=True), ewc, max_epochs=epochs)
+    assert ewc.notes == {"estimator": estimator, "examples": examples, "trained": 40 * epochs, "normalize": True}
+    words = "EWC bounds the Fisher to a tenth of the training (200 examples): sampled, on 20 of 40 examples; "
+    assert [words in record.message for record in caplog.records].count(True) == (examples == 20)
+    x, y = loader(1).dataset.tensors  # type: ignore[attr-defined]
+    drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:examples]
+    shards, name = ReplicatedShards(module), typing.cast(Estimator, estimator)
+    expected = torch.cat(estimate_fisher(module, [(x[drawn], y[drawn])], shards, name))
+    found = torch.cat(list(importance_and_anchor(ewc)[0].values()))
+    torch.testing.assert_close(found, expected / expected[expected > 0].mean(), rtol=1e-4, atol=1e-9)
+
+
+def test_the_bound_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    ewc, module = EWC(), Classifier()
+    with caplog.at_level("INFO"):
+        fit(module, loader(1), ewc)
+        fit(module, loader(2), ewc)
+    assert sum("EWC bounds the Fisher" in record.message for record in caplog.records) == 1
+    assert ewc.notes["examples"] == 16
+
+
+def test_weights_without_any_importance_do_not_change_the_scale() -> None:
+    def importance(n_unused: int) -> Tensor:
+        ewc, module = EWC(estimator="exact"), Classifier()
+        module.unused = nn.Linear(1, n_unused)
+        fit(module, loader(1), ewc)
+        return torch.cat([one for name, one in importance_and_anchor(ewc)[0].items() if "unused" not in name])
+
+    torch.testing.assert_close(importance(1), importance(1_000))
+    assert importance(1).mean() == pytest.approx(1.0)
+
+
+def test_a_large_strength_does_not_diverge() -> None:
+    ewc, module = EWC(1e9), Classifier()
+    fit(module, loader(1), ewc)
+    anchor = flat_weights(module)
+    fit(module, loader(2), ewc, max_epochs=3)
+    assert 0 < (flat_weights(module) - anchor).abs().max() < 0.1
+
+
 def test_online_decays_and_moves_the_anchor() -> None:
-    ewc, module = EWC(gamma=0.5, n_examples=40), Classifier()
+    ewc, module = plain(gamma=0.5), Classifier()
     fit(module, loader(1), ewc)
     first = importance_and_anchor(ewc)[0]
     fit(module, loader(2), ewc)
@@ -123,7 +178,7 @@ def test_online_decays_and_moves_the_anchor() -> None:
 
 
 def test_separate_is_the_sum_of_one_penalty_per_experience() -> None:
-    ewc, module = EWC(mode="separate", n_examples=40), Classifier()
+    ewc, module = plain(mode="separate"), Classifier()
     parts = []
     for seed in (1, 2, 3):
         fit(module, loader(seed), ewc)
@@ -146,7 +201,7 @@ def test_penalty_is_the_loss_term() -> None:
             )
             self.value = ewc.penalty()
 
-    ewc, module, asks = EWC(ewc_lambda=30.0, n_examples=40), Classifier(), Asks()
+    ewc, module, asks = plain(ewc_lambda=30.0), Classifier(), Asks()
     fit(module, loader(1), ewc)
     fit(module, loader(2), asks, ewc)
     assert asks.value is not None and asks.value > 0
@@ -192,17 +247,18 @@ def test_iterable_data_and_a_dictionary_of_loaders() -> None:
         def __iter__(self) -> Any:
             return iter(loader(1).dataset)
 
-    ewc, module = EWC(n_examples=16), Classifier()
+    ewc, module = EWC(n_examples=40), Classifier()
     fit(module, DataLoader(Passing(), batch_size=8), ewc)
     importance = torch.cat(list(importance_and_anchor(ewc)[0].values()))
     assert importance.max() > 0
     assert ewc._examples._held == []
+    assert ewc.notes == {"estimator": "sampled", "examples": 16, "trained": 40, "normalize": True}
 
 
 @pytest.mark.parametrize("mode", ["online", "separate"])
 def test_goes_on_from_a_checkpoint_in_the_middle_of_the_second_experience(mode: Any, tmp_path: Path) -> None:
     def first() -> tuple[Classifier, EWC]:
-        module, ewc = Classifier(), EWC(ewc_lambda=30.0, mode=mode, n_examples=40)
+        module, ewc = Classifier(), plain(ewc_lambda=30.0, mode=mode)
         fit(module, loader(1), ewc)
         return module, ewc
 
@@ -215,7 +271,7 @@ def test_goes_on_from_a_checkpoint_in_the_middle_of_the_second_experience(mode: 
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
     assert torch.load(tmp_path / "middle.ckpt", weights_only=True)["callbacks"]
 
-    resumed, fresh = Classifier(), EWC(ewc_lambda=30.0, mode=mode, n_examples=40)
+    resumed, fresh = Classifier(), plain(ewc_lambda=30.0, mode=mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(resumed, loader(2), fresh, max_epochs=2, ckpt=tmp_path / "middle.ckpt")
@@ -226,18 +282,30 @@ def test_goes_on_from_a_checkpoint_in_the_middle_of_the_second_experience(mode: 
 
 
 def test_saved_to_a_folder_and_loaded_by_another(tmp_path: Path) -> None:
-    module, ewc = Classifier(), EWC(ewc_lambda=30.0, n_examples=40)
+    module, ewc = Classifier(), plain(ewc_lambda=30.0)
     fit(module, loader(1), ewc)
     ewc.save(tmp_path / "ewc")
     state = {k: v.clone() for k, v in module.state_dict().items()}
     fit(module, loader(2), ewc)
 
-    again, other = Classifier(), EWC(ewc_lambda=30.0, n_examples=40)
+    again, other = Classifier(), plain(ewc_lambda=30.0)
     again.load_state_dict(state)
     other.load(tmp_path / "ewc")
     assert other.experience_index == 1
     fit(again, loader(2), other)
     assert torch.equal(flat_weights(again), flat_weights(module))
+
+
+def test_an_importance_of_another_scale_is_refused(tmp_path: Path) -> None:
+    module, ewc = Classifier(), plain()
+    trainer = fit(module, loader(1), ewc)
+    ewc.save(tmp_path / "ewc")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    message = "holds importance that was estimated with normalize=False, and this EWC has normalize=True: keep the"
+    with pytest.raises(ValueError, match=f"ewc {message}"):
+        EWC().load(tmp_path / "ewc")
+    with pytest.raises(ValueError, match=f"the checkpoint {message}"):
+        fit(module, loader(1), EWC(), ckpt=tmp_path / "end.ckpt", max_epochs=2)
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:

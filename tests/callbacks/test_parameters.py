@@ -190,12 +190,12 @@ def test_weights_that_are_frozen_for_a_fit_keep_what_was_learned_of_them() -> No
 @pytest.mark.parametrize("words", [3, 50], ids=["few rows", "all rows"])
 def test_weights_of_any_precision_are_held(precision: str, words: int) -> None:
     """The embeddings of most words have no importance, or all have some."""
-    module, free, ewc = Words(), Words(), EWC(20.0, n_examples=16)
+    module, free, ewc = Words(), Words(), EWC(20.0, estimator="exact")
     for tag in (1, 2, 3):
         fit(module, loader(tag, words), ewc, Replay(8), precision=precision, max_epochs=3)
     assert all(t.dtype == torch.float32 and t.isfinite().all() for ts in ewc.tensors.values() for t in ts)
     assert all(p.isfinite().all() for p in module.parameters())
-    strong = EWC(2_000.0, n_examples=16)
+    strong = EWC(2_000.0, estimator="exact")
     for one, callbacks in ((free, []), (module := Words(), [strong])):
         fit(one, loader(1, words), *callbacks, precision=precision)
         start = one.backbone.words.weight.detach().double().clone()
