@@ -371,7 +371,7 @@ def learn(cell: Cell, method: Method, data: Path) -> dict[str, Any]:
         trainer_settings["max_epochs"] = 1
     trainer = ContinualTrainer(**trainer_settings, callbacks=[*run.callbacks, evaluation])
     start = time.process_time()
-    history = trainer.fit_stream(run.module, learned, datamodule=batches)
+    history = trainer.fit_stream(run.module, learned, datamodule=batches, untrained=False)
     seconds = time.process_time() - start - evaluation.cpu_seconds
     judge = pl.Trainer(**QUIET)
     tests = [batches(experience).test_dataloader() for experience in made.scored]

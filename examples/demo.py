@@ -53,8 +53,8 @@ def run(name: str, data: StreamDataModule) -> History:
     )
     if name == "joint":
         batches = partial(data.datamodule, tokenizer=module.tokenizer)
-        return trainer.fit_stream(module, [data.stream.joint()], batches, evaluate_on=data.stream)
-    return trainer.fit_stream(module, data)
+        return trainer.fit_stream(module, [data.stream.joint()], batches, evaluate_on=data.stream, untrained=False)
+    return trainer.fit_stream(module, data, untrained=False)  # one of the runs is without training
 
 
 def arrival_drift(data: StreamDataModule) -> list[dict[str, Any]]:

@@ -57,8 +57,9 @@ class EWC(WeightMethod):
 
     Args:
         ewc_lambda: Strength of the penalty, not negative: its mean curvature, over the weights that matter at all and
-            after one experience. Default: 0.1, near the best of every model and stream that it was tried on; from 0.03
-            to 1 is worth a try. With ``normalize=False``, 10 to 100,000 are common.
+            after one experience. Default: 0.1, near the best for networks of 3,000 to 190,000 weights
+            (``benchmarks/ewc_strength.py``); to tune it, 0.03 and 0.3 are the next to try. With
+            ``normalize=False``, the best is anywhere between 1 and 100,000.
         mode: ``"online"`` (default) or ``"separate"``.
         gamma: Factor in [0, 1] by which the old importance decays per experience. Only for ``"online"``. Default: 1 (no
             decay).
@@ -69,10 +70,6 @@ class EWC(WeightMethod):
             (van de Ven 2025). See :func:`evertune.importance.estimate_fisher`.
         n_examples: Number of training examples of an experience, over all ranks, on which the Fisher is estimated; with
             ``"auto"``, the maximum. 500 (default) lose 0.3 points of accuracy against all of them (van de Ven 2025).
-        normalize: Whether the Fisher of each experience is divided by its mean over all weights where it is not 0
-            (default). ``ewc_lambda`` then means the same on a model of any size, however sure of its answers it is
-            (Schwarz et al. 2018 normalize for this reason), and no weight is pulled beyond its anchor in a plain
-            gradient step: ``ewc_lambda * F_i`` is at most ``1 / learning_rate``. False is EWC as published.
         batch_size: Examples per rank and pass in the estimation. Changes speed and memory, not the result. Default: 16.
         logits: Function ``(module, batch) -> tensor [batch, ..., classes]``. By default the module's task finds the
             logits (:meth:`evertune.tasks.Task.outputs`): it calls the module on the batch without its targets.
@@ -80,6 +77,10 @@ class EWC(WeightMethod):
             do not count, or a tensor of the logits' shape. By default the module's task finds the targets. With one
             position and several classes, only ``"empirical"`` and ``"batched"`` need them.
         seed: Seed of the drawn examples, and of the labels that ``"sampled"`` draws. Default: 0.
+        normalize: Whether the Fisher of each experience is divided by its mean over all weights where it is not 0
+            (default). ``ewc_lambda`` then means the same on a model of any size, however sure of its answers it is
+            (Schwarz et al. 2018 normalize for this reason), and no weight is pulled beyond its anchor in a plain
+            gradient step: ``ewc_lambda * F_i`` is at most ``1 / learning_rate``. False is EWC as published.
 
     Raises:
         ValueError: If an argument is out of range. In ``setup``, if the strategy or the number of optimizers is not
@@ -103,11 +104,11 @@ class EWC(WeightMethod):
         gamma: float = 1.0,
         estimator: Estimator = "auto",
         n_examples: int = 500,
-        normalize: bool = True,
         batch_size: int = 16,
         logits: Logits | None = None,
         targets: Targets | None = None,
         seed: int = 0,
+        normalize: bool = True,
     ) -> None:
         if ewc_lambda < 0:
             raise ValueError(f"ewc_lambda must not be negative, got {ewc_lambda}")

@@ -70,7 +70,14 @@ def test_what_a_terminal_would_obey_is_shown_as_it_is(tmp_path: Path, capsys: py
     assert "gone\\x1b[31m" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("current", "code"), [("same.jsonl", 0), ("other.jsonl", 1), ("gone.jsonl", 2)])
+@pytest.mark.parametrize(
+    ("current", "code"),
+    [
+        pytest.param("same.jsonl", 0, marks=pytest.mark.slow),
+        ("other.jsonl", 1),
+        pytest.param("gone.jsonl", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_reader_that_stops_reading_changes_neither_the_verdict_nor_the_files(
     folder: Path, current: str, code: int, tmp_path: Path
 ) -> None:

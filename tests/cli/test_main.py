@@ -318,7 +318,9 @@ def test_version_names_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> No
     assert f"torch {metadata.version('torch')}" in second and second.endswith(f"Python {platform.python_version()}")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fit", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], pytest.param(["fit", "--help"], marks=pytest.mark.slow)]
+)
 def test_a_reader_that_stops_reading_is_not_an_error(arguments: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "evertune", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
