@@ -270,7 +270,7 @@ def _rates(stream: Stream) -> list[dict[str, Any]]:
 
 
 def _rates_and_lambdas(stream: Stream) -> list[dict[str, Any]]:
-    return [{**one, "ewc_lambda": strength} for one, strength in zip(_rates(stream), (1e2, 1e3, 1e4, 1e2), strict=True)]
+    return [{**one, "ewc_lambda": strength} for one, strength in zip(_rates(stream), (0.1, 0.3, 1.0, 0.03), strict=True)]
 
 
 def _epochs(stream: Stream) -> list[dict[str, Any]]:
