@@ -41,7 +41,8 @@ class RecordedBatches(BatchSampler):
         self._given: deque[list[int]] = deque()  # batches of this pass that are not counted yet
         self._first = 0  # number of the first of them in the pass
         self._counted = n_started(trainer)
-        self._passes = 0.0  # over the batches, as far as they are counted
+        self._n_trained = 0  # examples of the counted batches
+        self._n_before = 0  # examples that all ranks had trained on before this fit resumed
 
     def __getattr__(self, name: str) -> Any:
         if name == "_batches":
@@ -68,10 +69,11 @@ class RecordedBatches(BatchSampler):
 
     def _count(self) -> None:
         while self._given and self._counted < n_started(self._trainer):
-            self._trained[self._given.popleft()] = True
+            indices = self._given.popleft()
+            self._trained[indices] = True
+            self._n_trained += len(indices)
             self._counted += 1
             self._first += 1
-            self._passes += 1 / len(self._batches)
 
     def index_of(self, batch: int, place: int) -> int | None:
         """The index of an example of a batch of this pass, None if the batch has been trained on."""
@@ -85,13 +87,13 @@ class RecordedBatches(BatchSampler):
     def n_trained(self) -> int:
         """The number of examples trained on over all ranks; one that was trained on twice counts twice."""
         self._count()
-        return round(self._passes * len(self._trained))
+        return self._n_before + self._n_trained * self._trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The trained indices of all ranks, as bits, and the passes over the data. Call on every rank."""
+        """The trained indices of all ranks, as bits, and how many examples were trained on. Call on every rank."""
         bits = torch.from_numpy(self._everyones())
         about = {"experience": experience_name(self._trainer), "examples": len(self._trained)}
-        return {**about, "bits": bits, "passes": self._passes}
+        return {**about, "bits": bits, "n_trained": self.n_trained()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`. Call it in ``on_train_start``."""
@@ -99,7 +101,7 @@ class RecordedBatches(BatchSampler):
         here, n_examples = experience_name(self._trainer), len(self._trained)
         if state["examples"] == n_examples and state["experience"] == here:
             self._trained |= _mask(state["bits"].numpy(), n_examples)
-            self._passes += state["passes"]
+            self._n_before = state["n_trained"]  # also if two callbacks load it
             return
         was, now = state["experience"] or "its data", here or "this fit"
         rank_zero_warn(

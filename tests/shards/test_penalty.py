@@ -31,6 +31,9 @@ class Held(ParameterShards):
     def gradients(self) -> list[Tensor]:
         return self._gradients
 
+    def set_values(self, values: list[Tensor]) -> None:
+        self._values = values
+
     @property
     def gradient_scale(self) -> float:
         return 8.0
