@@ -270,7 +270,8 @@ def _rates(stream: Stream) -> list[dict[str, Any]]:
 
 
 def _rates_and_lambdas(stream: Stream) -> list[dict[str, Any]]:
-    return [{**one, "ewc_lambda": strength} for one, strength in zip(_rates(stream), (0.1, 0.3, 1.0, 0.03), strict=True)]
+    strengths = (0.1, 0.3, 1.0, 0.03)
+    return [{**one, "ewc_lambda": strength} for one, strength in zip(_rates(stream), strengths, strict=True)]
 
 
 def _epochs(stream: Stream) -> list[dict[str, Any]]:
