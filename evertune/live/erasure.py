@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,8 +17,10 @@ from evertune.live.versions import EVALUATION
 from evertune.memory.memory import MemoryView, forget_saved
 from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest
+from evertune.registry.quarantine import RELEASED, WITHDRAWN
 from evertune.registry.registry import Registry
-from evertune.registry.segments import Segment, described
+from evertune.registry.rows import decode_rows, decode_sealed, encode_rows, encode_sealed, sha256
+from evertune.registry.segments import Segment, described, description_name
 from evertune.registry.slice_index import INDEX, SliceIndex
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.sources.masking import masked_id
@@ -164,20 +165,15 @@ class _Edits:
                 self.store.write(_TODO, json.dumps(todo).encode())
 
     def _rows(self, place: str, name: str) -> None:
-        content = self.store.read(name)
-        lines = [line for line in content.split(b"\n") if line]
-        sealed = lines[:1] if lines and set(json.loads(lines[0])) == {"format", "sha256"} else []
-        rows = lines[len(sealed) :]
-        kept = [line for line in rows if not _is_of(json.loads(line), self.gone)]
+        content, address = self.store.read(name), self.store.address(name)
+        sealed = name in (WITHDRAWN, RELEASED)
+        rows = decode_sealed(content, address) if sealed else decode_rows(content, address)
+        kept = [row for row in rows if not _is_of(row, self.gone)]
         if len(kept) == len(rows):
             return
         self.found[place] += len(rows) - len(kept)
-        body = b"".join(line + b"\n" for line in kept)
-        if sealed:
-            head = {**json.loads(sealed[0]), "sha256": _sha256(body)}
-            body = json.dumps(head, separators=(",", ":")).encode() + b"\n" + body
-        self.files[name] = body
-        self.changed[_sha256(content)] = _sha256(body), len(kept)
+        self.files[name] = new = encode_sealed(kept) if sealed else encode_rows(kept)
+        self.changed[sha256(content)] = sha256(new), len(kept)
 
     def _description(self, segment: Segment) -> None:
         """The description of a segment names the hashes of its files and how many rows they hold."""
@@ -187,9 +183,7 @@ class _Edits:
                 changes[key], changes[count] = self.changed[digest]
         if changes:
             new = replace(segment, **changes)
-            self.files[f"pending/{segment.number:06d}.json"] = described(
-                replace(new, bad=min(new.bad, new.quarantined))
-            )
+            self.files[description_name(segment.number)] = described(replace(new, bad=min(new.bad, new.quarantined)))
 
     def _version(self, folder: str, index: SliceIndex) -> None:
         manifest = Manifest.from_json(self.store.read(f"{folder}/{MANIFEST}"))
@@ -223,7 +217,7 @@ class _Edits:
             del hashes[old]
             for path in Path(temporary).iterdir():
                 self.files[f"{folder}/{inside / path.name}"] = content = path.read_bytes()
-                hashes[str(inside / path.name)] = _sha256(content)
+                hashes[str(inside / path.name)] = sha256(content)
 
     def _predictions(self, folder: str, hashes: dict[str, str]) -> None:
         name = f"{folder}/{EVALUATION}"
@@ -235,7 +229,7 @@ class _Edits:
         left = stored.without(self.gone)
         self.found["predictions"] += len(stored) - len(left)
         self.files[name] = new = json.dumps(left.to_dict(), sort_keys=True).encode()
-        hashes[EVALUATION] = _sha256(new)
+        hashes[EVALUATION] = sha256(new)
 
 
 def _is_of(row: Mapping[str, Any], ids: set[str]) -> bool:
@@ -266,7 +260,3 @@ def _holding(store: Store, ids: set[str]) -> Iterator[str]:
 
 def _quoted(id: str) -> bytes:
     return json.dumps(id, ensure_ascii=False).encode(errors="backslashreplace")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -26,10 +26,42 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_sealed(store: Store, name: str, rows: Sequence[Row]) -> None:
-    """Replace a file of rows that no segment describes. Its first line holds its SHA-256."""
+def decode_rows(content: bytes, address: str) -> list[Row]:
+    """What :func:`encode_rows` encoded.
+
+    Raises:
+        ValueError: If a line is not an object; the message names the address.
+    """
+    try:
+        rows = [decode(line, surrogates=True) for line in content.split(b"\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is not an object")
+    except ValueError as error:
+        raise ValueError(f"{address} is damaged: {error}; {REPAIR}") from None
+    return rows
+
+
+def encode_sealed(rows: Sequence[Row]) -> bytes:
+    """JSON lines that no segment describes. The first line holds the SHA-256 of the others."""
     content = encode_rows(rows)
-    store.write(name, encode_rows([{"format": FORMAT, "sha256": sha256(content)}]) + content)
+    return encode_rows([{"format": FORMAT, "sha256": sha256(content)}]) + content
+
+
+def decode_sealed(content: bytes, address: str) -> list[Row]:
+    """What :func:`encode_sealed` encoded.
+
+    Raises:
+        ValueError: If it is damaged; the message names the address.
+    """
+    head, _, rows = content.partition(b"\n")
+    if head + b"\n" != encode_rows([{"format": FORMAT, "sha256": sha256(rows)}]):
+        raise ValueError(f"{address} is damaged or cut short: it does not match its sha256; {REPAIR}")
+    return decode_rows(rows, address)
+
+
+def write_sealed(store: Store, name: str, rows: Sequence[Row]) -> None:
+    """Replace a file of rows that no segment describes."""
+    store.write(name, encode_sealed(rows))
 
 
 def read_sealed(store: Store, name: str) -> list[Row]:
@@ -40,11 +72,7 @@ def read_sealed(store: Store, name: str) -> list[Row]:
     """
     if not store.exists(name):
         return []
-    head, _, content = store.read(name).partition(b"\n")
-    if head + b"\n" != encode_rows([{"format": FORMAT, "sha256": sha256(content)}]):
-        address = store.address(name)
-        raise ValueError(f"{address} is damaged or cut short: it does not match its sha256; {REPAIR}")
-    return [decode(line, surrogates=True) for line in content.split(b"\n") if line]
+    return decode_sealed(store.read(name), store.address(name))
 
 
 def read_rows(store: Store, name: str, digest: str | None = None, expected: int = 0) -> list[Row]:
@@ -66,13 +94,7 @@ def read_rows(store: Store, name: str, digest: str | None = None, expected: int 
         raise ValueError(f"{address} is missing, with {expected} lines of the journal; {REPAIR}") from None
     if digest is not None and sha256(content) != digest:
         raise ValueError(f"{address} is damaged or cut short: it does not match the sha256 of its segment; {REPAIR}")
-    try:
-        rows = [decode(line, surrogates=True) for line in content.split(b"\n") if line]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not an object")
-    except ValueError as error:
-        raise ValueError(f"{address} is damaged: {error}; {REPAIR}") from None
-    return rows
+    return decode_rows(content, address)
 
 
 def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:

@@ -151,6 +151,20 @@ def test_hashes_of_personal_ids_and_unreadable_lines_are_found(tmp_path: Path) -
     assert journal.segments()[0].records == 1
 
 
+def test_a_withdrawn_record_is_erased_from_its_sealed_list(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    journal = Journal(registry.store)
+    kept, gone = ({"id": id, "origin": "a:1", "record": {"text": "é \ud800"}} for id in ("ann", "bob"))
+    segment = journal.append([kept, gone], [], [], offset={"line": 2})
+    withdrawn = {"segment": segment.number, "kind": "dropped", "reason": "by hand"}
+    journal.withdraw([row | withdrawn for row in (kept, gone)])
+    assert erase(registry, ["bob"]).found == {"pending": 2}
+    (left,) = journal.quarantined()
+    assert {**left, "withdrawn": ""} == kept | withdrawn | {"withdrawn": ""}
+    assert journal.counts(journal.segments()).pending == 0
+    assert registry.verify() == []
+
+
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(folder / "registry")
     (tmp_path / "ids").write_text("a-1\na-2\n\n")
