@@ -81,11 +81,10 @@ def preset(
       with frozen word embeddings,
     - as many epochs as an update needs (:class:`~evertune.callbacks.UpdateLength`).
 
-    On CLINC150 in five updates of 30 intents with 20 examples each it comes within a point of joint training; the parts
-    and what each of them is worth are in docs/methods.md, other streams in docs/results.md.
+    What each part is for stands in docs/methods.md; docs/results.md compares it with its peers, as far as measured.
 
     Without a memory, nothing is trained: an :class:`~evertune.lightning_modules.AnalyticClassificationModule` over the
-    frozen encoder forgets nothing, and beat every trained module that had no memory.
+    frozen encoder depends on no order of the updates.
 
     Args:
         name: The task: ``"text_classification"``.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from torch import Tensor
 from evertune._lightning import n_started, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.callback import default_features
+from evertune.callbacks.state import load_state, save_state
 from evertune.callbacks.training_data import TrainingData
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy
 from evertune.utils.evaluation import evaluation_mode, trial
-from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.typed_json import read_json
 
 _STATE = "imprinting.json"
 
@@ -173,11 +171,7 @@ class Imprinting(ContinualCallback):
 
     def save(self, directory: str | Path) -> None:
         """Write the numbers of the imprinted classes to a folder, as JSON. Call on every rank."""
-        if is_writer():
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            state = _Saved(self.experience_index, sorted(self.imprinted))
-            (Path(directory) / _STATE).write_text(json.dumps(asdict(state)))
-        barrier()
+        save_state(Path(directory) / _STATE, _Saved(self.experience_index, sorted(self.imprinted)))
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote, at any world size.
@@ -186,11 +180,7 @@ class Imprinting(ContinualCallback):
             FileNotFoundError: If the folder holds no such file.
             ValueError: If the file is corrupt.
         """
-        path = Path(directory) / _STATE
-        try:
-            state = read_json(_Saved, path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+        state = load_state(_Saved, Path(directory) / _STATE)
         self.experience_index, self.imprinted = state.experience_index, set(state.imprinted)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.callback import Replay
+from evertune.callbacks.state import load_state, save_state
 from evertune.callbacks.training_data import TrainingData, class_counts
-from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.typed_json import read_json
 
 _STATE = "logit_adjustment.json"
 _ABSENT = -50.0
@@ -135,11 +133,7 @@ class LogitAdjustment(ContinualCallback):
 
     def save(self, directory: str | Path) -> None:
         """Write the counts to a folder, as JSON. Call on every rank."""
-        if is_writer():
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            state = _Saved(self.experience_index, self.counts.tolist(), self.n_seen)
-            (Path(directory) / _STATE).write_text(json.dumps(asdict(state)))
-        barrier()
+        save_state(Path(directory) / _STATE, _Saved(self.experience_index, self.counts.tolist(), self.n_seen))
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote, at any world size.
@@ -148,11 +142,7 @@ class LogitAdjustment(ContinualCallback):
             FileNotFoundError: If the folder holds no such file.
             ValueError: If the file is corrupt.
         """
-        path = Path(directory) / _STATE
-        try:
-            state = read_json(_Saved, path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+        state = load_state(_Saved, Path(directory) / _STATE)
         self.experience_index, self.n_seen = state.experience_index, state.n_seen
         self.counts = torch.tensor(state.counts, dtype=torch.float64)
 

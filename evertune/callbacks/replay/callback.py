@@ -40,6 +40,7 @@ from evertune.callbacks.replay.spool import (
     read_records,
     serialize_records,
 )
+from evertune.callbacks.state import load_state
 from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
 from evertune.memory.codec import decode, encode
 from evertune.memory.memory import ReplayMemory
@@ -54,7 +55,6 @@ from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.typed_json import read_json
 
 _ALL = 1 << 62
 _STATE = "replay.json"
@@ -593,11 +593,7 @@ class Replay(ContinualCallback):
             FileNotFoundError: If the folder holds no memory.
             ValueError: If the memory is corrupt, truncated or a pickle, or was filled under another policy or seed.
         """
-        path = Path(directory) / _STATE
-        try:
-            index = read_json(_Saved, path.read_bytes()).experience_index
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt or truncated: {error}") from error
+        index = load_state(_Saved, Path(directory) / _STATE).experience_index
         self.memory.load(directory, is_writer=self._is_writer)
         self.experience_index = index
         barrier()
