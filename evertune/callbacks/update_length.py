@@ -19,8 +19,8 @@ class UpdateLength(Callback):
     its ``max_steps`` and ``max_time`` do.
 
     Args:
-        examples: Examples to train on in an update, repetitions counted. Default: 1,800, after which an encoder of 22
-            million weights gained nothing more on streams of intents and of reviews.
+        examples: Examples to train on in an update, repetitions counted. Default: 1,800, three
+            epochs of 600 examples.
         max_epochs: Most epochs. Default: 3.
 
     Raises:
