@@ -79,7 +79,8 @@ def preset(
     - cross-entropy on adjusted logits (:class:`~evertune.callbacks.LogitAdjustment`),
     - AdamW at half of the usual learning rate for the encoder and 1e-3 for the head, clipped at 1.0, without dropout,
       with frozen word embeddings,
-    - as many epochs as an update needs (:class:`~evertune.callbacks.UpdateLength`).
+    - as many epochs as an update needs (:class:`~evertune.callbacks.UpdateLength`),
+    - the precision and the attention that are fastest on the machine (:class:`~evertune.callbacks.Fastest`).
 
     What each part is for stands in docs/methods.md; docs/results.md compares it with its peers, as far as measured.
 
@@ -133,7 +134,7 @@ def preset(
             _method("LogitAdjustment"),
             _method("UpdateLength"),
         ],
-        {"max_epochs": 3, "gradient_clip_val": 1.0},
+        {"max_epochs": 3, "gradient_clip_val": 1.0, "precision": "auto"},
         {"batch_size": round(_STEP_SIZE / (1 + ratio)), **data},
     )
 
