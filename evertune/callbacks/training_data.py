@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from evertune.utils.batches import targets_of, to_device
 
 _CHUNK = 256
 _ADVICE = "leave the callback out, or train from a DataLoader over a map-style dataset whose batches have targets"
+_TARGETS: WeakKeyDictionary[Any, tuple[Any, Tensor]] = WeakKeyDictionary()
+"""The training loader of each trainer, and the targets of its examples."""
 
 
 class TrainingData:
@@ -34,6 +37,7 @@ class TrainingData:
             kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
             raise ValueError(f"{who} needs the classes of the training data before training, got a {kind}: {_ADVICE}")
         self._trainer, self._who = trainer, who
+        self._loader = loader
         self.dataset: Any = loader.dataset
         self.collate: Callable[[list[Any]], Any] = getattr(loader.collate_fn, "collate_fn", loader.collate_fn)
 
@@ -49,7 +53,8 @@ class TrainingData:
     def targets(self, examples: Any = None) -> Tensor:
         """The targets of all training examples, or of a memory's: class numbers, or 0 and 1 for each class.
 
-        One pass over the examples without the model, on every rank.
+        One pass over the examples without the model, on every rank. The targets of the training examples are kept for
+        the other callbacks of the fit.
 
         Returns:
             int64 ``[examples]``, or float ``[examples, classes]`` if an example has any number of classes. On the CPU.
@@ -57,7 +62,15 @@ class TrainingData:
         Raises:
             ValueError: If the targets are neither.
         """
-        data = self.dataset if examples is None else examples
+        if examples is not None:
+            return self._targets(examples)
+        loader, targets = _TARGETS.get(self._trainer, (None, torch.empty(0)))
+        if loader is not self._loader:
+            targets = self._targets(self.dataset)
+            _TARGETS[self._trainer] = self._loader, targets
+        return targets
+
+    def _targets(self, data: Any) -> Tensor:
         chunks = []
         for start in range(0, len(data), _CHUNK):
             batch = self.batch_of([data[index] for index in range(start, min(start + _CHUNK, len(data)))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any, Literal
 
 from evertune._lightning import either, pl, rank_zero_info, set_precision
 from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.state import load_state, save_state
 from evertune.shards.support import is_deepspeed
 from evertune.utils.hardware import ATTENTIONS, PRECISIONS, Choice, fastest, place
-from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.typed_json import read_json
 
 _FILE = "fastest.json"
 
@@ -97,10 +95,8 @@ class Fastest(ContinualCallback):
 
     def save(self, directory: str | Path) -> None:
         """Write the choice to ``fastest.json``. Call on every rank."""
-        if is_writer() and self.choice is not None:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            (Path(directory) / _FILE).write_text(json.dumps(asdict(self.choice), indent=1))
-        barrier()
+        if self.choice is not None:
+            save_state(Path(directory) / _FILE, self.choice)
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote. On another machine, the next fit chooses again.
@@ -110,4 +106,4 @@ class Fastest(ContinualCallback):
         """
         path = Path(directory) / _FILE
         if path.is_file():
-            self.choice = read_json(Choice, path.read_bytes())
+            self.choice = load_state(Choice, path)
