@@ -17,7 +17,7 @@ from evertune.utils.gpus import computes_in_bf16
 _TEXTS, _TOKENS = 8, 16
 _REPEATS, _ENOUGH = 3, 0.5  # measurements of a candidate; seconds after which no other follows
 _WORTH = 0.85
-"""A candidate must take less than this share of the first one's time: noise must not decide, and two runs should agree."""
+"""A candidate needs less than this share of the time of the first: noise must not decide, and two runs should agree."""
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ATTENTIONS = ("sdpa", "eager")
