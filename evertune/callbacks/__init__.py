@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
     from evertune.callbacks.ewc import EWC as EWC
     from evertune.callbacks.imprinting import Imprinting as Imprinting
+    from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.replay.callback import Replay as Replay
     from evertune.callbacks.update_length import UpdateLength as UpdateLength
@@ -27,6 +28,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.drift_trigger": "DriftTrigger",
         "evertune.callbacks.ewc": "EWC",
         "evertune.callbacks.imprinting": "Imprinting",
+        "evertune.callbacks.l2sp": "L2SP",
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.replay.callback": "Replay",
         "evertune.callbacks.update_length": "UpdateLength",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from evertune._lightning import pl, rank_zero_info, rank_zero_warn
 from evertune.callbacks.examples import ExampleSampler
-from evertune.callbacks.weight_method import WeightMethod
+from evertune.callbacks.quadratic_method import Coupling, QuadraticMethod
 from evertune.importance.fisher import (
     EXACT_UP_TO,
     Checked,
@@ -20,7 +19,6 @@ from evertune.importance.fisher import (
     check_fisher,
     estimate_fisher,
 )
-from evertune.shards.penalty import QuadraticPenalty
 from evertune.shards.shards import ParameterShards
 from evertune.utils.batches import batch_size_of, take
 from evertune.utils.evaluation import trial
@@ -36,7 +34,7 @@ EXACT_FROM = 100
 """Number of examples from which an automatic estimation prefers the exact Fisher to a sampled one on more of them."""
 
 
-class EWC(WeightMethod):
+class EWC(QuadraticMethod):
     """Elastic weight consolidation, on one device, DDP and ZeRO-1, 2 and 3.
 
     Adds to the loss of every later experience the penalty::
@@ -44,8 +42,8 @@ class EWC(WeightMethod):
         (ewc_lambda / 2) * sum_i F_i * (theta_i - anchor_i)^2
 
     where ``F`` is the diagonal Fisher information at the end of the previous experiences, and ``anchor`` are the
-    weights at that point (Kirkpatrick et al. 2017). The penalty is added to the gradient of the weights as each rank
-    holds them: nothing is gathered, and it costs two fragments of memory (importance and anchor) and a small buffer.
+    weights at that point (Kirkpatrick et al. 2017). The penalty acts on the weights as each rank holds them: nothing is
+    gathered, and it costs two fragments of memory (importance and anchor) and a small buffer.
 
     With ``mode="online"``, there is one anchor, the latest weights, and the importance decays: ``F <- gamma * F +
     F_new`` (Schwarz et al. 2018). With ``mode="separate"``, every experience keeps its own anchor, as in the original
@@ -81,6 +79,9 @@ class EWC(WeightMethod):
             (default). ``ewc_lambda`` then means the same on a model of any size, however sure of its answers it is
             (Schwarz et al. 2018 normalize for this reason), and no weight is pulled beyond its anchor in a plain
             gradient step: ``ewc_lambda * F_i`` is at most ``1 / learning_rate``. False is EWC as published.
+        coupling: ``"coupled"`` (default): the penalty acts on the gradient. ``"decoupled"``: as a proximal step after
+            that of the optimizer, stable at any strength; see
+            :class:`~evertune.callbacks.quadratic_method.QuadraticMethod`.
 
     Raises:
         ValueError: If an argument is out of range. In ``setup``, if the strategy or the number of optimizers is not
@@ -95,8 +96,6 @@ class EWC(WeightMethod):
         trainer.fit(module, second_data)  # learns without letting go of it
     """
 
-    tensor_names = ("importance", "anchor")
-
     def __init__(
         self,
         ewc_lambda: float = 0.1,
@@ -109,9 +108,9 @@ class EWC(WeightMethod):
         targets: Targets | None = None,
         seed: int = 0,
         normalize: bool = True,
+        coupling: Coupling = "coupled",
     ) -> None:
-        if ewc_lambda < 0:
-            raise ValueError(f"ewc_lambda must not be negative, got {ewc_lambda}")
+        super().__init__(ewc_lambda, coupling, normalize, name="ewc_lambda")
         if mode not in ("online", "separate"):
             raise ValueError(f"mode must be 'online' or 'separate', got {mode!r}")
         if not 0 <= gamma <= 1:
@@ -124,21 +123,22 @@ class EWC(WeightMethod):
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if mode == "separate" and gamma != 1.0:
             rank_zero_warn(f"gamma={gamma} is ignored: it belongs to mode='online'")
-        self.ewc_lambda = ewc_lambda
         self.mode = mode
         self.gamma = gamma
         self.estimator = estimator
         self.n_examples = n_examples
-        self.normalize = normalize
         self.batch_size = batch_size
         self.logits = logits
         self.targets = targets
         self.seed = seed
-        self._penalty: QuadraticPenalty | None = None
         self._examples = ExampleSampler(n_examples, batch_size, seed)
         self._checked: Checked | None = None  # determined at the first batch of each fit
         self._has_told = False  # that the bound applies
-        self._learning_rate = 0.0  # the highest of this fit
+
+    @property
+    def ewc_lambda(self) -> float:
+        """Strength of the penalty."""
+        return self.strength
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the requirements, and note from now on what is trained on."""
@@ -148,8 +148,6 @@ class EWC(WeightMethod):
             self._examples.setup(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._learning_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         super().on_train_start(trainer, pl_module)
         self._examples.on_train_start(trainer)
 
@@ -221,11 +219,10 @@ class EWC(WeightMethod):
             seed=self.seed + self.experience_index,
             forward_context=trainer.precision_plugin.forward_context,
         )
-        if self.normalize:
-            _normalize(fisher, shards)
+        self.scaled(fisher, shards)
         shards.release()
         self._examples.forget()
-        self.notes = {"estimator": estimator, "examples": n_examples, "trained": n_trained, "normalize": self.normalize}
+        self.notes = {"estimator": estimator, "examples": n_examples, "trained": n_trained, **self.notes}
         return fisher
 
     def _affordable(self, n_sample: int, n_trained: int) -> tuple[Estimator, int]:
@@ -256,38 +253,10 @@ class EWC(WeightMethod):
             self._has_told = True
         return estimator, n_examples
 
-    def check_notes(self, notes: Mapping[str, Any], origin: str) -> None:
-        """Refuse an importance of another scale: the two cannot be added."""
-        found = bool(notes.get("normalize", False))
-        if found != self.normalize:
-            raise ValueError(
-                f"{origin} holds importance that was estimated with normalize={found}, and this EWC has "
-                f"normalize={self.normalize}: keep the setting, or start with a new EWC"
-            )
-
-    def prepare(self, shards: ParameterShards) -> None:
-        """Build the penalty once for all steps, restricted to the weights that have importance."""
-        importance = self.tensors["importance"]
-        if self.normalize and self.ewc_lambda * self._learning_rate > 0:
-            # A stronger pull would overshoot the anchor in a plain gradient step, and a much stronger one diverge.
-            most = 1 / (self.ewc_lambda * self._learning_rate)
-            importance = [one.clamp(max=most) if one.numel() and one.max() > most else one for one in importance]
-        self._penalty = QuadraticPenalty(shards, importance, self.tensors["anchor"])
-
-    def add_to_gradient(self, shards: ParameterShards) -> None:
-        """Add the gradient of the penalty, in place."""
-        assert self._penalty is not None
-        self._penalty.add_gradient(self.ewc_lambda)
-
-    def penalty(self) -> Tensor:
-        """The penalty at the current weights, summed over all ranks, shape ``[]``. Call on every rank during a fit."""
-        return torch.zeros(()) if self._penalty is None else self._penalty.value(self.ewc_lambda)
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the strategy's buffers."""
         super().teardown(trainer, pl_module, stage)
         self._examples.teardown(trainer)
-        self._penalty = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the strategy."""
@@ -305,15 +274,3 @@ class EWC(WeightMethod):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if _EXAMPLES in checkpoint:
             self._examples.load_state_dict(checkpoint[_EXAMPLES], trainer)
-
-
-def _normalize(importance: list[Tensor], shards: ParameterShards) -> None:
-    """Divide the importance by its mean over all weights, on all ranks, that have any. In place."""
-    sums = [torch.stack((one.sum(dtype=torch.float64), (one > 0).sum().double())) for one in importance]
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64)
-    if shards.sharded:
-        shards.sum_over_ranks(total)
-    mean = float(total[0] / total[1])
-    if mean > 0:  # NaN if no weight has any
-        for one in importance:
-            one.div_(mean)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from evertune._lightning import pl, rank_zero_warn
-from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.gradient_method import GradientMethod
 from evertune.shards.fragments import FragmentState, saved_kinds, saved_shapes
 from evertune.shards.names import matched
 from evertune.shards.shards import ParameterShards
 from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
-from evertune.shards.support import check_strategy, is_deepspeed, is_step_boundary
-from evertune.strategies.deepspeed import warn_about_stock_deepspeed
+from evertune.shards.support import is_deepspeed
 
 Tensors = Mapping[str, list[Tensor]]
 """For each name, one flat fp32 tensor per fragment of the weights that this rank holds."""
 
 
-class WeightMethod(ContinualCallback):
+class WeightMethod(GradientMethod):
     """Base class of methods that keep tensors about the weights, on one device, DDP and ZeRO-1, 2 and 3.
 
     A method names its tensors and implements two formulas: the tensors that an experience leaves (:meth:`consolidate`),
@@ -40,7 +38,8 @@ class WeightMethod(ContinualCallback):
 
     Attributes:
         tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
-        tensors: The tensors by name, one flat tensor per fragment; empty until an experience has been learned.
+        tensors: The tensors by name, one flat tensor per fragment; empty until an experience has been learned, unless
+            :meth:`begin` makes some.
         notes: What to know about the tensors, JSON values that are saved with them. :meth:`consolidate` sets it.
 
     Example::
@@ -62,7 +61,6 @@ class WeightMethod(ContinualCallback):
     notes: Mapping[str, Any] = MappingProxyType({})
     _state: FragmentState | None = None
     _saved_in: Path | None = None  # the folder passed to load(), until a fit reads it
-    _shards: ParameterShards | None = None  # within a fit
 
     @classmethod
     def bytes_per_weight(cls) -> int:
@@ -78,13 +76,18 @@ class WeightMethod(ContinualCallback):
         ``self.tensors`` still holds the tensors of the previous experiences. Live weights in the result are copied.
         """
 
-    @abstractmethod
-    def add_to_gradient(self, shards: ParameterShards) -> None:
-        """Add to the gradient with ``shards.add_to_gradient``. Called on every rank.
+    def begin(self, shards: ParameterShards) -> Tensors | None:
+        """The tensors before the first experience, or None (default) if there are none. Called on every rank."""
+        return None
 
-        Called once per optimizer step, once an experience has been learned. The gradients are complete: accumulated,
-        and averaged over the ranks.
+    def begin_parameter(self, kind: str, value: Tensor) -> Tensor | None:
+        """The tensor of a fragment whose parameter had none, as it was frozen or not there. None (default) is zero.
+
+        Args:
+            kind: One of ``tensor_names``.
+            value: The fragment's weights.
         """
+        return None
 
     def prepare(self, shards: ParameterShards) -> None:
         """Build what :meth:`add_to_gradient` needs. Called when a fit starts and whenever the tensors change."""
@@ -105,34 +108,50 @@ class WeightMethod(ContinualCallback):
 
     @property
     def has_state(self) -> bool:
-        """Whether an experience has been learned."""
+        """Whether there are tensors: an experience has been learned, or :meth:`begin` made them."""
         return self._state is not None
+
+    @property
+    def acts(self) -> bool:
+        return super().acts and self._state is not None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the requirements."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        name = type(self).__name__
         if not self.tensor_names:
-            raise ValueError(f'{name} names no tensors; set tensor_names on the class, such as ("anchor",)')
-        check_strategy(trainer, name)
-        warn_about_stock_deepspeed(trainer, name)
+            raise ValueError(
+                f'{type(self).__name__} names no tensors; set tensor_names on the class, such as ("anchor",)'
+            )
         if is_deepspeed(trainer):
             write_sidecar_with_checkpoints(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rearrange the tensors to match this fit's fragments."""
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"{type(self).__name__} works with one optimizer, got {len(trainer.optimizers)}")
         names = self._present_names(pl_module)
-        self._shards = ParameterShards.of(trainer, also=names.values())
+        self._start(trainer, also=names.values())
+        assert self._shards is not None
         self._check_names(names, self._shards)
         if self._saved_in is not None:
-            self._set(FragmentState.load(self._saved_in, self._shards, dtype=torch.float32, names=names))
+            loaded = FragmentState.load(self._saved_in, self._shards, dtype=torch.float32, names=names)
+            self._set(self._with_new(loaded, names.values(), self._shards))
             self._saved_in = None
         elif self._state is not None:
-            self._set(self._state.renamed(names).rearranged(self._shards))
+            self._rearrange(self._state.renamed(names), self._shards)
+        elif (tensors := self.begin(self._shards)) is not None:
+            self._keep(tensors, "begin", self._shards)
+
+    def _rearrange(self, state: FragmentState, shards: ParameterShards) -> None:
+        self._set(self._with_new(state.rearranged(shards), state.shapes, shards))
+
+    def _with_new(self, state: FragmentState, known: Collection[str], shards: ParameterShards) -> FragmentState:
+        """The state with the tensors of the parameters that had none."""
+        for number, (fragment, value) in enumerate(zip(state.fragments, shards.values(), strict=True)):
+            for kind in self.tensor_names if fragment.name not in known else ():
+                if (tensor := self.begin_parameter(kind, value)) is not None:
+                    state.tensors[kind][number] = _own(tensor, value)
+        return state
 
     def _present_names(self, module: pl.LightningModule) -> dict[str, str]:
         """For each parameter with tensors, its name in the module; its own if the module does not have it."""
@@ -161,13 +180,6 @@ class WeightMethod(ContinualCallback):
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Add to the gradient once per optimizer step."""
-        if self._state is not None and self._shards is not None and is_step_boundary(trainer):
-            self.add_to_gradient(self._shards)
-
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep the tensors of the experience.
 
@@ -175,10 +187,12 @@ class WeightMethod(ContinualCallback):
             ValueError: If :meth:`consolidate` returns other tensors than ``tensor_names``.
         """
         shards = self._shards_now(trainer)
-        tensors = self.consolidate(trainer, module, shards)
+        self._keep(self.consolidate(trainer, module, shards), "consolidate", shards)
+
+    def _keep(self, tensors: Tensors, formula: str, shards: ParameterShards) -> None:
         if set(tensors) != set(self.tensor_names):
             raise ValueError(
-                f"{type(self).__name__}.consolidate returned {sorted(tensors)}, but tensor_names is {self.tensor_names}"
+                f"{type(self).__name__}.{formula} returned {sorted(tensors)}, but tensor_names is {self.tensor_names}"
             )
         live = shards.values()
         own = {name: [_own(t, weight) for t, weight in zip(ts, live, strict=True)] for name, ts in tensors.items()}
@@ -189,14 +203,11 @@ class WeightMethod(ContinualCallback):
         learned = {} if self._state is None else self._state.shapes
         shards = ParameterShards.of(trainer, also=learned.keys())
         if self._shards is None or shards.shapes != self._shards.shapes:
-            self._shards = shards
+            self._use(shards)
             if self._state is not None:
-                self._set(self._state.rearranged(shards))
+                self._rearrange(self._state, shards)
+            return shards
         return self._shards
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Release the strategy's buffers."""
-        self._shards = None
 
     def _set(self, state: FragmentState) -> None:
         self._state = state

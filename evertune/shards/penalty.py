@@ -15,26 +15,29 @@ _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class QuadraticPenalty:
-    """Adds ``scale * importance * (weight - anchor)`` to the gradient, in place, without allocating memory per step.
+    """The pull of ``scale / 2 * sum importance * (weight - anchor)^2``, in place, without allocating memory per step.
 
-    A matrix in which most rows have no importance (such as the embeddings of tokens that were not seen) is processed
-    only on its other rows.
+    :meth:`add_gradient` adds its gradient, ``scale * importance * (weight - anchor)``; :meth:`pull` moves a weight
+    itself. A matrix in which most rows have no importance (such as the embeddings of tokens that were not seen) is
+    processed only on its other rows.
 
     Args:
         shards: The weights.
-        importance: One tensor per fragment.
+        importance: One tensor per fragment; None if every weight has the importance 1.
         anchor: One tensor per fragment.
     """
 
-    def __init__(self, shards: ParameterShards, importance: Sequence[Tensor], anchor: Sequence[Tensor]) -> None:
+    def __init__(self, shards: ParameterShards, importance: Sequence[Tensor] | None, anchor: Sequence[Tensor]) -> None:
         self._shards = shards
         self._importance = importance
         self._anchor = anchor
-        self._rows = [_Rows.of(f, i, a) for f, i, a in zip(shards.fragments, importance, anchor, strict=True)]
-        largest = max((i.numel() for i in importance), default=1)
-        device = importance[0].device if importance else torch.device("cpu")
+        self._rows: list[_Rows | None] = [None] * len(anchor)
+        if importance is not None:
+            self._rows = [_Rows.of(f, i, a) for f, i, a in zip(shards.fragments, importance, anchor, strict=True)]
+        largest = max((a.numel() for a in anchor), default=1)
+        device = anchor[0].device if anchor else torch.device("cpu")
         self._chunk = min(largest, _CHUNK.get(device.type, _CHUNK["cuda"]))
-        self._difference = torch.empty(self._chunk, device=device)
+        self._buffer = torch.empty(self._chunk, device=device)
 
     def add_gradient(self, scale: float) -> None:
         """Add the gradient of :meth:`value`, multiplied by the current loss scale like the gradients."""
@@ -46,20 +49,54 @@ class QuadraticPenalty:
                 continue
             for start in range(0, value.numel(), self._chunk):
                 part = slice(start, start + self._chunk)
-                difference = self._difference[: value[part].numel()]
+                difference = self._buffer[: value[part].numel()]
                 torch.sub(value[part], self._anchor[i][part], out=difference)
                 # In fp32 whatever the precision of the weights, and rounded once.
-                if gradient.dtype == difference.dtype:
+                if self._importance is None:
+                    gradient[part].add_(difference, alpha=scale)
+                elif gradient.dtype == difference.dtype:
                     gradient[part].addcmul_(self._importance[i][part], difference, value=scale)
                 else:
                     gradient[part].add_(difference.mul_(self._importance[i][part]), alpha=scale)
         self._shards.write_back()
 
+    def pull(self, number: int, value: Tensor, scale: float) -> None:
+        """Move a weight to the minimum of the penalty plus the squared distance from where it is: its proximal step.
+
+        With ``c = scale * importance``, the weight becomes ``(weight + c * anchor) / (1 + c)``: between the two, and
+        never beyond the anchor, however large ``scale`` is.
+
+        Args:
+            number: Number of the fragment.
+            value: The fragment's weights, changed in place.
+            scale: Strength of the penalty times the learning rate.
+        """
+        rows = self._rows[number]
+        if rows is not None:
+            rows.pull(value, scale)
+            return
+        for start in range(0, value.numel(), self._chunk):
+            part = slice(start, start + self._chunk)
+            anchor = self._anchor[number][part]
+            share: Tensor | float = scale / (1 + scale)
+            if self._importance is not None:
+                share = _share(self._importance[number][part], scale, self._buffer[: anchor.numel()])
+            if value.dtype == anchor.dtype:
+                torch.lerp(value[part], anchor, share, out=value[part])
+            else:
+                value[part] = torch.lerp(value[part].to(anchor.dtype), anchor, share)
+
     def value(self, scale: float) -> Tensor:
         """``scale / 2 * sum importance * (weight - anchor)^2`` over all ranks, shape ``[]``. Call on every rank."""
-        steps = [value - anchor for value, anchor in zip(self._shards.values(), self._anchor, strict=True)]
-        weighted = [step * importance for step, importance in zip(steps, self._importance, strict=True)]
+        weighted = steps = [value - anchor for value, anchor in zip(self._shards.values(), self._anchor, strict=True)]
+        if self._importance is not None:
+            weighted = [step * importance for step, importance in zip(steps, self._importance, strict=True)]
         return scale / 2 * self._shards.dot(weighted, steps)
+
+
+def _share(importance: Tensor, scale: float, out: Tensor) -> Tensor:
+    """``c / (1 + c)`` for ``c = scale * importance``, also where ``c`` is 0 or infinite."""
+    return torch.mul(importance, scale, out=out).reciprocal_().add_(1).reciprocal_()
 
 
 class _Rows:
@@ -98,6 +135,11 @@ class _Rows:
             into.index_add_(0, self._rows, self._difference, alpha=scale)
         else:  # added in the wider of the two types, and rounded once
             into[self._rows] = torch.add(into[self._rows], self._difference, alpha=scale).to(into.dtype)
+
+    def pull(self, value: Tensor, scale: float) -> None:
+        here = self._of(value)
+        share = _share(self._importance, scale, self._difference)
+        here[self._rows] = torch.lerp(here[self._rows].to(share.dtype), self._anchor, share).to(here.dtype)
 
     def _of(self, flat: Tensor) -> Tensor:
         n_rows = (flat.numel() - self._first) // self._width

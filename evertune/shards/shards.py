@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from evertune._lightning import pl
 
@@ -108,6 +110,54 @@ class ParameterShards(ABC):
         for gradient, term in zip(self.gradients(), terms, strict=True):
             gradient.add_(term, alpha=self.gradient_scale)
         self.write_back()
+
+    def after_step(self, optimizer: Optimizer, edit: Callable[[int, Tensor, float], None]) -> RemovableHandle:
+        """Edit the weights inside every step of the optimizer, right after it has updated them.
+
+        Under ZeRO these are the fp32 masters, before the weights of the module are derived from them, so that nothing
+        is sent a second time. A step that the loss scaler skips calls nothing.
+
+        Args:
+            optimizer: The trainer's optimizer.
+            edit: Function called with the number of a fragment, its value (flat; changed in place) and the learning
+                rate of its parameter group.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: If the optimizer does not offer hooks.
+        """
+        base = self._base(optimizer)
+        if not isinstance(base, Optimizer):
+            raise ValueError(
+                f"{type(base).__name__} is not a torch.optim.Optimizer, so that nothing can act inside its step"
+            )
+
+        def edit_stepped(stepped: Optimizer, *_: Any) -> None:
+            # Under ZeRO, a step may be divided into several, each of which sees only its own parameters.
+            rates = {id(p): float(group["lr"]) for group in stepped.param_groups for p in group["params"]}
+            with torch.no_grad():
+                for number, (parameter, value) in enumerate(self._live()):
+                    if parameter is not None and id(parameter) in rates:
+                        edit(number, value, rates[id(parameter)])
+                        self._edited(number, value)
+
+        return base.register_step_post_hook(edit_stepped)
+
+    def _base(self, optimizer: Optimizer) -> Any:
+        """The optimizer that updates the weights in full precision."""
+        return optimizer
+
+    def _live(self) -> list[tuple[Tensor | None, Tensor]]:
+        """For each fragment, the tensor in the optimizer's parameter groups that holds it, and its own elements, flat.
+
+        None if it is not to be updated.
+        """
+        raise ValueError(f"{type(self).__name__} does not say where the optimizer has its weights")
+
+    def _edited(self, number: int, value: Tensor) -> None:  # noqa: B027  (most strategies hand out the live storage)
+        """Write an edited fragment back where :meth:`_live` returned a copy."""
 
     def release(self) -> None:  # noqa: B027  (only ZeRO-3 gathers)
         """Release weights that were gathered for passes through the module outside of training steps."""
@@ -208,6 +258,15 @@ class ReplicatedShards(ParameterShards):
     def gradient_scale(self) -> float:
         return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
+    def _live(self) -> list[tuple[Tensor | None, Tensor]]:
+        parameters = (p if p.requires_grad else None for p in self._parameters.values())
+        return list(zip(parameters, self.values(), strict=True))
+
+    def _edited(self, number: int, value: Tensor) -> None:
+        parameter = list(self._parameters.values())[number]
+        if not parameter.is_contiguous():
+            parameter.copy_(value.view(parameter.shape))
+
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
         for p, value in zip(self._parameters.values(), values, strict=True):
@@ -250,6 +309,16 @@ class ZeroShards(ParameterShards):
     @abstractmethod
     def _partitions(self) -> list[tuple[Tensor, list[str]]]:
         """The flat partitions of this rank's masters, each with the parameters that it covers on all ranks together."""
+
+    def _base(self, optimizer: Optimizer) -> Any:
+        return self._optimizer.optimizer
+
+    def _live(self) -> list[tuple[Tensor | None, Tensor]]:
+        flats = [flat for flat, _ in self._partitions()]
+        return [
+            (flats[number], flats[number][start : start + fragment.numel])
+            for (number, start), fragment in zip(self._places, self.fragments, strict=True)
+        ]
 
     @abstractmethod
     def _masters_changed(self) -> None:

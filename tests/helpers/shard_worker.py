@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from evertune import callbacks
 from evertune._lightning import pl
 from evertune.callbacks import EWC, ContinualCallback, Imprinting, LogitAdjustment, Replay
 from evertune.lightning_modules import SequenceClassificationModule
@@ -121,6 +122,7 @@ def methods(name: str) -> list[pl.Callback]:
         "replay": lambda: [Replay(memory_size=30, replay_ratio=1.0)],
         "ewc": lambda: [EWC(ewc_lambda=50.0, n_examples=30, batch_size=4)],
         "l2sp": lambda: [L2SP(strength=0.01)],
+        "pretrained": lambda: [callbacks.L2SP(strength=2.0, coupling="decoupled")],
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
         "adjust": lambda: [LogitAdjustment()],
@@ -132,10 +134,10 @@ def learn_two(folder: str, out: str, strategy: str, runs: list[dict[str, Any]]) 
     """Learn two experiences (the second in 20 steps) with each method and write the weights after each run."""
     for run in runs:
         module = SmallBert(folder, CLASSES, run["optimizer"], "cosine" if "imprint" in run["method"] else "linear")
-        callbacks = methods(run["method"])
+        used = methods(run["method"])
         pl.seed_everything(1, verbose=False)
-        fit(module, experience("first", 6, ["a", "b"], 1), strategy, run["accumulation"], list(callbacks))
-        fit(module, experience("second", 20, ["b", "c"], 2), strategy, run["accumulation"], list(callbacks))
+        fit(module, experience("first", 6, ["a", "b"], 1), strategy, run["accumulation"], list(used))
+        fit(module, experience("second", 20, ["b", "c"], 2), strategy, run["accumulation"], list(used))
         state = whole_state(module)
         if state:
             save_file(state, Path(out) / f"{run['method']}-{run['optimizer']}-{run['accumulation']}.safetensors")

@@ -61,6 +61,29 @@ def test_equals_the_formula(offset: int, numel: int, important_rows: list[int], 
     torch.testing.assert_close(penalty.value(0.5), 0.25 * torch.stack(terms).sum(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.5, 1e38])
+@pytest.mark.parametrize("important_rows", [[], [3, 20, 21], list(range(40))])
+@pytest.mark.parametrize(("offset", "numel"), [(0, 200), (6, 150), (9, 3)])
+def test_pulls_by_the_formula(
+    offset: int, numel: int, important_rows: list[int], scale: float, dtype: torch.dtype
+) -> None:
+    shards = Held(offset, numel, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.zeros(50, 4)
+    whole[important_rows] = 20 * torch.rand(len(important_rows), 4, generator=generator)
+    importance = [shards.fragments[0].slice(whole), torch.rand(5, generator=generator)]
+    anchor = [torch.randn(value.numel(), generator=generator) for value in shards.values()]
+    penalty = QuadraticPenalty(shards, importance, anchor)
+    for number, (f, a) in enumerate(zip(importance, anchor, strict=True)):
+        value = shards.values()[number].to(dtype)
+        c = scale * f.double()
+        expected = ((value.double() + c * a) / (1 + c)).to(dtype)
+        penalty.pull(number, value, scale)
+        torch.testing.assert_close(value, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+        assert torch.equal(value[f == 0], shards.values()[number].to(dtype)[f == 0])
+
+
 def test_a_table_with_few_important_rows_is_worked_on_by_those() -> None:
     shards = Held(6, 150, torch.float32)
     importance = [torch.zeros(150), torch.zeros(5)]
