@@ -6,6 +6,7 @@ from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
     from evertune.callbacks.base import ContinualCallback as ContinualCallback
+    from evertune.callbacks.dark_replay import DarkReplay as DarkReplay
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
     from evertune.callbacks.ewc import EWC as EWC
     from evertune.callbacks.imprinting import Imprinting as Imprinting
@@ -25,6 +26,7 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.callbacks.base": "ContinualCallback",
+        "evertune.callbacks.dark_replay": "DarkReplay",
         "evertune.callbacks.drift_trigger": "DriftTrigger",
         "evertune.callbacks.ewc": "EWC",
         "evertune.callbacks.imprinting": "Imprinting",

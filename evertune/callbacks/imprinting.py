@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from evertune._lightning import n_started, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.callback import default_features
 from evertune.callbacks.state import load_state, save_state
+from evertune.callbacks.teacher import rounds
 from evertune.callbacks.training_data import TrainingData
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy
@@ -124,7 +125,7 @@ class Imprinting(ContinualCallback):
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for indices, counts in _rounds(chosen.any(1).nonzero().flatten().tolist(), size, trainer):
+            for indices, counts in rounds(chosen.any(1).nonzero().flatten().tolist(), size, trainer):
                 features = F.normalize(self.features(module, data.batch(indices)).detach().double(), dim=-1)
                 if features.ndim != 2:
                     raise ValueError(f"features must have the shape [batch, d], got {list(features.shape)}")
@@ -182,14 +183,3 @@ class Imprinting(ContinualCallback):
         """
         state = load_state(_Saved, Path(directory) / _STATE)
         self.experience_index, self.imprinted = state.experience_index, set(state.imprinted)
-
-
-def _rounds(indices: list[int], size: int, trainer: pl.Trainer) -> Iterator[tuple[list[int], float]]:
-    """Batches of this rank, equally many on all ranks; each with 1, or with 0 if it is one too many.
-
-    Whole batches go to the ranks in turn, so that an example is padded as on one process.
-    """
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    for start in range(0, len(batches), trainer.world_size):
-        mine = start + trainer.global_rank
-        yield (batches[mine], 1.0) if mine < len(batches) else (batches[0][:1], 0.0)

@@ -63,6 +63,8 @@ class LogitAdjustment(ContinualCallback):
         ContinualTrainer(max_epochs=3, callbacks=callbacks).fit_stream(module, stream)
     """
 
+    adjusts_logits = True
+
     def __init__(self, head: str = "head") -> None:
         self.head = head
         self.counts = torch.zeros(0, dtype=torch.float64)

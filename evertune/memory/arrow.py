@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from evertune.memory.logits import LOGITS
+
 SCHEMA = pa.schema(
     [
         ("id", pa.large_string()),
@@ -17,6 +19,7 @@ SCHEMA = pa.schema(
         ("priority", pa.float64()),
         ("length", pa.int32()),  # number of tokens; null if the example is not a tokenised text
         ("data", pa.large_binary()),
+        ("logits", LOGITS),  # that the model gave when the example was stored; null if nobody asked for them
     ]
 )
 _MAGIC = 8  # bytes of the magic number before the first message

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from evertune.memory.arrow import SCHEMA, checked_table, serialised
 from evertune.memory.codec import decode, encode
+from evertune.memory.logits import StoredLogits
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
 from evertune.utils import typed_json
 from evertune.utils.files import write_atomically
@@ -108,7 +109,7 @@ class MemoryView:
 
     @property
     def table(self) -> pa.Table:
-        """The rows: ``id``, ``label``, ``experience``, ``priority``, ``length`` and the encoded ``data``."""
+        """The rows: ``id``, ``label``, ``experience``, ``priority``, ``length``, encoded ``data``, ``logits``."""
         return self._table
 
     @property
@@ -131,6 +132,19 @@ class MemoryView:
         """The number of tokens of every slot; None if not all examples are tokenised texts."""
         column = self._table.column("length")
         return None if column.null_count or not len(self) else column.to_numpy().astype(np.int64)
+
+    @cached_property
+    def without_logits(self) -> Indices:
+        """The slots without logits, ascending."""
+        return np.flatnonzero(self._table.column("logits").is_null().to_numpy()).astype(np.int64)
+
+    def logits(self, slots: Sequence[int]) -> StoredLogits:
+        """The logits stored with some examples (:meth:`ReplayMemory.set_logits`).
+
+        Raises:
+            ValueError: If one of them has none, or they are damaged.
+        """
+        return StoredLogits.from_arrow(self._table.column("logits").chunk(0).take(pa.array(slots, pa.int64())))
 
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
         """The slots at ``positions`` in the infinite sequence of draws of one update.
@@ -358,6 +372,26 @@ class ReplayMemory:
         iterator = iter(examples)
         while chunk := list(itertools.islice(iterator, _CHUNK)):
             self.update(chunk, experience, labels, [identify(example) for example in chunk])
+
+    def set_logits(self, slots: Sequence[int], logits: pa.StructArray, *, is_writer: bool = True) -> None:
+        """Store logits with examples. The file is rewritten; readers that have it open keep the old one.
+
+        On other processes than the writer, the call only opens the file again: wait for the writer before it.
+
+        Args:
+            slots: The examples.
+            logits: Their logits (:meth:`StoredLogits.to_arrow <evertune.memory.logits.StoredLogits.to_arrow>`).
+            is_writer: As for :meth:`update`.
+        """
+        if is_writer:
+            view = self.view
+            old = view.table.column("logits").combine_chunks()
+            places = np.arange(len(view))
+            places[np.asarray(slots, dtype=np.int64)] = len(view) + np.arange(len(logits))
+            column = pa.concat_arrays([old, logits]).take(pa.array(places))
+            table = view.table.set_column(SCHEMA.get_field_index("logits"), SCHEMA.field("logits"), column)
+            write_atomically(self.path(self.generation), serialised(table, view.settings))
+        self._view = (-1, MemoryView.empty())
 
     def forget(self, ids: Iterable[str], is_writer: bool = True) -> int:
         """Erase examples: the file is rewritten without them, older files are deleted, and the new file is searched.

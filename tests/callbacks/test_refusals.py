@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from evertune._lightning import ModelCheckpoint, pl
-from evertune.callbacks import EWC, ContinualEvaluation, DriftTrigger, Replay
+from evertune.callbacks import EWC, ContinualEvaluation, DarkReplay, DriftTrigger, Replay
 from evertune.shards import ParameterShards
 from evertune.strategies import EvertuneDeepSpeedStrategy
 from tests.helpers.distributed import run_ranks
@@ -23,6 +23,7 @@ FSDPStrategy, ModelParallelStrategy = pl.strategies.FSDPStrategy, pl.strategies.
 
 METHODS = {
     "Replay": lambda: Replay(memory_size=4),
+    "DarkReplay": lambda: DarkReplay(memory_size=4),
     "EWC": EWC,
     "DriftTrigger": DriftTrigger,
     "ContinualEvaluation": ContinualEvaluation,

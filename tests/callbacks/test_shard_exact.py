@@ -17,7 +17,15 @@ from tests.helpers.shard_worker import make_bert
 
 STRATEGIES = ("ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3")
 
-METHODS = ("replay", "ewc", "replay+ewc", "l2sp+loss", "replay+imprint+adjust", "pretrained")
+METHODS = (
+    "replay",
+    "ewc",
+    "replay+ewc",
+    "l2sp+loss",
+    "replay+imprint+adjust",
+    "dark",
+    "pretrained",
+)
 
 RUNS = [
     {"method": method, "optimizer": optimizer, "accumulation": accumulation}

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from evertune import callbacks
 from evertune._lightning import pl
-from evertune.callbacks import EWC, ContinualCallback, Imprinting, LogitAdjustment, Replay
+from evertune.callbacks import EWC, ContinualCallback, DarkReplay, Imprinting, LogitAdjustment, Replay
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.heads import HeadKind
 from evertune.lightning_modules.saving import whole_state
@@ -125,6 +125,7 @@ def methods(name: str) -> list[pl.Callback]:
         "pretrained": lambda: [callbacks.L2SP(strength=2.0, coupling="decoupled")],
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
+        "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
         "adjust": lambda: [LogitAdjustment()],
     }
     return [callback for part in name.split("+") for callback in made[part]()]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,14 +43,14 @@ from evertune.callbacks.replay.spool import (
 from evertune.callbacks.state import load_state
 from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
 from evertune.memory.codec import decode, encode
-from evertune.memory.memory import ReplayMemory
+from evertune.memory.memory import MemoryView, ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 from evertune.streams.sampler import BucketSampler
 from evertune.tasks.base import Task, task_of
-from evertune.utils.batches import logits_of, name_of, to_device
+from evertune.utils.batches import batch_size_of, logits_of, name_of, to_device
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
@@ -66,6 +66,20 @@ class _Saved:
     """The content of the file that :meth:`Replay.save` writes beside the memory."""
 
     experience_index: int
+
+
+class Joined(NamedTuple):
+    """What a batch in training consists of.
+
+    Args:
+        n_new: Number of new examples; they come first.
+        slots: Slots of the replayed examples, in the order of the batch.
+        view: The memory that they are in.
+    """
+
+    n_new: int
+    slots: list[int]
+    view: MemoryView
 
 
 class Replay(ContinualCallback):
@@ -183,8 +197,8 @@ class Replay(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        check_strategy(trainer, "Replay")
-        warn_about_stock_deepspeed(trainer, "Replay")
+        check_strategy(trainer, type(self).__name__)
+        warn_about_stock_deepspeed(trainer, type(self).__name__)
         if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
         self.label_of.task, self._tried = task_of(pl_module), False
@@ -239,6 +253,7 @@ class Replay(ContinualCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Compute ``features`` on the first batch, so that nothing fails after hours of training."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._tried and self.memory.policy.needs_features:
             advice = "pass features=, a callable (module, batch) -> tensor [batch, d]"
             what = f"Replay cannot compare examples by the features of {type(pl_module).__name__}"
@@ -599,6 +614,46 @@ class Replay(ContinualCallback):
         barrier()
 
     # --- batches
+
+    def joined(self, trainer: pl.Trainer, batch: Any) -> Joined:
+        """Which examples are new and which are replayed in the batch that is being trained on.
+
+        Call it from ``on_train_batch_start`` to ``on_before_backward``. The examples are told by the number of the
+        batch, as in the loader processes; nothing is sent along with them.
+
+        Raises:
+            ValueError: If the ``collate_fn`` has changed the number of examples, or the examples are those of one of
+                several loaders.
+        """
+        if self.loader is not None:
+            raise ValueError(
+                f"which examples of a batch are replayed is not known with loader={self.loader!r}; train from one "
+                "DataLoader"
+            )
+        return Joined(*self._collate().joined(_batches_done(trainer), batch_size_of(batch)))
+
+    def batch_of(self, trainer: pl.Trainer, examples: list[Any]) -> Any:
+        """A batch of examples of the dataset or of the memory, on the device, without replayed ones."""
+        with isolate_rng():
+            return to_device(trainer, self._collate().collate_fn(examples))
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of the training loader; None if it varies, or without a training loader."""
+        return None if self._loader is None else self._loader.batch_size
+
+    def set_logits(self, trainer: pl.Trainer, slots: Sequence[int], logits: Any) -> None:
+        """Store logits with examples of the memory (:meth:`ReplayMemory.set_logits`). Call on every rank."""
+        trainer.strategy.barrier("replay memory")  # every rank has read the file that is about to be replaced
+        self.memory.set_logits(slots, logits, is_writer=self._is_writer)
+        trainer.strategy.barrier("replay memory")
+        if self._loader is not None:
+            self._collate().reopen()
+
+    def _collate(self) -> ReplayCollate:
+        assert self._loader is not None
+        assert isinstance(self._loader.collate_fn, ReplayCollate)
+        return self._loader.collate_fn
 
     def _spools(self) -> list[Path]:
         """The spool files of this rank."""

@@ -209,15 +209,45 @@ class ReplayCollate:
         self._calls += 1
         return batch
 
+    def joined(self, batch: int, size: int) -> tuple[int, list[int], MemoryView]:
+        """What batch number ``batch``, with ``size`` examples, consists of.
+
+        Returns:
+            The number of new examples, which come first; the slots of the replayed ones; and the memory that these are
+            in.
+
+        Raises:
+            ValueError: If the ``collate_fn`` has changed the number of examples.
+        """
+        current = self.schedule.update_at(batch)
+        if current is None or current[2] == 0 or not len(self._open(current[2])):
+            return size, [], MemoryView.empty()
+        sizes = np.arange(size + 1)
+        bounds = self._bounds(sizes + (batch - current[0]) * self.stride)
+        totals = sizes + bounds - bounds[0]
+        n_new = int(np.searchsorted(totals, size))
+        if totals[n_new] != size:
+            raise ValueError(
+                f"a batch has {size} examples, which Replay has not given to the collate_fn: it must make a row of each"
+            )
+        return n_new, *self._draw(batch, n_new)
+
+    def reopen(self) -> None:
+        """Read the file of the memory again, in this process: it was rewritten."""
+        self._view = (0, MemoryView.empty())
+
+    def _open(self, generation: int) -> MemoryView:
+        if self._view[0] != generation:
+            self._view = generation, MemoryView.open(working_file(self.directory, generation))
+        return self._view[1]
+
     def _draw(self, batch: int, n_new: int) -> tuple[list[int], MemoryView]:
         """The slots of the examples to replay, and the memory that they are in."""
         current = self.schedule.update_at(batch)
         if current is None or current[2] == 0:
             return [], self._view[1]
         first, update, generation = current
-        if self._view[0] != generation:
-            self._view = generation, MemoryView.open(working_file(self.directory, generation))
-        view = self._view[1]
+        view = self._open(generation)
         start, stop = self._bounds(np.array([0, n_new]) + (batch - first) * self.stride)
         positions = np.arange(start, stop) * self.world_size + self.rank
         if self.lengths is None or view.lengths is None or not self.lengths.covers(batch):

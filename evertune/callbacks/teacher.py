@@ -1,0 +1,90 @@
+"""What a model says about many examples, computed once by all ranks together and then stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from evertune._lightning import pl
+from evertune.callbacks.step_logits import counted_rows
+from evertune.memory.logits import LOGITS, StoredLogits, from_bytes, to_bytes
+from evertune.shards.shards import ParameterShards
+from evertune.shards.support import is_deepspeed
+from evertune.tasks.base import task_of
+from evertune.utils.collectives import gather_bytes
+from evertune.utils.evaluation import evaluation_mode, trial
+
+
+def rounds(indices: Sequence[int], size: int, trainer: pl.Trainer) -> Iterator[tuple[list[int], bool]]:
+    """Batches of this rank, equally many on all ranks; False with one that is too many.
+
+    Whole batches go to the ranks in turn, so that an example is padded as on one process.
+    """
+    batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+    for start in range(0, len(batches), trainer.world_size):
+        mine = start + trainer.global_rank
+        yield (batches[mine], True) if mine < len(batches) else (batches[0][:1], False)
+
+
+def logits_of_examples(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    indices: Sequence[int],
+    batch_of: Callable[[list[int]], Any],
+    size: int,
+    who: str,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    rows: Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]] | None = None,
+) -> pa.StructArray:
+    """The logits of examples in evaluation mode, in their order, the same on all ranks. Call on every rank.
+
+    Args:
+        indices: Numbers of the examples.
+        batch_of: The batch of some of them, on the device.
+        size: Examples in a batch.
+        who: Name of the callback, for the error message.
+        top_k: Number of logits to keep of each row; None for all.
+        temperature: At which the others are summed up.
+        rows: Function ``(module, batch) -> rows [R, classes], number of rows of each example``. By default those of
+            the module's task.
+    """
+    parts, rows = [pa.array([], LOGITS)], rows or logit_rows
+    what = f"{who} cannot compute the logits of {type(module).__name__}"
+    advice = "give the module a task, a Task whose outputs() returns them"
+    with trial(what, advice), evaluation_mode(module), trainer.precision_plugin.val_step_context():
+        for chosen, counts in rounds(indices, size, trainer):
+            stored = StoredLogits.of(*rows(module, batch_of(chosen)), top_k, temperature)
+            if counts:
+                parts.append(stored.to_arrow())
+    if is_deepspeed(trainer):
+        ParameterShards.of(trainer).release()
+    everyones = [from_bytes(part) for part in gather_bytes(to_bytes(pa.concat_arrays(parts)), trainer)]
+    # Batch b is on rank b % world_size, as number b // world_size there.
+    n_batches, world = -(-len(indices) // size), trainer.world_size
+    ordered = [
+        everyones[number % world].slice(number // world * size, size if number < n_batches - 1 else None)
+        for number in range(n_batches)
+    ]
+    return pa.concat_arrays(ordered or [pa.array([], LOGITS)])
+
+
+def logit_rows(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """The logits that the module's task finds, a row for each position that counts."""
+    return counted_rows(task_of(module).outputs(module, batch))
+
+
+def sum_over_examples(per_row: Tensor, n_rows: Tensor) -> Tensor:
+    """The sum over examples of the mean over each one's rows: a scalar.
+
+    Example:
+        >>> sum_over_examples(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 1]))
+        tensor(7.)
+    """
+    weights = torch.repeat_interleave(1.0 / n_rows, n_rows).to(per_row)
+    return (per_row * weights).sum()
