@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI as LightningCLI
     from pytorch_lightning.strategies import DDPStrategy as DDPStrategy
     from pytorch_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
+    from pytorch_lightning.strategies import FSDPStrategy as FSDPStrategy
+    from pytorch_lightning.strategies import ModelParallelStrategy as ModelParallelStrategy
     from pytorch_lightning.strategies import SingleDeviceStrategy as SingleDeviceStrategy
     from pytorch_lightning.strategies import Strategy as Strategy
     from pytorch_lightning.strategies.deepspeed import remove_module_hooks as remove_module_hooks
@@ -67,11 +69,13 @@ _NAMES = {
     "DDPStrategy": "strategies",
     "DeepSpeedStrategy": "strategies",
     "EarlyStopping": "callbacks",
+    "FSDPStrategy": "strategies",
     "LightningArgumentParser": "cli",
     "LightningCLI": "cli",
     "LightningDataModule": "core",
     "LightningModule": "core",
     "ModelCheckpoint": "callbacks",
+    "ModelParallelStrategy": "strategies",
     "RunningStage": "trainer.states",
     "SingleDeviceStrategy": "strategies",
     "Strategy": "strategies",
@@ -333,6 +337,63 @@ def deepspeed_base(one: str) -> type[Any]:
 def join_deepspeed(strategy: Any) -> None:
     """Make a DeepSpeed strategy join the process group."""
     strategy._init_deepspeed_distributed()
+
+
+def data_parallel_size(strategy: Any) -> int:
+    """The number of ranks among which a ``ModelParallelStrategy`` divides the data."""
+    size = strategy._data_parallel_size
+    return int(strategy.num_nodes if size == "auto" else size)
+
+
+def fsdp2_base(one: str) -> type[Any]:
+    """Lightning's ``ModelParallelStrategy`` for data-parallel training, without what its ``setup`` asks of a module.
+
+    A subclass defines ``shard()``, which shards ``self.model``, and ``run(method, *args)``, which calls a method of the
+    module.
+
+    Args:
+        one: The package to inherit from.
+    """
+    parallel = _find(one, "ModelParallelStrategy")
+    to_device = import_module(f"{_FABRIC[one]}.utilities.optimizer")._optimizers_to_device
+
+    class FSDP2Base(parallel):  # type: ignore[misc, valid-type]
+        model: Any
+
+        def setup_environment(self) -> None:
+            # Lightning's own default are as many data-parallel ranks as nodes: those of a node train on the same data.
+            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+            super().setup_environment()
+
+        def setup(self, trainer: Any) -> None:
+            fitting = trainer.state.fn == "fit"
+            self.accelerator.setup(trainer)
+            self.model = self.precision_plugin.convert_module(self.model)
+            self.shard()
+            self.barrier()
+            if fitting:
+                self.setup_optimizers(trainer)
+            self.setup_precision_plugin()
+            if fitting:
+                to_device(self.optimizers, self.root_device)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with self.precision_plugin.train_step_context():
+                return self.run(self.lightning_module.training_step, *args, **kwargs)
+
+        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+            with self.precision_plugin.val_step_context():
+                return self.run(self.lightning_module.validation_step, *args, **kwargs)
+
+        def test_step(self, *args: Any, **kwargs: Any) -> Any:
+            with self.precision_plugin.test_step_context():
+                return self.run(self.lightning_module.test_step, *args, **kwargs)
+
+        def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+            with self.precision_plugin.predict_step_context():
+                return self.run(self.lightning_module.predict_step, *args, **kwargs)
+
+    return FSDP2Base
 
 
 def keep_signals(trainer: Any) -> None:

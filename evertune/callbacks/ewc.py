@@ -35,7 +35,7 @@ EXACT_FROM = 100
 
 
 class EWC(QuadraticMethod):
-    """Elastic weight consolidation, on one device, DDP and ZeRO-1, 2 and 3.
+    """Elastic weight consolidation, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     Adds to the loss of every later experience the penalty::
 

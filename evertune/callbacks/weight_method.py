@@ -17,24 +17,25 @@ from evertune.shards.fragments import FragmentState, saved_kinds, saved_shapes
 from evertune.shards.names import matched
 from evertune.shards.shards import ParameterShards
 from evertune.shards.sidecars import read_sidecar, write_sidecar_with_checkpoints
-from evertune.shards.support import is_deepspeed
+from evertune.shards.support import is_sharded
 
 Tensors = Mapping[str, list[Tensor]]
 """For each name, one flat fp32 tensor per fragment of the weights that this rank holds."""
 
 
 class WeightMethod(GradientMethod):
-    """Base class of methods that keep tensors about the weights, on one device, DDP and ZeRO-1, 2 and 3.
+    """Base class of methods that keep tensors about the weights, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     A method names its tensors and implements two formulas: the tensors that an experience leaves (:meth:`consolidate`),
     and what they add to the gradient of later experiences (:meth:`add_to_gradient`). Both see the weights as this rank
     holds them, so a method is written once for all strategies, and nothing is gathered.
 
-    The rest is inherited. Lightning checkpoints contain the tensors (under DeepSpeed in a subfolder, to which each rank
-    writes its part); :meth:`save` writes them and :meth:`load` reads them at any world size. When a fit starts, they
-    are rearranged to match the weights: the head may have grown, the strategy may have changed. New elements are zero.
-    Weights that are frozen for a while keep their tensors (not under ZeRO), and those that become trainable within a
-    fit get theirs at its end. Parameters are matched by name; wrappers such as ``torch.compile`` do not matter.
+    The rest is inherited. Lightning checkpoints contain the tensors (under DeepSpeed and FSDP2 in a subfolder, to which
+    each rank writes its part); :meth:`save` writes them and :meth:`load` reads them at any world size. When a fit
+    starts, they are rearranged to match the weights: the head may have grown, the strategy may have changed. New
+    elements are zero. Weights that are frozen for a while keep their tensors (not under ZeRO), and those that become
+    trainable within a fit get theirs at its end. Parameters are matched by name; wrappers such as ``torch.compile`` do
+    not matter.
 
     Attributes:
         tensor_names: Names of the tensors, each with one fp32 number per trainable weight.
@@ -124,7 +125,7 @@ class WeightMethod(GradientMethod):
             raise ValueError(
                 f'{type(self).__name__} names no tensors; set tensor_names on the class, such as ("anchor",)'
             )
-        if is_deepspeed(trainer):
+        if is_sharded(trainer):
             write_sidecar_with_checkpoints(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -217,7 +218,7 @@ class WeightMethod(GradientMethod):
     # --- what is saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only; under ZeRO, the tensors are in the checkpoint's own folder."""
+        """Tensors and numbers only; under ZeRO and FSDP2, the tensors are in the checkpoint's own folder."""
         state: dict[str, Any] = {"experience_index": self.experience_index}
         if self._state is not None and not self._state.sharded:
             state |= {**self._state.state_dict(), "notes": dict(self.notes)}
@@ -235,8 +236,8 @@ class WeightMethod(GradientMethod):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Under DeepSpeed, read the subfolder of the checkpoint."""
-        if is_deepspeed(trainer):
+        """Under DeepSpeed and FSDP2, read the subfolder of the checkpoint."""
+        if is_sharded(trainer):
             read_sidecar(trainer, self)
 
     def save(self, directory: str | Path) -> None:

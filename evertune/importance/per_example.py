@@ -208,7 +208,7 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self.strays: set[str] = set()  # used outside their own layer
         self.elsewhere: set[str] = set()  # of layers whose input or output does not have the batch first
-        self._owned, self._names, self._batch = owned, names, batch
+        self._owned, self._names, self._batch = owned, dict(names), batch
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
 
@@ -240,9 +240,17 @@ class _Observer(TorchFunctionMode):
         result = func(*args, **kwargs)
         if tensors_in(result) and func not in _NO_GRADIENT:
             here = self._owned[self._running[-1]].values() if self._running else ()
-            used = (self._names.get(id(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            used = (self._name(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             self.strays.update(name for name in used if name is not None and name not in here)
         return result
+
+    def _name(self, tensor: Tensor) -> str | None:
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in self._names:
+            # FSDP2 puts other parameters in place while a layer runs, and keeps them.
+            self._names |= {
+                id(layer._parameters[one]): name for layer, own in self._owned.items() for one, name in own.items()
+            }
+        return self._names.get(id(tensor))
 
 
 _NO_GRADIENT = (torch.Tensor.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]

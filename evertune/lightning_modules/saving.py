@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evertune.utils import sharding
 from evertune.utils.files import sha256
 from evertune.utils.pretrained import check_folder
 from evertune.utils.ranks import is_writer
@@ -25,9 +26,9 @@ FORMAT = 1
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of a parameter on the CPU, gathered if DeepSpeed has partitioned it. Call on every rank."""
+    """A copy of a parameter on the CPU, gathered if DeepSpeed or FSDP2 has sharded it. Call on every rank."""
     if not hasattr(tensor, "ds_id"):
-        return tensor.detach().cpu().clone()
+        return sharding.whole(tensor).cpu().clone()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
@@ -36,10 +37,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Gather all weights of a module, which a ZeRO-3 fit leaves partitioned. Call on every rank."""
+    """Gather all weights of a module, which a fit under ZeRO-3 or FSDP2 leaves sharded. Call on every rank."""
     partitioned = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not partitioned:
-        yield
+        with sharding.gathered(module):
+            yield
         return
     import deepspeed
 
@@ -109,7 +111,7 @@ def _copy_into(own: dict[str, Tensor], path: Path) -> None:
                 with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                     tensor.copy_(saved[name])
             else:
-                tensor.copy_(saved[name])
+                sharding.set_whole(tensor, saved[name])
 
 
 @dataclass(frozen=True)

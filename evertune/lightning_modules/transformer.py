@@ -34,6 +34,7 @@ from evertune.utils.loaders import resume_loaders
 from evertune.utils.locate import locate
 from evertune.utils.pretrained import load_tokenizer
 from evertune.utils.ranks import barrier, is_writer
+from evertune.utils.sharding import kind_of
 
 
 class TransformerModule(LightningModule):
@@ -246,7 +247,7 @@ class TransformerModule(LightningModule):
         if self.backbone is None:
             raise RuntimeError(f"{type(self).__name__} has no weights to save yet: call configure_model() first")
         folder = Path(directory)
-        # Collective under ZeRO-3, so before the branch of the writing rank.
+        # Collective under ZeRO-3 and FSDP2, so before the branch of the writing rank.
         state = whole_state(self)
         if is_writer():
             from safetensors.torch import save_file
@@ -261,7 +262,7 @@ class TransformerModule(LightningModule):
             self._save_tokenizer(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             settings.pop("model_name_or_path")  # replaced by the folder when it is loaded
-            write_manifest(folder, type(self).__name__, settings)
+            write_manifest(folder, kind_of(self).__name__, settings)
         barrier()
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A checkpoint of a ZeRO engine that loads on any number of processes and at any stage, without pickle.
+"""A checkpoint under ZeRO or FSDP2 that loads on any number of processes, at any stage of ZeRO, without pickle.
 
 Every rank writes its fragments of the fp32 masters, of the optimizer's state and of the frozen weights as safetensors.
 Rank 0 writes the replicated state as a file for ``torch.load(weights_only=True)``. No rank ever holds more than its own
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from evertune._lightning import pl
 from evertune.shards.fragments import FragmentState, saved_shapes
-from evertune.shards.shards import FrozenZero3Shards, OptimizerState, ParameterShards, ReplicatedShards, ZeroShards
+from evertune.shards.shards import (
+    FrozenZero3Shards,
+    FSDP2Shards,
+    OptimizerState,
+    ParameterShards,
+    PortableShards,
+    ReplicatedShards,
+)
+from evertune.shards.support import is_deepspeed
 from evertune.utils.ranks import is_writer, rank_and_world_size
 
 REPLICATED = "replicated.pt"
@@ -38,7 +46,6 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
     Raises:
         ValueError: If the optimizer's state cannot be moved to other ranks.
     """
-    engine: Any = trainer.strategy.model
     shards = _shards(trainer)
     optimizer = shards.optimizer_state()
     FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(folder / _WEIGHTS)
@@ -49,8 +56,7 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
         told = {
             "lightning": {key: value for key, value in checkpoint.items() if key not in _NOT_FRAGMENTS},
             "optimizer": vars(replace(optimizer, tensors={})),
-            "engine": {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
-            "loss_scaler": _numbers(_loss_scaler(engine)),
+            **_of_engine(trainer),
         }
         torch.save(told, folder / REPLICATED)
     trainer.strategy.barrier("a portable checkpoint")
@@ -62,10 +68,10 @@ def is_portable(folder: Path) -> bool:
 
 
 def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """Restore weights, optimizer and engine from a checkpoint. Call on every rank, once the engine is built.
+    """Restore weights, optimizer and engine from a checkpoint. Call on every rank, once the strategy is set up.
 
     Args:
-        trainer: Trainer about to train, on any number of processes and at any ZeRO stage.
+        trainer: Trainer about to train, on any number of processes, under ZeRO of any stage or FSDP2.
         folder: Folder that :func:`save` wrote.
         weights_only: As for ``torch.load``. Default: True.
 
@@ -75,7 +81,6 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
     Raises:
         ValueError: If a file is damaged, or the module has other weights than the saved one.
     """
-    engine: Any = trainer.strategy.model
     shards, still = _shards(trainer), _frozen(trainer)
     parts: list[tuple[str, ParameterShards]] = [(_WEIGHTS, shards)]
     if (folder / _FROZEN).is_dir():
@@ -91,27 +96,45 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
     shards.load(read, OptimizerState(**told["optimizer"]))
     if len(parts) > 1:
         still.set_values(FragmentState.load(folder / _FROZEN, still).tensors["value"])
+    if is_deepspeed(trainer):
+        _restore_engine(trainer.strategy.model, told)
+    lightning: dict[str, Any] = told["lightning"]
+    return lightning
+
+
+def _shards(trainer: pl.Trainer) -> PortableShards:
+    shards = ParameterShards.of(trainer)
+    assert isinstance(shards, PortableShards)
+    return shards
+
+
+def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards | FSDP2Shards:
+    """The frozen weights: sharded under FSDP2 and at stage 3 of ZeRO, replicated on every rank below."""
+    module, engine = trainer.lightning_module, trainer.strategy.model
+    if not is_deepspeed(trainer):
+        return FSDP2Shards(module, frozen=True)
+    if engine.zero_optimization_stage() == 3:  # type: ignore[operator, union-attr]
+        return FrozenZero3Shards(module, engine)
+    return ReplicatedShards(module, frozen=True)
+
+
+def _of_engine(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    """The counters of DeepSpeed's engine, or what they would be."""
+    if not is_deepspeed(trainer):
+        return {"engine": {"global_steps": trainer.global_step, "skipped_steps": 0}, "loss_scaler": {}}
+    engine: Any = trainer.strategy.model
+    return {
+        "engine": {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps},
+        "loss_scaler": _numbers(_loss_scaler(engine)),
+    }
+
+
+def _restore_engine(engine: Any, told: Mapping[str, Mapping[str, Any]]) -> None:
     vars(_loss_scaler(engine)).update(told["loss_scaler"])
     engine.global_steps, engine.skipped_steps = told["engine"]["global_steps"], told["engine"]["skipped_steps"]
     # DeepSpeed derives the accumulation boundary from micro_steps, which depend on the current accumulation.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     engine.global_samples = engine.global_steps * engine.train_batch_size()
-    lightning: dict[str, Any] = told["lightning"]
-    return lightning
-
-
-def _shards(trainer: pl.Trainer) -> ZeroShards:
-    shards = ParameterShards.of(trainer)
-    assert isinstance(shards, ZeroShards)
-    return shards
-
-
-def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards:
-    """The frozen weights: sharded at stage 3, replicated on every rank below."""
-    engine: Any = trainer.strategy.model
-    if engine.zero_optimization_stage() == 3:
-        return FrozenZero3Shards(trainer.lightning_module, engine)
-    return ReplicatedShards(trainer.lightning_module, frozen=True)
 
 
 def _loss_scaler(engine: Any) -> Any:

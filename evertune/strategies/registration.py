@@ -35,9 +35,21 @@ def register_strategies(package: str) -> None:
             override=True,
             **settings,
         )
+    registry.register(
+        "evertune_fsdp2",
+        partial(_make_fsdp2, package),
+        description="FSDP2 for one update after another, on CPU and GPU",
+        override=True,
+    )
 
 
 def _make(package: str, **settings: Any) -> Strategy:
     from evertune.strategies.deepspeed import strategy_class
+
+    return strategy_class(package)(**settings)
+
+
+def _make_fsdp2(package: str, **settings: Any) -> Strategy:
+    from evertune.strategies.fsdp2 import strategy_class
 
     return strategy_class(package)(**settings)

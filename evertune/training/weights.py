@@ -12,10 +12,10 @@ from evertune.utils.ranks import barrier, is_writer
 def save_weights(trainer: pl.Trainer, path: str | Path) -> None:
     """Write all weights and buffers of a trainer's module to one safetensors file. Call on every rank.
 
-    Works during and after a fit, on one device, DDP and ZeRO-1, 2 and 3. Under ZeRO-3 each rank holds a part of the
-    weights, which are gathered one at a time. They are written in the precision in which the module holds them, and
-    shared weights are written once, under their first name. The file exists when the call returns on any rank (on a
-    file system that all of them share).
+    Works during and after a fit, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2. Under ZeRO-3 and FSDP2 each rank holds
+    a part of the weights, which are gathered one at a time. They are written in the precision in which the module holds
+    them, and shared weights are written once, under their first name. The file exists when the call returns on any rank
+    (on a file system that all of them share).
 
     Args:
         trainer: Trainer that has fitted the module, or is fitting it.

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from evertune._lightning import isolate_rng
+from evertune.utils.sharding import root_gathered
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule's mode and all random states are restored afterwards.
 
-    The random states are those of Python, NumPy, torch and the GPUs.
+    The random states are those of Python, NumPy, torch and the GPUs. Under FSDP2, the weights outside of all blocks are
+    gathered meanwhile, so that any part of the module can be called: call it on every rank.
 
     Example:
         >>> module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -28,7 +30,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in nn.Module.modules(module)]
     module.eval()
     try:
-        with isolate_rng(), torch.no_grad():
+        with isolate_rng(), torch.no_grad(), root_gathered(module):
             yield
     finally:
         for part, training in modes:

@@ -67,11 +67,13 @@ def loader(n: int = 8) -> DataLoader[Any]:
     [
         (
             FSDPStrategy,
-            "does not support strategy 'fsdp'; use one device, 'ddp' or 'evertune_deepspeed_stage_1'",
+            r"does not support strategy 'fsdp' \(FSDP of version 1, which flattens the weights: 'evertune_fsdp2' "
+            r"shards each of them\); use one device, 'ddp', 'evertune_deepspeed_stage_1', '_2' or '_3', "
+            r"or 'evertune_fsdp2'",
         ),
         (
             ModelParallelStrategy,
-            "does not support strategy 'ModelParallelStrategy'; use one device, 'ddp' or",
+            "does not support strategy 'ModelParallelStrategy': 'evertune_fsdp2' shards the module itself, .*; use one",
         ),
         (
             "ddp_spawn",
@@ -93,6 +95,14 @@ def test_strategies_that_are_not_supported(name: str, strategy: Any, message: st
     if name == "EWC":
         with pytest.raises(ValueError, match=f"^ParameterShards {message}"):
             ParameterShards.of(one)
+
+
+def test_ranks_that_would_train_on_the_same_data() -> None:
+    method = Replay(memory_size=4)
+    one = trainer(method, strategy=ModelParallelStrategy(), devices=2)
+    message = "data_parallel_size=1 for 2 ranks: 2 of them would train on the same data; use .* 'evertune_fsdp2'$"
+    with pytest.raises(ValueError, match=message):
+        method.setup(one, Plain(), "fit")
 
 
 @pytest.mark.parametrize("name", METHODS)

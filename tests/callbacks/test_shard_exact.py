@@ -1,4 +1,4 @@
-"""Every method gives the same weights on one process, DDP and ZeRO-1, 2 and 3."""
+"""Every method gives the same weights on one process, DDP, ZeRO-1, 2 and 3, and FSDP2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from tests.helpers.distributed import run_ranks
 from tests.helpers.shard_worker import make_bert
 
-STRATEGIES = ("ddp", "evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2", "evertune_deepspeed_stage_3")
+STRATEGIES = (
+    "ddp",
+    "evertune_deepspeed_stage_1",
+    "evertune_deepspeed_stage_2",
+    "evertune_deepspeed_stage_3",
+    "evertune_fsdp2",
+)
 
 METHODS = (
     "replay",
