@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +15,7 @@ from evertune.streams.experience import Experience, ExperienceStream
 from evertune.streams.sampler import BucketSampler, ResumableLoader, longest_first
 from evertune.tasks.base import Task, task_of
 from evertune.tasks.texts import truncation_length
+from evertune.tasks.token_cache import TokenCache
 
 
 class ExperienceDataModule(LightningDataModule):
@@ -47,6 +49,8 @@ class ExperienceDataModule(LightningDataModule):
             others. Default: False.
         id_column: Column kept in each tokenised example as ``id``, so that a memory can forget it by name. Default:
             None.
+        token_cache: Folder in which tokens are kept, for later runs and for the other processes of the machine, which
+            then share them in memory. They are found by a hash of texts and tokenizer. Default: None, no folder.
         task: Task that makes the tokenised examples and the collate function; by default labels are kept as they are.
             Pass ``module.task`` for a module that has one.
 
@@ -79,6 +83,7 @@ class ExperienceDataModule(LightningDataModule):
         bucketed: bool = True,
         drop_last: bool = False,
         id_column: str | None = None,
+        token_cache: str | Path | None = None,
         task: Task | None = None,
     ) -> None:
         super().__init__()
@@ -99,6 +104,7 @@ class ExperienceDataModule(LightningDataModule):
         self.bucketed = bucketed
         self.drop_last = drop_last
         self.id_column = id_column
+        self.token_cache = token_cache
         self.task = task or Task()
         if tokenizer is not None and collate_fn is None:
             self.collate_fn = self.task.collator(tokenizer)
@@ -123,6 +129,7 @@ class ExperienceDataModule(LightningDataModule):
                 label=self.label,
                 id_column=self.id_column,
                 max_length=truncation_length(self.max_length, self.tokenizer, self._module),
+                **({} if self.token_cache is None else {"cache": TokenCache(self.token_cache)}),
             )
         return self._datasets[split]
 
@@ -217,6 +224,7 @@ class StreamDataModule(LightningDataModule):
         bucketed: Whether to batch texts of similar length together. Default: True.
         drop_last: Whether to leave out the training examples that do not fill a step. Default: False.
         id_column: Column kept in each example as ``id``. Default: None.
+        token_cache: Folder in which tokens are kept for later runs. Default: None.
         seed: Seed of the splits, the order of the classes and the order of the examples. Default: 0.
         task: Task that defines the labels. By default the module's, if ``evertune fit`` or a ContinualTrainer reads the
             stream.
@@ -263,6 +271,7 @@ class StreamDataModule(LightningDataModule):
         bucketed: bool = True,
         drop_last: bool = False,
         id_column: str | None = None,
+        token_cache: str | None = None,
         seed: int = 0,
         task: Task | None = None,
     ) -> None:
@@ -307,6 +316,7 @@ class StreamDataModule(LightningDataModule):
             "bucketed": bucketed,
             "drop_last": drop_last,
             "id_column": id_column,
+            "token_cache": token_cache,
             "seed": seed,
         }
         self._stream: ExperienceStream | None = None

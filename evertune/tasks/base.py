@@ -14,6 +14,7 @@ from evertune.sources.values import label_value
 from evertune.tasks.losses import negative_losses
 from evertune.tasks.predicting import predict_classes, predict_scores
 from evertune.tasks.texts import TokenizedDataset, pad_collator
+from evertune.tasks.token_cache import TokenCache
 from evertune.utils.batches import NoLogitsError, has_targets, logits_in, name_of, output_of, targets_of
 
 if TYPE_CHECKING:
@@ -162,9 +163,12 @@ class Task:
         label: str | None,
         id_column: str | None,
         max_length: int,
+        cache: TokenCache | None = None,
     ) -> Dataset[dict[str, Any]]:
         """The examples of a split, tokenised once; labels are kept as they are."""
-        return TokenizedDataset(data, tokenizer, text=text, label=label, id_column=id_column, max_length=max_length)
+        return TokenizedDataset(
+            data, tokenizer, text=text, label=label, id_column=id_column, max_length=max_length, cache=cache
+        )
 
     def collator(self, tokenizer: Any) -> Callable[[list[Any]], Any]:
         """The function that collates tokenised examples into a batch."""

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from evertune.tasks.token_cache import TokenCache, key_of
 from evertune.utils.examples import Examples, column_of
 
 _PADDING = {"token_type_ids": 0}
 """Padding value of each kind of tokens other than ``input_ids``."""
 _USUAL_LENGTH = 128
+_LENGTHS = "lengths"
 
 
 def max_tokens(transformer: nn.Module) -> int | None:
@@ -81,6 +83,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         label: Column with the label, or None.
         id_column: Column that identifies an example, or None.
         max_length: Maximum number of tokens; longer texts are truncated.
+        cache: Where tokens are kept on disk; None (default) for nowhere.
     """
 
     def __init__(
@@ -92,22 +95,20 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         label: str | None,
         id_column: str | None,
         max_length: int,
+        cache: TokenCache | None = None,
     ) -> None:
         columns = (text,) if isinstance(text, str) else tuple(text)
         texts = [column_of(data, column) for column in columns]
         self.names = {
             key: column_of(data, column) for key, column in (("labels", label), ("id", id_column)) if column is not None
         }
-        flat: dict[str, list[np.ndarray]] = {}
-        lengths: list[int] = []
-        for start in range(0, len(data), 1000):
-            parts = [column[start : start + 1000] for column in texts]
-            encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
-            lengths += [len(tokens) for tokens in encoded["input_ids"]]
-            for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
-                flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
-        self.tokens = {key: np.concatenate(chunks) for key, chunks in flat.items()}
-        self.lengths = np.asarray(lengths)
+        if cache is None:
+            arrays: Mapping[str, np.ndarray] = _tokenised(texts, tokenizer, max_length)
+        else:
+            key = key_of(texts, tokenizer, max_length)
+            arrays = cache.get(key, lambda: _tokenised(texts, tokenizer, max_length))
+        self.tokens = {name: values for name, values in arrays.items() if name != _LENGTHS}
+        self.lengths = arrays[_LENGTHS]
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
 
     def __len__(self) -> int:
@@ -119,6 +120,19 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         run = slice(self.starts[index], self.starts[index + 1])
         tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
         return {**tokens, **{key: values[index] for key, values in self.names.items()}}
+
+
+def _tokenised(texts: list[list[str]], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+    """The tokens of all texts one after another, int32 of each kind, and the number of tokens of each text."""
+    flat: dict[str, list[np.ndarray]] = {}
+    lengths: list[int] = []
+    for start in range(0, len(texts[0]), 1000):
+        parts = [column[start : start + 1000] for column in texts]
+        encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
+        lengths += [len(tokens) for tokens in encoded["input_ids"]]
+        for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
+            flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
+    return {**{key: np.concatenate(chunks) for key, chunks in flat.items()}, _LENGTHS: np.asarray(lengths)}
 
 
 class PadCollator:

@@ -10,40 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from evertune._lightning import Callback, LightningArgumentParser, ModelCheckpoint, pl
 from evertune.streams import BucketSampler, Experience, ExperienceDataModule, ResumableLoader, StreamDataModule
 from evertune.tasks.texts import PadCollator
 from tests.helpers.distributed import run_ranks
-
-WORDS = [f"w{i}" for i in range(50)]
-
-
-def make_tokenizer(**tokens):
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **tokens
-    )
-
-
-TOKENIZER = make_tokenizer(pad_token="[PAD]")
-
-
-def text_rows(n, seed=0):
-    generator = np.random.default_rng(seed)
-    return [
-        {"text": " ".join(generator.choice(WORDS, generator.integers(1, 30))), "label": "ab"[i % 2], "id": f"row {i}"}
-        for i in range(n)
-    ]
-
+from tests.helpers.texts import TOKENIZER, make_tokenizer, text_rows
 
 # ---- the order of the examples
 
