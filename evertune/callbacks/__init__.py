@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from evertune.callbacks.imprinting import Imprinting as Imprinting
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
+    from evertune.callbacks.mas import MAS as MAS
     from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.callbacks.synaptic_intelligence import SynapticIntelligence as SynapticIntelligence
     from evertune.callbacks.update_length import UpdateLength as UpdateLength
     from evertune.callbacks.weight_method import WeightMethod as WeightMethod
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
@@ -32,7 +34,9 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.imprinting": "Imprinting",
         "evertune.callbacks.l2sp": "L2SP",
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
+        "evertune.callbacks.mas": "MAS",
         "evertune.callbacks.replay.callback": "Replay",
+        "evertune.callbacks.synaptic_intelligence": "SynapticIntelligence",
         "evertune.callbacks.update_length": "UpdateLength",
         "evertune.callbacks.weight_method": "WeightMethod",
         "evertune.training.checkpoint": "UpdateCheckpoint",

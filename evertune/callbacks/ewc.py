@@ -8,23 +8,17 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import pl, rank_zero_info, rank_zero_warn
-from evertune.callbacks.examples import ExampleSampler
-from evertune.callbacks.quadratic_method import Coupling, QuadraticMethod
+from evertune.callbacks.importance_method import ImportanceMethod
+from evertune.callbacks.quadratic_method import Coupling
+from evertune.callbacks.weight_method import Tensors
 from evertune.importance.fisher import (
     EXACT_UP_TO,
-    Checked,
     Estimator,
     Logits,
     Targets,
-    check_fisher,
     estimate_fisher,
 )
 from evertune.shards.shards import ParameterShards
-from evertune.utils.batches import batch_size_of, take
-from evertune.utils.evaluation import trial
-
-_EXAMPLES = "evertune.ewc.examples"
-"""Key in a checkpoint of the batches that all ranks hold for the next estimation of the Fisher."""
 
 BOUND = 0.1
 """Backward passes of an automatic estimation, at most, for each example that was trained on."""
@@ -34,7 +28,7 @@ EXACT_FROM = 100
 """Number of examples from which an automatic estimation prefers the exact Fisher to a sampled one on more of them."""
 
 
-class EWC(QuadraticMethod):
+class EWC(ImportanceMethod):
     """Elastic weight consolidation, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     Adds to the loss of every later experience the penalty::
@@ -110,29 +104,21 @@ class EWC(QuadraticMethod):
         normalize: bool = True,
         coupling: Coupling = "coupled",
     ) -> None:
-        super().__init__(ewc_lambda, coupling, normalize, name="ewc_lambda")
+        super().__init__(
+            ewc_lambda, coupling, normalize, n_examples, batch_size, logits, targets, seed, name="ewc_lambda"
+        )
         if mode not in ("online", "separate"):
             raise ValueError(f"mode must be 'online' or 'separate', got {mode!r}")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be between 0 and 1, got {gamma}")
         if estimator not in get_args(Estimator):
             raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
-        if n_examples < 1:
-            raise ValueError(f"n_examples must be positive, got {n_examples}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
         if mode == "separate" and gamma != 1.0:
             rank_zero_warn(f"gamma={gamma} is ignored: it belongs to mode='online'")
         self.mode = mode
         self.gamma = gamma
         self.estimator = estimator
-        self.n_examples = n_examples
-        self.batch_size = batch_size
-        self.logits = logits
-        self.targets = targets
-        self.seed = seed
-        self._examples = ExampleSampler(n_examples, batch_size, seed)
-        self._checked: Checked | None = None  # determined at the first batch of each fit
+        self._estimated: dict[str, Any] = {}
         self._has_told = False  # that the bound applies
 
     @property
@@ -140,57 +126,8 @@ class EWC(QuadraticMethod):
         """Strength of the penalty."""
         return self.strength
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the requirements, and note from now on what is trained on."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._checked = None
-            self._examples.setup(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._examples.on_train_start(trainer)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._checked is None:
-            self._checked = self._try_to_estimate(trainer, pl_module, batch)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Consider the batch for the next estimation."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._examples.see(trainer, batch, batch_idx)
-
-    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Checked:
-        """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
-        advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
-        shards = self._shards or ParameterShards.of(trainer)
-        with trial(f"EWC cannot estimate the importance of the weights of {type(module).__name__}", advice):
-            size = batch_size_of(batch)
-            checked = check_fisher(
-                module,
-                take(batch, list(range(min(size, self.batch_size))), size),
-                shards,
-                self.estimator,
-                logits=self.logits,
-                targets=self.targets,
-                forward_context=trainer.precision_plugin.forward_context,
-            )
-        shards.release()
-        return checked
-
-    def consolidate(
-        self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards
-    ) -> dict[str, list[Tensor]]:
-        """Estimate the importance of the weights for the experience that ends, and anchor them."""
-        importance, anchor = (
-            self._estimate(trainer, module, shards),
-            [value.to(torch.float32, copy=True) for value in shards.values()],
-        )
+    def combined(self, importance: list[Tensor], anchor: list[Tensor]) -> Tensors:
+        """The importance and the anchor of all experiences, from those of the last, which are changed."""
         if self.has_state and self.mode == "online":
             for new, old in zip(importance, self.tensors["importance"], strict=True):
                 new.add_(old, alpha=self.gamma)
@@ -204,7 +141,7 @@ class EWC(QuadraticMethod):
                 here.lerp_(there, share)
         return {"importance": importance, "anchor": anchor}
 
-    def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
+    def estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
         """The diagonal Fisher on a sample of the experience's examples: one tensor per fragment."""
         n_sample, n_trained = self._examples.counts(trainer)
         estimator, n_examples = self._affordable(n_sample, n_trained)
@@ -219,11 +156,12 @@ class EWC(QuadraticMethod):
             seed=self.seed + self.experience_index,
             forward_context=trainer.precision_plugin.forward_context,
         )
-        self.scaled(fisher, shards)
-        shards.release()
-        self._examples.forget()
-        self.notes = {"estimator": estimator, "examples": n_examples, "trained": n_trained, **self.notes}
+        self._estimated = {"estimator": estimator, "examples": n_examples, "trained": n_trained}
         return fisher
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self._estimated
 
     def _affordable(self, n_sample: int, n_trained: int) -> tuple[Estimator, int]:
         """The estimator, and on how many examples: with ``"auto"``, what takes a tenth of the training at most.
@@ -252,25 +190,3 @@ class EWC(QuadraticMethod):
             )
             self._has_told = True
         return estimator, n_examples
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Release the strategy's buffers."""
-        super().teardown(trainer, pl_module, stage)
-        self._examples.teardown(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the strategy."""
-        self._examples.teardown(trainer)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if examples := self._examples.state_dict(trainer):
-            checkpoint[_EXAMPLES] = examples
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if _EXAMPLES in checkpoint:
-            self._examples.load_state_dict(checkpoint[_EXAMPLES], trainer)

@@ -67,6 +67,11 @@ class QuadraticMethod(WeightMethod):
         """Anchor weights that were frozen where they are."""
         return value if kind == "anchor" else None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What to note about the importance of the experience that ends, beside ``normalize``."""
+        return {}
+
     def scaled(self, importance: list[Tensor], shards: ParameterShards) -> list[Tensor]:
         """The importance of an experience on the scale that is asked for. In place; call on every rank."""
         if self.normalize:
@@ -78,7 +83,7 @@ class QuadraticMethod(WeightMethod):
             if mean > 0:  # NaN if no weight has any
                 for one in importance:
                     one.div_(mean)
-        self.notes = {"normalize": self.normalize}
+        self.notes = {**self.about, "normalize": self.normalize}
         return importance
 
     def check_notes(self, notes: Mapping[str, Any], origin: str) -> None:

@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from evertune.importance.fisher import Estimator as Estimator
     from evertune.importance.fisher import IndexedBatch as IndexedBatch
     from evertune.importance.fisher import estimate_fisher as estimate_fisher
+    from evertune.importance.sensitivity import estimate_sensitivity as estimate_sensitivity
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.importance.fisher": "Estimator IndexedBatch estimate_fisher",
+        "evertune.importance.sensitivity": "estimate_sensitivity",
     },
 )

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evertune._lightning import pl, rank_zero_warn
-from evertune.importance.per_example import PerExampleHooks, Use, add_squares, add_sums
+from evertune.importance.per_example import PerExampleHooks, Use, add_powers, add_sums
+from evertune.importance.rules import Power, raised
 from evertune.shards.shards import ParameterShards
 from evertune.tasks.base import IGNORED, Likelihood, Outputs, task_of
 from evertune.utils.batches import batch_size_of, has_targets, logits_of, take, targets_of
@@ -124,45 +125,8 @@ def estimate_fisher(
         >>> estimate_fisher(model, [(torch.ones(4, 1), torch.zeros(4).long())], ReplicatedShards(model))
         [tensor([0.2500, 0.2500])]
     """
-    run = _Run(module, shards, estimator, logits, targets, likelihood, forward_context)
-    fisher, hooks = run.fisher, run.hooks
-    parameters = {name: p for name, p in module.named_parameters() if name in shards.shapes}
-    replay = any(hasattr(p, "ds_id") for p in parameters.values())  # ZeRO-3: one backward pass per forward pass
-    seen = 0
-    with _evaluation(module), hooks.installed():
-        for item in batches:
-            batch = item.batch if isinstance(item, IndexedBatch) else item
-            size = batch_size_of(batch)
-            alone = run.probe(batch, size) if seen == 0 else None
-            indices = _indices(item, size, seen)
-            seen += size
-            count = fisher.count(indices)
-            with hooks.recording(size):
-                outputs = run.outputs(batch)
-            if alone is not None:
-                run.check_apart(alone, outputs.logits)
-            steps = run.steps(outputs, indices, seed)
-            if estimator == "batched":
-                # The steps are squared later and then divided by the number of examples: scaled by sqrt(count) here,
-                # each batch contributes count times the square of its mean gradient.
-                steps = [step / max(count, 1) ** 0.5 for step in steps]
-            for number, step in enumerate(steps):
-                if replay and number > 0:
-                    with hooks.recording(size):
-                        outputs = run.outputs(batch)
-                hooks.backward(outputs.logits, step, again=not replay and step is not steps[-1])
-            if hooks.unreached and shards.sharded:
-                run.add_one_by_one(batch, size, steps)
-            elif hooks.unreached:
-                watched = {name: p for name, p in parameters.items() if name in hooks.unreached}
-                groups = [list(range(size))] if estimator == "batched" else [[row] for row in range(size)]
-                # No rule covers these parameters: take their gradients by autograd, one example at a time.
-                with _in_the_graph(watched.values()):
-                    for rows in groups:
-                        part = run.outputs(take(batch, rows, size))
-                        for step in steps:
-                            fisher.add_gradients(watched, part.logits, step[rows])
-    return fisher.mean()
+    run = Estimation(module, shards, estimator, logits, targets, likelihood, forward_context)
+    return run.mean(batches, lambda outputs, indices: run.steps(outputs, indices, seed))
 
 
 class Checked(NamedTuple):
@@ -202,7 +166,7 @@ def check_fisher(
         TypeError: As for :func:`estimate_fisher`.
         ValueError: As for :func:`estimate_fisher`.
     """
-    run = _Run(module, shards, estimator, logits, targets, None, forward_context)
+    run = Estimation(module, shards, estimator, logits, targets, None, forward_context)
     size = batch_size_of(batch)
     with _evaluation(module), run.hooks.installed():
         alone = run.probe(batch, size)
@@ -216,8 +180,13 @@ def check_fisher(
         return Checked(run.likelihood, passes if outputs.logits.ndim == 2 else None)
 
 
-class _Run:
-    """A single estimation: forward passes of the module, and the accumulator of the squares."""
+class Estimation:
+    """A single estimation: forward passes of the module, and the accumulator of the squares.
+
+    Args:
+        module: The model, as for :func:`estimate_fisher`. So are all further arguments but the last.
+        power: Which power of the magnitude of an example's gradients is accumulated. Default: 2, the squares.
+    """
 
     def __init__(
         self,
@@ -228,14 +197,62 @@ class _Run:
         targets: Targets | None,
         likelihood: Likelihood | None,
         forward_context: Callable[[], AbstractContextManager[Any]],
+        power: Power = 2,
     ) -> None:
         if estimator not in get_args(Estimator):
             raise ValueError(f"unknown estimator {estimator!r}; expected one of {', '.join(get_args(Estimator))}")
         self.module, self.shards, self.estimator = module, shards, estimator
         self.logits, self.targets, self.likelihood = logits, targets, likelihood
         self.forward_context = forward_context
-        self.fisher = _Accumulator(shards, batched=estimator == "batched")
+        self.fisher = _Accumulator(shards, power, batched=estimator == "batched")
         self.hooks = PerExampleHooks(module, shards.shapes, self.fisher.receive)
+
+    def mean(self, batches: Iterable[Any], gradients: Callable[[Outputs, Sequence[int]], list[Tensor]]) -> list[Tensor]:
+        """The mean over the examples of what the gradients of each give: one tensor per fragment.
+
+        Args:
+            batches: Batches, as for :func:`estimate_fisher`.
+            gradients: Function ``(outputs, indices) -> list`` of the gradients of the logits to backpropagate, one
+                tensor like the logits per pass.
+        """
+        module, shards, estimator, fisher, hooks = self.module, self.shards, self.estimator, self.fisher, self.hooks
+        parameters = {name: p for name, p in module.named_parameters() if name in shards.shapes}
+        replay = any(hasattr(p, "ds_id") for p in parameters.values())  # ZeRO-3: one backward pass per forward pass
+        seen = 0
+        with _evaluation(module), hooks.installed():
+            for item in batches:
+                batch = item.batch if isinstance(item, IndexedBatch) else item
+                size = batch_size_of(batch)
+                alone = self.probe(batch, size) if seen == 0 else None
+                indices = _indices(item, size, seen)
+                seen += size
+                count = fisher.count(indices)
+                with hooks.recording(size):
+                    outputs = self.outputs(batch)
+                if alone is not None:
+                    self.check_apart(alone, outputs.logits)
+                steps = gradients(outputs, indices)
+                if estimator == "batched":
+                    # The steps are squared later and then divided by the number of examples: scaled by sqrt(count)
+                    # here, each batch contributes count times the square of its mean gradient.
+                    steps = [step / max(count, 1) ** 0.5 for step in steps]
+                for number, step in enumerate(steps):
+                    if replay and number > 0:
+                        with hooks.recording(size):
+                            outputs = self.outputs(batch)
+                    hooks.backward(outputs.logits, step, again=not replay and step is not steps[-1])
+                if hooks.unreached and shards.sharded:
+                    self.add_one_by_one(batch, size, steps)
+                elif hooks.unreached:
+                    watched = {name: p for name, p in parameters.items() if name in hooks.unreached}
+                    groups = [list(range(size))] if estimator == "batched" else [[row] for row in range(size)]
+                    # No rule covers these parameters: take their gradients by autograd, one example at a time.
+                    with _in_the_graph(watched.values()):
+                        for rows in groups:
+                            part = self.outputs(take(batch, rows, size))
+                            for step in steps:
+                                fisher.add_gradients(watched, part.logits, step[rows])
+        return fisher.mean()
 
     def outputs(self, batch: Any) -> Outputs:
         """Run a forward pass and check its shapes."""
@@ -340,10 +357,11 @@ class _Run:
 
 
 class _Accumulator:
-    """Accumulates squares in this rank's fragments, over the examples of all ranks."""
+    """Accumulates squares, or magnitudes, in this rank's fragments, over the examples of all ranks."""
 
-    def __init__(self, shards: ParameterShards, *, batched: bool) -> None:
+    def __init__(self, shards: ParameterShards, power: Power, *, batched: bool) -> None:
         self._shards = shards
+        self._power = power
         self._batched = batched
         self._examples = 0
         values = shards.values()
@@ -359,14 +377,16 @@ class _Accumulator:
 
     def receive(self, name: str, uses: list[Use]) -> None:
         """Accumulate the uses of a parameter in one backward pass."""
-        self._add(name, partial(add_sums if self._batched else add_squares, uses))
+        self._add(name, partial(add_sums, uses) if self._batched else partial(add_powers, uses, power=self._power))
 
     def add_gradients(self, parameters: Mapping[str, Tensor], output: Tensor, gradient: Tensor) -> None:
         """Accumulate gradients computed by autograd: of one example, or of one batch for ``"batched"``."""
+        if not output.requires_grad:  # none of them has a part in it
+            return
         inputs = list(parameters.values())
         found = torch.autograd.grad(output, inputs, gradient, retain_graph=True, materialize_grads=True)
         for name, own in zip(parameters, found, strict=True):
-            self._add(name, partial(_add, own if self._batched else own.square()))
+            self._add(name, partial(_add, own if self._batched else raised(own, self._power)))
 
     def mean(self) -> list[Tensor]:
         """The sums over all ranks divided by the number of examples, in the order of the fragments."""

@@ -1,4 +1,4 @@
-"""Per-example squared gradients within one backward pass, layer by layer.
+"""Squares or magnitudes of per-example gradients within one backward pass, layer by layer.
 
 The gradient of a batch is the sum over its examples, which cannot be separated afterwards. Before the sum, they can: a
 layer's gradient follows from its input and the gradient of its output, and both have a batch dimension. Hooks record
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from evertune.importance.rules import Call, chunks, rule_for, tensors_in
+from evertune.importance.rules import Call, Power, chunks, raised, rule_for, tensors_in
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,16 @@ class Use:
     gradient: Tensor
 
 
-def add_squares(uses: list[Use], total: Tensor) -> None:
-    """Add the squared gradient of each example to ``total``; a parameter's gradient is the sum over its uses."""
+def add_powers(uses: list[Use], total: Tensor, power: Power) -> None:
+    """Add the magnitude of each example's gradient, to ``power``, to ``total``.
+
+    A parameter's gradient is the sum over its uses.
+    """
     if len(uses) == 1:
-        uses[0].call.add_squares(uses[0].parameter, uses[0].gradient, total)
+        uses[0].call.add_powers(uses[0].parameter, uses[0].gradient, total, power)
         return
     for rows in chunks(len(uses[0].gradient), total.numel()):
-        total += _per_example(uses, rows).square_().sum(0)
+        total += raised(_per_example(uses, rows), power).sum(0)
 
 
 def add_sums(uses: list[Use], total: Tensor) -> None:
@@ -55,7 +58,7 @@ class PerExampleHooks:
 
     Example::
 
-        hooks = PerExampleHooks(module, shapes, receive=lambda name, uses: add_squares(uses, totals[name]))
+        hooks = PerExampleHooks(module, shapes, receive=lambda name, uses: add_powers(uses, totals[name], 2))
         with hooks.installed():
             hooks.probe(forward)
             with hooks.recording(batch_size):

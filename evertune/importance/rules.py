@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ _IN_CACHE = 384 * 384
 """Number of elements of a product that stay in a core's cache while they are squared and added."""
 _AT_ONCE = 2**22
 """Maximum number of elements of per-example gradients that exist at once (16 MB in fp32)."""
+
+Power = Literal[1, 2]
+"""Which power of a gradient's magnitude is summed: absolute values or squares."""
 
 
 class Call:
@@ -56,10 +59,10 @@ class Call:
         """Gradients of the examples ``rows``, ``[rows, *shape]``, from the output's ``gradient`` for these rows."""
         raise NotImplementedError
 
-    def add_squares(self, parameter: str, gradient: Tensor, total: Tensor) -> None:
-        """Add the squared gradient of every example to ``total``, which has the parameter's shape."""
+    def add_powers(self, parameter: str, gradient: Tensor, total: Tensor, power: Power) -> None:
+        """Add the magnitude of every example's gradient, to ``power``, to ``total``, of the parameter's shape."""
         for rows in chunks(len(gradient), total.numel()):
-            total += self.per_example(parameter, rows, gradient[rows]).square_().sum(0)
+            total += raised(self.per_example(parameter, rows, gradient[rows]), power).sum(0)
 
 
 class LinearCall(Call):
@@ -73,11 +76,11 @@ class LinearCall(Call):
         left, right = self._sides(gradient, self.input[rows])
         return torch.bmm(left.transpose(1, 2), right)
 
-    def add_squares(self, parameter: str, gradient: Tensor, total: Tensor) -> None:
+    def add_powers(self, parameter: str, gradient: Tensor, total: Tensor, power: Power) -> None:
         if parameter == "bias":
-            super().add_squares(parameter, gradient, total)
+            super().add_powers(parameter, gradient, total, power)
         else:
-            _add_squared_products(*self._sides(gradient, self.input), total)
+            _add_powers_of_products(*self._sides(gradient, self.input), total, power)
 
     def _sides(self, gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
         return _tokens(gradient), _tokens(activation)
@@ -101,12 +104,12 @@ class EmbeddingCall(Call):
         dense = values.new_zeros(count * vocabulary, width)
         return dense.index_add_(0, keys, values).view(count, vocabulary, width)
 
-    def add_squares(self, parameter: str, gradient: Tensor, total: Tensor) -> None:
+    def add_powers(self, parameter: str, gradient: Tensor, total: Tensor, power: Power) -> None:
         keys, values = self._looked_up(self.input, gradient, len(total))
         used, place = torch.unique(keys, return_inverse=True)
-        # Sum repeated tokens per example first: the square is of the sum. Never allocates a dense gradient per example.
+        # Sum repeated tokens per example first: the power is of the sum. Never allocates a dense gradient per example.
         summed = values.new_zeros(len(used), values.shape[-1]).index_add_(0, place, values)
-        total.index_add_(0, used % len(total), summed.square_().to(total.dtype))
+        total.index_add_(0, used % len(total), raised(summed, power).to(total.dtype))
 
     def _looked_up(self, tokens: Tensor, gradient: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """For every token, its row in the stacked gradients of all examples, and what it adds to that row."""
@@ -287,11 +290,16 @@ def _tokens(tensor: Tensor) -> Tensor:
     return _wide(tensor).reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _add_squared_products(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """``total += sum_n (left[n].T @ right[n]) ** 2`` for ``[n, tokens, rows]`` and ``[n, tokens, columns]``."""
+def raised(tensor: Tensor, power: Power) -> Tensor:
+    """The magnitudes of a tensor to a power, in place."""
+    return tensor.abs_() if power == 1 else tensor.square_()
+
+
+def _add_powers_of_products(left: Tensor, right: Tensor, total: Tensor, power: Power) -> None:
+    """``total += sum_n |left[n].T @ right[n]| ** power`` for ``[n, tokens, rows]`` and ``[n, tokens, columns]``."""
     columns = right.shape[-1]
-    if left.shape[1] == 1:  # the square of an outer product is the outer product of the squares
-        total.addmm_(left[:, 0].square().T, right[:, 0].square())
+    if left.shape[1] == 1:  # the power of an outer product is the outer product of the powers
+        total.addmm_(left[:, 0].abs().pow(power).T, right[:, 0].abs().pow(power))
     elif total.device.type == "cpu":  # blocked: the product never leaves the cache
         for start in range(0, len(total), max(1, _IN_CACHE // columns)):
             block = total[start : start + max(1, _IN_CACHE // columns)]
@@ -299,7 +307,10 @@ def _add_squared_products(left: Tensor, right: Tensor, total: Tensor) -> None:
             product = left.new_empty(block.shape)
             for a, b in zip(part.unbind(), right.unbind(), strict=True):
                 torch.mm(a, b, out=product)
-                block.addcmul_(product, product)
+                if power == 1:
+                    block.add_(product.abs_())
+                else:
+                    block.addcmul_(product, product)
     else:
         for rows in chunks(len(left), total.numel()):
-            total += torch.bmm(left[rows].transpose(1, 2), right[rows]).square_().sum(0)
+            total += raised(torch.bmm(left[rows].transpose(1, 2), right[rows]), power).sum(0)

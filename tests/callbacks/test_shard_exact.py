@@ -31,6 +31,8 @@ METHODS = (
     "replay+imprint+adjust",
     "dark",
     "pretrained",
+    "mas",
+    "si",
 )
 
 RUNS = [

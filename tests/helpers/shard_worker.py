@@ -123,6 +123,8 @@ def methods(name: str) -> list[pl.Callback]:
         "ewc": lambda: [EWC(ewc_lambda=50.0, n_examples=30, batch_size=4)],
         "l2sp": lambda: [L2SP(strength=0.01)],
         "pretrained": lambda: [callbacks.L2SP(strength=2.0, coupling="decoupled")],
+        "mas": lambda: [callbacks.MAS(strength=20.0, n_examples=30, batch_size=4)],
+        "si": lambda: [callbacks.SynapticIntelligence(strength=20.0, coupling="decoupled")],
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
