@@ -160,7 +160,7 @@ class _Steps:
             gradient.copy_(new)
             if scale != 1:
                 gradient.div_(scale)
-            # With a loss scale, a step that overflows is skipped: the weights stay, but infinity times 0 is no number.
+            # With a loss scale, a step that overflows is skipped: the weights stay, but infinity times 0 is NaN.
             gradient.nan_to_num_(0, 0, 0)
             start.copy_(value)
 
