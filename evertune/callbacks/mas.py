@@ -13,7 +13,7 @@ from evertune.shards.shards import ParameterShards
 
 
 class MAS(ImportanceMethod):
-    """Memory aware synapses, on one device, DDP and ZeRO-1, 2 and 3.
+    """Memory aware synapses, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     Adds to the loss of every later experience the penalty (Aljundi et al. 2018, "Memory aware synapses: learning what
     (not) to forget")::

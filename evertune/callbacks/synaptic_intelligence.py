@@ -15,7 +15,7 @@ from evertune.shards.shards import ParameterShards
 
 
 class SynapticIntelligence(QuadraticMethod):
-    """Synaptic intelligence, on one device, DDP and ZeRO-1, 2 and 3.
+    """Synaptic intelligence, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     Adds to the loss of every later experience the penalty (Zenke, Poole & Ganguli 2017, "Continual learning through
     synaptic intelligence")::
