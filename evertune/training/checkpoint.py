@@ -14,7 +14,6 @@ import torch
 
 from evertune._lightning import (
     Checkpoint,
-    either,
     is_training_done,
     pl,
     replace_method,
@@ -23,7 +22,7 @@ from evertune._lightning import (
 )
 from evertune.memory.codec import decode, encode
 from evertune.shards.portable import REPLICATED
-from evertune.shards.support import check_strategy
+from evertune.shards.support import check_strategy, is_sharded
 from evertune.strategies.deepspeed import EvertuneDeepSpeed
 from evertune.streams.sampler import BucketSampler
 from evertune.training.manifest import MANIFEST, CheckpointManifest, Layout
@@ -64,7 +63,7 @@ class UpdateCheckpoint(Checkpoint):
     ``ExperienceDataModule``. The weights are then equal up to rounding. The random generators of all ranks but the
     first are reseeded deterministically, so dropout differs. If ``replay_ratio`` does not give a whole number of
     examples per batch, up to one example per rank is replayed twice or not at all. Under
-    ``evertune_deepspeed_stage_...`` the stage may change, too.
+    ``evertune_deepspeed_stage_...`` the stage may change, too, and ``evertune_fsdp2`` may take its place.
 
     No checkpoint is written at the end of an epoch or right before validation: it is written one step later. Metrics
     averaged over an epoch start over when a fit resumes in the middle of it.
@@ -186,7 +185,7 @@ class UpdateCheckpoint(Checkpoint):
         whole = self.directory / f"{_NAME}{trainer.global_step}"
         draft = _hidden(whole)
         draft.mkdir(parents=True, exist_ok=True)
-        # Collective: under DeepSpeed every rank writes its part of the folder.
+        # Collective: under DeepSpeed and FSDP2 every rank writes its part of the folder.
         self._write_state(trainer, draft / _STATE)
         own = draft / _rank_name(trainer.global_rank)
         own.write_bytes(encode({"random": random_state(trainer.strategy.root_device), "buffers": _buffers(trainer)}))
@@ -310,8 +309,8 @@ def _recounted(checkpoint: dict[str, Any], saved: int, here: int) -> dict[str, A
 
 
 def _buffers(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-    """The persistent buffers of this rank; without ZeRO they are among the weights of the checkpoint."""
-    if not isinstance(trainer.strategy, either("DeepSpeedStrategy")):
+    """The persistent buffers of this rank; where weights are not sharded, they are among those of the checkpoint."""
+    if not is_sharded(trainer):
         return {}
     persistent = trainer.lightning_module.state_dict().keys()
     return {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in persistent}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from evertune._lightning import either, pl
+from evertune.shards.support import is_fsdp2
 from evertune.strategies.deepspeed import EvertuneDeepSpeed
 from evertune.utils.files import write_atomically
 from evertune.utils.typed_json import from_json, to_json
@@ -25,7 +26,7 @@ class Layout:
         processes: Number of processes.
         weights: How the weights are saved: whole (``"replicated"``), in parts that any number of processes can read
             (``"portable"``), or as DeepSpeed saves them (``"deepspeed"``).
-        zero_stage: Stage of ZeRO; 0 without DeepSpeed.
+        zero_stage: Stage of ZeRO; 0 without DeepSpeed (where ``"portable"`` is FSDP2).
         batch_size: Examples in a batch of one process; None if the loader has no batch size.
         accumulation: Batches in an optimizer step.
 
@@ -51,6 +52,8 @@ class Layout:
             stage, weights = strategy.config["zero_optimization"]["stage"], "deepspeed"
             if isinstance(strategy, EvertuneDeepSpeed) and strategy.can_be_portable:
                 weights = "portable"
+        elif is_fsdp2(trainer):
+            weights = "portable"
         return cls(
             processes=trainer.world_size,
             weights=weights,
@@ -79,6 +82,7 @@ class Layout:
         """For messages: "2 processes with ZeRO-3"."""
         own = " and DeepSpeed's own checkpoints" * (self.weights == "deepspeed")
         zero = f"with ZeRO-{self.zero_stage}{own}" if self.zero_stage else "without ZeRO"
+        zero = "with FSDP2" if self.weights == "portable" and not self.zero_stage else zero
         return f"{self.processes} process{'es' * (self.processes > 1)} {zero}"
 
     def describe_step(self) -> str:

@@ -323,11 +323,12 @@ def _precision(precision: str | int | None, strategy: Any, callbacks: list[pl.Ca
         return precision
     if not chooses:
         callbacks.append(Fastest())
-    # DeepSpeed's engine is made for one precision, before anything could be measured.
-    deepspeed = (
-        "deepspeed" in strategy if isinstance(strategy, str) else isinstance(strategy, either("DeepSpeedStrategy"))
-    )
-    return "bf16-mixed" if deepspeed and computes_in_bf16() else None
+    # DeepSpeed's engine is made for one precision, and FSDP2's shards are not whole, before anything could be measured.
+    if isinstance(strategy, str):
+        sharded = "deepspeed" in strategy or "fsdp2" in strategy
+    else:
+        sharded = isinstance(strategy, either("DeepSpeedStrategy") + either("ModelParallelStrategy"))
+    return "bf16-mixed" if sharded and computes_in_bf16() else None
 
 
 def _as_list(value: Any) -> list[Any]:

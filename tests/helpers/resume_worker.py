@@ -18,8 +18,8 @@ from evertune.drift import MMD, HashedNgrams
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards import ParameterShards
 from evertune.shards.fragments import FragmentState
-from evertune.shards.shards import FrozenZero3Shards, ZeroShards
-from evertune.shards.support import is_deepspeed
+from evertune.shards.shards import FrozenZero3Shards, PortableShards
+from evertune.shards.support import is_deepspeed, is_sharded
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.trainer import ContinualTrainer
@@ -298,7 +298,7 @@ def elastic(
 
 
 class Held(pl.Callback):
-    """Writes what a ZeRO engine holds at step 12: as training starts there, or at the end of that step."""
+    """Writes what the ranks hold under ZeRO or FSDP2 at step 12, as training starts there or at its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -310,23 +310,27 @@ class Held(pl.Callback):
         self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != 12 or (self.folder / "index.json").exists() or not is_deepspeed(trainer):
+        if trainer.global_step != 12 or (self.folder / "index.json").exists() or not is_sharded(trainer):
             return
-        shards, engine = ParameterShards.of(trainer), trainer.strategy.model
-        assert isinstance(shards, ZeroShards)
+        shards = ParameterShards.of(trainer)
+        engine: Any = trainer.strategy.model
+        assert isinstance(shards, PortableShards)
         optimizer = shards.optimizer_state()
         weights = dict(trainer.lightning_module.named_parameters())
-        for fragment, master in zip(shards.fragments, shards.values(), strict=True):
+        for fragment, master in zip(shards.fragments, shards.values(), strict=True) if is_deepspeed(trainer) else ():
             weight: Any = weights[fragment.name]
             own = weight.ds_tensor[: fragment.numel] if hasattr(weight, "ds_tensor") else fragment.slice(weight)
             assert torch.equal(own, master.to(own.dtype))
-        scaler = getattr(engine.optimizer, "loss_scaler", None)  # not where bf16 accumulates in fp32
-        told = {
+        told: dict[str, Any] = {
             "scalars": {name: float(values["step"]) for name, values in optimizer.scalars.items()},
             "groups": str(optimizer.groups[0]["lr"]),
-            "counters": [engine.global_steps, engine.micro_steps // engine.gradient_accumulation_steps()],
-            "scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else None,
         }
+        if is_deepspeed(trainer):
+            scaler = getattr(engine.optimizer, "loss_scaler", None)  # not where bf16 accumulates in fp32
+            told |= {
+                "counters": [engine.global_steps, engine.micro_steps // engine.gradient_accumulation_steps()],
+                "scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else None,
+            }
         FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(self.folder, told)
 
 

@@ -85,7 +85,12 @@ def estimate(strategy: str) -> dict[str, list[list[float]]]:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", pytest.param("evertune_deepspeed_stage_2", marks=pytest.mark.slow), "evertune_deepspeed_stage_3"],
+    [
+        "ddp",
+        pytest.param("evertune_deepspeed_stage_2", marks=pytest.mark.slow),
+        "evertune_deepspeed_stage_3",
+        "evertune_fsdp2",
+    ],
 )
 def test_batch_free_importance_on_two_ranks(strategy: str) -> None:
     ranks = run_ranks("tests.importance.test_ranks:estimate", world_size=2, strategy=strategy)

@@ -42,7 +42,9 @@ def learn_two_experiences(folder, out, strategy, devices, head):
     return {"predictions": module.predict(["the bank", "a goal"]), "val_loss": result["val_loss"]}
 
 
-@pytest.mark.parametrize(("strategy", "head"), [("ddp", "linear"), ("evertune_deepspeed_stage_3", "cosine")])
+@pytest.mark.parametrize(
+    ("strategy", "head"), [("ddp", "linear"), ("evertune_deepspeed_stage_3", "cosine"), ("evertune_fsdp2", "linear")]
+)
 def test_two_ranks_learn_what_one_process_learns(tmp_path, strategy, head):
     folder = tiny_bert(tmp_path / "model")
     one = learn_two_experiences(folder, str(tmp_path / "one"), "auto", 1, head)
@@ -87,7 +89,7 @@ def learn_without_training(folder, out, strategies, devices):
 @pytest.mark.parametrize(
     "strategies",
     [
-        ["ddp", "evertune_deepspeed_stage_3"],
+        ["ddp", "evertune_deepspeed_stage_3", "evertune_fsdp2"],
         pytest.param(["evertune_deepspeed_stage_1", "evertune_deepspeed_stage_2"], marks=pytest.mark.slow),
     ],
 )

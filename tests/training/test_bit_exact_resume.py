@@ -147,6 +147,7 @@ STRATEGIES = {
     "ddp": ("ddp", 2),
     "zero_2": ("evertune_deepspeed_stage_2", 2),
     "zero_3": ("evertune_deepspeed_stage_3", 2),
+    "fsdp2": ("evertune_fsdp2", 2),
 }
 MOMENTS = ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
 

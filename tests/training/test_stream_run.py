@@ -67,6 +67,7 @@ def test_a_run_goes_on_in_the_same_bits(bert: str, tmp_path: Path) -> None:
         ("ddp", "32-true"),
         ("evertune_deepspeed_stage_2", "32-true"),
         ("evertune_deepspeed_stage_3", "32-true"),
+        ("evertune_fsdp2", "32-true"),
         ("evertune_deepspeed_stage_2", "bf16-mixed"),
     ],
 )
