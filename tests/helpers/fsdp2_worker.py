@@ -21,7 +21,6 @@ from evertune.training.trainer import ContinualTrainer
 from evertune.utils.evaluation import evaluation_mode
 from evertune.utils.sharding import gathered, is_sharded
 from tests.helpers.shard_worker import CLASSES, DEVICES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience
-from tests.helpers.strategy_worker import SaveAt
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -76,9 +75,10 @@ class Own(pl.LightningModule):
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=0.01)
 
 
-def points(n: int) -> DataLoader[Any]:
+def points() -> DataLoader[Any]:
+    """A single batch over all ranks: Lightning shuffles the examples of several processes."""
     generator = torch.Generator().manual_seed(1)
-    rows = [(torch.randn(5, generator=generator), i % 3) for i in range(n)]
+    rows = [(torch.randn(5, generator=generator), i % 3) for i in range(GLOBAL_BATCH)]
     return DataLoader(rows, batch_size=GLOBAL_BATCH // WORLD_SIZE)
 
 
@@ -102,8 +102,8 @@ def own(bert: str, out: Path, strategy: str) -> pl.LightningModule:
     """Trained twice, with validation in between."""
     module = Own()
     for _ in range(2):
-        trainer = fit(module, points(48), strategy, max_epochs=2)
-    trainer.validate(module, points(24), verbose=False)
+        trainer = fit(module, points(), strategy, max_epochs=4)
+    trainer.validate(module, points(), verbose=False)
     return module
 
 
@@ -172,7 +172,7 @@ def learn(bert: str, out: str, strategy: str, scenes: list[str]) -> dict[str, An
 def left_behind(out: str) -> dict[str, Any]:
     """What of FSDP2 is left of a module after a fit, and after one that fails; and what can be done with the module."""
     strategy, module, untouched = "evertune_fsdp2", Own(), Own()
-    fit(module, points(24), strategy)
+    fit(module, points(), strategy)
     found: dict[str, Any] = {"kinds": [type(one).__name__ for one in module.modules()]}
     found["expected"] = [type(one).__name__ for one in untouched.modules()]
     found["hooks"] = _hooks(module)
@@ -183,7 +183,7 @@ def left_behind(out: str) -> dict[str, Any]:
         if "fsdp" in name or "composable" in name or name == "forward"
     )
     found["sharded"] = [is_sharded(p) for p in module.parameters()]
-    rows = next(iter(points(24)))[0]
+    rows = next(iter(points()))[0]
     with evaluation_mode(module), gathered(module):
         expected = module.logits(rows)
     twin = copy.deepcopy(module)
@@ -195,12 +195,12 @@ def left_behind(out: str) -> dict[str, Any]:
             raise ZeroDivisionError
 
     try:
-        fit(module, points(24), strategy, Fails())
+        fit(module, points(), strategy, Fails())
     except ZeroDivisionError:
         found["failed"] = type(module).__name__
     with evaluation_mode(module), gathered(module):
         found["kept"] = torch.equal(module.logits(rows), expected)
-    fit(module, points(24), strategy)
+    fit(module, points(), strategy)
     with evaluation_mode(module), gathered(module):
         found["learned"] = not torch.equal(module.logits(rows), expected)
     return found
@@ -218,17 +218,28 @@ def _hooks(module: nn.Module) -> list[str]:
     ]
 
 
+class SaveAfter(pl.Callback):
+    """Writes a checkpoint after an epoch."""
+
+    def __init__(self, path: Path, n_epochs: int) -> None:
+        self.path, self.n_epochs = path, n_epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.current_epoch + 1 == self.n_epochs:
+            trainer.save_checkpoint(self.path)
+
+
 def resume(out: str, strategy: str, part: str) -> dict[str, Any]:
-    """Train 8 steps and write a checkpoint after 5 of them ("whole"); or go on from it ("resumed"), or test it."""
+    """Train 8 steps and write a checkpoint after 4 of them ("whole"); or go on from it ("resumed"), or score it."""
     pl.seed_everything(3 if part == "whole" else 4, verbose=False)
     module, checkpoint = Own(), Path(out) / "middle.ckpt"
     if part == "whole":
-        fit(module, points(48), strategy, SaveAt(checkpoint, 4), max_epochs=2)
+        fit(module, points(), strategy, SaveAfter(checkpoint, 4), max_epochs=8)
     elif part == "resumed":
-        fit(module, points(48), strategy, ckpt_path=checkpoint, max_epochs=2)
+        fit(module, points(), strategy, ckpt_path=checkpoint, max_epochs=8)
     else:
         trainer = pl.Trainer(accelerator="cpu", devices=DEVICES, strategy=strategy, **QUIET)
-        [found] = trainer.validate(module, points(24), ckpt_path=checkpoint, verbose=False)
+        [found] = trainer.validate(module, points(), ckpt_path=checkpoint, verbose=False)
         return {"loss": found["loss"], "seen": float(module.seen)}  # type: ignore[arg-type]
     state = whole_state(module)
     if state:
@@ -259,8 +270,8 @@ def refused(out: str) -> dict[str, str]:
         return "nothing"
 
     strategy = "evertune_fsdp2"
-    found["scalar"] = error_of(lambda: fit(Scalar(), points(24), strategy))
+    found["scalar"] = error_of(lambda: fit(Scalar(), points(), strategy))
     torch.save({"state_dict": {}}, Path(out) / "other.ckpt")
-    found["checkpoint"] = error_of(lambda: fit(Own(), points(24), strategy, ckpt_path=Path(out) / "other.ckpt"))
-    found["outside"] = error_of(lambda: fit(Outside(), points(24), strategy, EWC()))
+    found["checkpoint"] = error_of(lambda: fit(Own(), points(), strategy, ckpt_path=Path(out) / "other.ckpt"))
+    found["outside"] = error_of(lambda: fit(Outside(), points(), strategy, EWC()))
     return found
