@@ -377,6 +377,11 @@ def fsdp2_base(one: str) -> type[Any]:
             if fitting:
                 to_device(self.optimizers, self.root_device)
 
+        def teardown(self) -> None:
+            if self.lightning_module is not None:
+                self.lightning_module._device_mesh = None  # set for configure_model
+            super().teardown()
+
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             with self.precision_plugin.train_step_context():
                 return self.run(self.lightning_module.training_step, *args, **kwargs)
