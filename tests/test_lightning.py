@@ -174,8 +174,8 @@ PRIVATE = {
     "strategies:DDPStrategy": "_start_method setup_environment",
     "strategies:DeepSpeedStrategy": "_setup_model_and_optimizer _initialize_deepspeed_inference "
     "_auto_select_batch_size _init_deepspeed_distributed " + " ".join(_lightning.REPLACED),
-    "strategies:ModelParallelStrategy": "_data_parallel_size _tensor_parallel_size _device_mesh setup_environment setup "
-    "setup_optimizers device_mesh lightning_module_state_dict optimizer_state",
+    "strategies:ModelParallelStrategy": "_data_parallel_size _tensor_parallel_size _device_mesh setup_environment "
+    "setup setup_optimizers device_mesh lightning_module_state_dict optimizer_state",
     "strategies:Strategy": " ".join(_lightning.REPLACED),
     "loops.training_epoch_loop:_TrainingEpochLoop": "_is_training_done _should_check_val_fx val_loop",
     "loops.evaluation_loop:_EvaluationLoop": " ".join(_lightning.REPLACED_IN_LOOP),
