@@ -34,7 +34,6 @@ from evertune.utils.loaders import resume_loaders
 from evertune.utils.locate import locate
 from evertune.utils.pretrained import load_tokenizer
 from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.sharding import kind_of
 
 
 class TransformerModule(LightningModule):
@@ -262,7 +261,7 @@ class TransformerModule(LightningModule):
             self._save_tokenizer(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             settings.pop("model_name_or_path")  # replaced by the folder when it is loaded
-            write_manifest(folder, kind_of(self).__name__, settings)
+            write_manifest(folder, type(self).__name__, settings)
         barrier()
 
     @classmethod

@@ -90,6 +90,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
             _replace(unit, whole)  # what an earlier fit has left sharded
             unit.to(device)
             fully_shard(unit, mesh=mesh)
+            type(unit).__name__ = kind_of(unit).__name__  # in messages and in what is saved
     if device.type == "cpu":  # gloo knows no average
         for unit in units(module):
             unit.set_force_sum_reduction_for_comms(True)
