@@ -7,7 +7,9 @@ from evertune.utils.lazy import face
 if TYPE_CHECKING:
     from evertune.callbacks.base import ContinualCallback as ContinualCallback
     from evertune.callbacks.dark_replay import DarkReplay as DarkReplay
+    from evertune.callbacks.distillation import Distillation as Distillation
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
+    from evertune.callbacks.erace import ERACE as ERACE
     from evertune.callbacks.ewc import EWC as EWC
     from evertune.callbacks.imprinting import Imprinting as Imprinting
     from evertune.callbacks.l2sp import L2SP as L2SP
@@ -29,7 +31,9 @@ __all__, __getattr__, __dir__ = face(
     {
         "evertune.callbacks.base": "ContinualCallback",
         "evertune.callbacks.dark_replay": "DarkReplay",
+        "evertune.callbacks.distillation": "Distillation",
         "evertune.callbacks.drift_trigger": "DriftTrigger",
+        "evertune.callbacks.erace": "ERACE",
         "evertune.callbacks.ewc": "EWC",
         "evertune.callbacks.imprinting": "Imprinting",
         "evertune.callbacks.l2sp": "L2SP",

@@ -23,6 +23,8 @@ _ADVICE = (
     "outputs() returns them), or pass head=, the name of the submodule that returns them"
 )
 
+_EXCLUDED = -1e4  # its probability is 0 in every precision, and its gradient
+
 
 class StepLogits:
     """What the output layer gives in the training step, before other callbacks adjust it. One for each trainer.
@@ -40,10 +42,13 @@ class StepLogits:
     def __init__(self) -> None:
         self._module: pl.LightningModule | None = None
         self._name = ""  # of the output layer
+        self.n_classes = 0
+        """Number of logits that the output layer gives, rows allocated ahead included."""
         self._shift = False  # each position predicts the next one's target
         self._handle: RemovableHandle | None = None
         self._weights: Tensor | None = None
         self._weighed = False
+        self._excluded: tuple[int, Tensor] | None = None
         self._seen: list[tuple[Tensor, Tensor | None]] = []  # the logits of this step, and what came into the layer
 
     # --- finding the output layer
@@ -60,6 +65,8 @@ class StepLogits:
             ValueError: If it cannot be found.
         """
         if self._handle is not None:
+            if head not in (None, self._name):
+                raise ValueError(f"{who} has head={head!r}, another callback takes the logits from {self._name!r}")
             return
         self._module = module
         with trial(f"{who} cannot find the logits of {type(module).__name__}", _ADVICE):
@@ -98,7 +105,23 @@ class StepLogits:
         if head is not None and not same:
             raise ValueError(f"its submodule {head!r} gives no tensor [batch, ..., classes] in a forward pass")
         self._name, whole = same[0] if same else ("", None)
+        self.n_classes = (logits if whole is None else whole).shape[-1]
         self._shift = whole is not None and logits.ndim == 3 and logits.shape[1] == whole.shape[1] - 1
+
+    def features_of(self, module: pl.LightningModule, batch: Any) -> Tensor:
+        """What comes into the output layer for a batch outside of training, ``[batch, features]``.
+
+        Raises:
+            ValueError: If it is not such a tensor.
+        """
+        found: list[Any] = []
+        layer = module.get_submodule(self._name)
+        handle = layer.register_forward_hook(lambda part, inputs, output: found.append(inputs[0] if inputs else None))
+        try:
+            task_of(module).outputs(module, batch)
+        finally:
+            handle.remove()
+        return _vectors(found[0] if len(found) == 1 else None)
 
     # --- a step
 
@@ -112,10 +135,19 @@ class StepLogits:
         """
         self._weights, self._weighed = weights, weights is None
 
+    def exclude(self, n_examples: int, classes: Tensor) -> None:
+        """Leave classes out of the loss of the first examples in the step that begins: their logits become very small.
+
+        Args:
+            n_examples: Number of the examples.
+            classes: Which classes, bool ``[n_classes]``.
+        """
+        self._excluded = n_examples, classes
+
     def end(self) -> None:
         """A training step has ended: release what it gave."""
         self._seen.clear()
-        self._weights, self._weighed = None, True
+        self._weights, self._weighed, self._excluded = None, True, None
 
     def _note(self, part: nn.Module, inputs: Any, output: Any) -> Any:
         if not (part.training and torch.is_grad_enabled()):
@@ -130,19 +162,37 @@ class StepLogits:
             return None
         first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
         self._seen.append((logits, first))
-        if self._weights is None:
+        if self._weights is None and self._excluded is None:
             return None
-        weights = self._weights
+        passed = logits
+        if self._weights is not None:
+            passed = self._weigh(passed, self._weights)
+        if self._excluded is not None:
+            n_examples, classes = self._excluded
+            out = torch.zeros(passed.shape, dtype=torch.bool, device=passed.device)
+            out[:n_examples] = classes[: passed.shape[-1]]
+            passed = passed.masked_fill(out, _EXCLUDED)
+        return _with_logits(output, passed)
+
+    def _weigh(self, logits: Tensor, weights: Tensor) -> Tensor:
         if len(logits) != len(weights):
             raise ValueError(f"the output layer gives {len(logits)} rows for {len(weights)} examples; {_ADVICE}")
-        passed = logits.view_as(logits)
 
         def weigh(gradient: Tensor) -> Tensor:
             self._weighed = True
             return gradient * weights.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1))
 
+        passed = logits.view_as(logits)
         passed.register_hook(weigh)  # type: ignore[no-untyped-call]
-        return _with_logits(output, passed)
+        return passed
+
+    def check(self) -> None:
+        """After the training step: it must have used the output layer.
+
+        Raises:
+            ValueError: If it has not called the output layer exactly once.
+        """
+        _ = self._one
 
     def check_weights(self) -> None:
         """After the backward pass: the loss must have come through the logits.
@@ -186,10 +236,7 @@ class StepLogits:
         Raises:
             ValueError: If it is not such a tensor.
         """
-        features = self._one[1]
-        if features is None or features.ndim != 2:
-            raise ValueError("the output layer does not get one vector for each example")
-        return features
+        return _vectors(self._one[1])
 
     def stop(self) -> None:
         """Leave the module as it was."""
@@ -211,6 +258,13 @@ def counted_rows(outputs: Outputs, chosen: slice | Tensor | list[int] = slice(No
     assert outputs.targets is not None
     counts = (outputs.targets != IGNORED)[chosen].reshape(logits.shape[:-1])
     return logits[counts], counts.reshape(len(counts), -1).sum(1)
+
+
+def _vectors(features: Any) -> Tensor:
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"the output layer must get one vector for each example, [batch, features]; it gets {got}")
+    return features
 
 
 def _with_logits(output: Any, logits: Tensor) -> Any:

@@ -14,9 +14,11 @@ from evertune.callbacks.step_logits import counted_rows
 from evertune.memory.logits import LOGITS, StoredLogits, from_bytes, to_bytes
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import is_deepspeed
-from evertune.tasks.base import task_of
+from evertune.tasks.base import Outputs, task_of
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
+
+_ADVICE = "give the module a task, a Task whose outputs() returns them"
 
 
 def rounds(indices: Sequence[int], size: int, trainer: pl.Trainer) -> Iterator[tuple[list[int], bool]]:
@@ -56,8 +58,7 @@ def logits_of_examples(
     """
     parts, rows = [pa.array([], LOGITS)], rows or logit_rows
     what = f"{who} cannot compute the logits of {type(module).__name__}"
-    advice = "give the module a task, a Task whose outputs() returns them"
-    with trial(what, advice), evaluation_mode(module), trainer.precision_plugin.val_step_context():
+    with trial(what, _ADVICE), evaluation_mode(module), trainer.precision_plugin.val_step_context():
         for chosen, counts in rounds(indices, size, trainer):
             stored = StoredLogits.of(*rows(module, batch_of(chosen)), top_k, temperature)
             if counts:
@@ -72,6 +73,19 @@ def logits_of_examples(
         for number in range(n_batches)
     ]
     return pa.concat_arrays(ordered or [pa.array([], LOGITS)])
+
+
+def outputs_of(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, who: str) -> Outputs:
+    """The logits and targets of a batch in evaluation mode, as the module's task finds them. Call on every rank."""
+    with (
+        trial(f"{who} cannot compute the logits of {type(module).__name__}", _ADVICE),
+        evaluation_mode(module),
+        trainer.precision_plugin.val_step_context(),
+    ):
+        outputs = task_of(module).outputs(module, batch)
+    if is_deepspeed(trainer):
+        ParameterShards.of(trainer).release()
+    return outputs
 
 
 def logit_rows(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

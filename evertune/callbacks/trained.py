@@ -43,6 +43,7 @@ class RecordedBatches(BatchSampler):
         self._counted = n_started(trainer)
         self._n_trained = 0  # examples of the counted batches
         self._n_before = 0  # examples that all ranks had trained on before this fit resumed
+        self._last: list[int] = []  # the last batch counted
 
     def __getattr__(self, name: str) -> Any:
         if name == "_batches":
@@ -69,11 +70,16 @@ class RecordedBatches(BatchSampler):
 
     def _count(self) -> None:
         while self._given and self._counted < n_started(self._trainer):
-            indices = self._given.popleft()
+            self._last = indices = self._given.popleft()
             self._trained[indices] = True
             self._n_trained += len(indices)
             self._counted += 1
             self._first += 1
+
+    def current(self) -> list[int]:
+        """The indices of the batch that is being trained on, in its order. Call it from ``training_step`` on."""
+        self._count()
+        return self._last
 
     def index_of(self, batch: int, place: int) -> int | None:
         """The index of an example of a batch of this pass, None if the batch has been trained on."""

@@ -30,6 +30,8 @@ METHODS = (
     "l2sp+loss",
     "replay+imprint+adjust",
     "dark",
+    "replay+distil",
+    "replay+erace",
     "pretrained",
     "mas",
     "si",

@@ -12,7 +12,16 @@ from torch.utils.data import Dataset
 
 from evertune import callbacks
 from evertune._lightning import pl
-from evertune.callbacks import EWC, ContinualCallback, DarkReplay, Imprinting, LogitAdjustment, Replay
+from evertune.callbacks import (
+    ERACE,
+    EWC,
+    ContinualCallback,
+    DarkReplay,
+    Distillation,
+    Imprinting,
+    LogitAdjustment,
+    Replay,
+)
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.heads import HeadKind
 from evertune.lightning_modules.saving import whole_state
@@ -127,6 +136,8 @@ def methods(name: str) -> list[pl.Callback]:
         "si": lambda: [callbacks.SynapticIntelligence(strength=20.0, coupling="decoupled")],
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
+        "distil": lambda: [Distillation(on="all")],
+        "erace": lambda: [ERACE("batch")],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
         "adjust": lambda: [LogitAdjustment()],
     }
