@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import n_started, pl
-from evertune.callbacks.replay.callback import Joined, Replay
+from evertune.callbacks.replay.callback import Replay
+from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.step_logits import StepLogits, counted_rows
 from evertune.callbacks.teacher import logits_of_examples, sum_over_examples
 from evertune.memory.policies import Policy
+from evertune.utils.batches import batch_size_of
 
 
 class DarkReplay(Replay):
@@ -48,7 +50,8 @@ class DarkReplay(Replay):
         top_k: Number of logits to store for each row, for models of many classes, such as language models: the
             largest, and ``logsumexp`` of the others as one more. Default: all.
         head: Name of the submodule that returns the logits, ``[batch, ..., classes]``. Found by itself by default.
-        policy, replay_ratio, label, id, features, seed, directory: As for :class:`Replay`.
+        policy, replay_ratio, label, id, features, seed, directory, extra, extra_ratio: As for :class:`Replay`. The
+            loss gets ``extra_ratio`` times the mean over extra examples of their own loss.
 
     Raises:
         ValueError: As :class:`Replay`. If ``alpha`` is not positive, ``beta`` is negative, or ``top_k`` is not
@@ -75,6 +78,8 @@ class DarkReplay(Replay):
         features: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         seed: int = 0,
         directory: str | Path | None = None,
+        extra: Any = None,
+        extra_ratio: float = 0.05,
     ) -> None:
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
@@ -91,6 +96,8 @@ class DarkReplay(Replay):
             features=features,
             seed=seed,
             directory=directory,
+            extra=extra,
+            extra_ratio=extra_ratio,
         )
         self.alpha, self.beta, self.top_k, self.head = alpha, beta, top_k, head
         self._step: StepLogits | None = None
@@ -111,14 +118,14 @@ class DarkReplay(Replay):
             self._step = StepLogits.of(trainer)
             self._step.start(trainer, pl_module, batch, type(self).__name__, self.head)
         self._now = now = self.joined(trainer, batch)
-        if not now.slots:
+        size, n_new = batch_size_of(batch), now.n_new
+        if size == n_new:
             self._step.weigh(None)
             return
         # The training step's mean over the batch becomes a mean over the new examples and one over the replayed ones.
         # The latter are divided by their expected number: on each rank there may be one more or less.
-        size, n_new = now.n_new + len(now.slots), now.n_new
         weights = torch.full((size,), size / n_new, device=pl_module.device)
-        weights[n_new:] = self.beta * size / (n_new * self.replay_ratio)
+        weights[now.replayed] = self.beta * size / (n_new * self.replay_ratio)
         self._step.weigh(weights)
 
     def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
@@ -128,7 +135,7 @@ class DarkReplay(Replay):
         outputs, now = self._step.logits(batch), self._now  # also without replayed examples: what fails, fails early
         if not now.slots:
             return None
-        logits, n_rows = counted_rows(outputs, slice(now.n_new, None))
+        logits, n_rows = counted_rows(outputs, now.replayed)
         stored = now.view.logits(now.slots)
         if n_rows.tolist() != stored.n_rows.tolist():
             raise ValueError(

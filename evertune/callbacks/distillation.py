@@ -16,7 +16,8 @@ from torch import Tensor
 from evertune._lightning import pl, return_method
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.dark_replay import DarkReplay
-from evertune.callbacks.replay.callback import Joined, Replay
+from evertune.callbacks.replay.callback import Replay
+from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.state import load_state, save_state
 from evertune.callbacks.step_logits import StepLogits, counted_rows
 from evertune.callbacks.teacher import logits_of_examples, outputs_of, sum_over_examples
@@ -60,8 +61,8 @@ class Distillation(ContinualCallback):
     Args:
         strength: Factor of the term. Default: 1.
         temperature: ``T``; above 1, small probabilities count for more. Default: 2.
-        on: Which examples: ``"new"`` (default, as in the paper), ``"replayed"`` or ``"all"`` of a batch. The last two
-            need a :class:`Replay`.
+        on: Which examples of a batch: ``"new"`` (default, as in the paper), ``"replayed"``, or ``"all"``, which are
+            both. The last two need a :class:`Replay`.
         of: ``"logits"`` (default), or ``"features"``, what comes into the output layer: the term is then
             ``strength * mean over x of (1 - cos(f_old, f))``, without a temperature (Hou et al. 2019).
         top_k: Number of logits to store for each row, for models of many classes: the largest, and the probability of
@@ -231,7 +232,7 @@ class Distillation(ContinualCallback):
             assert self._now is not None
             expected += n_new * ratio  # on each rank there may be one more or less
             if slots := self._now.slots:
-                answers = self._rows(outputs, features, slice(n_new, None))
+                answers = self._rows(outputs, features, self._now.replayed)
                 total = total + self._sum(*answers, self._tables["replayed"], slots)
         return self.strength * total / expected if expected else None
 

@@ -92,6 +92,11 @@ class LogitAdjustment(ContinualCallback):
     def _adjustment(self, trainer: pl.Trainer, data: TrainingData, several: bool) -> Tensor:
         """What is added to the logit of each class, float64 ``[classes]``."""
         replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+        if replay is not None and replay.extra is not None:
+            raise ValueError(
+                "LogitAdjustment counts the new and the replayed examples of each class, not those of "
+                "Replay(extra=...); leave one of them out"
+            )
         replayed, n_replayed, share = torch.zeros(0, dtype=torch.float64), 1, 0.0
         if replay is not None and len(replay.memory):
             replayed, n_replayed = class_counts(data.targets(replay.memory.view)), len(replay.memory)

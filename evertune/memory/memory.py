@@ -23,6 +23,7 @@ from torch import Tensor
 
 from evertune.memory.arrow import SCHEMA, checked_table, serialised
 from evertune.memory.codec import decode, encode
+from evertune.memory.draws import Draws
 from evertune.memory.logits import StoredLogits
 from evertune.memory.policies import Floats, Indices, Policy, make_policy
 from evertune.utils import typed_json
@@ -74,8 +75,8 @@ class MemoryView:
     def __init__(self, table: pa.Table) -> None:
         self._table = table
         self._data = table.column("data").chunk(0) if len(table) else []
-        self._pass: tuple[tuple[int, int], Indices] | None = None
         self.settings: dict[str, Any] = typed_json.decode((table.schema.metadata or {}).get(b"evertune", b"{}"))
+        self._draws = Draws(len(table), self.settings.get("seed", 0))
 
     @classmethod
     def open(cls, path: str | Path) -> MemoryView:
@@ -149,18 +150,9 @@ class MemoryView:
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
         """The slots at ``positions`` in the infinite sequence of draws of one update.
 
-        The sequence goes through all slots in a random order, then again in another order, and so on. It depends only
-        on the memory's seed, the update and the position, so ranks that share the positions together draw the same as a
-        single process. The cost is that of the draw itself, plus one shuffle of the slots per pass.
+        It depends only on the memory's seed, the update and the position (:class:`~evertune.memory.draws.Draws`).
         """
-        if len(self) == 0:
-            return np.empty(0, dtype=np.int64)
-        passes, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
-        slots = np.empty(len(places), dtype=np.int64)
-        for number in np.unique(passes).tolist():
-            here = passes == number
-            slots[here] = self._order(update, number)[places[here]]
-        return slots
+        return self._draws.at(positions, update)
 
     def draw_alike(self, first: int, lengths: NDArray[np.int64], update: int) -> Indices:
         """The slots at the positions from ``first`` on, in another order: short examples where ``lengths`` are small.
@@ -179,19 +171,10 @@ class MemoryView:
         if self.lengths is None:
             raise ValueError("the memory holds examples without a length")
         slots = self.draw(np.arange(first, first + len(lengths)), update)
-        blur = self._generator(update, first, 1).uniform(1 - _BLUR, 1 + _BLUR, len(slots))
+        blur = self._draws.generator(update, first, 1).uniform(1 - _BLUR, 1 + _BLUR, len(slots))
         alike = np.empty_like(slots)
         alike[np.argsort(lengths, kind="stable")] = slots[np.argsort(self.lengths[slots] * blur, kind="stable")]
         return alike
-
-    def _order(self, update: int, number: int) -> Indices:
-        if self._pass is None or self._pass[0] != (update, number):
-            self._pass = (update, number), self._generator(update, number).permutation(len(self))
-        return self._pass[1]
-
-    def _generator(self, *numbers: int) -> np.random.Generator:
-        """A counter-based generator with its own seed: any position can be reached without drawing those before it."""
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.settings.get("seed", 0), *numbers])))
 
 
 class ReplayMemory:

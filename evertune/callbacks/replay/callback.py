@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from evertune._lightning import (
     train_data_source,
 )
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.replay.collate import UNSTORABLE, ReplayCollate, Schedule, restarting
+from evertune.callbacks.replay.collate import UNSTORABLE, Extra, Joined, ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.lengths import StepLengths
 from evertune.callbacks.replay.spool import (
     Capture,
@@ -43,7 +43,8 @@ from evertune.callbacks.replay.spool import (
 from evertune.callbacks.state import load_state
 from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
 from evertune.memory.codec import decode, encode
-from evertune.memory.memory import MemoryView, ReplayMemory
+from evertune.memory.draws import Draws
+from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
@@ -57,6 +58,7 @@ from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
 
 _ALL = 1 << 62
+_EXTRA = (0, 2)  # the name of the extra examples' draws
 _STATE = "replay.json"
 _REFUSED = re.compile(UNSTORABLE.format(r"(\d+)", r"(\d+)"))
 
@@ -66,20 +68,6 @@ class _Saved:
     """The content of the file that :meth:`Replay.save` writes beside the memory."""
 
     experience_index: int
-
-
-class Joined(NamedTuple):
-    """What a batch in training consists of.
-
-    Args:
-        n_new: Number of new examples; they come first.
-        slots: Slots of the replayed examples, in the order of the batch.
-        view: The memory that they are in.
-    """
-
-    n_new: int
-    slots: list[int]
-    view: MemoryView
 
 
 class Replay(ContinualCallback):
@@ -122,9 +110,14 @@ class Replay(ContinualCallback):
         seed: Seed of the selection and of the order of the draws. Default: 0.
         directory: Folder for the working file (:class:`~evertune.memory.ReplayMemory`). By default the system's
             temporary folder.
+        extra: Examples that join every batch after the replayed ones, from the first experience on, and are never put
+            in the memory: a part of the data of pretraining, for example. A dataset that is read by index, whose
+            examples the loader's ``collate_fn`` can join to the new ones.
+        extra_ratio: Examples of ``extra`` per new one in a batch. Default: 0.05.
 
     Raises:
-        ValueError: If ``memory_size`` or ``replay_ratio`` is not positive. In ``setup``, if the strategy is not
+        ValueError: If ``memory_size``, ``replay_ratio`` or ``extra_ratio`` is not positive, or ``extra`` cannot be read
+            by index. In ``setup``, if the strategy is not
             supported or there is a second ``Replay``. Before training, if there are several training loaders and no
             ``loader``.
         TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate. When an example comes
@@ -154,9 +147,17 @@ class Replay(ContinualCallback):
         seed: int = 0,
         directory: str | Path | None = None,
         loader: str | int | None = None,
+        extra: Any = None,
+        extra_ratio: float = 0.05,
     ) -> None:
         if not (replay_ratio > 0 and math.isfinite(replay_ratio)):
             raise ValueError(f"replay_ratio must be positive and finite, got {replay_ratio}")
+        if not (extra_ratio > 0 and math.isfinite(extra_ratio)):
+            raise ValueError(f"extra_ratio must be positive and finite, got {extra_ratio}")
+        if extra is not None and not (hasattr(extra, "__getitem__") and hasattr(extra, "__len__") and len(extra)):
+            kind = type(extra).__name__
+            raise ValueError(f"extra must be a dataset that is read by index, with at least one example, got a {kind}")
+        self.extra = None if extra is None else Extra(extra, extra_ratio, Draws(len(extra), seed, _EXTRA))
         self.memory = ReplayMemory(memory_size, policy, seed, directory)
         self.replay_ratio = replay_ratio
         self.label_of = LabelReader(label)
@@ -382,6 +383,7 @@ class Replay(ContinualCallback):
                 self.id_of,
             ),
             lengths=self._lengths(loader, batch_size),
+            extra=self.extra,
         )
         if self.loader is not None:
             restarting(self._loader, self._schedule)
@@ -630,7 +632,7 @@ class Replay(ContinualCallback):
                 f"which examples of a batch are replayed is not known with loader={self.loader!r}; train from one "
                 "DataLoader"
             )
-        return Joined(*self._collate().joined(_batches_done(trainer), batch_size_of(batch)))
+        return self._collate().joined(_batches_done(trainer), batch_size_of(batch))
 
     def batch_of(self, trainer: pl.Trainer, examples: list[Any]) -> Any:
         """A batch of examples of the dataset or of the memory, on the device, without replayed ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from evertune.callbacks.replay.lengths import StepLengths
 from evertune.callbacks.replay.spool import Capture, Spool
 from evertune.memory.codec import StorableCheck
+from evertune.memory.draws import Draws
 from evertune.memory.memory import MemoryView, working_file
 
 _NEVER = 1 << 62
@@ -88,6 +89,41 @@ def restarting(loader: DataLoader[Any], schedule: Schedule) -> None:
     loader.__class__ = Restarting
 
 
+class Joined(NamedTuple):
+    """What a batch consists of, in this order.
+
+    Args:
+        n_new: Number of new examples.
+        slots: Slots of the replayed examples.
+        view: The memory that they are in.
+        extra: Indices of the examples of the extra dataset.
+    """
+
+    n_new: int
+    slots: list[int]
+    view: MemoryView
+    extra: list[int]
+
+    @property
+    def replayed(self) -> slice:
+        """The rows of the replayed examples."""
+        return slice(self.n_new, self.n_new + len(self.slots))
+
+
+class Extra(NamedTuple):
+    """Examples that are not new and not remembered, such as a part of the data of pretraining.
+
+    Args:
+        dataset: The examples, read by index.
+        ratio: Number of them per new example.
+        draws: The order in which they come.
+    """
+
+    dataset: Any
+    ratio: float
+    draws: Draws
+
+
 class ReplayCollate:
     """A ``collate_fn`` that appends examples of the memory to the new ones and calls the original with all of them.
 
@@ -108,6 +144,7 @@ class ReplayCollate:
         world_size: Number of ranks that share the draws.
         capture: How to keep candidates for the memory as they pass; None if the memory is filled from the dataset.
         lengths: The lengths of the new examples; None if they are not known.
+        extra: Examples that join every batch after the replayed ones; None for none.
     """
 
     def __init__(
@@ -122,6 +159,7 @@ class ReplayCollate:
         world_size: int,
         capture: Capture | None,
         lengths: StepLengths | None = None,
+        extra: Extra | None = None,
     ) -> None:
         self.collate_fn = collate_fn
         self.schedule, self.directory, self.ratio = schedule, directory, ratio
@@ -129,6 +167,7 @@ class ReplayCollate:
         self.rank, self.world_size = rank, world_size
         self.capture = capture
         self.lengths = lengths
+        self.extra = extra
         self._iterator, self._calls = 0, 0
         self._spool: Spool | None = None
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
@@ -157,16 +196,20 @@ class ReplayCollate:
         else:
             self._check_storable(examples, batch)
         slots, view = self._draw(batch, len(examples))
-        if not slots:
+        more = self._extra(batch, len(examples))
+        if not slots and not more:
             return self.collate_fn(examples)
         past = [view[slot] for slot in slots]
+        others = [] if self.extra is None else [self.extra.dataset[index] for index in more]
         try:
-            return self.collate_fn([*examples, *past])
+            return self.collate_fn([*examples, *past, *others])
         except Exception as error:
-            if difference := self._difference(examples, past, slots, view):
+            names = [f"an example of experience {view.experiences[slot]!r} (id {view.ids[slot]!r})" for slot in slots]
+            names += [f"example {index} of extra=" for index in more]
+            if difference := self._difference(examples, [*past, *others], names):
                 raise ValueError(difference) from error
             error.add_note(
-                f"Replay had joined {len(past)} examples of the past to {len(examples)} new ones; the collate_fn must "
+                f"Replay had joined {len(names)} examples of the past to {len(examples)} new ones; the collate_fn must "
                 "take both: see whether they have the same keys, shapes and types"
             )
             raise
@@ -178,20 +221,19 @@ class ReplayCollate:
             except TypeError as error:
                 raise TypeError(f"{UNSTORABLE.format(place, batch)}: {error}") from None
 
-    def _difference(self, examples: list[Any], past: list[Any], slots: list[int], view: MemoryView) -> str | None:
+    def _difference(self, examples: list[Any], past: list[Any], names: list[str]) -> str | None:
         """How an example of the past differs from the new ones, if that is why they cannot be collated together."""
         try:
             self.collate_fn(examples)
         except Exception:
             return None  # the new ones are at fault
-        for slot, one in zip(slots, past, strict=True):
+        for name, one in zip(names, past, strict=True):
             for new in examples:
                 if difference := difference_of(one, new):
                     return (
-                        f"Replay cannot join an example of experience {view.experiences[slot]!r} (id "
-                        f"{view.ids[slot]!r}) to the new ones: {difference}. Let the dataset or the collate_fn bring "
-                        "both into one form (a default for what is missing, padding to one length), or start with an "
-                        "empty memory"
+                        f"Replay cannot join {name} to the new ones: {difference}. Let the dataset or the collate_fn "
+                        "bring both into one form (a default for what is missing, padding to one length), or start "
+                        "with an empty memory"
                     )
         return None
 
@@ -209,28 +251,28 @@ class ReplayCollate:
         self._calls += 1
         return batch
 
-    def joined(self, batch: int, size: int) -> tuple[int, list[int], MemoryView]:
+    def joined(self, batch: int, size: int) -> Joined:
         """What batch number ``batch``, with ``size`` examples, consists of.
-
-        Returns:
-            The number of new examples, which come first; the slots of the replayed ones; and the memory that these are
-            in.
 
         Raises:
             ValueError: If the ``collate_fn`` has changed the number of examples.
         """
         current = self.schedule.update_at(batch)
-        if current is None or current[2] == 0 or not len(self._open(current[2])):
-            return size, [], MemoryView.empty()
-        sizes = np.arange(size + 1)
-        bounds = self._bounds(sizes + (batch - current[0]) * self.stride)
-        totals = sizes + bounds - bounds[0]
+        if current is None:
+            return Joined(size, [], MemoryView.empty(), [])
+        totals = sizes = np.arange(size + 1)
+        ratios = [0.0 if self.extra is None else self.extra.ratio]
+        if current[2] and len(self._open(current[2])):
+            ratios.append(self.ratio)
+        for ratio in ratios:
+            bounds = _bounds(sizes + (batch - current[0]) * self.stride, ratio)
+            totals = totals + bounds - bounds[0]
         n_new = int(np.searchsorted(totals, size))
         if totals[n_new] != size:
             raise ValueError(
                 f"a batch has {size} examples, which Replay has not given to the collate_fn: it must make a row of each"
             )
-        return n_new, *self._draw(batch, n_new)
+        return Joined(n_new, *self._draw(batch, n_new), self._extra(batch, n_new))
 
     def reopen(self) -> None:
         """Read the file of the memory again, in this process: it was rewritten."""
@@ -248,8 +290,7 @@ class ReplayCollate:
             return [], self._view[1]
         first, update, generation = current
         view = self._open(generation)
-        start, stop = self._bounds(np.array([0, n_new]) + (batch - first) * self.stride)
-        positions = np.arange(start, stop) * self.world_size + self.rank
+        positions = self._positions(batch - first, n_new, self.ratio)
         if self.lengths is None or view.lengths is None or not self.lengths.covers(batch):
             return view.draw(positions, update).tolist(), view
         passes = positions // len(view)
@@ -260,12 +301,19 @@ class ReplayCollate:
             slots[here] = dealt[positions[here] - opened]
         return slots.tolist(), view
 
-    def _bounds(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rank's number of draws before its new examples of an update reach the given numbers.
+    def _extra(self, batch: int, n_new: int) -> list[int]:
+        """The indices of the extra examples."""
+        current = self.schedule.update_at(batch)
+        if current is None or self.extra is None:
+            return []
+        first, update, _ = current
+        drawn: list[int] = self.extra.draws.at(self._positions(batch - first, n_new, self.extra.ratio), update).tolist()
+        return drawn
 
-        Truncated: over the batches, fractional ratios add up exactly, without keeping any state.
-        """
-        return (examples * self.ratio).astype(np.int64)
+    def _positions(self, batch: int, n_new: int, ratio: float) -> NDArray[np.int64]:
+        """The draws of this rank for a batch of an update, by their positions among those of all ranks."""
+        start, stop = _bounds(np.array([0, n_new]) + batch * self.stride, ratio)
+        return np.arange(start, stop) * self.world_size + self.rank
 
     def _deal(self, view: MemoryView, current: tuple[int, int, int], number: int) -> tuple[int, NDArray[np.int64]]:
         """The draws of an epoch in one pass through the memory, of all ranks: the first position, and the slots."""
@@ -274,11 +322,19 @@ class ReplayCollate:
         key = (generation, update, first, self.lengths.first, number)
         if self._dealt[0] != key:
             batches, lengths = self.lengths.from_batch(first)
-            bounds = self._bounds(np.append(batches, batches[-1] + 1) * self.stride) * self.world_size
+            bounds = _bounds(np.append(batches, batches[-1] + 1) * self.stride, self.ratio) * self.world_size
             start, stop = max(bounds[0], number * len(view)), min(bounds[-1], (number + 1) * len(view))
             wanted = lengths[np.searchsorted(bounds, np.arange(start, stop), side="right") - 1]
             self._dealt = key, int(start), view.draw_alike(int(start), wanted, update)
         return self._dealt[1:]
+
+
+def _bounds(examples: NDArray[np.int64], ratio: float) -> NDArray[np.int64]:
+    """A rank's number of draws before its new examples of an update reach the given numbers.
+
+    Truncated: over the batches, fractional ratios add up exactly, without keeping any state.
+    """
+    return (examples * ratio).astype(np.int64)
 
 
 def difference_of(past: Any, new: Any, where: str = "") -> str | None:
