@@ -76,7 +76,6 @@ class MemoryView:
         self._table = table
         self._data = table.column("data").chunk(0) if len(table) else []
         self.settings: dict[str, Any] = typed_json.decode((table.schema.metadata or {}).get(b"evertune", b"{}"))
-        self._draws = Draws(len(table), self.settings.get("seed", 0))
 
     @classmethod
     def open(cls, path: str | Path) -> MemoryView:
@@ -146,6 +145,10 @@ class MemoryView:
             ValueError: If one of them has none, or they are damaged.
         """
         return StoredLogits.from_arrow(self._table.column("logits").chunk(0).take(pa.array(slots, pa.int64())))
+
+    @cached_property
+    def _draws(self) -> Draws:
+        return Draws(len(self), self.settings.get("seed", 0))
 
     def draw(self, positions: NDArray[np.int64], update: int) -> Indices:
         """The slots at ``positions`` in the infinite sequence of draws of one update.
