@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.callbacks.agem import AGEM as AGEM
+    from evertune.callbacks.averaging import EMA as EMA
+    from evertune.callbacks.averaging import VersionAveraging as VersionAveraging
     from evertune.callbacks.base import ContinualCallback as ContinualCallback
     from evertune.callbacks.dark_replay import DarkReplay as DarkReplay
     from evertune.callbacks.distillation import Distillation as Distillation
     from evertune.callbacks.drift_trigger import DriftTrigger as DriftTrigger
     from evertune.callbacks.erace import ERACE as ERACE
     from evertune.callbacks.ewc import EWC as EWC
+    from evertune.callbacks.gem import GEM as GEM
     from evertune.callbacks.imprinting import Imprinting as Imprinting
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
@@ -30,12 +34,15 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.callbacks.agem": "AGEM",
+        "evertune.callbacks.averaging": "EMA VersionAveraging",
         "evertune.callbacks.base": "ContinualCallback",
         "evertune.callbacks.dark_replay": "DarkReplay",
         "evertune.callbacks.distillation": "Distillation",
         "evertune.callbacks.drift_trigger": "DriftTrigger",
         "evertune.callbacks.erace": "ERACE",
         "evertune.callbacks.ewc": "EWC",
+        "evertune.callbacks.gem": "GEM",
         "evertune.callbacks.imprinting": "Imprinting",
         "evertune.callbacks.l2sp": "L2SP",
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",

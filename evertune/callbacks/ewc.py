@@ -13,11 +13,13 @@ from evertune.callbacks.quadratic_method import Coupling
 from evertune.callbacks.weight_method import Tensors
 from evertune.importance.fisher import (
     EXACT_UP_TO,
+    Checked,
     Estimator,
     Logits,
     Targets,
     estimate_fisher,
 )
+from evertune.importance.second_moment import second_moment
 from evertune.shards.shards import ParameterShards
 
 BOUND = 0.1
@@ -55,11 +57,13 @@ class EWC(ImportanceMethod):
         mode: ``"online"`` (default) or ``"separate"``.
         gamma: Factor in [0, 1] by which the old importance decays per experience. Only for ``"online"``. Default: 1 (no
             decay).
-        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, or ``"auto"`` (default): exact or
-            sampled, with at most one backward pass for every ten examples trained on (counted over the epochs, without
-            replayed ones), or 16. It is exact for up to 32 classes if that leaves 100 examples, or all. All but
-            ``"batched"`` square per example, so the result depends neither on the batch size nor on the number of ranks
-            (van de Ven 2025). See :func:`evertune.importance.estimate_fisher`.
+        estimator: ``"exact"``, ``"sampled"``, ``"empirical"``, ``"batched"``, ``"optimizer"``, or ``"auto"`` (default):
+            exact or sampled, with at most one backward pass for every ten examples trained on (counted over the epochs,
+            without replayed ones), or 16. It is exact for up to 32 classes if that leaves 100 examples, or all. All but
+            the batched one square per example, so the result depends neither on the batch size nor on the number of
+            ranks (van de Ven 2025). See :func:`evertune.importance.estimate_fisher`. ``"optimizer"`` takes Adam's
+            second moment instead, which is there at no cost and needs neither logits nor targets, but depends on the
+            batch size (:func:`evertune.importance.second_moment`).
         n_examples: Number of training examples of an experience, over all ranks, on which the Fisher is estimated; with
             ``"auto"``, the maximum. 500 (default) lose 0.3 points of accuracy against all of them (van de Ven 2025).
         batch_size: Examples per rank and pass in the estimation. Changes speed and memory, not the result. Default: 16.
@@ -95,7 +99,7 @@ class EWC(ImportanceMethod):
         ewc_lambda: float = 0.1,
         mode: Literal["online", "separate"] = "online",
         gamma: float = 1.0,
-        estimator: Estimator = "auto",
+        estimator: Estimator | Literal["optimizer"] = "auto",
         n_examples: int = 500,
         batch_size: int = 16,
         logits: Logits | None = None,
@@ -111,13 +115,15 @@ class EWC(ImportanceMethod):
             raise ValueError(f"mode must be 'online' or 'separate', got {mode!r}")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be between 0 and 1, got {gamma}")
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+        if estimator not in (choices := (*get_args(Estimator), "optimizer")):
+            raise ValueError(f"estimator must be one of {', '.join(choices)}, got {estimator!r}")
         if mode == "separate" and gamma != 1.0:
             rank_zero_warn(f"gamma={gamma} is ignored: it belongs to mode='online'")
+        self.estimator = estimator
+        self._of_fisher: Estimator = "sampled" if estimator == "optimizer" else estimator
+        self._has_moment = False  # whether the optimizer has been asked for it
         self.mode = mode
         self.gamma = gamma
-        self.estimator = estimator
         self._estimated: dict[str, Any] = {}
         self._has_told = False  # that the bound applies
 
@@ -125,6 +131,23 @@ class EWC(ImportanceMethod):
     def ewc_lambda(self) -> float:
         """Strength of the penalty."""
         return self.strength
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the first step, see whether the optimizer keeps what is needed."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (
+            self.estimator == "optimizer"
+            and not self._has_moment
+            and trainer.global_step > 0
+            and self._shards is not None
+        ):
+            second_moment(trainer, self._shards)
+            self._has_moment = True
+
+    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Checked | None:
+        return None if self.estimator == "optimizer" else super()._try_to_estimate(trainer, module, batch)
 
     def combined(self, importance: list[Tensor], anchor: list[Tensor]) -> Tensors:
         """The importance and the anchor of all experiences, from those of the last, which are changed."""
@@ -144,6 +167,9 @@ class EWC(ImportanceMethod):
     def estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
         """The diagonal Fisher on a sample of the experience's examples: one tensor per fragment."""
         n_sample, n_trained = self._examples.counts(trainer)
+        if self.estimator == "optimizer":
+            self._estimated = {"estimator": self.estimator, "examples": 0, "trained": n_trained}
+            return second_moment(trainer, shards)
         estimator, n_examples = self._affordable(n_sample, n_trained)
         fisher = estimate_fisher(
             module,
@@ -173,8 +199,8 @@ class EWC(ImportanceMethod):
             n_sample: Number of examples that can be drawn.
             n_trained: Number of examples trained on in the experience, over all its epochs.
         """
-        if self.estimator != "auto":
-            return self.estimator, n_sample
+        if self._of_fisher != "auto":
+            return self._of_fisher, n_sample
         budget = max(AT_LEAST, int(BOUND * n_trained))
         passes = None if self._checked is None else self._checked.exact_passes
         estimator: Estimator = "sampled"

@@ -16,7 +16,7 @@ from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 
 
 class GradientMethod(ContinualCallback):
-    """Base class of methods that act on the gradient, on one device, DDP and ZeRO-1, 2 and 3.
+    """Base class of methods that act on the gradient, on one device, DDP, ZeRO-1, 2 and 3, and FSDP2.
 
     At every optimizer step, once the gradients are accumulated and averaged over the ranks, all such methods of a
     trainer act together: first each may look (:meth:`observe_gradient`), then each adds its term

@@ -35,8 +35,7 @@ class ImportanceMethod(QuadraticMethod):
         name: What the strength is called, for the message.
     """
 
-    estimator: Estimator = "sampled"
-    """The estimator by which the first batch is tried; ``"sampled"`` needs nothing but logits."""
+    _of_fisher: Estimator = "sampled"  # by which the first batch is tried: this one needs nothing but logits
 
     def __init__(
         self,
@@ -61,7 +60,8 @@ class ImportanceMethod(QuadraticMethod):
         self.targets = targets
         self.seed = seed
         self._examples = ExampleSampler(n_examples, batch_size, seed)
-        self._checked: Checked | None = None  # determined at the first batch of each fit
+        self._tried = False  # on the first batch of this fit
+        self._checked: Checked | None = None  # what was found there
 
     @abstractmethod
     def estimate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> list[Tensor]:
@@ -85,7 +85,7 @@ class ImportanceMethod(QuadraticMethod):
         """Check the requirements, and note from now on what is trained on."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._checked = None
+            self._tried, self._checked = False, None
             self._examples.setup(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,8 +96,8 @@ class ImportanceMethod(QuadraticMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._checked is None:
-            self._checked = self._try_to_estimate(trainer, pl_module, batch)
+        if not self._tried:
+            self._tried, self._checked = True, self._try_to_estimate(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,7 +106,7 @@ class ImportanceMethod(QuadraticMethod):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._examples.see(trainer, batch, batch_idx)
 
-    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Checked:
+    def _try_to_estimate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Checked | None:
         """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
         name = type(self).__name__
         advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
@@ -117,7 +117,7 @@ class ImportanceMethod(QuadraticMethod):
                 module,
                 take(batch, list(range(min(size, self.batch_size))), size),
                 shards,
-                self.estimator,
+                self._of_fisher,
                 logits=self.logits,
                 targets=self.targets,
                 forward_context=trainer.precision_plugin.forward_context,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from evertune._lightning import Callback, pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.weight_method import WeightMethod
+from evertune.callbacks.gradient_method import GradientMethod
 from evertune.lightning_modules.analytic import AnalyticHead, Features, Solver, Statistics, check_settings
 from evertune.lightning_modules.backbone import Pooling
 from evertune.lightning_modules.reading import batches_of, read_once
@@ -133,7 +133,7 @@ class AnalyticClassificationModule(SequenceClassificationModule):
         callbacks: list[Any] = self.trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
         for callback in callbacks:
             in_loss = isinstance(callback, ContinualCallback) and _has_loss_term(callback)
-            if in_loss or isinstance(callback, WeightMethod):
+            if in_loss or isinstance(callback, GradientMethod):
                 raise ValueError(
                     f"{type(callback).__name__} acts on a loss or on weights in training, and "
                     f"{type(self).__name__} trains none: remove it from the callbacks"

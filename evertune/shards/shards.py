@@ -163,6 +163,13 @@ class ParameterShards(ABC):
     def _edited(self, number: int, value: Tensor) -> None:  # noqa: B027  (most strategies hand out the live storage)
         """Write an edited fragment back where :meth:`_live` returned a copy."""
 
+    def optimizer_tensors(self, optimizer: Optimizer, kind: str) -> list[Tensor] | None:
+        """A kind of optimizer state, such as ``exp_avg_sq``: one flat tensor per fragment, not a copy.
+
+        Zero where the optimizer has none; None if it has none at all. Call on every rank.
+        """
+        raise ValueError(f"{type(self).__name__} does not say where the optimizer has its state")
+
     def release(self) -> None:  # noqa: B027  (only ZeRO-3 gathers)
         """Release weights that were gathered for passes through the module outside of training steps."""
 
@@ -271,6 +278,15 @@ class ReplicatedShards(ParameterShards):
         if not parameter.is_contiguous():
             parameter.copy_(value.view(parameter.shape))
 
+    def optimizer_tensors(self, optimizer: Optimizer, kind: str) -> list[Tensor] | None:
+        states = [optimizer.state.get(p, {}).get(kind) for p in self._parameters.values()]
+        if all(state is None for state in states):
+            return None
+        return [
+            torch.zeros_like(value) if state is None else state.reshape(-1)
+            for state, value in zip(states, self.values(), strict=True)
+        ]
+
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
         for p, value in zip(self._parameters.values(), values, strict=True):
@@ -305,6 +321,9 @@ class PortableShards(ParameterShards):
         Raises:
             ValueError: If a part of the state is neither a number nor a tensor of the weights' size.
         """
+
+    def optimizer_tensors(self, optimizer: Optimizer, kind: str) -> list[Tensor] | None:
+        return self.optimizer_state().tensors.get(kind)
 
     @abstractmethod
     def load(self, read: Callable[[str], list[Tensor]], optimizer: OptimizerState) -> None:
@@ -605,6 +624,18 @@ class FSDP2Shards(PortableShards):
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad.to_local().view(-1))
         return gradients
+
+    def gradients_of(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        """The gradient of another loss, averaged over the ranks: one new flat fp32 tensor per fragment."""
+        kept = {name: p.grad for name, p in self._parameters.items()}
+        for p in self._parameters.values():
+            p.grad = None
+        try:
+            loss().backward()
+            return [gradient.to(torch.float32, copy=True) for gradient in self.gradients()]
+        finally:
+            for name, p in self._parameters.items():
+                p.grad = kept[name]
 
     def _live(self) -> list[tuple[Tensor | None, Tensor]]:
         return [(p if p.requires_grad else None, own) for p, own in zip(self._held, self.values(), strict=True)]

@@ -357,3 +357,29 @@ def test_gamma_in_separate_mode_is_said_to_be_ignored() -> None:
 def test_two_optimizers_are_refused() -> None:
     with pytest.raises(ValueError, match="EWC works with one optimizer, got 2"):
         fit(Classifier(n_optimizers=2), loader(1), EWC())
+
+
+class WithAdam(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
+
+
+def test_the_second_moment_of_the_optimizer_is_an_importance() -> None:
+    ewc, module = EWC(estimator="optimizer", normalize=False), WithAdam()
+    squares = torch.zeros_like(flat_weights(module))
+
+    class Squares(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            gradient = torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None])
+            squares.mul_(0.95).add_(gradient.square(), alpha=0.05)
+
+    fit(module, loader(1), ewc, Squares())
+    found = torch.cat(list(importance_and_anchor(ewc)[0].values()))
+    torch.testing.assert_close(found, squares / (1 - 0.95**5), rtol=1e-5, atol=1e-9)
+    assert ewc.notes == {"estimator": "optimizer", "examples": 0, "trained": 40, "normalize": False}
+    fit(module, loader(2), ewc)
+
+
+def test_an_optimizer_without_a_second_moment_is_refused_after_the_first_step() -> None:
+    with pytest.raises(ValueError, match="reads the second moment of Adam or AdamW; SGD keeps none"):
+        fit(Classifier(), loader(1), EWC(estimator="optimizer"))

@@ -35,6 +35,9 @@ METHODS = (
     "pretrained",
     "mas",
     "si",
+    "replay+agem",
+    "replay+gem",
+    "ema",
 )
 
 RUNS = [

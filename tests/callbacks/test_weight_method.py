@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -115,6 +116,19 @@ def test_where_weights_are_sharded_it_keeps_its_anchor(strategy: str, tmp_path: 
     assert [rank["repr"] for rank in whole] == [rank["repr"] for rank in resumed]
     [alone] = run_ranks("tests.helpers.strategy_worker:l2sp_elsewhere", 1, **shared)
     assert alone["loaded"] == alone["expected"]
+
+
+@pytest.mark.slow
+def test_what_two_ranks_have_saved_gives_the_same_steps_anywhere(tmp_path: Path) -> None:
+    shared = {"folder": make_bert(tmp_path / "bert"), "out": str(tmp_path)}
+    run_ranks("tests.helpers.strategy_worker:learn_and_save", 2, strategy="evertune_deepspeed_stage_2", **shared)
+    found = []
+    for world_size, strategy in ((1, "auto"), (2, "ddp"), (2, "evertune_deepspeed_stage_3"), (2, "evertune_fsdp2")):
+        run_ranks("tests.helpers.strategy_worker:load_and_learn", world_size, strategy=strategy, **shared)
+        found.append(load_file(tmp_path / f"{strategy}.safetensors"))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_consolidate_must_return_the_tensors_that_are_named() -> None:

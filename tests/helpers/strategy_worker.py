@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import evertune
+from evertune import callbacks
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules.saving import load_weights, save_weights, whole_state
@@ -214,6 +215,40 @@ def l2sp_elsewhere(folder: str, out: str) -> dict[str, Any]:
 
     fit(module, experience("third", 1, ["a", "c"], 3), "auto", 1, [method, Looks()])
     return {"loaded": digests(found), "expected": digests(load_file(f"{out}/first.safetensors"))}
+
+
+def _quadratic() -> list[Any]:
+    return [
+        callbacks.L2SP(0.5, to="previous", coupling="decoupled"),
+        callbacks.MAS(20.0, n_examples=30, batch_size=4),
+        callbacks.SynapticIntelligence(20.0),
+    ]
+
+
+def learn_and_save(folder: str, out: str, strategy: str) -> None:
+    """Learn an experience with three methods on weights; write the weights and what the methods keep."""
+    pl.seed_everything(3, verbose=False)
+    module, methods = SmallBert(folder, CLASSES, "sgd"), _quadratic()
+    fit(module, experience("first", 4, ["a", "b"], 1), strategy, 1, methods)
+    for method in methods:
+        method.save(Path(out) / type(method).__name__)
+    state = whole_state(module)
+    if state:
+        save_file(state, Path(out) / "first.safetensors")
+
+
+def load_and_learn(folder: str, out: str, strategy: str) -> None:
+    """Learn another experience with what was saved, and write the weights."""
+    pl.seed_everything(3, verbose=False)
+    module, methods = SmallBert(folder, CLASSES, "sgd"), _quadratic()
+    module.configure_model()
+    load_weights(module, Path(out) / "first.safetensors")
+    for method in methods:
+        method.load(Path(out) / type(method).__name__)
+    fit(module, experience("second", 3, ["b", "c"], 2), strategy, 1, methods)
+    state = whole_state(module)
+    if state:
+        save_file(state, Path(out) / f"{strategy}.safetensors")
 
 
 def digests(state: dict[str, torch.Tensor]) -> dict[str, str]:
