@@ -19,7 +19,7 @@ from evertune.importance.fisher import (
     Targets,
     estimate_fisher,
 )
-from evertune.importance.second_moment import second_moment
+from evertune.importance.moments import second_moment
 from evertune.shards.shards import ParameterShards
 
 BOUND = 0.1

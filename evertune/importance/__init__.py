@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from evertune.importance.fisher import Estimator as Estimator
     from evertune.importance.fisher import IndexedBatch as IndexedBatch
     from evertune.importance.fisher import estimate_fisher as estimate_fisher
-    from evertune.importance.second_moment import second_moment as second_moment
+    from evertune.importance.moments import second_moment as second_moment
     from evertune.importance.sensitivity import estimate_sensitivity as estimate_sensitivity
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.importance.fisher": "Estimator IndexedBatch estimate_fisher",
-        "evertune.importance.second_moment": "second_moment",
+        "evertune.importance.moments": "second_moment",
         "evertune.importance.sensitivity": "estimate_sensitivity",
     },
 )
