@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evertune._lightning import pl
@@ -14,7 +13,7 @@ from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.step_logits import StepLogits
 from evertune.shards.support import check_strategy
-from evertune.tasks.base import Outputs, task_of
+from evertune.tasks.base import Outputs, losses, task_of
 from evertune.utils.batches import targets_of
 
 SOURCES = ("new", "replayed", "extra")
@@ -88,10 +87,10 @@ class SourceLosses(ContinualCallback):
         assert self._now is not None
         now = self._now
         with torch.no_grad():
-            losses = example_losses(pl_module, self._batch, self._step.logits(self._batch)).to(self._recent)
+            each = example_losses(pl_module, self._batch, self._step.logits(self._batch)).to(self._recent)
         end = now.replayed.stop
         for number, rows in enumerate((slice(now.n_new), now.replayed, slice(end, end + len(now.extra)))):
-            known = losses[rows][~losses[rows].isnan()]
+            known = each[rows][~each[rows].isnan()]
             self._recent[number] += torch.stack([known.sum(), known.new_tensor(len(known))])
 
     def on_train_batch_end(
@@ -146,16 +145,7 @@ def example_losses(module: pl.LightningModule, batch: Any, outputs: Outputs) -> 
     logits = outputs.logits.float()
     if targets.ndim == logits.ndim:
         logits = logits[..., : targets.shape[-1]]  # without rows allocated ahead
-    whole = Outputs.of(logits, targets, task_of(module).likelihood)
-    if whole.likelihood == "categorical":
-        each = F.cross_entropy(whole.logits.movedim(-1, 1), whole.targets, reduction="none")  # type: ignore[arg-type]
-    elif whole.likelihood == "bernoulli":
-        each = F.binary_cross_entropy_with_logits(whole.logits, whole.targets.float().clamp(min=0), reduction="none")  # type: ignore[union-attr]
-    else:
-        each = (whole.logits - whole.targets).square()  # type: ignore[operator]
-    counts = whole.counts
-    flat = torch.where(counts, each, 0.0).reshape(len(each), -1).sum(1)
-    return flat / counts.reshape(len(each), -1).sum(1)
+    return losses(Outputs.of(logits, targets, task_of(module).likelihood))
 
 
 def _means(sums: Tensor) -> dict[str, float]:

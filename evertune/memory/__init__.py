@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from evertune.memory.memory import ReplayMemory as ReplayMemory
     from evertune.memory.policies import ClassBalanced as ClassBalanced
     from evertune.memory.policies import Herding as Herding
+    from evertune.memory.policies import LossAware as LossAware
     from evertune.memory.policies import Policy as Policy
     from evertune.memory.policies import Reservoir as Reservoir
     from evertune.memory.policies import Ring as Ring
@@ -17,6 +18,6 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.memory.memory": "MemoryView ReplayMemory",
-        "evertune.memory.policies": "ClassBalanced Herding Policy Reservoir Ring",
+        "evertune.memory.policies": "ClassBalanced Herding LossAware Policy Reservoir Ring",
     },
 )

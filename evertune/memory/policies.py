@@ -26,11 +26,13 @@ class Policy(ABC):
         name: Name stored with the memory; a memory can only be loaded under the policy that filled it.
         needs_labels: Whether every example must have a class.
         needs_features: Whether :meth:`priorities` needs a feature vector for every example.
+        needs_losses: Whether the feature of an example is its loss, a vector of length 1.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    needs_losses: ClassVar[bool] = False
 
     @abstractmethod
     def priority(self, id: str, arrival: int, seed: int) -> float:
@@ -151,7 +153,43 @@ class Herding(ClassBalanced):
         return result
 
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Reservoir, ClassBalanced, Ring, Herding)}
+class LossAware(ClassBalanced):
+    """Of each class, examples with a large loss more often: each is kept with a weight proportional to its loss.
+
+    The sample is drawn without replacement (Efraimidis & Spirakis 2006). After loss-aware reservoir sampling (Buzzega
+    et al. 2021, "Rethinking Experience Replay"), where examples that are learned well make room first. The loss is that
+    at the end of the example's experience. Mislabelled examples have a large loss, too.
+    """
+
+    name = "loss_aware"
+    needs_features = True
+    needs_losses = True
+
+    def priorities(
+        self,
+        ids: Sequence[str],
+        labels: Sequence[str | None],
+        features: Floats | None,
+        *,
+        arrival: int,
+        seed: int,
+        size: int,
+    ) -> Floats:
+        """``-log(u) / loss`` with ``u`` the random number of :class:`Reservoir`."""
+        assert features is not None
+        losses = np.asarray(features, dtype=np.float64).reshape(len(ids), -1)
+        if losses.shape[1] != 1 or bool((losses < 0).any()):
+            raise ValueError(f"policy 'loss_aware' needs one loss of at least 0 for each example, got {losses.shape}")
+        weights = np.maximum(np.nan_to_num(losses[:, 0]), _LEAST_LOSS)
+        return -np.log(1 - super().priorities(ids, labels, None, arrival=arrival, seed=seed, size=size)) / weights
+
+
+_LEAST_LOSS = 1e-6
+"""Also examples without a loss can be drawn."""
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Reservoir, ClassBalanced, Ring, Herding, LossAware)
+}
 
 
 def make_policy(policy: str | Policy) -> Policy:

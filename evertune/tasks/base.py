@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evertune.sources.base import Row
@@ -270,6 +271,33 @@ def accuracies(outputs: Outputs) -> Tensor:
     else:
         scores = -(logits.float() - targets).square()
     flat = torch.where(counts, scores.float(), 0).reshape(len(logits), -1).sum(1)
+    return flat / counts.reshape(len(logits), -1).sum(1)
+
+
+def losses(outputs: Outputs) -> Tensor:
+    """The loss of each example, a mean over its positions that count: float32 ``[batch]``.
+
+    Cross-entropy, the mean binary cross-entropy of binary labels, or the squared error of a regression. NaN for an
+    example without positions that count.
+
+    Raises:
+        ValueError: If there are no targets.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])
+        >>> losses(Outputs(logits, torch.tensor([[0, 1, -100]]), "categorical"))
+        tensor([0.3133])
+    """
+    logits, targets, counts = outputs.logits.float(), outputs.targets, outputs.counts
+    if targets is None:
+        raise ValueError(f"logits of shape {list(logits.shape)} have no loss without targets")
+    if outputs.likelihood == "categorical":
+        each = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none", ignore_index=IGNORED)
+    elif outputs.likelihood == "bernoulli":
+        each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    else:
+        each = (logits - targets).square()
+    flat = torch.where(counts, each, 0.0).reshape(len(logits), -1).sum(1)
     return flat / counts.reshape(len(logits), -1).sum(1)
 
 

@@ -50,7 +50,7 @@ from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 from evertune.streams.sampler import BucketSampler
-from evertune.tasks.base import Task, task_of
+from evertune.tasks.base import Task, losses, task_of
 from evertune.utils.batches import batch_size_of, logits_of, name_of, to_device
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
@@ -95,7 +95,7 @@ class Replay(ContinualCallback):
         memory_size: Number of examples kept in memory, over all ranks.
         policy: Selection policy: ``"reservoir"`` (default; a uniform sample of all examples seen),
             ``"class_balanced"``, ``"ring"`` (the newest of each class), ``"herding"`` (nearest to the class means of
-            ``features``), or a ``Policy``.
+            ``features``), ``"loss_aware"`` (of each class, examples with a large loss more often), or a ``Policy``.
         replay_ratio: Replayed examples per new one in a batch. 1 (default) doubles the batch; 0.05 is common in
             continued training of language models.
         label: The class of an example: a function, a key (of a dict) or a position (in a tuple). By default that of the
@@ -104,7 +104,8 @@ class Replay(ContinualCallback):
         id: The id of an example, for :meth:`forget`: a function, a key or a position. By default the number of the
             experience and the index in the dataset, or a hash of the content if there is no index.
         features: Function ``(module, batch) -> tensor [batch, d]`` for herding. By default ``module.features`` if the
-            module has such a method, else its logits.
+            module has such a method, else its logits. For ``"loss_aware"``, the losses ``[batch, 1]``, by default
+            those of the logits and targets that the module's task finds.
         loader: With several training loaders (a dict, a list or a ``CombinedLoader``), the key or position of the one
             whose batches get replayed examples; the others are left alone. Its examples are kept as they pass.
         seed: Seed of the selection and of the order of the draws. Default: 0.
@@ -162,7 +163,7 @@ class Replay(ContinualCallback):
         self.replay_ratio = replay_ratio
         self.label_of = LabelReader(label)
         self.id_of = None if id is None else IdReader(id)
-        self.features = features or default_features
+        self.features = features or (default_losses if self.memory.policy.needs_losses else default_features)
         self.loader = loader
         self._names: list[str] = []  # of the training loaders that are still to be set up
         self._trainer: pl.Trainer | None = None
@@ -688,6 +689,11 @@ def default_features(module: pl.LightningModule, batch: Any) -> Tensor:
     """``module.features(batch)`` if the module has such a method, else its logits."""
     features = getattr(module, "features", None)
     return features(batch) if callable(features) else logits_of(module, batch)
+
+
+def default_losses(module: pl.LightningModule, batch: Any) -> Tensor:
+    """The loss of each example, ``[batch, 1]``, of the logits and targets that the module's task finds."""
+    return losses(task_of(module).outputs(module, batch)).unsqueeze(1)
 
 
 class LabelReader:
