@@ -26,8 +26,8 @@ class AGEM(ReferenceMethod):
     The products are over all weights, on all ranks. What is guaranteed is the direction of the gradient; momentum and
     Adam also move along past ones.
 
-    The memory is that of the trainer's ``Replay``, whose examples also join the batches. In the first experience, it is
-    empty and nothing happens.
+    The memory is that of the trainer's ``Replay``, whose examples also join the batches; as published, they do not:
+    ``Replay(replay_ratio=0)``. In the first experience, it is empty and nothing happens.
 
     Args:
         reference_size: Number of memory examples in the reference batch, over all ranks; a multiple of the number of

@@ -85,6 +85,10 @@ class DarkReplay(Replay):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
         if not (beta >= 0 and math.isfinite(beta)):
             raise ValueError(f"beta must be 0 or positive, and finite, got {beta}")
+        if replay_ratio == 0:
+            raise ValueError(
+                "replay_ratio must be positive, got 0: without replayed examples there are no logits to match"
+            )
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be positive, got {top_k}")
         super().__init__(

@@ -34,8 +34,8 @@ class GEM(ReferenceMethod):
     "evertune[gem]"``). A step takes one more backward pass, and one more gradient in memory, for each past experience:
     with many of them, use :class:`~evertune.callbacks.AGEM`, which takes one.
 
-    The memory is that of the trainer's ``Replay``, whose examples also join the batches. In the first experience, it is
-    empty and nothing happens.
+    The memory is that of the trainer's ``Replay``, whose examples also join the batches; as published, they do not:
+    ``Replay(replay_ratio=0)``. In the first experience, it is empty and nothing happens.
 
     Args:
         reference_size: Number of memory examples of each past experience in its reference batch, over all ranks; a

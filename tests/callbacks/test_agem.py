@@ -23,7 +23,7 @@ from tests.callbacks.test_l2sp import InDouble
 
 def memory_only() -> Replay:
     """A memory of which nothing joins the batches."""
-    return Replay(memory_size=30, replay_ratio=1e-9)
+    return Replay(memory_size=30, replay_ratio=0)
 
 
 def batch_of(view: Any, slots: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +143,22 @@ def test_the_order_of_methods_does_not_matter() -> None:
             fit(module, loader(seed), *methods)
         found.append(flat_weights(module))
     assert torch.equal(*found)
+
+
+def test_a_memory_of_which_nothing_joins_the_batches() -> None:
+    sizes = []
+
+    class Sizes(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+            sizes.append(len(batch[0]))
+
+    replay, module, plain = memory_only(), Classifier(), Classifier()
+    for seed in (1, 2):
+        fit(module, loader(seed), replay, Sizes())
+        fit(plain, loader(seed))
+    assert set(sizes) == {8}
+    assert len(replay.memory) == 30
+    assert torch.equal(flat_weights(module), flat_weights(plain))
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -293,6 +293,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(module: Any, settings
         ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
         ({"beta": -1.0}, "beta must be 0 or positive, and finite, got -1.0"),
         ({"top_k": 0}, "top_k must be positive, got 0"),
+        ({"replay_ratio": 0}, "replay_ratio must be positive, got 0: without replayed examples"),
         ({"memory_size": 0}, "memory_size must be positive"),
     ],
 )

@@ -443,8 +443,8 @@ def test_forget_by_the_ids_of_the_data():
 def test_refuses_by_name_what_it_cannot_do():
     with pytest.raises(ValueError, match="memory_size must be positive, got 0"):
         Replay(memory_size=0)
-    for ratio in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"replay_ratio must be positive and finite, got {ratio}"):
+    for ratio in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"replay_ratio must be finite and not negative, got {ratio}"):
             Replay(memory_size=1, replay_ratio=ratio)
     with pytest.raises(ValueError, match="two Replay callbacks in one Trainer"):
         trainer(Replay(1), _Second(1)).fit(module(), loader(0))

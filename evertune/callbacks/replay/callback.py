@@ -97,7 +97,7 @@ class Replay(ContinualCallback):
             ``"class_balanced"``, ``"ring"`` (the newest of each class), ``"herding"`` (nearest to the class means of
             ``features``), ``"loss_aware"`` (of each class, examples with a large loss more often), or a ``Policy``.
         replay_ratio: Replayed examples per new one in a batch. 1 (default) doubles the batch; 0.05 is common in
-            continued training of language models.
+            continued training of language models; 0 only keeps the memory, for methods that read it (``AGEM``).
         label: The class of an example: a function, a key (of a dict) or a position (in a tuple). By default that of the
             module's task: ``labels``, ``label``, ``targets`` or ``target``, or the last item of a tuple. Several labels
             together count as one class.
@@ -117,10 +117,9 @@ class Replay(ContinualCallback):
         extra_ratio: Examples of ``extra`` per new one in a batch. Default: 0.05.
 
     Raises:
-        ValueError: If ``memory_size``, ``replay_ratio`` or ``extra_ratio`` is not positive, or ``extra`` cannot be read
-            by index. In ``setup``, if the strategy is not
-            supported or there is a second ``Replay``. Before training, if there are several training loaders and no
-            ``loader``.
+        ValueError: If ``memory_size`` or ``extra_ratio`` is not positive, ``replay_ratio`` is negative, or ``extra``
+            cannot be read by index. In ``setup``, if the strategy is not supported or there is a second ``Replay``.
+            Before training, if there are several training loaders and no ``loader``.
         TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate. When an example comes
             that contains something that cannot be stored.
         ValueError: At a batch, if its ``collate_fn`` cannot join the examples of the past, which have other keys or
@@ -151,8 +150,8 @@ class Replay(ContinualCallback):
         extra: Any = None,
         extra_ratio: float = 0.05,
     ) -> None:
-        if not (replay_ratio > 0 and math.isfinite(replay_ratio)):
-            raise ValueError(f"replay_ratio must be positive and finite, got {replay_ratio}")
+        if not (replay_ratio >= 0 and math.isfinite(replay_ratio)):
+            raise ValueError(f"replay_ratio must be finite and not negative, got {replay_ratio}")
         if not (extra_ratio > 0 and math.isfinite(extra_ratio)):
             raise ValueError(f"extra_ratio must be positive and finite, got {extra_ratio}")
         if extra is not None and not (hasattr(extra, "__getitem__") and hasattr(extra, "__len__") and len(extra)):
