@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -692,7 +693,9 @@ class FSDP2Shards(PortableShards):
         for number, p in enumerate(p for group in own.param_groups for p in group["params"]):
             name = names.get(p, "")
             if optimizer.scalars.get(name) or optimizer.kinds.get(name):
-                made = {**optimizer.scalars[name], **{kind: torch.zeros_like(p) for kind in optimizer.kinds[name]}}
+                # Copies: ZeRO has one number for many parameters, which each of them would count up.
+                made = copy.deepcopy(optimizer.scalars[name])
+                made |= {kind: torch.zeros_like(p) for kind in optimizer.kinds[name]}
                 of_name[name] = state["state"][number] = made
         for kind in sorted({kind for kinds in optimizer.kinds.values() for kind in kinds}):
             for fragment, value in zip(self.fragments, read(kind), strict=True):
