@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.synaptic_intelligence import SynapticIntelligence as SynapticIntelligence
     from evertune.callbacks.update_length import UpdateLength as UpdateLength
     from evertune.callbacks.weight_method import WeightMethod as WeightMethod
+    from evertune.callbacks.wise_ft import WiSEFT as WiSEFT
     from evertune.training.checkpoint import UpdateCheckpoint as UpdateCheckpoint
     from evertune.training.evaluation import ContinualEvaluation as ContinualEvaluation
     from evertune.training.fastest import Fastest as Fastest
@@ -52,6 +53,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.synaptic_intelligence": "SynapticIntelligence",
         "evertune.callbacks.update_length": "UpdateLength",
         "evertune.callbacks.weight_method": "WeightMethod",
+        "evertune.callbacks.wise_ft": "WiSEFT",
         "evertune.training.checkpoint": "UpdateCheckpoint",
         "evertune.training.evaluation": "ContinualEvaluation",
         "evertune.training.fastest": "Fastest",

@@ -32,6 +32,7 @@ METHODS = (
     "dark",
     "replay+distil",
     "replay+erace",
+    "replay+wise",
     "pretrained",
     "mas",
     "si",

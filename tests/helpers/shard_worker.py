@@ -21,6 +21,7 @@ from evertune.callbacks import (
     Imprinting,
     LogitAdjustment,
     Replay,
+    WiSEFT,
 )
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.heads import HeadKind
@@ -140,6 +141,7 @@ def methods(name: str) -> list[pl.Callback]:
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
         "distil": lambda: [Distillation(on="all")],
+        "wise": lambda: [WiSEFT((0.25, 0.5))],
         "erace": lambda: [ERACE("batch")],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
         "adjust": lambda: [LogitAdjustment()],
