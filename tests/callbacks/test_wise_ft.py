@@ -42,7 +42,7 @@ def test_the_best_share_on_all_experiences(first: bool) -> None:
     assert wise.scores == pytest.approx(scores)
     assert wise.previous == max(SHARES, key=lambda share: (scores[share], -share))
     assert len(set(scores.values())) > 1
-    assert_same(module, averages[wise.previous], rtol=1e-5)
+    assert_same(module, averages[wise.previous], rtol=1e-4)  # the old weights are kept in fp32
 
 
 @pytest.mark.parametrize(
