@@ -20,6 +20,8 @@ from evertune.shards.shards import ParameterShards
 from evertune.tasks.base import task_of
 from evertune.utils.evaluation import evaluation_mode, trial
 
+_DIGITS = 6  # of a score; what differs less is rounding, which depends on the number of ranks
+
 
 class WiSEFT(AveragingMethod):
     """End an experience on the average of its weights and of those before it that knows most of all experiences.
@@ -121,7 +123,7 @@ class WiSEFT(AveragingMethod):
             total = self._score(trainer, module, data, examples, weights, shards)
             self.scores[share] = total / (len(counts) + 1)
         shards.set_values(after)
-        self.previous = max(self.shares, key=lambda share: (round(self.scores[share], 9), -share))
+        self.previous = max(self.shares, key=lambda share: (round(self.scores[share], _DIGITS), -share))
         rank_zero_info(
             f"WiSEFT: {self.previous:g} of the weights before, average score {self.scores[self.previous]:.4f}"
         )

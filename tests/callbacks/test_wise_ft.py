@@ -20,7 +20,7 @@ def accuracy(weights: dict[str, Tensor], data: list[Any]) -> float:
     return float((logits_of(weights, x).argmax(1) == y).double().mean())
 
 
-def after_two(*callbacks: Any, epochs: int = 30) -> tuple[Net, dict[str, Tensor]]:
+def after_two(*callbacks: Any, epochs: int = 15) -> tuple[Net, dict[str, Tensor]]:
     module = Net(4)
     fit(module, FIRST, *callbacks, max_epochs=epochs)
     before = copy_of(module)
@@ -40,8 +40,8 @@ def test_the_best_share_on_all_experiences(first: bool) -> None:
         averages[share] = mean
         scores[share] = (accuracy(mean, list(FIRST)) + accuracy(mean, list(SECOND))) / 2
     assert wise.scores == pytest.approx(scores)
-    assert wise.previous == max(SHARES, key=lambda share: (scores[share], -share))
-    assert len(set(scores.values())) > 1
+    assert wise.previous == max(SHARES, key=lambda share: (round(scores[share], 6), -share))
+    assert len({round(score, 6) for score in scores.values()}) > 1
     assert_same(module, averages[wise.previous], rtol=1e-4)  # the old weights are kept in fp32
 
 
