@@ -186,6 +186,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        _fetch_once_a_step(engine)
         return engine, deepspeed_optimizer
 
     def inference_engine(self, model: Module) -> Any:
@@ -205,6 +206,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
             model_parameters=[],
             dist_init_required=False,
         )
+        _fetch_once_a_step(engine)
         return engine
 
     @property
@@ -227,6 +229,32 @@ def __getattr__(name: str) -> Any:
     if name == "EvertuneDeepSpeedStrategy":
         return strategy_class(package_to_inherit())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _fetch_once_a_step(engine: Any) -> None:
+    """Let ZeRO-3 count a step of Lightning as one forward pass.
+
+    A ``training_step`` is a call of the module in which it calls itself. DeepSpeed starts a new forward pass at each of
+    the two, and drops what it has fetched ahead in between: those weights would be gathered twice.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if not hasattr(offload, "fwd_pre_hook"):
+        return
+    inside = 0
+
+    def enter(module: Module, inputs: Any) -> None:
+        nonlocal inside
+        if inside == 0:
+            offload.get_param_coordinator().reset_step()
+        inside += 1
+
+    def leave(module: Module, inputs: Any, output: Any) -> None:
+        nonlocal inside
+        inside -= 1
+
+    offload.fwd_pre_hook.remove()
+    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(enter, prepend=True)
+    offload.forward_hooks.append(offload.module.register_forward_hook(leave, always_call=True))  # removed with them
 
 
 def _release(engine: Any) -> None:

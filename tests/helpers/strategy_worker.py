@@ -99,6 +99,67 @@ def _take_part(module: pl.LightningModule) -> None:
     whole_state(module)
 
 
+class Wide(pl.LightningModule):
+    """Three layers of 512 x 512 weights each, which ZeRO-3 gathers for each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Gathered(pl.Callback):
+    """Counts the numbers that are gathered in each step; at its end, whether ZeRO-3 knows what to fetch ahead."""
+
+    def __init__(self) -> None:
+        from torch.distributed import distributed_c10d
+
+        self.per_step: list[int] = []
+        self.ahead: list[bool] = []
+        self._now, gather = 0, torch.distributed.all_gather_into_tensor
+
+        def counted(*inputs: Any, **named: Any) -> Any:
+            self._now += (named.get("output_tensor") if not inputs else inputs[0]).numel()
+            return gather(*inputs, **named)
+
+        for place in (torch.distributed, distributed_c10d):
+            place.all_gather_into_tensor = counted
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.per_step.append(self._now)
+        self._now = 0
+        engine: Any = trainer.strategy.model
+        self.ahead.append(engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace())
+
+
+def gathered_per_step(strategy: str) -> dict[str, Any]:
+    """Train six steps, and say how many numbers each gathered."""
+    module, gathered = Wide(), Gathered()
+    data = torch.utils.data.TensorDataset(torch.randn(24, 512))
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy=strategy,
+        callbacks=[gathered],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
+    return {"per_step": gathered.per_step, "ahead": gathered.ahead, "hooks": hooks}
+
+
 class Masters(pl.Callback):
     """The fp32 masters at both ends of a fit."""
 

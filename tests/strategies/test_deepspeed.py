@@ -34,6 +34,16 @@ def test_sequential_updates_leak_nothing(bert: str) -> None:
         assert rank["head"] in ([6, 16], None)
 
 
+def test_weights_are_gathered_once_for_each_pass_and_ahead() -> None:
+    """Although the training step is a call of the module in which it calls itself."""
+    for rank in run_ranks("tests.helpers.strategy_worker:gathered_per_step", 2, strategy="evertune_deepspeed_stage_3"):
+        weights = 3 * 512 * 512  # the biases are too small to be sharded
+        assert len(rank["per_step"]) == 6
+        assert weights < rank["per_step"][-1] <= 2 * weights + 2 * 3 * 512, rank["per_step"]
+        assert rank["ahead"][2:] == [True] * 4  # the first step is not traced, the second is
+        assert rank["hooks"] == 0
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_masters_of_16_bit_training_live_on(bert: str, stage: int, tmp_path: Path) -> None:
     for rank in run_ranks(
