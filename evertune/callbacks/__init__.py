@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
     from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.callbacks.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from evertune.callbacks.source_losses import SourceLosses as SourceLosses
     from evertune.callbacks.synaptic_intelligence import SynapticIntelligence as SynapticIntelligence
     from evertune.callbacks.update_length import UpdateLength as UpdateLength
@@ -49,6 +50,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.mas": "MAS",
         "evertune.callbacks.replay.callback": "Replay",
+        "evertune.callbacks.shrink_perturb": "ShrinkPerturb",
         "evertune.callbacks.source_losses": "SourceLosses",
         "evertune.callbacks.synaptic_intelligence": "SynapticIntelligence",
         "evertune.callbacks.update_length": "UpdateLength",

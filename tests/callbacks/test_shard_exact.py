@@ -39,6 +39,7 @@ METHODS = (
     "replay+agem",
     "replay+gem",
     "ema",
+    "perturb",
 )
 
 RUNS = [

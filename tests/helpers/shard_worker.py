@@ -138,6 +138,7 @@ def methods(name: str) -> list[pl.Callback]:
         "agem": lambda: [callbacks.AGEM(reference_size=12)],
         "gem": lambda: [callbacks.GEM(reference_size=12, margin=0.1)],
         "ema": lambda: [callbacks.EMA(decay=0.8)],
+        "perturb": lambda: [callbacks.ShrinkPerturb(shrink=0.9, noise=0.02)],
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
         "distil": lambda: [Distillation(on="all")],
