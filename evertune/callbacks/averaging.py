@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evertune._lightning import pl
+from evertune._lightning import n_started, pl
 from evertune.callbacks.weight_method import Tensors, WeightMethod
 from evertune.shards.shards import ParameterShards
 
@@ -46,6 +46,15 @@ class AveragingMethod(WeightMethod):
         if trainer.ckpt_path is None:
             self._state = self._saved_in = None
         super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start again before the first step: other callbacks may have set weights, such as the rows of new classes."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if n_started(trainer) == 0:
+            shards = self._shards_now(trainer)
+            self._keep(self.begin(shards), "begin", shards)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the weights to the average."""

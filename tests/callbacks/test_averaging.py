@@ -40,6 +40,23 @@ def test_between_the_version_before_and_the_one_after() -> None:
 
 
 @pytest.mark.parametrize("method", [EMA, VersionAveraging])
+def test_rows_that_another_callback_sets_belong_to_the_weights_before(method: Any) -> None:
+    """Wherever it stands in the list, as Imprinting does."""
+
+    class SetWeights(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for parameter in pl_module.parameters():
+                torch.nn.init.constant_(parameter, 0.5)
+
+    ends = []
+    for turn in (1, -1):
+        module = Classifier()
+        fit(module, loader(1), *[method(), SetWeights()][::turn])
+        ends.append(flat_weights(module))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("method", [EMA, VersionAveraging])
 def test_resumed_in_the_middle_it_ends_on_the_same_weights(method: Any, tmp_path: Path) -> None:
     class SaveAfterOneEpoch(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
