@@ -81,7 +81,7 @@ class Run:
             self._port = probe.getsockname()[1]
         defaults = {"max_restarts": 3, "grace": 60, "hang_timeout": 45, "silence_timeout": 300}
         self._options = [
-            word for name, value in (defaults | options).items() for word in (f"--{name.replace('_', '-')}", str(value))
+            word for name, value in (defaults | options).items() for word in (f"--{name}", str(value))
         ]
 
     def _config(self, workspace: Path, strategy: str, dropout: float, seconds: float) -> None:
