@@ -80,9 +80,7 @@ class Run:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         defaults = {"max_restarts": 3, "grace": 60, "hang_timeout": 45, "silence_timeout": 300}
-        self._options = [
-            word for name, value in (defaults | options).items() for word in (f"--{name}", str(value))
-        ]
+        self._options = [word for name, value in (defaults | options).items() for word in (f"--{name}", str(value))]
 
     def _config(self, workspace: Path, strategy: str, dropout: float, seconds: float) -> None:
         methods = [
