@@ -22,7 +22,7 @@ class Draws:
     Example:
         >>> draws = Draws(3, seed=0)
         >>> draws.at(np.arange(6), update=1).tolist()
-        [0, 1, 2, 1, 2, 0]
+        [1, 2, 0, 2, 1, 0]
     """
 
     def __init__(self, size: int, seed: int, name: tuple[int, ...] = ()) -> None:

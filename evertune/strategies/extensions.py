@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ def load_extension() -> None:
     with (folder / "evertune.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / _NAME / "lock").unlink(missing_ok=True)
-        build_shm_op()  # DeepSpeed caches it and uses it when it joins the process group
+        with redirect_stdout(sys.stderr):  # it prints that it was built, and standard output is for what was asked for
+            build_shm_op()  # DeepSpeed caches it and uses it when it joins the process group
 
 
 def _of_this_environment() -> Path:

@@ -92,12 +92,12 @@ def kept(replay: Replay) -> set[int]:
 class Examined(EWC):
     """Notes the examples on which the importance is estimated."""
 
-    def _estimate(self, trainer: Any, module: Any, shards: Any) -> list[Tensor]:
+    def estimate(self, trainer: Any, module: Any, shards: Any) -> list[Tensor]:
         batches: list[IndexedBatch] = list(self._examples.batches(trainer, self.n_examples))
         self.names = {
             int(x[0]) for one in batches for x, index in zip(one.batch[0], one.indices, strict=True) if index >= 0
         }
-        return super()._estimate(trainer, module, shards)
+        return super().estimate(trainer, module, shards)
 
 
 # --- the final weights
