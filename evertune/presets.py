@@ -77,7 +77,7 @@ def preset(
     - a cosine head of fixed scale, whose new rows start as the class means (:class:`~evertune.callbacks.Imprinting`),
     - replay from a class-balanced memory, half of each step (a third where the memory is less than half of an update),
     - cross-entropy on adjusted logits (:class:`~evertune.callbacks.LogitAdjustment`),
-    - AdamW at a sixth of the usual learning rate for the encoder and 1e-3 for the head, clipped at 1.0, without dropout,
+    - AdamW at a sixth of the usual learning rate for the encoder, 1e-3 for the head, clipped at 1.0, without dropout,
       with frozen word embeddings,
     - as many epochs as an update needs (:class:`~evertune.callbacks.UpdateLength`),
     - the precision and the attention that are fastest on the machine (:class:`~evertune.callbacks.Fastest`).
