@@ -13,13 +13,13 @@ from torch import Tensor
 from evertune._lightning import n_started, pl
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
-from evertune.callbacks.step_logits import StepLogits, counted_rows
+from evertune.callbacks.step_logits import LogitsMethod, counted_rows
 from evertune.callbacks.teacher import logits_of_examples, sum_over_examples
 from evertune.memory.policies import Policy
 from evertune.utils.batches import batch_size_of
 
 
-class DarkReplay(Replay):
+class DarkReplay(LogitsMethod, Replay):
     """Replay that also keeps, with each example, the logits of the model that learned it (DER and DER++).
 
     Buzzega et al. 2020, "Dark Experience for General Continual Learning". The loss of an update is::
@@ -104,7 +104,6 @@ class DarkReplay(Replay):
             extra_ratio=extra_ratio,
         )
         self.alpha, self.beta, self.top_k, self.head = alpha, beta, top_k, head
-        self._step: StepLogits | None = None
         self._now: Joined | None = None  # the examples of the current batch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,9 +117,7 @@ class DarkReplay(Replay):
     ) -> None:
         """Weigh the new and the replayed examples of the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._step is None:
-            self._step = StepLogits.of(trainer)
-            self._step.start(trainer, pl_module, batch, type(self).__name__, self.head)
+        assert self._step is not None
         self._now = now = self.joined(trainer, batch)
         size, n_new = batch_size_of(batch), now.n_new
         if size == n_new:
@@ -162,18 +159,6 @@ class DarkReplay(Replay):
         """Release the batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._now = None
-        if self._step is not None:
-            self._step.end()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module as it was."""
-        self._release()
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module and the trainer as they were."""
-        self._release()
-        super().on_exception(trainer, pl_module, exception)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take the experience into the memory, with the logits of what is new in it."""
@@ -199,6 +184,4 @@ class DarkReplay(Replay):
 
     def _release(self) -> None:
         self._now = None
-        if self._step is not None:
-            self._step.stop()
-            self._step = None
+        super()._release()

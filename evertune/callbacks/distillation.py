@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evertune._lightning import pl, return_method
-from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.dark_replay import DarkReplay
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.state import load_state, save_state
-from evertune.callbacks.step_logits import StepLogits, counted_rows
+from evertune.callbacks.step_logits import LogitsMethod, counted_rows
 from evertune.callbacks.teacher import logits_of_examples, outputs_of, sum_over_examples
 from evertune.callbacks.trained import record_batches, recorded_batches
 from evertune.callbacks.training_data import TrainingData, class_counts
@@ -41,7 +40,7 @@ class _Saved:
     seen: list[int]
 
 
-class Distillation(ContinualCallback):
+class Distillation(LogitsMethod):
     """Learning without forgetting: new examples also teach what the old model says about them (LwF).
 
     Li & Hoiem 2016, "Learning without Forgetting", with the factor of Hinton et al. 2015. The loss of an update gets::
@@ -109,7 +108,6 @@ class Distillation(ContinualCallback):
         """Numbers of the classes of earlier experiences."""
         self._new: set[int] = set()  # those of this fit
         self._tables: dict[str, pa.StructArray] = {}  # what the old model says, for "new" and "replayed" examples
-        self._step: StepLogits | None = None
         self._replay: Replay | None = None
         self._now: Joined | None = None  # the examples of the current batch
         self._likelihood: Likelihood | None = None
@@ -123,7 +121,7 @@ class Distillation(ContinualCallback):
         if stage != "fit":
             return
         check_strategy(trainer, type(self).__name__)
-        self._replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+        self._replay = Replay.of(trainer)
         if self.on != "new":
             if self._replay is None:
                 raise ValueError(f"Distillation(on={self.on!r}) needs a Replay; add one, or distil on='new'")
@@ -141,9 +139,8 @@ class Distillation(ContinualCallback):
         batches = recorded_batches(trainer.train_dataloader)
         assert batches is not None
         batches.start_here()
-        self._step = StepLogits.of(trainer)
         first = data.batch(range(min(2, len(data.dataset))))
-        self._step.start(trainer, pl_module, first, type(self).__name__, self.head)
+        self._start_step(trainer, pl_module, first)
         if self._likelihood is None:  # not resumed
             self._likelihood, self._columns = self._compared(trainer, pl_module, data, first)
             if self.seen if self._columns is not None else self.experience_index:
@@ -269,8 +266,6 @@ class Distillation(ContinualCallback):
         """Release the batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._now = None
-        if self._step is not None:
-            self._step.end()
 
     # --- the end
 
@@ -278,15 +273,6 @@ class Distillation(ContinualCallback):
         """Add the classes of this fit to those seen, and forget what the old model said."""
         self.seen = self.seen | self._new
         self._tables, self._new, self._likelihood, self._columns = {}, set(), None, None
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module as it was."""
-        self._release()
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the strategy, and forget what the old model said."""
@@ -296,9 +282,7 @@ class Distillation(ContinualCallback):
 
     def _release(self) -> None:
         self._now = None
-        if self._step is not None:
-            self._step.stop()
-            self._step = None
+        super()._release()
 
     # --- what is saved
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import pl
-from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.logit_adjustment import LogitAdjustment
 from evertune.callbacks.replay.callback import Replay
-from evertune.callbacks.step_logits import StepLogits
+from evertune.callbacks.step_logits import LogitsMethod
 from evertune.callbacks.training_data import TrainingData, class_counts
 from evertune.shards.support import check_strategy
 from evertune.utils.batches import targets_of
@@ -19,7 +18,7 @@ from evertune.utils.batches import targets_of
 Among = Literal["update", "batch"]
 
 
-class ERACE(ContinualCallback):
+class ERACE(LogitsMethod):
     """New examples compete only among the new classes, replayed ones among all (ER-ACE).
 
     Caccia et al. 2022, "New Insights on Reducing Abrupt Representation Change in Online Continual Learning". With plain
@@ -59,7 +58,6 @@ class ERACE(ContinualCallback):
             raise ValueError(f"among must be one of {list(get_args(Among))}, got {among!r}")
         self.among, self.head = among, head
         self._present: Tensor | None = None  # how often the update has each class
-        self._step: StepLogits | None = None
         self._replay: Replay | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -68,7 +66,7 @@ class ERACE(ContinualCallback):
         if stage != "fit":
             return
         check_strategy(trainer, type(self).__name__)
-        self._replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+        self._replay = Replay.of(trainer)
         if self._replay is None:
             raise ValueError(
                 "ERACE needs a Replay: without replayed examples, nothing teaches old classes against new ones"
@@ -92,10 +90,7 @@ class ERACE(ContinualCallback):
     ) -> None:
         """Leave classes out of the loss of the new examples."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._step is None:
-            self._step = StepLogits.of(trainer)
-            self._step.start(trainer, pl_module, batch, type(self).__name__, self.head)
-        assert self._replay is not None
+        assert self._step is not None and self._replay is not None
         n_new = self._replay.joined(trainer, batch).n_new
         counts = self._of_batch(trainer, batch, n_new) if self._present is None else self._present
         absent = torch.ones(self._step.n_classes, dtype=torch.bool)
@@ -119,25 +114,3 @@ class ERACE(ContinualCallback):
         """Check that the training step has used the logits."""
         assert self._step is not None
         self._step.check()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Release the batch."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._step is not None:
-            self._step.end()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module as it was."""
-        self._release()
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._step is not None:
-            self._step.stop()
-            self._step = None

@@ -91,7 +91,7 @@ class LogitAdjustment(ContinualCallback):
 
     def _adjustment(self, trainer: pl.Trainer, data: TrainingData, several: bool) -> Tensor:
         """What is added to the logit of each class, float64 ``[classes]``."""
-        replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+        replay = Replay.of(trainer)
         if replay is not None and replay.extra is not None:
             raise ValueError(
                 "LogitAdjustment counts the new and the replayed examples of each class, not those of "

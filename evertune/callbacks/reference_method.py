@@ -48,14 +48,14 @@ class ReferenceMethod(GradientMethod):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        name, callbacks = type(self).__name__, trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
+        name = type(self).__name__
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, ReferenceMethod) and other is not self:
                 raise ValueError(
                     f"{name} and {type(other).__name__} in one Trainer: each projects the gradient by the same memory, "
                     "and the second would undo what the first guarantees; use one"
                 )
-        self._replay = next((one for one in callbacks if isinstance(one, Replay)), None)
+        self._replay = Replay.of(trainer)
         if self._replay is None:
             raise ValueError(f"{name} needs the memory of a Replay: add Replay(memory_size=...) to the callbacks")
         if not pl_module.automatic_optimization:

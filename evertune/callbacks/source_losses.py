@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import pl
-from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
-from evertune.callbacks.step_logits import StepLogits
+from evertune.callbacks.step_logits import LogitsMethod
 from evertune.shards.support import check_strategy
 from evertune.tasks.base import Outputs, losses, task_of
 from evertune.utils.batches import targets_of
@@ -19,7 +18,7 @@ from evertune.utils.batches import targets_of
 SOURCES = ("new", "replayed", "extra")
 
 
-class SourceLosses(ContinualCallback):
+class SourceLosses(LogitsMethod):
     """Logs the loss of each source of a batch: ``train_loss/new``, ``train_loss/replayed`` and ``train_loss/extra``.
 
     The sources are those of a :class:`Replay`: the new examples, those of its memory, and those of its ``extra``
@@ -47,7 +46,6 @@ class SourceLosses(ContinualCallback):
 
     def __init__(self, head: str | None = None) -> None:
         self.head = head
-        self._step: StepLogits | None = None
         self._replay: Replay | None = None
         self._now: Joined | None = None
         self._recent = torch.zeros(len(SOURCES), 2, dtype=torch.float64)  # sum and number of examples of each source
@@ -59,7 +57,7 @@ class SourceLosses(ContinualCallback):
         if stage != "fit":
             return
         check_strategy(trainer, type(self).__name__)
-        self._replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+        self._replay = Replay.of(trainer)
         if self._replay is None:
             raise ValueError("SourceLosses tells replayed examples from new ones: it needs a Replay")
 
@@ -74,9 +72,6 @@ class SourceLosses(ContinualCallback):
     ) -> None:
         """Note which examples are of which source."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._step is None:
-            self._step = StepLogits.of(trainer)
-            self._step.start(trainer, pl_module, batch, type(self).__name__, self.head)
         assert self._replay is not None
         self._now = self._replay.joined(trainer, batch)
         self._batch = batch
@@ -99,8 +94,6 @@ class SourceLosses(ContinualCallback):
         """Log what has been added up, every ``log_every_n_steps`` batches."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._now = None
-        if self._step is not None:
-            self._step.end()
         if (batch_idx + 1) % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             values = self._together(trainer)
             for logger in trainer.loggers:
@@ -118,20 +111,9 @@ class SourceLosses(ContinualCallback):
         self._recent.zero_()
         return _means(everyones)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module as it was."""
-        self._release()
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        self._release()
-
     def _release(self) -> None:
         self._now = self._batch = None
-        if self._step is not None:
-            self._step.stop()
-            self._step = None
+        super()._release()
 
 
 def example_losses(module: pl.LightningModule, batch: Any, outputs: Outputs) -> Tensor:

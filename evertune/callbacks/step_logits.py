@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from evertune._lightning import pl
+from evertune.callbacks.base import ContinualCallback
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import is_deepspeed
 from evertune.tasks.base import IGNORED, Outputs, task_of
@@ -244,6 +245,52 @@ class StepLogits:
             self._handle.remove()
             self._handle = None
         self.end()
+
+
+class LogitsMethod(ContinualCallback):
+    """Base class of callbacks that take the logits of the training step, from the first batch to the end of a fit.
+
+    Attributes:
+        head: Name of the submodule that returns them; None to find it.
+    """
+
+    head: str | None = None
+    _step: StepLogits | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """On the first batch, find the output layer."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._step is None:
+            self._start_step(trainer, pl_module, batch)
+
+    def _start_step(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        self._step = StepLogits.of(trainer)
+        self._step.start(trainer, module, batch, type(self).__name__, self.head)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Release the batch."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._step is not None:
+            self._step.end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module as it was."""
+        self._release()
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._release()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _release(self) -> None:
+        if self._step is not None:
+            self._step.stop()
+            self._step = None
 
 
 def counted_rows(outputs: Outputs, chosen: slice | Tensor | list[int] = slice(None)) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class WiSEFT(AveragingMethod):
         """Check the requirements."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._replay = next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+            self._replay = Replay.of(trainer)
             if self._replay is None:
                 raise ValueError("WiSEFT chooses on the memory of a Replay: add one, or use VersionAveraging")
 

@@ -190,7 +190,7 @@ class ContinualTrainer(Trainer):
                     for point in one.history
                     if "score" in point
                 ],
-                memory=next((one.memory.summary() for one in self.callbacks if isinstance(one, Replay)), {}),
+                memory=replay.memory.summary() if (replay := Replay.of(self)) is not None else {},
                 examples=sum(len(experience.train) for experience in experiences),
                 breakdown=spent,
                 untrained=_comparable(baseline, evaluation),

@@ -136,6 +136,11 @@ class Replay(ContinualCallback):
 
     time_part = "replay"
 
+    @staticmethod
+    def of(trainer: pl.Trainer) -> Replay | None:
+        """The first one among the callbacks of a trainer."""
+        return next((one for one in trainer.callbacks if isinstance(one, Replay)), None)  # type: ignore[attr-defined]
+
     def __init__(
         self,
         memory_size: int,
@@ -620,8 +625,8 @@ class Replay(ContinualCallback):
     def joined(self, trainer: pl.Trainer, batch: Any) -> Joined:
         """Which examples are new and which are replayed in the batch that is being trained on.
 
-        Call it from ``on_train_batch_start`` to ``on_before_backward``. The examples are told by the number of the
-        batch, as in the loader processes; nothing is sent along with them.
+        Call it from ``on_train_batch_start`` to ``on_before_backward``. Which
+        examples they are follows from the number of the batch, as in the loader processes; nothing is sent along.
 
         Raises:
             ValueError: If the ``collate_fn`` has changed the number of examples, or the examples are those of one of
