@@ -491,6 +491,23 @@ def set_precision(trainer: Any, precision: str) -> None:
         strategy.precision_plugin = plugin
 
 
+def clip_in_bf16(trainer: Any) -> Callable[[Any, float | None, str | None], None] | None:
+    """A function that clips gradients in torch's automatic mixed precision with bf16; None in every other precision.
+
+    Lightning's own refuses optimizers with ``fused=True`` in any mixed precision.
+    """
+    plugins, plugin = import_module(f"{package_of(trainer) or package()}.plugins"), trainer.precision_plugin
+    if not isinstance(plugin, plugins.MixedPrecision) or plugin.scaler is not None:
+        return None
+
+    def clip(optimizer: Any, value: float | None, algorithm: str | None) -> None:
+        by = plugin.clip_grad_by_value if algorithm == "value" else plugin.clip_grad_by_norm
+        if value:
+            by(optimizer, value)
+
+    return clip
+
+
 def before_transfer(module: Any, batch: Any) -> Any:
     """A batch after the module's hook ``on_before_batch_transfer``, which runs before the move to the device."""
     return module._on_before_batch_transfer(batch, dataloader_idx=0)

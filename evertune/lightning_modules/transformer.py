@@ -10,7 +10,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
-from evertune._lightning import LightningModule, either, rank_zero_warn
+from evertune._lightning import LightningModule, clip_in_bf16, either, rank_zero_warn
 from evertune.lightning_modules.backbone import Attention, accepted_inputs, freeze, load_backbone, skeleton
 from evertune.lightning_modules.saving import (
     BACKBONE,
@@ -222,6 +222,20 @@ class TransformerModule(LightningModule):
         factor = partial(learning_rate_factor, n_warmup=n_warmup, n_steps=n_steps, schedule=self.schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, also in bf16 before the fused optimizer.
+
+        Lightning refuses that in any mixed precision. It only matters in fp16, whose gradients a fused optimizer
+        unscales in its step; in bf16 nothing is scaled.
+        """
+        clip = clip_in_bf16(self.trainer) or self.clip_gradients
+        clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def default_learning_rate(self) -> float:
         """The peak learning rate where none was given."""

@@ -534,6 +534,23 @@ def test_bf16(model):
     assert {parameter.dtype for parameter in true.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_in_bf16(model, algorithm):
+    """What the presets do where the CPU computes in bf16: Lightning refuses it before a fused optimizer."""
+    module = build(model, learning_rate=1.0, schedule="constant", warmup_ratio=0.0)
+    largest = []
+
+    class Record(pl.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            gradients = [one.grad for one in module.parameters() if one.grad is not None]
+            whole = torch.cat([one.flatten() for one in gradients]) if gradients else torch.zeros(1)
+            largest.append(float(whole.norm() if algorithm == "norm" else whole.abs().max()))
+
+    clipped = {"precision": "bf16-mixed", "gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+    trainer(max_steps=2, callbacks=[Record()], **clipped).fit(module, loader(model, module.classes))
+    assert max(largest) == pytest.approx(1e-3, rel=1e-3)
+
+
 # --- folders and checkpoints
 
 
