@@ -51,7 +51,7 @@ def test_the_fastest_is_chosen_and_the_model_left_as_it_was(bert: str, monkeypat
     choice = fastest(model, CPU)
     assert chosen(choice) == ("bf16-mixed", "eager") and not left
     assert choice.reason == (
-        "a step of 8 short texts: 32-true sdpa 900 ms, 32-true eager 800 ms, bf16-mixed sdpa 500 ms, "
+        "a step of 32 short texts: 32-true sdpa 900 ms, 32-true eager 800 ms, bf16-mixed sdpa 500 ms, "
         "bf16-mixed eager 200 ms"
     )
     assert model.config._attn_implementation == "sdpa" and model.training
