@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -28,6 +29,15 @@ def no_seed_is_left_behind() -> Iterator[None]:
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_logger_is_left_silent() -> Iterator[None]:
+    """Benchmarks silence Lightning for their own run, and a later test would not see what it logs."""
+    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric", "lightning")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 _TO_INSTALL = re.compile(r"\((apt-get install|pip install) ([^()]+)\)")
