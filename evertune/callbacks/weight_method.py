@@ -64,17 +64,18 @@ class WeightMethod(GradientMethod):
     _saved_in: Path | None = None  # the folder passed to load(), until a fit reads it
 
     @classmethod
-    def bytes_per_weight(cls) -> int:
-        """Bytes that the tensors take per trainable weight that a rank updates."""
+    def bytes_per_weight(cls) -> int | None:
+        """Bytes that the tensors take per trainable weight that a rank updates; None if the arguments decide."""
         return 4 * len(cls.tensor_names)
 
     # --- the formulas
 
     @abstractmethod
-    def consolidate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> Tensors:
+    def consolidate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> Tensors | None:
         """Return the tensors of the experience that ends, one list for each of ``tensor_names``. Called on every rank.
 
         ``self.tensors`` still holds the tensors of the previous experiences. Live weights in the result are copied.
+        None keeps no tensors: those of the method belong to one experience.
         """
 
     def begin(self, shards: ParameterShards) -> Tensors | None:
@@ -188,7 +189,11 @@ class WeightMethod(GradientMethod):
             ValueError: If :meth:`consolidate` returns other tensors than ``tensor_names``.
         """
         shards = self._shards_now(trainer)
-        self._keep(self.consolidate(trainer, module, shards), "consolidate", shards)
+        tensors = self.consolidate(trainer, module, shards)
+        if tensors is None:
+            self._state = None
+        else:
+            self._keep(tensors, "consolidate", shards)
 
     def _keep(self, tensors: Tensors, formula: str, shards: ParameterShards) -> None:
         if set(tensors) != set(self.tensor_names):
@@ -202,7 +207,7 @@ class WeightMethod(GradientMethod):
     def _shards_now(self, trainer: pl.Trainer) -> ParameterShards:
         """The weights that are trained by now: a callback may have made more of them trainable within the fit."""
         learned = {} if self._state is None else self._state.shapes
-        shards = ParameterShards.of(trainer, also=learned.keys())
+        shards = self._view(trainer, also=learned.keys())
         if self._shards is None or shards.shapes != self._shards.shapes:
             self._use(shards)
             if self._state is not None:

@@ -133,6 +133,40 @@ class ParameterShards(ABC):
         Raises:
             ValueError: If the optimizer does not offer hooks.
         """
+
+        def edit_each(_: list[str], updated: dict[int, tuple[Tensor, float]]) -> None:
+            for number, (value, learning_rate) in updated.items():
+                edit(number, value, learning_rate)
+
+        return self._after_step(optimizer, edit_each)
+
+    def after_whole_step(
+        self, optimizer: Optimizer, edit: Callable[[list[str], dict[int, Tensor]], None]
+    ) -> RemovableHandle:
+        """Edit all weights together inside every step of the optimizer, in a way that may send something.
+
+        Args:
+            optimizer: The trainer's optimizer.
+            edit: Function called on every rank with the names of the parameters that were updated on any rank, in the
+                same order on all of them, and the values of this rank's fragments by number (flat; changed in place).
+                Under ZeRO a step may be divided into several, each of which updates some of the parameters.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: If the optimizer does not offer hooks.
+        """
+
+        def edit_all(names: list[str], updated: dict[int, tuple[Tensor, float]]) -> None:
+            edit(names, {number: value for number, (value, _) in updated.items()})
+
+        return self._after_step(optimizer, edit_all)
+
+    def _after_step(
+        self, optimizer: Optimizer, edit: Callable[[list[str], dict[int, tuple[Tensor, float]]], None]
+    ) -> RemovableHandle:
+        """Call a function with what a step has updated: names on all ranks, values and learning rates on this one."""
         base = self._base(optimizer)
         if not isinstance(base, Optimizer):
             raise ValueError(
@@ -142,13 +176,21 @@ class ParameterShards(ABC):
         def edit_stepped(stepped: Optimizer, *_: Any) -> None:
             # Under ZeRO, a step may be divided into several, each of which sees only its own parameters.
             rates = {id(p): float(group["lr"]) for group in stepped.param_groups for p in group["params"]}
+            updated = {
+                number: (value, rates[id(parameter)])
+                for number, (parameter, value) in enumerate(self._live())
+                if parameter is not None and id(parameter) in rates
+            }
             with torch.no_grad():
-                for number, (parameter, value) in enumerate(self._live()):
-                    if parameter is not None and id(parameter) in rates:
-                        edit(number, value, rates[id(parameter)])
-                        self._edited(number, value)
+                edit([name for name, parameter in self._stepped() if id(parameter) in rates], updated)
+                for number in updated:
+                    self._edited(number, updated[number][0])
 
         return base.register_step_post_hook(edit_stepped)
+
+    def only(self, names: Collection[str]) -> ParameterShards:
+        """The same view of some of the parameters; names that are not there do not matter."""
+        return SelectedShards(self, names)
 
     def _base(self, optimizer: Optimizer) -> Any:
         """The optimizer that updates the weights in full precision."""
@@ -159,6 +201,10 @@ class ParameterShards(ABC):
 
         None if it is not to be updated.
         """
+        raise ValueError(f"{type(self).__name__} does not say where the optimizer has its weights")
+
+    def _stepped(self) -> Iterable[tuple[str, Tensor]]:
+        """For each parameter, on all ranks alike, the tensor in the optimizer's parameter groups that holds it."""
         raise ValueError(f"{type(self).__name__} does not say where the optimizer has its weights")
 
     def _edited(self, number: int, value: Tensor) -> None:  # noqa: B027  (most strategies hand out the live storage)
@@ -229,6 +275,63 @@ class ParameterShards(ABC):
         return moved
 
 
+class SelectedShards(ParameterShards):
+    """Some of the parameters of another view.
+
+    Args:
+        shards: The view.
+        names: Names of the parameters.
+    """
+
+    def __init__(self, shards: ParameterShards, names: Collection[str]) -> None:
+        self._all = shards
+        self._numbers = [number for number, one in enumerate(shards.fragments) if one.name in names]
+        self.sharded = shards.sharded
+        shapes = {name: shape for name, shape in shards.shapes.items() if name in names}
+        super().__init__(shapes, self._of(shards.fragments))
+
+    def _of(self, everything: Sequence[Any]) -> list[Any]:
+        return [everything[number] for number in self._numbers]
+
+    def values(self) -> list[Tensor]:
+        return self._of(self._all.values())
+
+    def gradients(self) -> list[Tensor]:
+        return self._of(self._all.gradients())
+
+    def write_back(self) -> None:
+        self._all.write_back()
+
+    def set_values(self, values: list[Tensor]) -> None:
+        everything = self._all.values()
+        for number, value in zip(self._numbers, values, strict=True):
+            everything[number] = value
+        self._all.set_values(everything)
+
+    def optimizer_tensors(self, optimizer: Optimizer, kind: str) -> list[Tensor] | None:
+        found = self._all.optimizer_tensors(optimizer, kind)
+        return None if found is None else self._of(found)
+
+    def release(self) -> None:
+        self._all.release()
+
+    @property
+    def gradient_scale(self) -> float:
+        return self._all.gradient_scale
+
+    def _base(self, optimizer: Optimizer) -> Any:
+        return self._all._base(optimizer)
+
+    def _live(self) -> list[tuple[Tensor | None, Tensor]]:
+        return self._of(self._all._live())
+
+    def _stepped(self) -> Iterable[tuple[str, Tensor]]:
+        return [(name, parameter) for name, parameter in self._all._stepped() if name in self.shapes]
+
+    def _edited(self, number: int, value: Tensor) -> None:
+        self._all._edited(self._numbers[number], value)
+
+
 class ReplicatedShards(ParameterShards):
     """Every rank holds every weight: one device, or DDP."""
 
@@ -273,6 +376,9 @@ class ReplicatedShards(ParameterShards):
     def _live(self) -> list[tuple[Tensor | None, Tensor]]:
         parameters = (p if p.requires_grad else None for p in self._parameters.values())
         return list(zip(parameters, self.values(), strict=True))
+
+    def _stepped(self) -> Iterable[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self._parameters.items() if p.requires_grad]
 
     def _edited(self, number: int, value: Tensor) -> None:
         parameter = list(self._parameters.values())[number]
@@ -368,6 +474,9 @@ class ZeroShards(PortableShards):
             (flats[number], flats[number][start : start + fragment.numel])
             for (number, start), fragment in zip(self._places, self.fragments, strict=True)
         ]
+
+    def _stepped(self) -> Iterable[tuple[str, Tensor]]:
+        return [(name, flat) for flat, names in self._partitions() for name in names]
 
     @abstractmethod
     def _masters_changed(self) -> None:
@@ -640,6 +749,9 @@ class FSDP2Shards(PortableShards):
 
     def _live(self) -> list[tuple[Tensor | None, Tensor]]:
         return [(p if p.requires_grad else None, own) for p, own in zip(self._held, self.values(), strict=True)]
+
+    def _stepped(self) -> Iterable[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self._parameters.items() if p.requires_grad]
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:

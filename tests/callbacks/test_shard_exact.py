@@ -40,6 +40,7 @@ METHODS = (
     "replay+gem",
     "ema",
     "perturb",
+    "osft",
 )
 
 RUNS = [

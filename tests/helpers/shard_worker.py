@@ -98,6 +98,7 @@ def fit(
     callbacks: list[pl.Callback],
     ckpt_path: str | Path | None = None,
     precision: Any = "32-true",
+    **settings: Any,
 ) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=1,
@@ -112,6 +113,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
     batches = ExperienceDataModule(
         data, batch_size=GLOBAL_BATCH // WORLD_SIZE // accumulation, collate_fn=PadCollator(0), label="labels"
@@ -135,6 +137,7 @@ def methods(name: str) -> list[pl.Callback]:
         "pretrained": lambda: [callbacks.L2SP(strength=2.0, coupling="decoupled")],
         "mas": lambda: [callbacks.MAS(strength=20.0, n_examples=30, batch_size=4)],
         "si": lambda: [callbacks.SynapticIntelligence(strength=20.0, coupling="decoupled")],
+        "osft": lambda: [callbacks.OSFT((0.3, 0.6))],
         "agem": lambda: [callbacks.AGEM(reference_size=12)],
         "gem": lambda: [callbacks.GEM(reference_size=12, margin=0.1)],
         "ema": lambda: [callbacks.EMA(decay=0.8)],
