@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
+    from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
     from evertune.callbacks.osft import OSFT as OSFT
     from evertune.callbacks.replay.callback import Replay as Replay
     from evertune.callbacks.shrink_perturb import ShrinkPerturb as ShrinkPerturb
@@ -51,6 +52,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.mas": "MAS",
         "evertune.callbacks.osft": "OSFT",
+        "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
         "evertune.callbacks.replay.callback": "Replay",
         "evertune.callbacks.shrink_perturb": "ShrinkPerturb",
         "evertune.callbacks.source_losses": "SourceLosses",

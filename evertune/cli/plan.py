@@ -280,6 +280,7 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
     from transformers import AutoModel
 
     from evertune.lightning_modules import SequenceClassificationModule
+    from evertune.lightning_modules.adapters import add_adapters
     from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
 
     classes = [str(number) for number in range(n_classes)]
@@ -298,6 +299,8 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
             module.backbone.pooler = None
         freeze(module.backbone, module.freeze_layers)
         module.configure_head()
+        if module.peft is not None:
+            add_adapters(module.backbone, module.peft)
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     # The module's optimizer has two groups: matrices, which decay, and vectors, which do not.

@@ -22,7 +22,21 @@ MANIFEST = "evertune.json"
 BACKBONE = "backbone."
 WEIGHTS = "model.safetensors"
 REST = "head.safetensors"
+_ADAPTER = ".lora_"  # in the names of an adapter's weights
 FORMAT = 1
+
+
+def name_in_transformer(name: str) -> str | None:
+    """The name that transformers gives to a weight of a module; None for what is not the transformer's own.
+
+    >>> name_in_transformer("backbone.layer.0.query.base_layer.weight")
+    'layer.0.query.weight'
+    >>> name_in_transformer("backbone.layer.0.query.lora_A.default.weight"), name_in_transformer("head.weight")
+    (None, None)
+    """
+    if not name.startswith(BACKBONE) or _ADAPTER in name:
+        return None
+    return name.removeprefix(BACKBONE).replace(".base_layer.", ".")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -91,7 +105,18 @@ def load_rest(module: nn.Module, folder: Path) -> None:
         ValueError: If the names or shapes differ from the module's.
     """
     state = module.state_dict(keep_vars=True)
-    _copy_into({name: value for name, value in state.items() if not name.startswith(BACKBONE)}, folder / REST)
+    rest = {name: value for name, value in state.items() if name_in_transformer(name) is None}
+    _copy_into(rest, folder / REST)
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether the module saved in a folder has adapters."""
+    from safetensors import safe_open
+
+    if not (folder / REST).is_file():
+        return False
+    with safe_open(folder / REST, framework="pt") as file:
+        return any(_ADAPTER in name for name in file.keys())  # noqa: SIM118  (not a dict)
 
 
 def _copy_into(own: dict[str, Tensor], path: Path) -> None:

@@ -77,6 +77,8 @@ class SequenceClassificationModule(TransformerModule):
         freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
         dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
         attention: ``auto`` (default), ``sdpa`` or ``eager``, see :class:`TransformerModule`.
+        peft: Adapters to train instead of the transformer, such as ``{"method": "lora", "r": 8}``, see
+            :class:`TransformerModule`. Default: None, none.
 
     Raises:
         ValueError: If an argument is out of range; the message names the allowed values.
@@ -112,6 +114,7 @@ class SequenceClassificationModule(TransformerModule):
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
         attention: Attention = "auto",
+        peft: dict[str, Any] | None = None,
     ) -> None:
         if head not in get_args(HeadKind):
             raise ValueError(f"head must be one of {list(get_args(HeadKind))}, got {head!r}")
@@ -132,6 +135,7 @@ class SequenceClassificationModule(TransformerModule):
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,
             attention=attention,
+            peft=peft,
         )
         self.head_kind = head
         self._head_ignores_norms = head == "cosine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 from torch import nn
 
 from evertune._lightning import LightningModule, clip_in_bf16, either, rank_zero_warn
+from evertune.lightning_modules.adapters import adapter_config, add_adapters
 from evertune.lightning_modules.backbone import Attention, accepted_inputs, freeze, load_backbone, skeleton
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
     WEIGHTS,
     SavedModule,
+    holds_adapters,
     load_rest,
+    name_in_transformer,
     read_manifest,
     whole_state,
     write_manifest,
@@ -63,8 +67,12 @@ class TransformerModule(LightningModule):
         attention: Implementation of attention, ``sdpa`` or ``eager``. ``auto`` (default) is the model's own, or what is
             fastest on the machine with :class:`~evertune.callbacks.Fastest`, which
             ``ContinualTrainer(precision="auto")`` adds.
+        peft: Adapters to train instead of the transformer, as settings of PEFT's ``LoraConfig``: ``{"method": "lora",
+            "r": 8, "target_modules": ["query", "value"]}``; for ``target_modules``, PEFT knows defaults for many
+            transformers. The layers on top are trained in full. Default: None, none.
 
     Raises:
+        ModuleNotFoundError: If ``peft`` is given and PEFT is not installed.
         ValueError: If an argument is out of range; the message names the allowed values.
     """
 
@@ -85,6 +93,7 @@ class TransformerModule(LightningModule):
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
         attention: Attention = "auto",
+        peft: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if learning_rate is not None and learning_rate <= 0:
@@ -103,6 +112,13 @@ class TransformerModule(LightningModule):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if attention not in get_args(Attention):
             raise ValueError(f"attention must be one of {list(get_args(Attention))}, got {attention!r}")
+        if peft is not None:
+            adapter_config(peft)
+            if freeze_layers:
+                raise ValueError(
+                    f"freeze_layers={freeze_layers} with peft, which freezes the whole transformer: leave it out, or "
+                    "limit the adapters to some layers with layers_to_transform in peft"
+                )
         self.save_hyperparameters()
         self.model_name_or_path = locate(str(model_name_or_path))
         self.learning_rate = learning_rate
@@ -114,6 +130,7 @@ class TransformerModule(LightningModule):
         self.freeze_word_embeddings = freeze_word_embeddings
         self.dropout = dropout
         self.attention = attention
+        self.peft = None if peft is None else dict(peft)
         self.backbone = None
         self._tokenizer: Any = None
         self._saved: Path | None = None
@@ -131,8 +148,13 @@ class TransformerModule(LightningModule):
             self.backbone.get_input_embeddings().requires_grad_(False)
         self._inputs = accepted_inputs(self.backbone)
         self.configure_head()
+        saved_with = self._saved is not None and holds_adapters(self._saved)
+        if self.peft is not None and saved_with:
+            add_adapters(self.backbone, self.peft)
         if self._saved is not None:
             load_rest(self, self._saved)
+        if self.peft is not None and not saved_with:
+            add_adapters(self.backbone, self.peft)
 
     def configure_head(self) -> None:
         """Build the layers on top of ``self.backbone``. By default there are none."""
@@ -251,8 +273,8 @@ class TransformerModule(LightningModule):
         """Write the module to a folder of safetensors and JSON, without executable content. Call on every rank.
 
         The folder contains the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
-        tokenizer, ``head.safetensors`` with all other weights, and ``evertune.json`` with the settings and the SHA-256
-        of every file.
+        tokenizer, ``head.safetensors`` with all other weights (the head and the adapters), and ``evertune.json`` with
+        the settings and the SHA-256 of every file.
 
         Raises:
             RuntimeError: Before the weights are loaded.
@@ -266,8 +288,9 @@ class TransformerModule(LightningModule):
             from safetensors.torch import save_file
 
             folder.mkdir(parents=True, exist_ok=True)
-            weights = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
-            rest = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
+            names = {name: name_in_transformer(name) for name in state}
+            weights = {inner: state[name] for name, inner in names.items() if inner is not None}
+            rest = {name: state[name] for name, inner in names.items() if inner is None}
             self.backbone.config.save_pretrained(folder)
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             if rest:

@@ -19,12 +19,9 @@ from torch import Tensor
 from evertune._lightning import pl
 from evertune.shards.fragments import FragmentState, saved_shapes
 from evertune.shards.shards import (
-    FrozenZero3Shards,
-    FSDP2Shards,
     OptimizerState,
     ParameterShards,
     PortableShards,
-    ReplicatedShards,
 )
 from evertune.shards.support import is_deepspeed
 from evertune.utils.ranks import is_writer, rank_and_world_size
@@ -49,7 +46,7 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
     shards = _shards(trainer)
     optimizer = shards.optimizer_state()
     FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(folder / _WEIGHTS)
-    still = _frozen(trainer)
+    still = ParameterShards.frozen(trainer)
     if frozen and still.shapes:
         FragmentState.of(still, {"value": still.values()}).save(folder / _FROZEN)
     if is_writer():
@@ -81,7 +78,7 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
     Raises:
         ValueError: If a file is damaged, or the module has other weights than the saved one.
     """
-    shards, still = _shards(trainer), _frozen(trainer)
+    shards, still = _shards(trainer), ParameterShards.frozen(trainer)
     parts: list[tuple[str, ParameterShards]] = [(_WEIGHTS, shards)]
     if (folder / _FROZEN).is_dir():
         parts.append((_FROZEN, still))
@@ -106,16 +103,6 @@ def _shards(trainer: pl.Trainer) -> PortableShards:
     shards = ParameterShards.of(trainer)
     assert isinstance(shards, PortableShards)
     return shards
-
-
-def _frozen(trainer: pl.Trainer) -> ReplicatedShards | FrozenZero3Shards | FSDP2Shards:
-    """The frozen weights: sharded under FSDP2 and at stage 3 of ZeRO, replicated on every rank below."""
-    module, engine = trainer.lightning_module, trainer.strategy.model
-    if not is_deepspeed(trainer):
-        return FSDP2Shards(module, frozen=True)
-    if engine.zero_optimization_stage() == 3:  # type: ignore[operator, union-attr]
-        return FrozenZero3Shards(module, engine)
-    return ReplicatedShards(module, frozen=True)
 
 
 def _of_engine(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:

@@ -88,6 +88,19 @@ class ParameterShards(ABC):
         engine: Any = trainer.strategy.model
         return Zero3Shards(module, engine) if engine.zero_optimization_stage() == 3 else Zero12Shards(module, engine)
 
+    @staticmethod
+    def frozen(trainer: pl.Trainer) -> ParameterShards:
+        """The weights that are not trained: sharded under FSDP2 and ZeRO-3, replicated elsewhere. No gradients."""
+        from evertune.shards.support import is_deepspeed, is_fsdp2
+
+        module = trainer.lightning_module
+        if is_fsdp2(trainer):
+            return FSDP2Shards(module, frozen=True)
+        engine: Any = trainer.strategy.model
+        if is_deepspeed(trainer) and engine.zero_optimization_stage() == 3:
+            return FrozenZero3Shards(module, engine)
+        return ReplicatedShards(module, frozen=True)
+
     @abstractmethod
     def values(self) -> list[Tensor]:
         """The value of every fragment in full precision (the fp32 masters in mixed precision), flat. Do not modify."""
@@ -100,8 +113,11 @@ class ParameterShards(ABC):
         """
 
     @abstractmethod
-    def set_values(self, values: list[Tensor]) -> None:
-        """Overwrite the weights, one flat tensor per fragment. Call on every rank, between two steps."""
+    def set_values(self, values: Iterable[Tensor]) -> None:
+        """Overwrite the weights, one flat tensor per fragment. Call on every rank, between two steps.
+
+        With a generator, only one of the tensors is in memory at a time.
+        """
 
     def write_back(self) -> None:  # noqa: B027  (most strategies hand out the live storage)
         """Write edited gradients back where ``gradients()`` returned copies."""
@@ -302,7 +318,7 @@ class SelectedShards(ParameterShards):
     def write_back(self) -> None:
         self._all.write_back()
 
-    def set_values(self, values: list[Tensor]) -> None:
+    def set_values(self, values: Iterable[Tensor]) -> None:
         everything = self._all.values()
         for number, value in zip(self._numbers, values, strict=True):
             everything[number] = value
@@ -395,7 +411,7 @@ class ReplicatedShards(ParameterShards):
         ]
 
     @torch.no_grad()
-    def set_values(self, values: list[Tensor]) -> None:
+    def set_values(self, values: Iterable[Tensor]) -> None:
         for p, value in zip(self._parameters.values(), values, strict=True):
             p.copy_(value.view(p.shape))
 
@@ -483,7 +499,7 @@ class ZeroShards(PortableShards):
         """Update the weights that the module computes with from their masters. Call on every rank."""
 
     @torch.no_grad()
-    def set_values(self, values: list[Tensor]) -> None:
+    def set_values(self, values: Iterable[Tensor]) -> None:
         self._copy(values, [flat for flat, _ in self._partitions()])
         self._masters_changed()
 
@@ -545,7 +561,7 @@ class ZeroShards(PortableShards):
         """Within this context, the optimizer's parameter groups hold the partitions."""
         yield
 
-    def _copy(self, pieces: list[Tensor], partitions: Sequence[Tensor | None]) -> None:
+    def _copy(self, pieces: Iterable[Tensor], partitions: Sequence[Tensor | None]) -> None:
         for (number, start), piece in zip(self._places, pieces, strict=True):
             partition = partitions[number]
             if partition is not None:
@@ -675,7 +691,7 @@ class FrozenZero3Shards(ParameterShards):
     def gradients(self) -> list[Tensor]:
         raise ValueError("weights that are not trained have no gradients")
 
-    def set_values(self, values: list[Tensor]) -> None:
+    def set_values(self, values: Iterable[Tensor]) -> None:
         self._optimizer.checkpoint_event_prologue()
         for own, value in zip(self.values(), values, strict=True):
             own.copy_(value)
@@ -754,7 +770,7 @@ class FSDP2Shards(PortableShards):
         return [(name, p) for name, p in self._parameters.items() if p.requires_grad]
 
     @torch.no_grad()
-    def set_values(self, values: list[Tensor]) -> None:
+    def set_values(self, values: Iterable[Tensor]) -> None:
         reshard(self._module)  # gathered weights would be those of before
         for own, value in zip(self.values(), values, strict=True):
             own.copy_(value)

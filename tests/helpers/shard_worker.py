@@ -75,15 +75,19 @@ class Sentences(Dataset[dict[str, Any]]):
 class SmallBert(SequenceClassificationModule):
     """Without dropout, with the optimizer asked for."""
 
-    def __init__(self, folder: str, classes: list[str], optimizer: str, head: HeadKind = "linear") -> None:
-        super().__init__(folder, classes=classes, dropout=0.0, head=head)
+    def __init__(
+        self, folder: str, classes: list[str], optimizer: str, head: HeadKind = "linear", adapters: bool = False
+    ) -> None:
+        peft = {"method": "lora", "r": 2, "target_modules": ["query", "dense"]} if adapters else None
+        super().__init__(folder, classes=classes, dropout=0.0, head=head, peft=peft)
         self.optimizer_name = optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer_name == "sgd":
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
         # some gradients (of the key biases) are zero but for rounding, which a smaller eps would blow up to full steps
-        return torch.optim.AdamW(self.parameters(), lr=1e-3, eps=1e-5)
+        return torch.optim.AdamW(trained, lr=1e-3, eps=1e-5)
 
 
 def experience(name: str, n_steps: int, classes: list[str], seed: int) -> Experience:
@@ -149,6 +153,7 @@ def methods(name: str) -> list[pl.Callback]:
         "erace": lambda: [ERACE("batch")],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
         "adjust": lambda: [LogitAdjustment()],
+        "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],
     }
     return [callback for part in name.split("+") for callback in made[part]()]
 
@@ -156,7 +161,8 @@ def methods(name: str) -> list[pl.Callback]:
 def learn_two(folder: str, out: str, strategy: str, runs: list[dict[str, Any]]) -> None:
     """Learn two experiences (the second in 20 steps) with each method and write the weights after each run."""
     for run in runs:
-        module = SmallBert(folder, CLASSES, run["optimizer"], "cosine" if "imprint" in run["method"] else "linear")
+        head: HeadKind = "cosine" if "imprint" in run["method"] else "linear"
+        module = SmallBert(folder, CLASSES, run["optimizer"], head, adapters="lora" in run["method"])
         used = methods(run["method"])
         pl.seed_everything(1, verbose=False)
         fit(module, experience("first", 6, ["a", "b"], 1), strategy, run["accumulation"], list(used))

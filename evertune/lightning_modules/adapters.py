@@ -1,0 +1,76 @@
+"""Adapters of PEFT in a transformer: their settings, and how they are added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from evertune.utils.extras import library
+
+SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+)
+"""The settings of PEFT's ``LoraConfig`` that may be given; the others train or replace weights beside the adapters."""
+
+
+def adapter_config(peft: Mapping[str, Any]) -> Any:
+    """The ``LoraConfig`` of ``{"method": "lora", "r": 8, ...}``.
+
+    Raises:
+        ModuleNotFoundError: If PEFT is not installed.
+        ValueError: If the method or a setting is not supported, or a value is out of range.
+    """
+    settings = dict(peft)
+    method = settings.pop("method", None)
+    if method != "lora":
+        raise ValueError(f"peft: method must be 'lora', got {method!r}")
+    if unknown := sorted(settings.keys() - set(SETTINGS)):
+        raise ValueError(f"peft: {unknown[0]!r} is not supported; use {', '.join(SETTINGS)}")
+    if settings.get("init_lora_weights", True) not in (True, "gaussian"):
+        raise ValueError(
+            f"peft: init_lora_weights must be True or 'gaussian', got {settings['init_lora_weights']!r}: adapters must "
+            "start without changing the transformer"
+        )
+    if settings.get("r", 8) < 1:
+        raise ValueError(f"peft: r must be positive, got {settings['r']}")
+    return library("peft", "peft").LoraConfig(**settings)
+
+
+def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
+    """Add trainable adapters to a transformer, and freeze all its other weights.
+
+    They are drawn with the seed of the process (``seed_everything``), so that they are the same on all ranks.
+
+    Raises:
+        ValueError: If PEFT knows no ``target_modules`` for the transformer, or it has none of the given ones.
+    """
+    config = adapter_config(peft)
+    library("peft", "peft").inject_adapter_in_model(config, backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        for layer in backbone.modules():
+            for name in layer.lora_A if hasattr(layer, "reset_lora_parameters") else ():
+                with _whole([layer.lora_A[name].weight, layer.lora_B[name].weight]):
+                    layer.reset_lora_parameters(name, config.init_lora_weights)
+
+
+def _whole(weights: list[Any]) -> Any:
+    """A context in which weights can be set, also if ZeRO-3 has partitioned them when they were made."""
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
