@@ -162,7 +162,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         at = words.index("--")
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
-    elif command in ("drift", "plan", "forget", "quarantine", "pending"):
+    elif command in ("drift", "plan", "forget", "quarantine", "pending", "serve", "keys"):
         module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(arguments)
     else:
@@ -213,6 +213,8 @@ def test_configurations_are_understood(
         check(["launch", where, "--", *fit], monkeypatch, capsys)
     elif sections <= {"model", "data", "trainer", "out"}:
         check(fit, monkeypatch, capsys)
+    elif sections & {"server", "access"}:
+        check(["serve", "--config", "block.yaml"], monkeypatch, capsys)
     else:
         check(["update", "--config", "live.yaml", "--config", "block.yaml"], monkeypatch, capsys)
 

@@ -33,6 +33,11 @@ class Command:
         self.process = FORKS.Process(target=_run, args=(str(folder), arguments, given, *map(str, self._files)))
         self.process.start()
 
+    @property
+    def errors(self) -> str:
+        """What it has written to standard error so far."""
+        return self._files[1].read_text() if self._files[1].exists() else ""
+
     def wait(self, timeout: float = 1_200) -> subprocess.CompletedProcess[str]:
         """Its exit code and what it has written; it is killed if it takes longer than ``timeout`` seconds."""
         self.process.join(timeout)

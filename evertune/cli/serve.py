@@ -1,0 +1,117 @@
+"""``evertune serve``: answer requests over HTTP with the version in production."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evertune.cli.parsing import command_parser
+from evertune.utils.terminal import complain
+
+if TYPE_CHECKING:
+    from evertune._lightning import LightningArgumentParser
+    from evertune.serve.service import Service
+
+_EPILOG = (
+    "Example: evertune serve --registry registry --server.port 8000, then: curl http://127.0.0.1:8000/predict -H "
+    "'Content-Type: application/json' -d '{\"text\": \"Shares fell.\"}'. Exit codes: 0 after SIGTERM or SIGINT (with "
+    "--check: everything works), 1 if it cannot start, 2 a wrong setting."
+)
+
+logger = logging.getLogger("evertune.serve")
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until a signal ends it.
+
+    Args:
+        arguments: Arguments of the command, without its name.
+
+    Returns:
+        The exit code: 0 after SIGTERM or SIGINT; 1 if it cannot start.
+    """
+    from evertune.live.telemetry import log_to
+    from evertune.registry.store import RegistryError
+
+    parser = _parser()
+    parsed = parser.parse_args(list(arguments))
+    try:
+        made = parser.instantiate(parsed)
+    except ValueError as error:
+        complain("evertune serve", error)
+        return 2
+    if not made.check:
+        log_to(as_json=None if made.server.log == "auto" else made.server.log == "json")
+    try:
+        service = _service(made)
+        if made.check:
+            return _check(service)
+        from evertune.serve.server import run
+
+        run(service, made.server)
+    except (RegistryError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
+        if made.check:
+            complain("evertune serve", error)
+        else:
+            logger.error("evertune serve: %s", error, extra={"event": "error"})
+        return 1
+    return 0
+
+
+def _parser() -> LightningArgumentParser:
+    from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
+    from evertune.serve.settings import BatchSettings, LimitSettings, ServerSettings
+
+    parser = command_parser(
+        prog="evertune serve",
+        description="Answer requests over HTTP with the version in production, and follow its alias.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+    parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
+    parser.add_argument("--alias", type=str, default="production", help="the alias to follow, or a version's number")
+    parser.add_argument("--poll", type=float, default=5.0, help="seconds between two looks at the alias")
+    parser.add_argument("--wait", action="store_true", help="wait for the first version if there is none yet")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
+    parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
+    parser.add_class_arguments(ServerSettings, "server")
+    parser.add_class_arguments(BatchSettings, "batching")
+    parser.add_class_arguments(LimitSettings, "limits")
+    return parser
+
+
+def _service(made: Namespace | Any) -> Service:
+    from evertune.serve.service import Service
+    from evertune.utils.extras import library
+
+    for name in ("starlette", "uvicorn"):
+        library(name, "serve")
+    return Service(
+        made.registry,
+        made.alias,
+        batching=made.batching,
+        limits=made.limits,
+        poll=made.poll,
+        wait=made.wait,
+        device=made.device,
+    )
+
+
+def _check(service: Service) -> int:
+    """Start everything but the socket."""
+    from evertune.serve.messages import One
+
+    async def once() -> int:
+        await service.start()
+        try:
+            (answer,) = await service.predict(One(text="a text"))
+        finally:
+            await service.close()
+        return answer.version
+
+    version = asyncio.run(once())
+    print(f"ok: version {version} answers")
+    return 0

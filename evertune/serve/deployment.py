@@ -1,0 +1,169 @@
+"""A version that answers in a role, production for one: loaded, followed, and batched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from evertune.registry.registry import Registry, RegistryError
+from evertune.registry.serving import Predictor, Served, load
+from evertune.registry.version import Version
+from evertune.serve.batching import Batcher, Predicted, by_length
+from evertune.serve.metrics import ServeMetrics
+from evertune.serve.settings import BatchSettings
+
+logger = logging.getLogger("evertune.serve")
+
+
+class Deployment:
+    """The version behind an alias, which answers requests and is replaced when the alias moves.
+
+    Args:
+        role: ``production``, ``canary`` or ``shadow``.
+        registry: Registry of the versions.
+        alias: Alias to follow, or number of a version.
+        batching: How requests are put together.
+        metrics: What is reported.
+        poll: Seconds between two looks at the alias.
+        wait: Wait for the first version if there is none yet, rather than failing.
+        module_class: Class of a module that is not a built-in one.
+        device: Device of the module; None for the GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        registry: Registry,
+        alias: str | int,
+        batching: BatchSettings,
+        metrics: ServeMetrics,
+        *,
+        poll: float = 5.0,
+        wait: bool = False,
+        module_class: type[Predictor] | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.role, self.alias = role, alias
+        self._registry, self._metrics, self._poll, self._wait = registry, metrics, poll, wait
+        self._module_class, self._device = module_class, device
+        self._served: Served | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self._reason = "the version is being loaded"
+        self.batcher = Batcher(self._predict, batching, lambda n, seconds: metrics.batch(role, n, seconds))
+        metrics.queued.labels(role).set_function(lambda: self.batcher.queued)
+
+    @property
+    def version(self) -> Version | None:
+        """The version that answers now; None before the first is loaded."""
+        return None if self._served is None else self._served.version
+
+    @property
+    def problem(self) -> str | None:
+        """Why the version that the alias names does not answer; None if it does."""
+        return self._reason if self._served is None else self._served.problem
+
+    @property
+    def module(self) -> Any:
+        """The module that answers now; None before the first is loaded."""
+        return None if self._served is None else self._served.module
+
+    async def start(self) -> None:
+        """Load the version, follow its alias, and begin to answer.
+
+        Raises:
+            RegistryError: If there is no such version and ``wait`` is not set, or the version is damaged.
+            TypeError: If the module does not classify.
+        """
+        self.batcher.start()
+        try:
+            await asyncio.to_thread(self._load)
+        except RegistryError as error:
+            if not self._wait:
+                raise
+            self._reason = str(error)
+            logger.warning("%s: waiting for the first version: %s", self.role, error, extra={"event": "waiting"})
+            self._waiting = asyncio.create_task(self._load_later())
+
+    async def close(self) -> None:
+        """Stop following and answering."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._waiting
+        await self.batcher.close()
+        if self._served is not None:
+            await asyncio.to_thread(self._served.close)
+
+    async def predict(self, texts: Sequence[Any]) -> Predicted:
+        """Answer texts, all by one version.
+
+        Raises:
+            OverloadedError: If too many records wait.
+            NotReadyError: If no version is loaded yet.
+        """
+        if self._served is None:
+            raise NotReadyError(f"{self.role} is not ready: {self._reason}")
+        return await self.batcher.submit(texts)
+
+    def _predict(self, texts: list[Any]) -> Predicted:
+        assert self._served is not None
+        # Taken once: however often versions are swapped meanwhile, one of them answers the whole batch.
+        answering = self._served.answering
+        lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
+        answers: list[dict[str, float]] = [{}] * len(texts)
+        for places in by_length(lengths, self.batcher.settings.max_batch):
+            found = answering.predict([texts[place] for place in places])
+            for place, one in zip(places, found, strict=True):
+                answers[place] = one
+        return Predicted(answering.version.number, bool(getattr(answering.module, "multi_label", False)), answers)
+
+    def _load(self) -> None:
+        follow = None if isinstance(self.alias, int) or self.alias.isdecimal() else self._poll
+        served = load(
+            self._registry,
+            self.alias,
+            follow,
+            module_class=self._module_class,
+            device=self._device,
+            on_change=self._swapped,
+        )
+        try:
+            _check_answers(served)
+        except BaseException:
+            served.close()
+            raise
+        self._served = served
+        self._metrics.version(self.role, served.version.number)
+        words = f"{self.role}: version {served.version.number} answers"
+        logger.info(words, extra={"event": "serving", "role": self.role, "version": served.version.number})
+
+    async def _load_later(self) -> None:
+        while self._served is None:
+            await asyncio.sleep(self._poll)
+            try:
+                await asyncio.to_thread(self._load)
+            except RegistryError as error:
+                self._reason = str(error)
+            except Exception as error:  # the next version may do better
+                self._reason = f"{type(error).__name__}: {error}"
+                logger.warning("%s is not loaded: %s", self.role, self._reason, extra={"event": "waiting"})
+
+    def _swapped(self, version: Version) -> None:
+        self._metrics.version(self.role, version.number, swapped=True)
+
+
+class NotReadyError(RuntimeError):
+    """No version is loaded yet."""
+
+
+def _check_answers(served: Served) -> None:
+    """Let a module answer once: it must be one that classifies, and the first forward pass is slower than others."""
+    found = served.predict(["a text"])
+    if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict) and found[0]):
+        raise TypeError(
+            f"{type(served.module).__name__} cannot be served: its predict() must return the probability of each class "
+            f"by name for each text, but returned {type(found).__name__}"
+        )

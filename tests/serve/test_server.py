@@ -1,0 +1,231 @@
+"""``evertune serve`` as a process of its own: real HTTP, real signals, and a promotion in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from evertune.cli.main import main
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.registry.registry import Registry
+from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.processes import Command
+from tests.helpers.served import publish
+
+PATIENCE = 120.0
+
+
+class Running:
+    """A server in a process of its own."""
+
+    def __init__(self, registry: str, folder: Path, *arguments: str) -> None:
+        words = ["-m", "evertune", "serve", "--registry", registry, "--poll", "0.05", "--server.port", "0"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.command = Command(folder, *words, "--device", "cpu", *arguments, environment=environment)
+        self.port = self._port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _port(self) -> int:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and self.command.process.is_alive():
+            if found := re.search(r'"address": "[^"]*:(\d+)"', self.command.errors):
+                return int(found[1])
+            time.sleep(0.02)
+        raise AssertionError(self.command.errors)
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """SIGTERM, and what the process has left."""
+        pid = self.command.process.pid
+        assert pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        return self.command.wait(PATIENCE)
+
+    def raw(self, data: bytes) -> bytes:
+        """What the server answers to bytes that no client would send."""
+        answer = b""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        with connection, suppress(ConnectionError):  # it may close before it has read everything
+            connection.sendall(data)
+            while part := connection.recv(65_536):
+                answer += part
+        return answer
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """Two versions of a small model, the first in production."""
+    folder = tmp_path_factory.mktemp("versions")
+    backbone = tiny_bert(folder / "bert")
+    registry = Registry(folder / "registry")
+    for number, classes in ((1, ["business", "sport"]), (2, ["film", "law"])):
+        torch.manual_seed(number)
+        module = SequenceClassificationModule(backbone, classes=classes)
+        module.configure_model()
+        module.save_pretrained(folder / str(number))
+        files = {file.name: file.read_bytes() for file in (folder / str(number)).iterdir()}
+        publish(registry, folder, files, "SequenceClassificationModule")
+    registry.promote(1)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def server(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(registry.store.root, tmp_path_factory.mktemp("server"), "--limits.read_timeout", "0.5")
+    yield running
+    running.end()
+
+
+def ask(url: str, done: threading.Event, found: list[tuple[int, str, int]]) -> None:
+    with httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        while not done.is_set():
+            answer = http.post("/predict", json={"text": "the bank share"})
+            body = answer.json()
+            found.append((answer.status_code, body.get("label", ""), body.get("version", 0)))
+
+
+def test_a_promotion_and_a_rollback_drop_no_request(server: Running, registry: Registry) -> None:
+    done, found = threading.Event(), list[tuple[int, str, int]]()
+    clients = [threading.Thread(target=ask, args=(server.url, done, found)) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        for change, number in ((lambda: registry.promote(2), 2), (registry.rollback, 1)):
+            change()
+            end, start = time.monotonic() + PATIENCE, len(found)
+            while number not in {version for _, _, version in found[start:]}:
+                assert time.monotonic() < end, server.command.errors
+                time.sleep(0.01)
+    finally:
+        done.set()
+        for client in clients:
+            client.join()
+    assert {status for status, _, _ in found} == {200}
+    classes = {1: {"business", "sport"}, 2: {"film", "law"}}
+    assert all(label in classes[version] for _, label, version in found)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: a\x00b\r\n\r\n", 400),
+        (b"not http at all\r\n\r\n", 400),
+        (b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n", 400),
+        (b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
+        (b"GET /%2e%2e/%0d%0aset-cookie:a=b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
+        (b"GET /health HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n", 421),
+    ],
+)
+def test_malformed_requests_get_their_status_and_the_next_one_is_answered(
+    server: Running, data: bytes, status: int
+) -> None:
+    answer = server.raw(data)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"set-cookie" not in answer.partition(b"\r\n\r\n")[0]
+    assert httpx.post(f"{server.url}/predict", json={"text": "vote"}).status_code == 200
+
+
+def test_headers_without_end_are_not_read(server: Running) -> None:
+    answer = server.raw(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: " + b"a" * (1 << 24) + b"\r\n\r\n")
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_slow_clients_are_cut_off(server: Running) -> None:
+    head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 20\r\n"
+    start = time.monotonic()
+    assert server.raw(head) == b""  # headers that never end
+    assert server.raw(head + b"\r\n{").startswith(b"HTTP/1.1 408 ")  # a body that never ends
+    assert time.monotonic() - start < PATIENCE / 4
+
+
+def test_the_log_has_no_traceback(server: Running) -> None:
+    lines = [json.loads(line) for line in server.command.errors.splitlines()]
+    assert {line["level"] for line in lines} <= {"info"}, lines
+
+
+def test_sigterm_answers_what_is_under_way_and_ends_with_0(registry: Registry, tmp_path: Path) -> None:
+    running = Running(registry.store.root, tmp_path, "--server.drain", "0.5")
+    done, found = threading.Event(), list[tuple[int, str, int]]()
+    failed: list[Exception] = []
+
+    def clients() -> None:
+        try:
+            ask(running.url, done, found)
+        except httpx.ConnectError:  # it accepts no more: not a request that was dropped
+            pass
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=clients) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(found) < 20:
+        time.sleep(0.01)
+    with ThreadPoolExecutor() as pool:
+        ending = pool.submit(running.end)
+        while httpx.get(f"{running.url}/ready").status_code != 503:
+            time.sleep(0.01)
+        ended = ending.result()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert ended.returncode == 0, ended.stderr
+    assert not failed and {status for status, _, _ in found} == {200}
+    assert "the server has ended" in ended.stderr
+
+
+# --- the command
+
+
+def command(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", *arguments])
+    return caught.value.code
+
+
+def test_check_answers_one_text_and_ends(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--registry", registry.store.root, "--check") == 0
+    assert capsys.readouterr().out == "ok: version 1 answers\n"
+    assert command("--registry", registry.store.root, "--check", "--alias", "9") == 1
+    assert "no version 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--server.prot", "1"], "did you mean '--server.port'"),
+        (["--batching.max_batch", "0"], "max_batch must be positive, got 0"),
+        (["--server.port", "99999"], "port must be from 0 to 65535, got 99999"),
+        (["--limits.timeout", "0"], "timeout must be positive, got 0"),
+    ],
+)
+def test_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--registry", "registry", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(
+    registry: Registry, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evertune.live.telemetry.log_to", lambda **_: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert command("--registry", registry.store.root, "--server.port", port) == 1
+    assert f"evertune serve: cannot listen on 127.0.0.1:{port}: Address already in use" in caplog.text
