@@ -30,21 +30,22 @@ class OSFT(WeightMethod):
         P(D) = (I - U_h U_h^T) D (I - V_h V_h^T)    with sides="either"
         P(D) = D - U_h U_h^T D V_h V_h^T            with sides="both"
 
-    The paper states the second for the gradient. Its code, and PEFT's OSF, train the remaining factors ``U_l, S_l,
-    V_l`` with their gradients orthogonal to ``U_h`` and ``V_h``, which allows only the first. Here it is not the
-    gradient but the whole change of the weights that is projected: an optimizer that scales elements (Adam) or decays
-    weights would turn a projected gradient into a step that is not.
+    The paper states the second, for the gradient. Its code, and PEFT's OSF, train the remaining factors ``U_l, S_l,
+    V_l`` with gradients orthogonal to ``U_h`` and ``V_h``, which allows only the first. Here the whole change of the
+    weights is projected, with weight decay and what other methods move: an optimizer that scales elements, such as
+    Adam, turns a projected gradient into a step that is not projected.
 
-    The part of an update inside the protected space is what fp32 rounds: about 1e-7 of the weights, whatever the number
-    of steps. Biases, normalisation, embeddings and the head are trained freely. Which directions are protected is
-    decided again at the start of each update, from the weights as they are then. The layer importance of the paper,
-    which varies ``r`` between layers, needs activations on old data, and is not used.
+    What is left of an update in the protected space is the rounding of fp32 weights, about 4e-8 of their norm however
+    many steps are taken. Biases, normalisation, embeddings and the head are trained freely. Each update protects the
+    directions of the weights that it starts from; weights that are unfrozen within one are protected from the next on.
+    The layer importance of the paper, by which ``r`` varies between layers, needs activations on old data and is not
+    used.
 
-    In a step, the ranks exchange a matrix of ``r x n`` and, where the weights are sharded, the ``V_h`` that they share;
-    those of many matrices in one collective. It costs four products of the size ``m x n x r``. At the start of an
-    update each matrix is put together on one rank once, to be decomposed there. State: one number for each protected
-    weight that a rank holds, and during a fit its rows of ``U_h`` and, of ``V_h``, an equal share, or all if the
-    weights are replicated.
+    A step costs four products of the size ``m x n x r`` per matrix, divided among the ranks where the weights are
+    sharded. Then the ranks exchange two matrices of ``r x n``, those of many matrices in one collective. At the start
+    of an update, each matrix is put together on one rank and decomposed there; the ranks take turns. State: one number
+    for each protected weight that a rank holds, and during a fit its rows of ``U_h`` and an equal share of ``V_h``, or
+    all of both if the weights are replicated.
 
     Args:
         rank_ratio: Share of the singular directions of a matrix, in (0, 1], that are protected: ``r = floor(rank_ratio
@@ -62,7 +63,7 @@ class OSFT(WeightMethod):
 
     Raises:
         ValueError: If an argument is out of range. In ``setup``, if the strategy is not supported; before the first
-            step, if there are several optimizers, no matrix to protect, or weights that are not kept in fp32, in whose
+            step, if there are several optimizers, nothing to protect, or weights that are not kept in fp32, in whose
             rounding the projection would be lost.
 
     Example::
@@ -127,6 +128,11 @@ class OSFT(WeightMethod):
                 f"{name} finds no matrix to protect: no layer of {type(pl_module).__name__} that is trained is an "
                 f"nn.Linear{' or an nn.Embedding' if self.embeddings else ''} outside of {sorted(self.exclude)}"
             )
+        if not any(self._ranks(self._shards).values()):
+            raise ValueError(
+                f"rank_ratio={self.ratio} protects nothing: the largest matrix has "
+                f"{max(min(shape) for shape in self._shards.shapes.values())} directions"
+            )
         for fragment, value in zip(self._shards.fragments, self._shards.values(), strict=True):
             if value.dtype != torch.float32:
                 raise ValueError(
@@ -149,6 +155,10 @@ class OSFT(WeightMethod):
                 found |= {id(layer.weight)} - embeddings
         return [name for name, p in module.named_parameters() if id(p) in found]
 
+    def _ranks(self, shards: ParameterShards) -> dict[str, int]:
+        """The number of directions of each matrix that this update protects."""
+        return {name: int(self.ratio * min(shape)) for name, shape in shards.shapes.items()}
+
     # --- an update
 
     def begin_parameter(self, kind: str, value: Tensor) -> Tensor:
@@ -161,8 +171,7 @@ class OSFT(WeightMethod):
             return
         if self._state is None:
             self._keep({"start": shards.values()}, "begin", shards)
-        ranks = {name: int(self.ratio * min(shape)) for name, shape in shards.shapes.items()}
-        self._subspaces = Subspaces(shards, self.tensors["start"], ranks, self.sides)
+        self._subspaces = Subspaces(shards, self.tensors["start"], self._ranks(shards), self.sides)
 
     def constrain_step(self, names: list[str], values: dict[int, Tensor]) -> None:
         """Remove what has changed in the protected directions since the update started."""

@@ -327,6 +327,7 @@ def test_saved_between_two_updates_it_is_the_number_of_experiences(tmp_path: Pat
 # --- on several processes
 
 TWO = ["ddp", *(f"evertune_deepspeed_stage_{stage}" for stage in (1, 2, 3)), "evertune_fsdp2"]
+OTHERS = ["evertune_deepspeed_stage_2_offload", "evertune_deepspeed_stage_3_offload", "stage 3 in parts"]
 RUNS = [{"optimizer": optimizer, "sides": sides} for optimizer in ("adamw", "sgd") for sides in ("either", "both")]
 
 
@@ -348,7 +349,7 @@ def test_on_two_ranks_nothing_of_an_update_is_in_the_protected_space(bert: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", TWO)
+@pytest.mark.parametrize("strategy", [*TWO, *OTHERS])
 def test_on_two_ranks_with_other_settings(bert: str, strategy: str) -> None:
     more = [{**RUNS[0], "precision": "bf16-mixed"}, {**RUNS[0], "accumulation": 3}]
     check_leaks(bert, strategy, RUNS[1:] + more)
@@ -414,6 +415,8 @@ def test_what_cannot_work_is_refused_before_the_first_step() -> None:
     before = flat_weights(module)
     with pytest.raises(ValueError, match=r"OSFT finds no matrix to protect: no layer of Deep .* outside of \['head'"):
         fit(module, loader(1), OSFT(exclude=("head", "hidden", "middle")))
+    with pytest.raises(ValueError, match=r"rank_ratio=0.1 protects nothing: the largest matrix has 6 directions"):
+        fit(module, loader(1), OSFT(0.1))
     assert torch.equal(flat_weights(module), before)
     with pytest.raises(ValueError, match=r"OSFT needs weights .* in float32, but hidden.weight is torch.bfloat16"):
         fit(Deep(), loader(1), OSFT(), precision="bf16-true")
