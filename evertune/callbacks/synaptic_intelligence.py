@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +28,9 @@ class SynapticIntelligence(QuadraticMethod):
     paper writes ``c`` for ``strength / 2``, and ``xi`` for ``damping``.) A weight whose path made the loss rise has a
     negative ``omega``; its importance is 0 here, because a negative one would push the weight away.
 
-    The importance is collected while training: no examples, no targets and no time at the end of an experience. It
-    costs four passes over the weights in each step, and five tensors of the weights' size, of which two within a fit.
+    The importance is collected while training: no examples, no targets and no time at the end of an experience. In each
+    step, the gradient and the weights before it are copied where the gradient is not zero, and released when the
+    optimizer has moved the weights: what a method whose class name comes later moves is not part of the path.
 
     Args:
         strength: Strength of the penalty, finite and not negative. Default: 0.1, as for ``EWC``, whose importance has
@@ -69,17 +69,13 @@ class SynapticIntelligence(QuadraticMethod):
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}")
         self.damping = damping
-        self._steps: _Steps | None = None  # within a fit
-
-    @classmethod
-    def bytes_per_weight(cls) -> int:
-        """Bytes per trainable weight that a rank updates: three tensors that are kept, and two within a fit."""
-        return 4 * (len(cls.tensor_names) + 2)
+        self.moves_weights = True  # the path is completed where a decoupled penalty acts
+        self._steps: list[_Step | None] = []  # within a step of the optimizer, one for each fragment
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the requirements, and forget the path of a fit that failed."""
         super().setup(trainer, pl_module, stage)
-        self._steps = None
+        self._steps = []
         if stage == "fit":
             for path in self.tensors.get("path", []):
                 path.zero_()
@@ -101,31 +97,17 @@ class SynapticIntelligence(QuadraticMethod):
         super().prepare(shards)
 
     def observe_gradient(self, shards: ParameterShards) -> None:
-        """Add the last step to the path, and remember where the next one starts."""
-        if self._steps is None:
-            self._steps = _Steps(shards)
-        self._steps.add_last(self.tensors["path"])
-        self._steps.start_next()
+        """Remember where the step starts, and the gradient."""
+        pairs, scale = zip(shards.gradients(), shards.values(), strict=True), shards.gradient_scale
+        self._steps = [_Step(gradient, value, scale) for gradient, value in pairs]
 
-    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Complete the path, and turn it into importance."""
-        self._complete_path()
-        self._steps = None
-        super().on_experience_end(trainer, module)
-
-    def _complete_path(self) -> None:
-        if self._steps is not None:
-            self._steps.complete(self.tensors["path"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only, with the path up to now; under ZeRO, they are in the checkpoint's own folder."""
-        self._complete_path()
-        return super().state_dict()
-
-    def save(self, directory: str | Path) -> None:
-        """Write the tensors to a folder, with the path up to now. Call on every rank."""
-        self._complete_path()
-        super().save(directory)
+    def after_step(self, number: int, value: Tensor, learning_rate: float) -> None:
+        """Take the proximal step of a decoupled penalty, and add the whole step to the path."""
+        if self.coupling == "decoupled":
+            super().after_step(number, value, learning_rate)
+        step, self._steps[number] = self._steps[number], None
+        if step is not None:
+            step.add_to(self.tensors["path"][number], value)
 
     def consolidate(self, trainer: pl.Trainer, module: pl.LightningModule, shards: ParameterShards) -> Tensors:
         """Turn the path into importance, and add it to that of the other experiences."""
@@ -138,34 +120,46 @@ class SynapticIntelligence(QuadraticMethod):
         return {"importance": importance, "anchor": anchor, "path": shards.zeros(torch.float32)}
 
 
-class _Steps:
-    """The gradient of the last step, and the weights before it; allocated once."""
+_BLOCK = 128
+"""Weights whose gradient is looked at together: those of tokens that are not in the batch have none."""
+_CHUNK = 1 << 16
+"""Elements processed at a time, as many as stay in the caches of a CPU between two operations."""
 
-    def __init__(self, shards: ParameterShards) -> None:
-        self._shards = shards
-        self._gradients = shards.zeros(torch.float32)  # zero until the first step, which then adds nothing
-        self._starts = shards.zeros(torch.float32)
 
-    def add_last(self, paths: list[Tensor]) -> None:
-        """Add ``-gradient * (weight now - weight before)`` of the last step to the paths."""
-        tensors = zip(paths, self._gradients, self._starts, self._shards.values(), strict=True)
-        for path, gradient, start, value in tensors:
-            path.addcmul_(gradient, start.sub_(value))
+class _Step:
+    """The gradient and the weights of a fragment before a step, in the blocks whose gradient is not zero.
 
-    def start_next(self) -> None:
-        """Remember the present gradients and weights."""
-        scale, gradients = self._shards.gradient_scale, self._shards.gradients()
-        tensors = zip(self._gradients, self._starts, gradients, self._shards.values(), strict=True)
-        for gradient, start, new, value in tensors:
-            gradient.copy_(new)
-            if scale != 1:
-                gradient.div_(scale)
-            # With a loss scale, a step that overflows is skipped: the weights stay, but infinity times 0 is NaN.
-            gradient.nan_to_num_(0, 0, 0)
-            start.copy_(value)
+    Args:
+        gradient: The fragment's gradient, flat.
+        value: Its weights.
+        scale: The factor of the gradient.
+    """
 
-    def complete(self, paths: list[Tensor]) -> None:
-        """Add the last step now, so that nothing is left to add."""
-        self.add_last(paths)
-        for gradient in self._gradients:
-            gradient.zero_()
+    def __init__(self, gradient: Tensor, value: Tensor, scale: float) -> None:
+        n_whole = gradient.numel() // _BLOCK * _BLOCK
+        moving = torch.linalg.vector_norm(gradient[:n_whole].view(-1, _BLOCK), dim=1).nonzero().squeeze(1)
+        self._blocks = moving if 2 * _BLOCK * len(moving) < n_whole else None
+        self._gradient = self._of(gradient).to(torch.float32, copy=True)
+        self._start = self._of(value).to(torch.float32, copy=True)
+        if scale != 1:
+            # A step that overflows leaves the weights where they are, but infinity times 0 is NaN.
+            self._gradient.div_(scale).nan_to_num_(0, 0, 0)
+
+    def _of(self, flat: Tensor) -> Tensor:
+        """The blocks of a tensor of the fragment's size, and what is left over at its end."""
+        if self._blocks is None:
+            return flat
+        n_whole = flat.numel() // _BLOCK * _BLOCK
+        return torch.cat([flat[:n_whole].view(-1, _BLOCK)[self._blocks].view(-1), flat[n_whole:]])
+
+    def add_to(self, path: Tensor, value: Tensor) -> None:
+        """Add ``-gradient * (weight now - weight before)`` to the path, in place."""
+        here = path if self._blocks is None else self._of(path)
+        tensors = (here, self._gradient, self._start, self._of(value))
+        for total, gradient, start, end in zip(*(one.split(_CHUNK) for one in tensors), strict=True):
+            total.addcmul_(gradient, start.sub_(end))
+        if self._blocks is not None:
+            n_whole = path.numel() // _BLOCK * _BLOCK
+            moved = here[: here.numel() - path.numel() + n_whole]
+            path[:n_whole].view(-1, _BLOCK)[self._blocks] = moved.view(-1, _BLOCK)
+            path[n_whole:] = here[len(moved) :]

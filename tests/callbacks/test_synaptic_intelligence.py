@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC, L2SP, SynapticIntelligence
+from evertune.callbacks.synaptic_intelligence import _Step
 from tests.callbacks.test_ewc import Classifier, fit, flat_weights, loader
 from tests.callbacks.test_l2sp import InDouble
 
@@ -136,3 +137,17 @@ def test_new_rows_count_from_where_they_start() -> None:
 def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SynapticIntelligence(**settings)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_path_of_a_sparse_gradient(scale: float) -> None:
+    """A few blocks of an embedding have a gradient, and so has the end, which fills no block."""
+    generator = torch.Generator().manual_seed(0)
+    value, moved, path = (torch.randn(128 * 50 + 7, generator=generator) for _ in range(3))
+    gradient = torch.zeros_like(value)
+    gradient[130:140], gradient[128 * 40 + 3], gradient[-3:] = 1.5, -2.0, 0.5
+    expected = path.double() - gradient.double() * (moved.double() - value.double())
+    step = _Step(gradient * scale, value, scale)
+    assert step._start.numel() == 2 * 128 + 7
+    step.add_to(path, moved)
+    torch.testing.assert_close(path.double(), expected, rtol=1e-6, atol=1e-6)
