@@ -22,7 +22,7 @@ PREFETCH = 50_000_000
 GPU_BUCKET, CPU_BUCKET = 200_000_000, 10_000_000
 """Elements of gradients that are reduced together: Lightning's default on a GPU, evertune's on a CPU."""
 
-GPU_CHUNK, CPU_CHUNK = 1 << 26, 1 << 18
+GPU_CHUNK, CPU_CHUNK = 1 << 24, 1 << 16
 """Elements of a weight that a penalty processes at a time."""
 
 TOKEN_COLUMNS, RECORD = 2, 250
@@ -421,19 +421,18 @@ class _Held:
         return self._with_methods(bucket + flat + gathered, bucket + copies, bucket + gathered)
 
     def _with_methods(self, backward: int, step: int, others: int) -> dict[str, int]:
-        """Add what methods need: in the step a chunk and the rows of a sparse matrix, at the end a copy of their state.
+        """Add what methods need: in the step a few chunks, at the end a copy of their state.
 
-        The rows are those that :class:`~evertune.shards.penalty.QuadraticPenalty` selects where less than half of a
-        matrix's rows matter.
+        The chunks are those of :class:`~evertune.shards.penalty.QuadraticPenalty`: a buffer, and the importance, the
+        anchor and the weights of the rows that matter in a matrix where less than half of them do.
         """
         model, training = self._model, self._training
         if not training.method_bytes:
             return {"backward": backward, "step": step}
         fragment = -(-model.largest // (1 if training.stage == 0 else training.world_size))
-        rows = (training.method_bytes + 4) * fragment // 2  # of every tensor, and of the difference to the weights
         chunk = 4 * min(fragment, GPU_CHUNK if training.gpu else CPU_CHUNK)
         # Offloaded methods work in the host's memory.
-        kept = 0 if training.offload else rows + chunk
+        kept = 0 if training.offload else 4 * chunk
         new = 0 if training.offload else self.methods
         one = 4 * model.largest if training.stage > 0 else 0
         estimation = activations(model, training, training.estimation_batch_size)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from evertune.shards.shards import Fragment, ParameterShards
 
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements processed at a time; on CPU, as many as stay in the caches between two operations."""
 
 
 class QuadraticPenalty:
-    """The pull of ``scale / 2 * sum importance * (weight - anchor)^2``, in place, without allocating memory per step.
+    """The pull of ``scale / 2 * sum importance * (weight - anchor)^2``, in place, a chunk at a time.
 
     :meth:`add_gradient` adds its gradient, ``scale * importance * (weight - anchor)``; :meth:`pull` moves a weight
     itself. A matrix in which most rows have no importance (such as the embeddings of tokens that were not seen) is
@@ -36,7 +36,7 @@ class QuadraticPenalty:
             self._rows = [_Rows.of(f, i, a) for f, i, a in zip(shards.fragments, importance, anchor, strict=True)]
         largest = max((a.numel() for a in anchor), default=1)
         device = anchor[0].device if anchor else torch.device("cpu")
-        self._chunk = min(largest, _CHUNK.get(device.type, _CHUNK["cuda"]))
+        self._chunk = min(largest, _chunk_on(device))
         self._buffer = torch.empty(self._chunk, device=device)
 
     def add_gradient(self, scale: float) -> None:
@@ -94,6 +94,10 @@ class QuadraticPenalty:
         return scale / 2 * self._shards.dot(weighted, steps)
 
 
+def _chunk_on(device: torch.device) -> int:
+    return _CHUNK.get(device.type, _CHUNK["cuda"])
+
+
 def _share(importance: Tensor, scale: float, out: Tensor) -> Tensor:
     """``c / (1 + c)`` for ``c = scale * importance``, also where ``c`` is 0 or infinite."""
     return torch.mul(importance, scale, out=out).reciprocal_().add_(1).reciprocal_()
@@ -103,10 +107,9 @@ class _Rows:
     """The rows of a matrix, or of the complete rows in a fragment of it, that have any importance."""
 
     def __init__(self, first: int, width: int, rows: Tensor, importance: Tensor, anchor: Tensor) -> None:
-        self._first, self._width, self._rows = first, width, rows
-        self._importance = importance[rows]
-        self._anchor = anchor[rows]
-        self._difference = torch.empty_like(self._anchor)
+        self._first, self._width = first, width
+        self._parts = rows.split(max(1, _chunk_on(rows.device) // width))
+        self._importance, self._anchor = importance, anchor
 
     @classmethod
     def of(cls, fragment: Fragment, importance: Tensor, anchor: Tensor) -> _Rows | None:
@@ -125,21 +128,20 @@ class _Rows:
         return cls(first, width, rows, whole, anchor[first:last].view(-1, width))
 
     def add_gradient(self, value: Tensor, gradient: Tensor, scale: float) -> None:
-        if value.dtype == self._difference.dtype:
-            torch.index_select(self._of(value), 0, self._rows, out=self._difference)
-        else:
-            self._difference.copy_(self._of(value)[self._rows])
-        self._difference.sub_(self._anchor).mul_(self._importance)
-        into = self._of(gradient)
-        if into.dtype == self._difference.dtype:
-            into.index_add_(0, self._rows, self._difference, alpha=scale)
-        else:  # added in the wider of the two types, and rounded once
-            into[self._rows] = torch.add(into[self._rows], self._difference, alpha=scale).to(into.dtype)
+        here, into = self._of(value), self._of(gradient)
+        for rows in self._parts:
+            pull = here[rows].to(self._anchor.dtype).sub_(self._anchor[rows]).mul_(self._importance[rows])
+            if into.dtype == pull.dtype:
+                into.index_add_(0, rows, pull, alpha=scale)
+            else:  # added in the wider of the two types, and rounded once
+                into[rows] = torch.add(into[rows], pull, alpha=scale).to(into.dtype)
 
     def pull(self, value: Tensor, scale: float) -> None:
         here = self._of(value)
-        share = _share(self._importance, scale, self._difference)
-        here[self._rows] = torch.lerp(here[self._rows].to(share.dtype), self._anchor, share).to(here.dtype)
+        for rows in self._parts:
+            importance = self._importance[rows]
+            share = _share(importance, scale, importance)
+            here[rows] = torch.lerp(here[rows].to(share.dtype), self._anchor[rows], share).to(here.dtype)
 
     def _of(self, flat: Tensor) -> Tensor:
         n_rows = (flat.numel() - self._first) // self._width

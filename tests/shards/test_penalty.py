@@ -90,5 +90,5 @@ def test_a_table_with_few_important_rows_is_worked_on_by_those() -> None:
     importance[0][2 + 4 * 10] = 1.0
     rows = QuadraticPenalty(shards, importance, [torch.zeros(150), torch.zeros(5)])._rows
     assert rows[0] is not None
-    assert rows[0]._rows.tolist() == [10]
+    assert [part.tolist() for part in rows[0]._parts] == [[10]]
     assert rows[1] is None
