@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a linear warm-up followed by a decay, within each update."""
+"""Learning-rate schedules: a linear warm-up, then a decay or a constant rate with a cool-down, within each update."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ from typing import Literal, get_args
 
 from evertune._lightning import pl
 
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "constant", "infinite"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
-def learning_rate_factor(step: int, n_warmup: int, n_steps: int | None, schedule: Schedule) -> float:
+def learning_rate_factor(
+    step: int, n_warmup: int, n_steps: int | None, schedule: Schedule, final: float = 0.0, n_cooldown: int = 0
+) -> float:
     """The factor of the learning rate at a step of an update.
 
-    It rises linearly over ``n_warmup`` steps, starting above 0 so that the first step is not wasted, then stays at 1
-    (``constant``) or falls to 0 after the last step (``linear``, ``cosine``).
+    It rises linearly from ``final`` to 1 over ``n_warmup`` steps, starting above ``final`` so that the first step is
+    not wasted. Then it stays at 1 (``constant``), falls to ``final`` after the last step (``linear``, ``cosine``), or
+    does first the one and then the other (``infinite``; ``1 - sqrt`` in the cool-down).
 
     Args:
         step: Index of the step, from 0.
         n_warmup: Number of warm-up steps.
         n_steps: Number of steps of the update; may be None for ``constant``.
         schedule: Shape after the warm-up.
+        final: Factor at which the update ends.
+        n_cooldown: Number of steps of the cool-down of ``infinite``.
 
     >>> [round(learning_rate_factor(step, 2, 6, "linear"), 2) for step in range(7)]
     [0.33, 0.67, 1.0, 0.75, 0.5, 0.25, 0.0]
+    >>> [round(learning_rate_factor(step, 1, 6, "infinite", final=0.1, n_cooldown=2), 2) for step in range(7)]
+    [0.55, 1.0, 1.0, 1.0, 1.0, 0.36, 0.1]
     """
     if step < n_warmup:
-        return (step + 1) / (n_warmup + 1)
+        return final + (1.0 - final) * (step + 1) / (n_warmup + 1)
     if schedule == "constant" or n_steps is None:
         return 1.0
-    progress = min(1.0, (step - n_warmup) / max(1, n_steps - n_warmup))
-    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    n_constant = n_steps - n_cooldown if schedule == "infinite" else n_warmup
+    progress = min(1.0, max(0, step - n_constant) / max(1, n_steps - n_constant))
+    if schedule == "cosine":
+        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        left = 1.0 - (math.sqrt(progress) if schedule == "infinite" else progress)
+    return final + (1.0 - final) * left
 
 
 def learning_rate_for(n_weights: int) -> float:

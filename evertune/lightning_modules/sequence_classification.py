@@ -71,7 +71,9 @@ class SequenceClassificationModule(TransformerModule):
         head_learning_rate: Peak learning rate of the head. None (default): the same.
         weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
         warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
-        schedule: ``linear`` (default), ``cosine`` or ``constant``.
+        schedule: ``linear`` (default), ``cosine``, ``infinite`` or ``constant``, see :class:`TransformerModule`.
+        final_ratio: Share of the peak at which an update ends, and from which the next one warms up. Default: 0.
+        cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
             the head.
         freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
@@ -110,6 +112,8 @@ class SequenceClassificationModule(TransformerModule):
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.1,
         schedule: Schedule = "linear",
+        final_ratio: float = 0.0,
+        cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
@@ -131,6 +135,8 @@ class SequenceClassificationModule(TransformerModule):
             weight_decay=weight_decay,
             warmup_ratio=warmup_ratio,
             schedule=schedule,
+            final_ratio=final_ratio,
+            cooldown_ratio=cooldown_ratio,
             freeze_layers=freeze_layers,
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,

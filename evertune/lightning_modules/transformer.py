@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -47,8 +48,9 @@ class TransformerModule(LightningModule):
     this way, DeepSpeed ZeRO-3 never holds a whole model on one device. Outside a trainer, call it yourself. A subclass
     adds the head in ``configure_head`` and the loss in ``training_step``.
 
-    Each ``fit`` is one update with its own schedule: warm-up, then decay to 0. Weights train in fp32; pass
-    ``precision="bf16-mixed"`` to the trainer for bf16.
+    Each ``fit`` is one update with its own schedule: the learning rate is warmed up again and decays again (Ibrahim et
+    al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models"). Weights train in fp32;
+    pass ``precision="bf16-mixed"`` to the trainer for bf16.
 
     Args:
         model_name_or_path: Name on the Hugging Face hub, folder, or ``package:NAME/FOLDER`` (in an installed package).
@@ -58,7 +60,12 @@ class TransformerModule(LightningModule):
         head_learning_rate: Peak learning rate of the layers on top of the transformer. None (default): the same.
         weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
         warmup_ratio: Share of an update's steps used for the warm-up, in [0, 1). Default: 0.1.
-        schedule: ``linear`` (default) or ``cosine`` decay, or ``constant``, the only one for a ``fit`` without an end.
+        schedule: ``linear`` (default) or ``cosine`` decay; ``infinite``, a constant rate with a cool-down at the end,
+            whose shape up to there does not depend on the length of the update (Hägele et al. 2024); or ``constant``,
+            the only one for a ``fit`` without an end.
+        final_ratio: Share of the peak at which an update ends, and from which the next one warms up, in [0, 1): so the
+            rate is continuous from update to update. Default: 0; Ibrahim et al. have 0.1.
+        cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``, in (0, 1]. Default: 0.2.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 freezes the
             whole transformer and trains only the head.
         freeze_word_embeddings: Whether to freeze the word embeddings, which saves time and memory (half of MiniLM's
@@ -89,6 +96,8 @@ class TransformerModule(LightningModule):
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.1,
         schedule: Schedule = "linear",
+        final_ratio: float = 0.0,
+        cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
@@ -106,6 +115,16 @@ class TransformerModule(LightningModule):
             raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+        if not 0 <= final_ratio < 1:
+            raise ValueError(f"final_ratio must be in [0, 1), got {final_ratio}")
+        if final_ratio and schedule == "constant":
+            raise ValueError(f"final_ratio={final_ratio} is where a decay ends, and schedule='constant' has none")
+        if not 0 < cooldown_ratio <= 1:
+            raise ValueError(f"cooldown_ratio must be in (0, 1], got {cooldown_ratio}")
+        if schedule == "infinite" and warmup_ratio + cooldown_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio={warmup_ratio} and cooldown_ratio={cooldown_ratio} are more than the whole update"
+            )
         if freeze_layers < -1:
             raise ValueError(f"freeze_layers must be -1 (all), 0 (none) or a number of layers, got {freeze_layers}")
         if dropout is not None and not 0 <= dropout < 1:
@@ -126,6 +145,8 @@ class TransformerModule(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.schedule = schedule
+        self.final_ratio = final_ratio
+        self.cooldown_ratio = cooldown_ratio
         self.freeze_layers = freeze_layers
         self.freeze_word_embeddings = freeze_word_embeddings
         self.dropout = dropout
@@ -241,7 +262,14 @@ class TransformerModule(LightningModule):
         if n_steps is None and self.warmup_ratio > 0:
             rank_zero_warn(f"fit has no end, so warmup_ratio={self.warmup_ratio} is ignored")
         n_warmup = int(self.warmup_ratio * (n_steps or 0))
-        factor = partial(learning_rate_factor, n_warmup=n_warmup, n_steps=n_steps, schedule=self.schedule)
+        factor = partial(
+            learning_rate_factor,
+            n_warmup=n_warmup,
+            n_steps=n_steps,
+            schedule=self.schedule,
+            final=self.final_ratio,
+            n_cooldown=math.ceil(self.cooldown_ratio * (n_steps or 0)),
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -58,7 +58,17 @@ class RecordRates(pl.Callback):
         ({"head_learning_rate": -1}, "head_learning_rate must not be negative, got -1"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
-        ({"schedule": "step"}, "schedule must be one of .*'linear', 'cosine', 'constant'.*, got 'step'"),
+        ({"final_ratio": 1.0}, r"final_ratio must be in \[0, 1\), got 1.0"),
+        (
+            {"final_ratio": 0.1, "schedule": "constant"},
+            "final_ratio=0.1 is where a decay ends, and schedule='constant'",
+        ),
+        ({"cooldown_ratio": 0.0}, r"cooldown_ratio must be in \(0, 1\], got 0.0"),
+        (
+            {"schedule": "infinite", "cooldown_ratio": 0.95},
+            "warmup_ratio=0.1 and cooldown_ratio=0.95 are more than the",
+        ),
+        ({"schedule": "step"}, "schedule must be one of .*'linear', 'cosine', 'constant', 'infinite'.*, got 'step'"),
         ({"freeze_layers": -2}, "freeze_layers must be -1 .*, got -2"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
         ({"head": "mlp"}, "head must be one of .*'linear', 'cosine'.*, got 'mlp'"),
@@ -227,6 +237,19 @@ def test_each_fit_warms_up_anew(model, schedule, factors):
         rates = RecordRates()
         trainer(callbacks=[rates], max_epochs=epochs, accumulate_grad_batches=accumulation).fit(module, batches)
         assert rates.rates[::accumulation] == pytest.approx([1e-4 * factor for factor in factors], rel=1e-3)
+
+
+def test_the_infinite_schedule_is_continuous_from_update_to_update(model):
+    """One step of warm-up from a tenth of the peak, three constant ones, two of cool-down (1 - sqrt) to a tenth."""
+    module = build(
+        model, schedule="infinite", warmup_ratio=0.17, cooldown_ratio=0.33, final_ratio=0.1, learning_rate=1e-4
+    )
+    batches = loader(model, module.classes, batch_size=2, repeat=2)
+    for _ in range(2):
+        rates = RecordRates()
+        trainer(callbacks=[rates]).fit(module, batches)
+        expected = [0.55, 1.0, 1.0, 1.0, 1.0, 0.1 + 0.9 * (1 - 0.5**0.5)]
+        assert rates.rates == pytest.approx([1e-4 * factor for factor in expected], rel=1e-3)
 
 
 def test_a_second_fit_of_one_trainer_warms_up_anew(model):
