@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
+    from evertune.callbacks.mir import MIR as MIR
     from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
     from evertune.callbacks.osft import OSFT as OSFT
     from evertune.callbacks.replay.callback import Replay as Replay
+    from evertune.callbacks.seq import SEQ as SEQ
     from evertune.callbacks.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from evertune.callbacks.source_losses import SourceLosses as SourceLosses
     from evertune.callbacks.synaptic_intelligence import SynapticIntelligence as SynapticIntelligence
@@ -51,9 +53,11 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.l2sp": "L2SP",
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.mas": "MAS",
+        "evertune.callbacks.mir": "MIR",
         "evertune.callbacks.osft": "OSFT",
         "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
         "evertune.callbacks.replay.callback": "Replay",
+        "evertune.callbacks.seq": "SEQ",
         "evertune.callbacks.shrink_perturb": "ShrinkPerturb",
         "evertune.callbacks.source_losses": "SourceLosses",
         "evertune.callbacks.synaptic_intelligence": "SynapticIntelligence",

@@ -98,10 +98,12 @@ def targets_of(batch: Any) -> Any:
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """A collated batch as a training step receives it: after the module's transfer hooks, on its device."""
+    """A collated batch after the module's transfer hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_transfer(trainer.lightning_module, batch)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    strategy = trainer.strategy
+    # The method of the class: in its place, a callback may have put one that changes the batches of training.
+    return type(strategy).batch_to_device(strategy, batch, dataloader_idx=0)
 
 
 def has_targets(batch: Any) -> bool:

@@ -30,6 +30,7 @@ METHODS = (
     "l2sp+loss",
     "replay+imprint+adjust",
     "dark",
+    "mir",
     "replay+distil",
     "replay+erace",
     "replay+wise",
@@ -42,6 +43,7 @@ METHODS = (
     "perturb",
     "osft",
     "replay+olora+adjust",
+    "seq",
 )
 
 RUNS = [

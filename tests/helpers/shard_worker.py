@@ -152,6 +152,8 @@ def methods(name: str) -> list[pl.Callback]:
         "wise": lambda: [WiSEFT((0.25, 0.5))],
         "erace": lambda: [ERACE("batch")],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
+        "mir": lambda: [callbacks.MIR(memory_size=30, candidates=3, step_size=0.2)],
+        "seq": lambda: [callbacks.SEQ()],
         "adjust": lambda: [LogitAdjustment()],
         "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],
     }

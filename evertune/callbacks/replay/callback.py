@@ -135,6 +135,7 @@ class Replay(ContinualCallback):
     """
 
     time_part = "replay"
+    candidates: int = 1  # draws for each example to replay
 
     @staticmethod
     def of(trainer: pl.Trainer) -> Replay | None:
@@ -389,6 +390,7 @@ class Replay(ContinualCallback):
             ),
             lengths=self._lengths(loader, batch_size),
             extra=self.extra,
+            candidates=self.candidates,
         )
         if self.loader is not None:
             restarting(self._loader, self._schedule)

@@ -145,6 +145,7 @@ class ReplayCollate:
         capture: How to keep candidates for the memory as they pass; None if the memory is filled from the dataset.
         lengths: The lengths of the new examples; None if they are not known.
         extra: Examples that join every batch after the replayed ones; None for none.
+        candidates: Draws for each example to replay, one after the other; all of them join the batch.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class ReplayCollate:
         capture: Capture | None,
         lengths: StepLengths | None = None,
         extra: Extra | None = None,
+        candidates: int = 1,
     ) -> None:
         self.collate_fn = collate_fn
         self.schedule, self.directory, self.ratio = schedule, directory, ratio
@@ -168,6 +170,7 @@ class ReplayCollate:
         self.capture = capture
         self.lengths = lengths
         self.extra = extra
+        self.candidates = candidates
         self._iterator, self._calls = 0, 0
         self._spool: Spool | None = None
         self._view: tuple[int, MemoryView] = (0, MemoryView.empty())
@@ -261,12 +264,12 @@ class ReplayCollate:
         if current is None:
             return Joined(size, [], MemoryView.empty(), [])
         totals = sizes = np.arange(size + 1)
-        ratios = [0.0 if self.extra is None else self.extra.ratio]
+        kinds = [(0.0 if self.extra is None else self.extra.ratio, 1)]
         if current[2] and len(self._open(current[2])):
-            ratios.append(self.ratio)
-        for ratio in ratios:
+            kinds.append((self.ratio, self.candidates))
+        for ratio, times in kinds:
             bounds = _bounds(sizes + (batch - current[0]) * self.stride, ratio)
-            totals = totals + bounds - bounds[0]
+            totals = totals + (bounds - bounds[0]) * times
         n_new = int(np.searchsorted(totals, size))
         if totals[n_new] != size:
             raise ValueError(
@@ -290,7 +293,8 @@ class ReplayCollate:
             return [], self._view[1]
         first, update, generation = current
         view = self._open(generation)
-        positions = self._positions(batch - first, n_new, self.ratio)
+        replayed = self._positions(batch - first, n_new, self.ratio)
+        positions = (replayed[:, None] * self.candidates + np.arange(self.candidates)).ravel()
         if self.lengths is None or view.lengths is None or not self.lengths.covers(batch):
             return view.draw(positions, update).tolist(), view
         passes = positions // len(view)
@@ -322,7 +326,8 @@ class ReplayCollate:
         key = (generation, update, first, self.lengths.first, number)
         if self._dealt[0] != key:
             batches, lengths = self.lengths.from_batch(first)
-            bounds = _bounds(np.append(batches, batches[-1] + 1) * self.stride, self.ratio) * self.world_size
+            bounds = _bounds(np.append(batches, batches[-1] + 1) * self.stride, self.ratio)
+            bounds *= self.world_size * self.candidates
             start, stop = max(bounds[0], number * len(view)), min(bounds[-1], (number + 1) * len(view))
             wanted = lengths[np.searchsorted(bounds, np.arange(start, stop), side="right") - 1]
             self._dealt = key, int(start), view.draw_alike(int(start), wanted, update)
