@@ -51,6 +51,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from evertune import callbacks as methods
 from evertune.callbacks import Replay
+from evertune.callbacks.gradient_method import GradientMethod
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards.shards import ParameterShards
 from evertune.streams import BucketSampler, Experience, ExperienceDataModule, class_incremental
@@ -106,7 +107,10 @@ def table_of(examples: int) -> dict[str, Method]:
         "ShrinkPerturb": Method(lambda _: [methods.ShrinkPerturb()]),
         "AGEM": Method(lambda _: [Replay(200, replay_ratio=0), methods.AGEM(BATCH)], **projected),
         "GEM": Method(lambda _: [Replay(200, replay_ratio=0), methods.GEM(BATCH)], **projected),
+        "SEQ": Method(lambda _: [methods.SEQ()]),
         "Replay": Method(lambda _: [replay()], **of_all),
+        # The gradient of the new examples is averaged, and ZeRO-1 and 2 send the weights twice.
+        "MIR": Method(lambda _: [methods.MIR(memory_size=200)], step=3.0, wire=3.1, replays=True),
         "DarkReplay": Method(lambda _: [methods.DarkReplay(memory_size=200)], **of_all),
         "Distillation": Method(lambda n: [methods.Distillation(known=range(n))], step=1.06),
         "Replay, ERACE": Method(lambda _: [replay(), methods.ERACE()], **of_all),
@@ -171,9 +175,8 @@ class EverySecondStep(Timer):
     def between(self, trainer: Any, batch: Any) -> None:
         trainer.callbacks = self._all if len(self.seconds) % 2 == 1 else [self]
         for method in self._all:
-            if (hook := getattr(method, "_moving", None)) is not None:  # in the optimizer; put back by the next step
-                hook.remove()
-                method._moving = None
+            if isinstance(method, GradientMethod):
+                method._remove_hooks()  # in the optimizer; the next step puts them back
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         trainer.callbacks = self._all

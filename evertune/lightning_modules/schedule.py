@@ -11,6 +11,28 @@ Schedule = Literal["linear", "cosine", "constant", "infinite"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
+def check_schedule(schedule: str, warmup_ratio: float, final_ratio: float, cooldown_ratio: float) -> None:
+    """Refuse settings that are out of range or do not go together.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if not 0 <= warmup_ratio < 1:
+        raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+    if not 0 <= final_ratio < 1:
+        raise ValueError(f"final_ratio must be in [0, 1), got {final_ratio}")
+    if final_ratio and schedule == "constant":
+        raise ValueError(f"final_ratio={final_ratio} is where a decay ends, and schedule='constant' has none")
+    if not 0 < cooldown_ratio <= 1:
+        raise ValueError(f"cooldown_ratio must be in (0, 1], got {cooldown_ratio}")
+    if schedule == "infinite" and warmup_ratio + cooldown_ratio > 1:
+        raise ValueError(
+            f"warmup_ratio={warmup_ratio} and cooldown_ratio={cooldown_ratio} are more than the whole update"
+        )
+
+
 def learning_rate_factor(
     step: int, n_warmup: int, n_steps: int | None, schedule: Schedule, final: float = 0.0, n_cooldown: int = 0
 ) -> float:

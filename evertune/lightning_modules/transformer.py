@@ -28,8 +28,8 @@ from evertune.lightning_modules.saving import (
     write_manifest,
 )
 from evertune.lightning_modules.schedule import (
-    SCHEDULES,
     Schedule,
+    check_schedule,
     learning_rate_factor,
     learning_rate_for,
     remaining_steps,
@@ -111,20 +111,7 @@ class TransformerModule(LightningModule):
             raise ValueError(f"head_learning_rate must not be negative, got {head_learning_rate}")
         if weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        if not 0 <= warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
-        if not 0 <= final_ratio < 1:
-            raise ValueError(f"final_ratio must be in [0, 1), got {final_ratio}")
-        if final_ratio and schedule == "constant":
-            raise ValueError(f"final_ratio={final_ratio} is where a decay ends, and schedule='constant' has none")
-        if not 0 < cooldown_ratio <= 1:
-            raise ValueError(f"cooldown_ratio must be in (0, 1], got {cooldown_ratio}")
-        if schedule == "infinite" and warmup_ratio + cooldown_ratio > 1:
-            raise ValueError(
-                f"warmup_ratio={warmup_ratio} and cooldown_ratio={cooldown_ratio} are more than the whole update"
-            )
+        check_schedule(schedule, warmup_ratio, final_ratio, cooldown_ratio)
         if freeze_layers < -1:
             raise ValueError(f"freeze_layers must be -1 (all), 0 (none) or a number of layers, got {freeze_layers}")
         if dropout is not None and not 0 <= dropout < 1:
