@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
+    from evertune.callbacks.merged_adapters import MergedAdapters as MergedAdapters
     from evertune.callbacks.mir import MIR as MIR
     from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
     from evertune.callbacks.osft import OSFT as OSFT
@@ -55,6 +56,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.mas": "MAS",
         "evertune.callbacks.mir": "MIR",
         "evertune.callbacks.osft": "OSFT",
+        "evertune.callbacks.merged_adapters": "MergedAdapters",
         "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
         "evertune.callbacks.replay.callback": "Replay",
         "evertune.callbacks.seq": "SEQ",

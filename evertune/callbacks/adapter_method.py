@@ -72,7 +72,7 @@ class AdapterMethod(GradientMethod):
         seed: Seed of the adapters' initial weights.
 
     Attributes:
-        kept: What earlier experiences have left, by name: fp32, the same on all ranks, as small as adapters are.
+        kept: What earlier experiences have left, by name, the same on all ranks, as small as adapters are.
     """
 
     def __init__(self, seed: int) -> None:
@@ -135,12 +135,12 @@ class AdapterMethod(GradientMethod):
     # --- the weights
 
     def whole(self, shards: ParameterShards, names: Iterable[str]) -> dict[str, Tensor]:
-        """Weights of adapters by name, in fp32, the same on all ranks. Call on every rank."""
-        full = {name: torch.zeros(shards.shapes[name]) for name in names}
-        for fragment, value in zip(shards.fragments, shards.values(), strict=True):
+        """Weights of adapters by name, in full precision, the same on all ranks. Call on every rank."""
+        values = shards.values()
+        like = values[0] if values else torch.zeros(())
+        full = {name: like.new_zeros(shards.shapes[name]) for name in names}
+        for fragment, value in zip(shards.fragments, values, strict=True):
             if fragment.name in full:
-                if full[fragment.name].device != value.device:
-                    full[fragment.name] = full[fragment.name].to(value.device)
                 fragment.slice(full[fragment.name]).copy_(value)
         return summed(shards, full) if shards.sharded else full
 
@@ -282,6 +282,7 @@ def _unsupported(lora: Any, layer: Any, weight: Tensor | None) -> str:
         return "has another kind of adapter (DoRA, a bias or the like)"
     if layer.merged:
         return "has its adapter merged into the weight: unmerge it"
-    if weight is None or not weight.is_floating_point():
-        return "has no weight in floating point"
+    if weight is None or not weight.is_floating_point() or weight.itemsize < 4:
+        kind = None if weight is None else weight.dtype
+        return f"has a weight of {kind}, which would round away what adapters add to it: keep it in float32"
     return "trains its weight, too" if weight.requires_grad else ""

@@ -44,6 +44,8 @@ METHODS = (
     "osft",
     "replay+olora+adjust",
     "seq",
+    "lora-ties",
+    "replay+lora-max",
 )
 
 RUNS = [

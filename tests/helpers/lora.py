@@ -133,7 +133,7 @@ class ByHand:
         return found | {"head": self.head[0].detach(), "bias": self.head[1].detach()}
 
 
-def assert_same(module: Any, by_hand: ByHand) -> None:
+def assert_same(module: Any, by_hand: ByHand, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     found, expected = effective(module), by_hand.effective()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

@@ -155,6 +155,8 @@ def methods(name: str) -> list[pl.Callback]:
         "mir": lambda: [callbacks.MIR(memory_size=30, candidates=3, step_size=0.2)],
         "seq": lambda: [callbacks.SEQ()],
         "adjust": lambda: [LogitAdjustment()],
+        "lora-ties": lambda: [callbacks.MergedAdapters("ties", "pretrained", density=0.5)],
+        "lora-max": lambda: [callbacks.MergedAdapters("magnitude")],
         "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],
     }
     return [callback for part in name.split("+") for callback in made[part]()]
