@@ -77,8 +77,10 @@ def preset(
     - a cosine head of fixed scale, whose new rows start as the class means (:class:`~evertune.callbacks.Imprinting`),
     - replay from a class-balanced memory, half of each step (a third where the memory is less than half of an update),
     - cross-entropy on adjusted logits (:class:`~evertune.callbacks.LogitAdjustment`),
-    - AdamW at a sixth of the usual learning rate for the encoder, 1e-3 for the head, clipped at 1.0, without dropout,
-      with frozen word embeddings,
+    - distillation: replayed examples and those of new classes also teach what the model before the update says about
+      them (:class:`~evertune.callbacks.Distillation`),
+    - AdamW at half of the usual learning rate for the encoder, 1e-3 for the head, clipped at 1.0, without dropout, with
+      frozen word embeddings,
     - as many epochs as an update needs (:class:`~evertune.callbacks.UpdateLength`),
     - the precision and the attention that are fastest on the machine (:class:`~evertune.callbacks.Fastest`).
 
@@ -132,6 +134,7 @@ def preset(
             _method("Replay", memory_size=memory_size, policy="class_balanced", replay_ratio=ratio, seed=seed),
             _method("Imprinting"),
             _method("LogitAdjustment"),
+            _method("Distillation", strength=2.0, on="all", unknown_only=True),
             _method("UpdateLength"),
         ],
         {"max_epochs": 3, "gradient_clip_val": 1.0, "precision": "auto"},

@@ -51,6 +51,7 @@ def test_with_a_memory_it_runs_as_it_is(model: str) -> None:
         "Replay",
         "Imprinting",
         "LogitAdjustment",
+        "Distillation",
         "UpdateLength",
     ]
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Subset
 
 from evertune._lightning import pl, return_method
 from evertune.callbacks.dark_replay import DarkReplay
@@ -62,6 +63,9 @@ class Distillation(LogitsMethod):
         temperature: ``T``; above 1, small probabilities count for more. Default: 2.
         on: Which examples of a batch: ``"new"`` (default, as in the paper), ``"replayed"``, or ``"all"``, which are
             both. The last two need a :class:`Replay`.
+        unknown_only: Whether to leave out new examples of a class that the old model knows: where classes return, such
+            as in another domain, their labels say more than its answers. It takes logits, and one label per example.
+            Default: False, as in the paper.
         of: ``"logits"`` (default), or ``"features"``, what comes into the output layer: the term is then
             ``strength * mean over x of (1 - cos(f_old, f))``, without a temperature (Hou et al. 2019).
         top_k: Number of logits to store for each row, for models of many classes: the largest, and the probability of
@@ -90,6 +94,7 @@ class Distillation(LogitsMethod):
         top_k: int | None = None,
         known: Sequence[int] = (),
         head: str | None = None,
+        unknown_only: bool = False,
     ) -> None:
         for name, value in (("strength", strength), ("temperature", temperature)):
             if not (value > 0 and math.isfinite(value)):
@@ -98,16 +103,21 @@ class Distillation(LogitsMethod):
             raise ValueError(f"top_k must be positive, got {top_k}")
         if top_k is not None and of == "features":
             raise ValueError("top_k chooses among logits; leave it out with of='features'")
+        if unknown_only and (of == "features" or on == "replayed"):
+            raise ValueError(
+                f"unknown_only chooses among new examples for of='logits'; leave it out with of={of!r}, on={on!r}"
+            )
         if on not in get_args(On):
             raise ValueError(f"on must be one of {list(get_args(On))}, got {on!r}")
         if of not in get_args(Of):
             raise ValueError(f"of must be one of {list(get_args(Of))}, got {of!r}")
         self.strength, self.temperature, self.on, self.of = strength, temperature, on, of
-        self.top_k, self.head = top_k, head
+        self.top_k, self.head, self.unknown_only = top_k, head, unknown_only
         self.seen: set[int] = set(known)
         """Numbers of the classes of earlier experiences."""
         self._new: set[int] = set()  # those of this fit
         self._tables: dict[str, pa.StructArray] = {}  # what the old model says, for "new" and "replayed" examples
+        self._places: Tensor | None = None  # of each new example in its table, -1 if it is left out; None: in order
         self._replay: Replay | None = None
         self._now: Joined | None = None  # the examples of the current batch
         self._likelihood: Likelihood | None = None
@@ -141,10 +151,12 @@ class Distillation(LogitsMethod):
         batches.start_here()
         first = data.batch(range(min(2, len(data.dataset))))
         self._start_step(trainer, pl_module, first)
-        if self._likelihood is None:  # not resumed
+        resumed = self._likelihood is not None
+        if not resumed:
             self._likelihood, self._columns = self._compared(trainer, pl_module, data, first)
-            if self.seen if self._columns is not None else self.experience_index:
-                self._ask(trainer, pl_module, data)
+        self._places = self._places_of(data)
+        if not resumed and (self.seen if self._columns is not None else self.experience_index):
+            self._ask(trainer, pl_module, data)
 
     def _compared(
         self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainingData, batch: Any
@@ -155,6 +167,13 @@ class Distillation(LogitsMethod):
             return outputs.likelihood, None
         self._new = set(class_counts(data.targets()).nonzero().flatten().tolist())
         return outputs.likelihood, sorted(self.seen)
+
+    def _places_of(self, data: TrainingData) -> Tensor | None:
+        """The place of each new example in the table of answers, ``[examples]``, -1 if it is left out."""
+        if not self.unknown_only or self._columns is None or (targets := data.targets()).ndim == 2:
+            return None
+        asked = ~torch.isin(targets, torch.tensor(sorted(self.seen), dtype=targets.dtype))
+        return torch.where(asked, asked.cumsum(0) - 1, -1)
 
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainingData) -> None:
         step = self._step
@@ -179,7 +198,8 @@ class Distillation(LogitsMethod):
             )
 
         if self.on != "replayed":
-            self._tables["new"] = ask(data.dataset)
+            places, new = self._places, data.dataset
+            self._tables["new"] = ask(new if places is None else Subset(new, torch.where(places >= 0)[0].tolist()))
         if self.on != "new":
             assert self._replay is not None
             view: MemoryView = self._replay.memory.view
@@ -224,7 +244,13 @@ class Distillation(LogitsMethod):
                     "a row of each"
                 )
             expected += n_new
-            total = total + self._sum(*self._rows(outputs, features, slice(n_new)), self._tables["new"], indices)
+            chosen: Any = slice(n_new)
+            if self._places is not None:
+                places = self._places[list(indices)]
+                chosen = (places >= 0).nonzero().flatten().to(outputs.logits.device)
+                indices = places[places >= 0].tolist()
+            if len(indices):
+                total = total + self._sum(*self._rows(outputs, features, chosen), self._tables["new"], indices)
         if "replayed" in self._tables and ratio:
             assert self._now is not None
             expected += n_new * ratio  # on each rank there may be one more or less

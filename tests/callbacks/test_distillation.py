@@ -41,11 +41,13 @@ def paper(
     t: float,
     on: str,
     ratio: float = 0,
+    unknown_only: bool = False,
 ) -> dict[str, Tensor]:
     """Gradient descent on cross-entropy and distillation from the weights before; four new examples a step."""
     weights = before
     for numbers in steps:
-        chosen = {"new": numbers[:4], "replayed": numbers[4:], "all": numbers}[on]
+        new = [one for one in numbers[:4] if not unknown_only or int(stack([one])[1]) not in seen]
+        chosen = {"new": new, "replayed": numbers[4:], "all": [*new, *numbers[4:]]}[on]
         factor = strength / {"new": 4, "replayed": 4 * ratio, "all": 4 * (1 + ratio)}[on]
 
         def loss(at: Any, numbers: Any = numbers, chosen: Any = chosen, factor: float = factor) -> Tensor:
@@ -74,6 +76,16 @@ def test_the_weights_are_those_of_the_paper(on: Any, growing: bool) -> None:
         assert [len(numbers) for numbers in module.numbers] == [6] * 4
         assert_same(module, paper(before, module.numbers, seen, 1.5, 3.0, on, 0.5), rtol=1e-5)
     assert distil.seen == {0, 1, 2, 3}
+
+
+def test_a_class_that_returns_is_learned_from_its_labels() -> None:
+    replay, distil, module = Replay(5, replay_ratio=0.5), Distillation(1.5, 3.0, on="all", unknown_only=True), Net(4)
+    fit(module, FIRST, replay, distil)
+    for data, seen in ((SECOND, [0, 1]), (THIRD, [0, 1, 2]), (FIRST, [0, 1, 2, 3])):
+        before = copy_of(module)
+        module.numbers.clear()
+        fit(module, DataLoader(data, batch_size=4, shuffle=True), distil, replay)
+        assert_same(module, paper(before, module.numbers, seen, 1.5, 3.0, "all", 0.5, unknown_only=True), rtol=1e-5)
 
 
 def test_without_replay_and_in_any_order_of_the_data() -> None:
@@ -245,6 +257,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(
         ({"of": "weights"}, r"of must be one of \['logits', 'features'\], got 'weights'"),
         ({"top_k": 0}, "top_k must be positive, got 0"),
         ({"top_k": 2, "of": "features"}, "top_k chooses among logits"),
+        ({"unknown_only": True, "of": "features"}, "unknown_only chooses among new examples for of='logits'"),
+        ({"unknown_only": True, "on": "replayed"}, "unknown_only chooses among new examples"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -28,7 +28,7 @@ METHODS = (
     "ewc",
     "replay+ewc",
     "l2sp+loss",
-    "replay+imprint+adjust",
+    "replay+imprint+adjust+unknown",
     "dark",
     "mir",
     "replay+distil",

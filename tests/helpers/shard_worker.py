@@ -149,6 +149,7 @@ def methods(name: str) -> list[pl.Callback]:
         "loss": lambda: [LogitDecay()],
         "imprint": lambda: [Imprinting(examples_per_class=20)],
         "distil": lambda: [Distillation(on="all")],
+        "unknown": lambda: [Distillation(2.0, on="all", unknown_only=True)],
         "wise": lambda: [WiSEFT((0.25, 0.5))],
         "erace": lambda: [ERACE("batch")],
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],

@@ -193,7 +193,7 @@ def test_no_decay_on_biases_and_norms(model):
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-@pytest.mark.parametrize(("head", "rate"), [("linear", 2e-4), ("cosine", 2e-4 / 6)])
+@pytest.mark.parametrize(("head", "rate"), [("linear", 2e-4), ("cosine", 1e-4)])
 def test_the_learning_rate_follows_the_size_and_the_head(model, head, rate):
     assert build(model, head=head).default_learning_rate() == rate
     assert build(model, head=head, learning_rate=3e-5).learning_rate == 3e-5
