@@ -424,6 +424,9 @@ class Job:
         if method.memory is not None:
             n_train = 100 if self.quick else self._n_train(stream, seed, split)
             full["memory_size"] = min(method.memory(STREAMS[stream], n_train), n_train)
+        if method.run in (_preset, _preset_at_once):  # another preset makes other cells
+            parts = json.dumps(asdict(preset("text_classification", memory_size=600)), sort_keys=True)
+            full["preset"] = hashlib.sha256(parts.encode()).hexdigest()[:8]
         return Cell(stream, method.run.__name__, method.joint, full, seed, split, self.quick, self.model)
 
     @functools.cache  # noqa: B019 (as many as streams and seeds)
