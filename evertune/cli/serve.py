@@ -14,6 +14,7 @@ from evertune.utils.terminal import complain
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
     from evertune.serve.service import Service
+    from evertune.serve.settings import AccessSettings
 
 _EPILOG = (
     "Example: evertune serve --registry registry --server.port 8000, then: curl http://127.0.0.1:8000/predict -H "
@@ -47,11 +48,12 @@ def serve(arguments: Sequence[str]) -> int:
         log_to(as_json=None if made.server.log == "auto" else made.server.log == "json")
     try:
         service = _service(made)
+        made.access.check_for(made.server)
         if made.check:
-            return _check(service)
+            return _check(service, made.access)
         from evertune.serve.server import run
 
-        run(service, made.server)
+        run(service, made.server, made.access)
     except (RegistryError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         if made.check:
             complain("evertune serve", error)
@@ -63,7 +65,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _parser() -> LightningArgumentParser:
     from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
-    from evertune.serve.settings import BatchSettings, LimitSettings, ServerSettings
+    from evertune.serve.settings import AccessSettings, BatchSettings, LimitSettings, ServerSettings
 
     parser = command_parser(
         prog="evertune serve",
@@ -78,6 +80,7 @@ def _parser() -> LightningArgumentParser:
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
     parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
     parser.add_class_arguments(ServerSettings, "server")
+    parser.add_class_arguments(AccessSettings, "access")
     parser.add_class_arguments(BatchSettings, "batching")
     parser.add_class_arguments(LimitSettings, "limits")
     return parser
@@ -100,9 +103,12 @@ def _service(made: Namespace | Any) -> Service:
     )
 
 
-def _check(service: Service) -> int:
+def _check(service: Service, access: AccessSettings) -> int:
     """Start everything but the socket."""
+    from evertune.serve.access import Access
     from evertune.serve.messages import One
+
+    Access(access)
 
     async def once() -> int:
         await service.start()
