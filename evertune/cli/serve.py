@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.parsing import command_parser
+from evertune.sources.masking import Masker
+from evertune.utils.plugins import load_classes
 from evertune.utils.terminal import complain
 
 if TYPE_CHECKING:
@@ -65,8 +67,16 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _parser() -> LightningArgumentParser:
     from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
-    from evertune.serve.settings import AccessSettings, BatchSettings, LimitSettings, ServerSettings
+    from evertune.serve.settings import (
+        AccessSettings,
+        BatchSettings,
+        LimitSettings,
+        LogSettings,
+        ServerSettings,
+        TrafficSettings,
+    )
 
+    load_classes()  # so that a configuration can name the maskers of plug-ins
     parser = command_parser(
         prog="evertune serve",
         description="Answer requests over HTTP with the version in production, and follow its alias.",
@@ -83,10 +93,16 @@ def _parser() -> LightningArgumentParser:
     parser.add_class_arguments(AccessSettings, "access")
     parser.add_class_arguments(BatchSettings, "batching")
     parser.add_class_arguments(LimitSettings, "limits")
+    parser.add_class_arguments(TrafficSettings, "traffic")
+    parser.add_class_arguments(LogSettings, "log")
+    parser.add_argument(
+        "--masker", type=Masker | None, default=None, help="takes personal data out of the log: PatternMasker"
+    )
     return parser
 
 
 def _service(made: Namespace | Any) -> Service:
+    from evertune.serve.log import RequestLog
     from evertune.serve.service import Service
     from evertune.utils.extras import library
 
@@ -97,6 +113,8 @@ def _service(made: Namespace | Any) -> Service:
         made.alias,
         batching=made.batching,
         limits=made.limits,
+        traffic=made.traffic,
+        log=None if made.log.path is None else RequestLog(made.log, made.masker),
         poll=made.poll,
         wait=made.wait,
         device=made.device,

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evertune.serve.access import Access, Client, DeniedError
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import NotReadyError
-from evertune.serve.messages import PREDICT, Answers, Error, Many, One, Problem
+from evertune.serve.messages import FEEDBACK, PREDICT, Accepted, Answers, Error, Feedback, Many, One, Problem
 from evertune.serve.openapi import page, specification
 from evertune.serve.service import Service
 from evertune.serve.settings import AccessSettings
@@ -78,6 +78,21 @@ class _Endpoints:
         self.access.charge(client, 1 if isinstance(body, One) else len(body.records))
         answers = await self.service.predict(body)
         return _json(answers[0] if isinstance(body, One) else Answers.model_construct(answers=answers))
+
+    async def feedback(self, request: Request) -> Response:
+        self._admit(request, "feedback")
+        body = await self._read(request, FEEDBACK)
+        labels = [body] if isinstance(body, Feedback) else body.feedback
+        if len(labels) > self.service.limits.max_records:
+            words = f"{len(labels)} labels, more than {self.service.limits.max_records} in a request"
+            raise RefusedError(422, words, reason="invalid")
+        if self.service.log is None:
+            raise RefusedError(404, "this server keeps no log of requests, so it takes no labels", reason="no log")
+        try:
+            taken = self.service.feedback(labels)
+        except ValueError as error:
+            raise RefusedError(422, str(error), reason="invalid") from None
+        return _json(Accepted(accepted=taken, ignored=len(labels) - taken), 202)
 
     async def health(self, request: Request) -> Response:
         why = self.service.why_unhealthy
@@ -154,8 +169,8 @@ class _Endpoints:
 def application(service: Service, access: Access | None = None, hosts: tuple[str, ...] | None = _LOOPBACK) -> Starlette:
     """The service as an ASGI application, for ``evertune serve`` or a server of your own.
 
-    ``POST /predict``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The service starts
-    and ends with the application's lifespan.
+    ``POST /predict`` and ``/feedback``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The
+    service starts and ends with the application's lifespan.
 
     Args:
         service: What answers.
@@ -170,6 +185,7 @@ def application(service: Service, access: Access | None = None, hosts: tuple[str
     endpoints = _Endpoints(service, access or Access(AccessSettings()))
     routes = [
         Route("/predict", endpoints.predict, methods=["POST"]),
+        Route("/feedback", endpoints.feedback, methods=["POST"]),
         Route("/health", endpoints.health),
         Route("/ready", endpoints.ready),
         Route("/metrics", endpoints.metrics),

@@ -47,6 +47,15 @@ def specification() -> dict[str, Any]:
                     "Classify one text, or several", [One, Many], [Answer, Answers], {"text": "Shares fell."}
                 )
             },
+            "/feedback": {
+                "post": _operation(
+                    "Send the right label of a record, or of several, once it is known",
+                    [Feedback, Feedbacks],
+                    [Accepted],
+                    {"id": "t-1", "label": "business"},
+                    "202",
+                )
+            },
             "/health": {"get": _plain("Whether the process works (liveness)", "Why it does not")},
             "/ready": {"get": _plain("Which versions answer (readiness)", "No version is loaded, or it is ending")},
             "/metrics": {"get": _plain("Metrics for Prometheus")},

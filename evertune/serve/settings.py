@@ -108,6 +108,59 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """The log of requests and their answers, from which a model can learn.
+
+    Args:
+        path: Folder of the log. Default: nothing is logged, and ``/feedback`` takes no labels.
+        share: Share of the requests that is logged, from 0 to 1, chosen by their ids. Default: all.
+        keep_days: Days after which files are deleted. Choose more than an update may take to come: what was not read
+            yet is lost. Default: they are kept.
+        max_bytes: Size at which a new file begins. Default: 64 MiB.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    path: str | None = None
+    share: float = 1.0
+    keep_days: float | None = None
+    max_bytes: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_bytes", *(["keep_days"] if self.keep_days is not None else []))
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be between 0 and 1, got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficSettings:
+    """Versions that are served beside the one in production.
+
+    Args:
+        canary: Alias or number of a version that answers a share of the requests. Default: none.
+        canary_share: That share, from 0 to 1, chosen by the ids of the requests: the same id always gets the same
+            version. Default: 0.05.
+        shadow: Alias or number of a version that answers nobody: its answers are compared with those that were given.
+            Default: none. ``refused`` is the newest version that the gate did not let pass.
+        shadow_share: Share of the requests that the shadow answers too. Default: all.
+
+    Raises:
+        ValueError: If a share is not between 0 and 1.
+    """
+
+    canary: str | None = None
+    canary_share: float = 0.05
+    shadow: str | None = None
+    shadow_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("canary_share", "shadow_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AccessSettings:
     """Who may send requests.
 
