@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evertune.serve.keys import SCOPES, KeyFile
 from evertune.utils.terminal import complain, console, foreign
+from evertune.utils.typed_json import to_json
 
 _EXAMPLES = """\
 examples:
@@ -82,27 +83,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(file: KeyFile, as_json: bool) -> None:
-    now = datetime.now(UTC)
-    rows = [
-        {
-            "id": key.id,
-            "name": key.name,
-            "scopes": key.scopes,
-            "created": key.created.isoformat(),
-            "expires": None if key.expires is None else key.expires.isoformat(),
-            "rate": key.rate,
-            "valid": key.is_valid(now),
-        }
-        for key in file.read()
-    ]
+    now, known = datetime.now(UTC), file.read()
     if as_json:
+        shown = ("id", "name", "scopes", "created", "expires", "rate")
+        rows = [{**{name: to_json(getattr(key, name)) for name in shown}, "valid": key.is_valid(now)} for key in known]
         print(json.dumps(rows))
         return
     from rich.table import Table
 
-    table = Table(*("id", "name", "scopes", "created", "expires", "rate"), box=None)
-    for row in rows:
-        expires = (row["expires"] or "never") if row["valid"] else "expired"
-        scopes, rate = " ".join(row["scopes"]), "any" if row["rate"] is None else f"{row['rate']:g}/s"
-        table.add_row(*map(foreign, (row["id"], row["name"], scopes, row["created"], expires, rate)))
+    table = Table("id", "name", "scopes", "created", "expires", "rate", box=None)
+    for key in known:
+        expires = "never" if key.expires is None else key.expires.isoformat() if key.is_valid(now) else "expired"
+        rate = "any" if key.rate is None else f"{key.rate:g}/s"
+        table.add_row(*map(foreign, (key.id, key.name, " ".join(key.scopes), key.created.isoformat(), expires, rate)))
     console().print(table)

@@ -85,7 +85,8 @@ class RequestLog:
         now = _now()
         for record, answer in zip(records, answers, strict=True):
             if self.takes(record.id):
-                line = {"kind": "shadow" if role == "shadow" else "request", "id": record.id, "time": now}
+                kind = "shadow" if role == "shadow" else "request"
+                line: dict[str, Any] = {"kind": kind, "id": record.id, "time": now}
                 if role != "shadow":
                     line["text"] = record.text
                 self._put({**line, **_summary(answer), "role": role})
