@@ -96,7 +96,7 @@ class KeyFile:
             return from_json(_Content, decode(self.path.read_bytes())).keys
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"there is no file {self.path}: make a key with `evertune keys add {self.path} --name web`"
+                f"cannot find {self.path}: make a key with `evertune keys add {self.path} --name web`"
             ) from None
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {error}") from None
