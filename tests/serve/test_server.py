@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -160,6 +161,57 @@ def test_slow_clients_are_cut_off(server: Running) -> None:
     assert server.raw(head) == b""  # headers that never end
     assert server.raw(head + b"\r\n{").startswith(b"HTTP/1.1 408 ")  # a body that never ends
     assert time.monotonic() - start < PATIENCE / 4
+
+
+def abuse(draw: random.Random) -> tuple[bytes, set[int]]:
+    """A request that no good client sends, and the statuses that may answer it."""
+    junk = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 200)))
+    head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    as_json = head + b"content-type: application/json\r\n"
+
+    def with_body(body: bytes, before: bytes = as_json) -> bytes:
+        return before + b"content-length: %d\r\n\r\n" % len(body) + body
+
+    def nested(depth: int) -> bytes:
+        return b'{"text":' * depth + b"1" + b"}" * depth
+
+    path = "".join(draw.choices(["/", "..", "%2e", "%00", "%0d%0a", "etc", "predict", "?x=", "a"], k=6)).encode()
+    return draw.choice(
+        [
+            (with_body(junk), {400}),
+            (with_body(b'{"text": "' + junk + b'"}'), {200, 400, 422}),
+            (with_body(nested(draw.randrange(2, 5_000))), {400, 422}),
+            (with_body(json.dumps({"text": draw.choice([None, 1, [], {}, True, ["a"], ["", ""]])}).encode()), {422}),
+            (with_body(json.dumps({"records": [{"text": "a"}] * draw.randrange(257, 400)}).encode()), {422}),
+            (with_body(b'{"text": "' + b"a" * draw.randrange(100_001, 200_000) + b'"}'), {422}),
+            (with_body(b"{}", head), {415}),
+            (as_json + b"content-length: %d\r\n\r\n" % draw.randrange(1 << 21, 1 << 60), {413}),
+            (as_json + b"transfer-encoding: chunked\r\n\r\nzz\r\n", {400, 0}),
+            (with_body(b"{}", as_json + b"x: a\r\n b\r\n"), {400, 422}),
+            (with_body(b"{}", as_json + b"content-length: 7\r\n"), {400}),
+            (b"GET /" + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", {400, 404, 405, 307}),
+            (b"DELETE /predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", {405}),
+            (b"GET /health HTTP/1.1\r\nhost: " + junk.hex().encode() + b"\r\nconnection: close\r\n\r\n", {421}),
+            (junk + b"\r\n\r\n", {400, 0}),
+            (as_json[: draw.randrange(len(head) + 1, len(as_json))] + b"\r\n\r\n", {400, 415, 408}),
+        ]
+    )
+
+
+@pytest.mark.parametrize("n_requests", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_abuse_gets_its_status_and_good_requests_are_answered_all_along(server: Running, n_requests: int) -> None:
+    def attack(seed: int) -> None:
+        draw = random.Random(seed)
+        data, allowed = abuse(draw)
+        answer = server.raw(data)
+        status = int(answer.split(b" ", 2)[1]) if answer else 0
+        assert status in allowed, (data[:300], answer[:300])
+        assert b"Traceback" not in answer
+        if seed % 10 == 0:
+            assert httpx.post(f"{server.url}/predict", json={"text": "vote"}).status_code == 200
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(attack, range(n_requests)))
 
 
 def test_the_log_has_no_traceback(server: Running) -> None:
