@@ -122,6 +122,8 @@ class SynapticIntelligence(QuadraticMethod):
 
 _BLOCK = 128
 """Weights whose gradient is looked at together: those of tokens that are not in the batch have none."""
+_LARGE = 1 << 20
+"""Elements from which on a fragment may be an embedding, and is looked at for blocks without a gradient."""
 _CHUNK = 1 << 16
 """Elements processed at a time, as many as stay in the caches of a CPU between two operations."""
 
@@ -137,8 +139,10 @@ class _Step:
 
     def __init__(self, gradient: Tensor, value: Tensor, scale: float) -> None:
         n_whole = gradient.numel() // _BLOCK * _BLOCK
-        moving = torch.linalg.vector_norm(gradient[:n_whole].view(-1, _BLOCK), dim=1).nonzero().squeeze(1)
-        self._blocks = moving if 2 * _BLOCK * len(moving) < n_whole else None
+        self._blocks: Tensor | None = None
+        if n_whole >= _LARGE:
+            moving = torch.linalg.vector_norm(gradient[:n_whole].view(-1, _BLOCK), dim=1).nonzero().squeeze(1)
+            self._blocks = moving if 2 * _BLOCK * len(moving) < n_whole else None
         self._gradient = self._of(gradient).to(torch.float32, copy=True)
         self._start = self._of(value).to(torch.float32, copy=True)
         if scale != 1:

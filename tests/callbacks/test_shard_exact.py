@@ -44,7 +44,6 @@ METHODS = (
     "osft",
     "replay+olora+adjust",
     "seq",
-    "replay+inflora",
     "lora-ties",
     "replay+lora-max",
 )
