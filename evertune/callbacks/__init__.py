@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.ewc import EWC as EWC
     from evertune.callbacks.gem import GEM as GEM
     from evertune.callbacks.imprinting import Imprinting as Imprinting
+    from evertune.callbacks.inf_lora import InfLoRA as InfLoRA
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
@@ -51,6 +52,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.ewc": "EWC",
         "evertune.callbacks.gem": "GEM",
         "evertune.callbacks.imprinting": "Imprinting",
+        "evertune.callbacks.inf_lora": "InfLoRA",
         "evertune.callbacks.l2sp": "L2SP",
         "evertune.callbacks.logit_adjustment": "LogitAdjustment",
         "evertune.callbacks.mas": "MAS",

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.parsing import command_parser
+from evertune.sources.masking import Masker
+from evertune.utils.plugins import load_classes
 from evertune.utils.terminal import complain
 
 if TYPE_CHECKING:
     from evertune._lightning import LightningArgumentParser
     from evertune.serve.service import Service
+    from evertune.serve.settings import AccessSettings
 
 _EPILOG = (
     "Example: evertune serve --registry registry --server.port 8000, then: curl http://127.0.0.1:8000/predict -H "
@@ -47,11 +50,12 @@ def serve(arguments: Sequence[str]) -> int:
         log_to(as_json=None if made.server.log == "auto" else made.server.log == "json")
     try:
         service = _service(made)
+        made.access.check_for(made.server)
         if made.check:
-            return _check(service)
+            return _check(service, made.access)
         from evertune.serve.server import run
 
-        run(service, made.server)
+        run(service, made.server, made.access)
     except (RegistryError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         if made.check:
             complain("evertune serve", error)
@@ -63,8 +67,16 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _parser() -> LightningArgumentParser:
     from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
-    from evertune.serve.settings import BatchSettings, LimitSettings, ServerSettings
+    from evertune.serve.settings import (
+        AccessSettings,
+        BatchSettings,
+        LimitSettings,
+        LogSettings,
+        ServerSettings,
+        TrafficSettings,
+    )
 
+    load_classes()  # so that a configuration can name the maskers of plug-ins
     parser = command_parser(
         prog="evertune serve",
         description="Answer requests over HTTP with the version in production, and follow its alias.",
@@ -78,12 +90,19 @@ def _parser() -> LightningArgumentParser:
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
     parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
     parser.add_class_arguments(ServerSettings, "server")
+    parser.add_class_arguments(AccessSettings, "access")
     parser.add_class_arguments(BatchSettings, "batching")
     parser.add_class_arguments(LimitSettings, "limits")
+    parser.add_class_arguments(TrafficSettings, "traffic")
+    parser.add_class_arguments(LogSettings, "log")
+    parser.add_argument(
+        "--masker", type=Masker | None, default=None, help="takes personal data out of the log: PatternMasker"
+    )
     return parser
 
 
 def _service(made: Namespace | Any) -> Service:
+    from evertune.serve.log import RequestLog
     from evertune.serve.service import Service
     from evertune.utils.extras import library
 
@@ -94,15 +113,20 @@ def _service(made: Namespace | Any) -> Service:
         made.alias,
         batching=made.batching,
         limits=made.limits,
+        traffic=made.traffic,
+        log=None if made.log.path is None else RequestLog(made.log, made.masker),
         poll=made.poll,
         wait=made.wait,
         device=made.device,
     )
 
 
-def _check(service: Service) -> int:
+def _check(service: Service, access: AccessSettings) -> int:
     """Start everything but the socket."""
+    from evertune.serve.access import Access
     from evertune.serve.messages import One
+
+    Access(access)
 
     async def once() -> int:
         await service.start()

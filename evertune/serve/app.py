@@ -19,11 +19,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evertune.serve.access import Access, Client, DeniedError
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import NotReadyError
-from evertune.serve.messages import PREDICT, Answers, Error, Many, One, Problem
+from evertune.serve.messages import FEEDBACK, PREDICT, Accepted, Answers, Error, Feedback, Many, One, Problem
 from evertune.serve.openapi import page, specification
 from evertune.serve.service import Service
+from evertune.serve.settings import AccessSettings
 
 T = TypeVar("T")
 _Endpoint = Callable[[Request], Awaitable[Response]]
@@ -67,12 +69,30 @@ class _Endpoints:
     """The endpoints of a service."""
 
     service: Service
+    access: Access
 
     async def predict(self, request: Request) -> Response:
+        client = self._admit(request, "predict")
         body = await self._read(request, PREDICT)
         self._check_size(body)
+        self.access.charge(client, 1 if isinstance(body, One) else len(body.records))
         answers = await self.service.predict(body)
         return _json(answers[0] if isinstance(body, One) else Answers.model_construct(answers=answers))
+
+    async def feedback(self, request: Request) -> Response:
+        self._admit(request, "feedback")
+        body = await self._read(request, FEEDBACK)
+        labels = [body] if isinstance(body, Feedback) else body.feedback
+        if len(labels) > self.service.limits.max_records:
+            words = f"{len(labels)} labels, more than {self.service.limits.max_records} in a request"
+            raise RefusedError(422, words, reason="invalid")
+        if self.service.log is None:
+            raise RefusedError(404, "this server keeps no log of requests, so it takes no labels", reason="no log")
+        try:
+            taken = self.service.feedback(labels)
+        except ValueError as error:
+            raise RefusedError(422, str(error), reason="invalid") from None
+        return _json(Accepted(accepted=taken, ignored=len(labels) - taken), 202)
 
     async def health(self, request: Request) -> Response:
         why = self.service.why_unhealthy
@@ -84,6 +104,7 @@ class _Endpoints:
         return JSONResponse({"status": status, **self.service.status}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        self._admit(request, "metrics")
         content, kind = self.service.metrics.page(request.headers.get("accept", ""))
         return Response(content, media_type=kind)
 
@@ -92,6 +113,10 @@ class _Endpoints:
 
     async def docs(self, request: Request) -> Response:
         return HTMLResponse(page(), headers=_PAGE)
+
+    def _admit(self, request: Request, scope: str) -> Client:
+        address = request.client.host if request.client else ""
+        return self.access.admit(request.headers, address, scope)
 
     # --- bodies
 
@@ -141,14 +166,15 @@ class _Endpoints:
                 )
 
 
-def application(service: Service, hosts: tuple[str, ...] | None = _LOOPBACK) -> Starlette:
+def application(service: Service, access: Access | None = None, hosts: tuple[str, ...] | None = _LOOPBACK) -> Starlette:
     """The service as an ASGI application, for ``evertune serve`` or a server of your own.
 
-    ``POST /predict``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The service starts
-    and ends with the application's lifespan.
+    ``POST /predict`` and ``/feedback``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The
+    service starts and ends with the application's lifespan.
 
     Args:
         service: What answers.
+        access: Who may send requests. Default: anyone.
         hosts: Names that a request may give as its host; None for any. Default: those of this machine, so that a page
             in a browser cannot reach the server through a name of its own (DNS rebinding).
 
@@ -156,9 +182,10 @@ def application(service: Service, hosts: tuple[str, ...] | None = _LOOPBACK) -> 
 
         app = application(Service("registry"))  # then: uvicorn my_module:app
     """
-    endpoints = _Endpoints(service)
+    endpoints = _Endpoints(service, access or Access(AccessSettings()))
     routes = [
         Route("/predict", endpoints.predict, methods=["POST"]),
+        Route("/feedback", endpoints.feedback, methods=["POST"]),
         Route("/health", endpoints.health),
         Route("/ready", endpoints.ready),
         Route("/metrics", endpoints.metrics),
@@ -242,15 +269,19 @@ def _as_refused(error: Exception) -> RefusedError:
     match error:
         case RefusedError():
             return error
+        case DeniedError():
+            status, words, reason, headers = error.status, error.error, error.reason, error.headers
         case OverloadedError():
-            return RefusedError(429, str(error), headers={"retry-after": str(error.retry_after)}, reason="overloaded")
+            status, words, reason, headers = 429, str(error), "overloaded", {"retry-after": str(error.retry_after)}
         case NotReadyError():
-            return RefusedError(503, str(error), headers={"retry-after": "5"}, reason="not ready")
+            status, words, reason, headers = 503, str(error), "not ready", {"retry-after": "5"}
         case TimeoutError():
-            return RefusedError(503, "there was no answer in time", headers={"retry-after": "1"}, reason="timeout")
+            status, words, reason, headers = 503, "there was no answer in time", "timeout", {"retry-after": "1"}
         case ValueError() | TypeError() if _is_of_texts(error):
-            return RefusedError(422, str(error), reason="invalid")
-    return RefusedError(500, "internal server error", reason="error")
+            status, words, reason, headers = 422, str(error), "invalid", {}
+        case _:
+            status, words, reason, headers = 500, "internal server error", "error", {}
+    return RefusedError(status, words, reason=reason, headers=headers)
 
 
 def _is_of_texts(error: Exception) -> bool:

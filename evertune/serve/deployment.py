@@ -145,11 +145,11 @@ class Deployment:
             await asyncio.sleep(self._poll)
             try:
                 await asyncio.to_thread(self._load)
-            except RegistryError as error:
-                self._reason = str(error)
             except Exception as error:  # the next version may do better
-                self._reason = f"{type(error).__name__}: {error}"
-                logger.warning("%s is not loaded: %s", self.role, self._reason, extra={"event": "waiting"})
+                reason = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}"
+                if reason != self._reason:
+                    logger.warning("%s is not loaded: %s", self.role, reason, extra={"event": "waiting"})
+                self._reason = reason
 
     def _swapped(self, version: Version) -> None:
         self._metrics.version(self.role, version.number, swapped=True)

@@ -90,6 +90,7 @@ class Accepted(BaseModel):
     """How many labels were taken."""
 
     accepted: int
+    ignored: int = Field(description="Labels of requests outside the share that is logged.")
 
 
 class Problem(BaseModel):

@@ -50,6 +50,12 @@ class ServeMetrics:
         self._compared = counter(
             "evertune_serve_shadow_total", "Answers of the shadow compared with those given", ("result",), **own
         )
+        self._canary = counter(
+            "evertune_serve_canary_failures_total",
+            "Requests that production answered for the canary",
+            ("error",),
+            **own,
+        )
         self._log = counter("evertune_serve_log_lines_total", "Lines of the request log", ("result",), **own)
         self.queued = gauge("evertune_serve_queued_records", "Records that wait for their turn", ("role",), **own)
         """Records that wait for their turn, by role."""
@@ -90,9 +96,13 @@ class ServeMetrics:
         if swapped:
             self._swaps.labels(role).inc()
 
-    def compared(self, result: str) -> None:
-        """Count an answer of the shadow: ``agrees``, ``differs``, ``dropped`` or ``failed``."""
-        self._compared.labels(result).inc()
+    def canary_failed(self, error: str) -> None:
+        """Count a request that the canary did not answer, by the name of the error."""
+        self._canary.labels(error).inc()
+
+    def compared(self, result: str, answers: int = 1) -> None:
+        """Count answers of the shadow: ``agrees``, ``differs``, ``dropped`` or ``failed``."""
+        self._compared.labels(result).inc(answers)
 
     def logged(self, result: str, lines: int = 1) -> None:
         """Count lines of the request log: ``written``, ``dropped`` or ``failed``."""

@@ -16,6 +16,8 @@ from evertune.serve.messages import Accepted, Answer, Answers, Error, Feedback, 
 
 _REFUSALS = {
     "400": "The body is not JSON",
+    "401": "The API key or token is missing, wrong or expired",
+    "403": "The API key or token does not have the scope",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
     "415": "The body is not declared as JSON",
@@ -45,13 +47,26 @@ def specification() -> dict[str, Any]:
                     "Classify one text, or several", [One, Many], [Answer, Answers], {"text": "Shares fell."}
                 )
             },
+            "/feedback": {
+                "post": _operation(
+                    "Send the right label of a record, or of several, once it is known",
+                    [Feedback, Feedbacks],
+                    [Accepted],
+                    {"id": "t-1", "label": "business"},
+                    "202",
+                )
+            },
             "/health": {"get": _plain("Whether the process works (liveness)", "Why it does not")},
             "/ready": {"get": _plain("Which versions answer (readiness)", "No version is loaded, or it is ending")},
             "/metrics": {"get": _plain("Metrics for Prometheus")},
             "/openapi.json": {"get": _plain("This document")},
             "/docs": {"get": _plain("This document as a page")},
         },
-        "components": {"schemas": schemas["$defs"]},
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "An API key or a token"}},
+        },
+        "security": [{"key": []}, {}],
     }
 
 

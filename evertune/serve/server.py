@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from evertune.serve.access import Access
 from evertune.serve.app import application
 from evertune.serve.service import Service
-from evertune.serve.settings import ServerSettings
+from evertune.serve.settings import AccessSettings, ServerSettings
 
 _KEEP_ALIVE = 75
 """Seconds that a connection without requests stays open: longer than load balancers and clients keep theirs, so that
@@ -26,23 +28,30 @@ _MOST_HEADERS = 1 << 14  # bytes
 logger = logging.getLogger("evertune.serve")
 
 
-def run(service: Service, settings: ServerSettings) -> None:
+def run(service: Service, settings: ServerSettings, access: AccessSettings | None = None) -> None:
     """Serve until SIGTERM or SIGINT. A second signal ends the requests under way.
 
+    Args:
+        service: What answers.
+        settings: Where to listen.
+        access: Who may send requests. Default: anyone on this machine.
+
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is taken, or the file of a key or certificate cannot be read.
         RegistryError: If there is no version to serve.
         TypeError: If the module does not classify.
+        ValueError: If other machines can reach the server, and nothing is asked of them; or a file is damaged.
     """
-    listening = _listen(settings)
-    with listening:
-        asyncio.run(_run(service, settings, listening))
+    access = access or AccessSettings()
+    access.check_for(settings)
+    with _listen(settings) as listening:
+        asyncio.run(_run(service, settings, Access(access), listening))
 
 
-async def _run(service: Service, settings: ServerSettings, listening: socket.socket) -> None:
+async def _run(service: Service, settings: ServerSettings, access: Access, listening: socket.socket) -> None:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below, it logs what any client can cause
     config = uvicorn.Config(
-        application(service, (*_own_names(settings),) if settings.is_local else None),
+        application(service, access, (*_own_names(settings),) if settings.is_local else None),
         http=_protocol(service.limits.read_timeout),
         ws="none",
         lifespan="off",
@@ -53,12 +62,18 @@ async def _run(service: Service, settings: ServerSettings, listening: socket.soc
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(settings.grace)),
         h11_max_incomplete_event_size=_MOST_HEADERS,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
+        ssl_ca_certs=settings.client_authority,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.client_authority else ssl.CERT_NONE,
     )
+    config.load()  # a certificate that cannot be read is an error before anything is loaded
     try:
         # Not in the application's lifespan, where an error would end in a traceback.
         await service.start()
         address = "{}:{}".format(*listening.getsockname()[:2])
-        logger.info("listening on %s", f"http://{address}", extra={"event": "listening", "address": address})
+        scheme = "https" if settings.certificate else "http"
+        logger.info("listening on %s", f"{scheme}://{address}", extra={"event": "listening", "address": address})
         await _Server(config, service, settings.drain).serve([listening])
     finally:
         await service.close()

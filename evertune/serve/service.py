@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from evertune.registry.registry import Registry
 from evertune.registry.serving import Predictor
-from evertune.serve.batching import Predicted
-from evertune.serve.deployment import Deployment
-from evertune.serve.messages import Answer, Many, One, answer
+from evertune.serve.batching import OverloadedError
+from evertune.serve.deployment import Deployment, NotReadyError
+from evertune.serve.log import RequestLog, share_of
+from evertune.serve.messages import Answer, Feedback, Many, One, Record, answer
 from evertune.serve.metrics import ServeMetrics
-from evertune.serve.settings import BatchSettings, LimitSettings
+from evertune.serve.settings import BatchSettings, LimitSettings, TrafficSettings
 
 STUCK = 10
 """Timeouts of a request after which a batch that has not ended means that the process must be restarted."""
+
+logger = logging.getLogger("evertune.serve")
 
 
 class Service:
@@ -25,6 +31,8 @@ class Service:
         alias: ``production``, another alias, or the number of a version.
         batching: How requests are put together.
         limits: What a single request may cost.
+        traffic: Versions that are served beside it: a canary, a shadow.
+        log: Where requests, answers and labels are logged. Default: nowhere.
         poll: Seconds between two looks at the alias. Default: 5.
         wait: Wait for the first version if there is none yet, rather than failing. Default: False.
         module_class: Class of a module that is not a built-in one.
@@ -42,6 +50,8 @@ class Service:
         *,
         batching: BatchSettings | None = None,
         limits: LimitSettings | None = None,
+        traffic: TrafficSettings | None = None,
+        log: RequestLog | None = None,
         poll: float = 5.0,
         wait: bool = False,
         module_class: type[Predictor] | None = None,
@@ -50,35 +60,48 @@ class Service:
         if poll <= 0:
             raise ValueError(f"poll must be a positive number of seconds, got {poll}")
         registry = registry if isinstance(registry, Registry) else Registry(registry)
-        self.limits = limits or LimitSettings()
+        self.limits, self.log = limits or LimitSettings(), log
         self.metrics = ServeMetrics()
         self.draining = False
         """Whether the server is about to end: it still answers, but is not ready for more."""
-        self.production = Deployment(
-            "production",
-            registry,
-            alias,
-            batching or BatchSettings(),
-            self.metrics,
+        self._traffic = traffic or TrafficSettings()
+        deployed = partial(
+            Deployment,
+            registry=registry,
+            batching=batching or BatchSettings(),
+            metrics=self.metrics,
             poll=poll,
-            wait=wait,
             module_class=module_class,
             device=device,
         )
+        self.production = deployed("production", alias=alias, wait=wait)
+        canary, shadow = self._traffic.canary, self._traffic.shadow
+        # Beside production, a version may be missing: `refused` is, as long as none was.
+        self._canary = None if canary is None else deployed("canary", alias=canary, wait=True)
+        self._shadow = None if shadow is None else deployed("shadow", alias=shadow, wait=True)
+        self._comparisons: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Load the version and begin to answer.
+        """Load the versions and begin to answer.
 
         Raises:
             RegistryError: If there is no version, and it does not wait for one; or the version is damaged.
             TypeError: If the module does not classify.
         """
-        await self.production.start()
+        for deployment in self.deployments:
+            await deployment.start()
+        if self.log is not None:
+            self.log.start(self.metrics)
 
     async def close(self) -> None:
-        """Stop answering."""
+        """Stop answering, and write what is still to be logged."""
         self.draining = True
-        await self.production.close()
+        for task in self._comparisons:
+            task.cancel()
+        for deployment in self.deployments:
+            await deployment.close()
+        if self.log is not None:
+            await asyncio.to_thread(self.log.close)
 
     async def predict(self, request: One | Many) -> list[Answer]:
         """The answers to a request, all of one version.
@@ -89,15 +112,59 @@ class Service:
             TimeoutError: If there is no answer within ``limits.timeout``.
             ValueError: If the model cannot read a text.
         """
-        records = [request] if isinstance(request, One) else request.records
+        records: Sequence[Record] = [request] if isinstance(request, One) else request.records
         async with asyncio.timeout(self.limits.timeout):
-            predicted: Predicted = await self.production.predict([record.input for record in records])
-        answers = [
-            answer(record, probabilities, predicted.several, predicted.version, request.top)
-            for record, probabilities in zip(records, predicted.answers, strict=True)
-        ]
-        self.metrics.answered("production", answers)
+            role, answers = await self._answers(records, request.top)
+        self.metrics.answered(role, answers)
+        if self.log is not None:
+            self.log.requests(records, answers, role)
+        if self._shadow is not None and share_of(records[0].id, "shadow") < self._traffic.shadow_share:
+            task = asyncio.create_task(self._compare(self._shadow, records, answers))
+            self._comparisons.add(task)
+            task.add_done_callback(self._comparisons.discard)
         return answers
+
+    def feedback(self, labels: Sequence[Feedback]) -> int:
+        """Log labels that came later; returns how many are in the share that is logged.
+
+        Raises:
+            ValueError: If one is not a label of the task, such as a list where a text has one label.
+        """
+        assert self.log is not None, "labels are logged, or not taken"
+        check = getattr(getattr(self.production.module, "task", None), "check_label", None)
+        if check is not None:
+            for number, one in enumerate(labels):
+                try:
+                    check(one.label)
+                except ValueError as error:
+                    raise ValueError(f"label {number} does not fit: {error}") from None
+        return self.log.feedback(labels)
+
+    async def _answers(self, records: Sequence[Record], top: int) -> tuple[str, list[Answer]]:
+        """The answers, and the role of the version that gave them. Whoever the canary fails gets production's."""
+        if self._canary is not None and share_of(records[0].id, "canary") < self._traffic.canary_share:
+            try:
+                return "canary", await _answers_of(self._canary, records, top)
+            except Exception as error:
+                self.metrics.canary_failed(type(error).__name__)
+        return "production", await _answers_of(self.production, records, top)
+
+    async def _compare(self, shadow: Deployment, records: Sequence[Record], given: Sequence[Answer]) -> None:
+        """Let the shadow answer too, and count how often it agrees."""
+        try:
+            answers = await _answers_of(shadow, records, 1)
+        except (OverloadedError, NotReadyError):
+            self.metrics.compared("dropped", len(records))
+            return
+        except Exception as error:
+            self.metrics.compared("failed", len(records))
+            logger.warning("the shadow failed: %s", type(error).__name__, extra={"event": "shadow"})
+            return
+        self.metrics.answered("shadow", answers)
+        for one, other in zip(answers, given, strict=True):
+            self.metrics.compared("agrees" if one.label == other.label else "differs")
+        if self.log is not None:
+            self.log.requests(records, answers, "shadow")
 
     @property
     def status(self) -> dict[str, Any]:
@@ -114,7 +181,7 @@ class Service:
     @property
     def deployments(self) -> list[Deployment]:
         """The versions that are served, production first."""
-        return [self.production]
+        return [one for one in (self.production, self._canary, self._shadow) if one is not None]
 
     @property
     def is_ready(self) -> bool:
@@ -128,3 +195,11 @@ class Service:
         if stuck > STUCK * self.limits.timeout:
             return f"a batch has not ended for {stuck:.0f} s"
         return None
+
+
+async def _answers_of(deployment: Deployment, records: Sequence[Record], top: int) -> list[Answer]:
+    predicted = await deployment.predict([record.input for record in records])
+    return [
+        answer(record, probabilities, predicted.several, predicted.version, top)
+        for record, probabilities in zip(records, predicted.answers, strict=True)
+    ]

@@ -69,9 +69,12 @@ class ServerSettings:
             load balancer sends no more. Default: 0; use 5 behind Kubernetes.
         grace: Most seconds that requests under way may take to end after that. Default: 30.
         log: JSON lines or plain text. Default: plain text on a terminal, else JSON.
+        certificate: File with the certificate (PEM, with the chain), for TLS. Default: plain HTTP.
+        private_key: File with the private key of the certificate.
+        client_authority: File with the certificates of an authority. Clients must then show one that it has signed.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or only one of ``certificate`` and ``private_key`` is given.
     """
 
     host: str = "127.0.0.1"
@@ -80,9 +83,16 @@ class ServerSettings:
     drain: float = 0.0
     grace: float = 30.0
     log: Literal["auto", "json", "words"] = "auto"
+    certificate: str | None = None
+    private_key: str | None = None
+    client_authority: str | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "max_connections", "grace")
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key belong together: give both, or neither")
+        if self.client_authority is not None and self.certificate is None:
+            raise ValueError("client_authority needs a certificate and its private_key")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port must be from 0 to 65535, got {self.port}")
         if self.drain < 0:
@@ -95,6 +105,116 @@ class ServerSettings:
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """The log of requests and their answers, from which a model can learn.
+
+    Args:
+        path: Folder of the log. Default: nothing is logged, and ``/feedback`` takes no labels.
+        share: Share of the requests that is logged, from 0 to 1, chosen by their ids. Default: all.
+        keep_days: Days after which files are deleted. Choose more than an update may take to come: what was not read
+            yet is lost. Default: they are kept.
+        max_bytes: Size at which a new file begins. Default: 64 MiB.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    path: str | None = None
+    share: float = 1.0
+    keep_days: float | None = None
+    max_bytes: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_bytes", *(["keep_days"] if self.keep_days is not None else []))
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be between 0 and 1, got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficSettings:
+    """Versions that are served beside the one in production.
+
+    Args:
+        canary: Alias or number of a version that answers a share of the requests. Default: none.
+        canary_share: That share, from 0 to 1, chosen by the ids of the requests: the same id always gets the same
+            version. Default: 0.05.
+        shadow: Alias or number of a version that answers nobody: its answers are compared with those that were given.
+            Default: none. ``refused`` is the newest version that the gate did not let pass.
+        shadow_share: Share of the requests that the shadow answers too. Default: all.
+
+    Raises:
+        ValueError: If a share is not between 0 and 1.
+    """
+
+    canary: str | None = None
+    canary_share: float = 0.05
+    shadow: str | None = None
+    shadow_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("canary_share", "shadow_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSettings:
+    """Who may send requests.
+
+    Args:
+        keys: File with the hashes of API keys, as ``evertune keys add`` writes it. Default: none are asked for.
+        open: Answer anyone, even on an address that other machines can reach. Default: False.
+        rate: Records a second that a client may send on average, unless its key says otherwise. Without keys and
+            tokens, a client is an address. Default: any number.
+        jwks: Public keys of an identity provider (a JSON web key set), as a file or an ``https://`` URL. Its tokens are
+            then accepted, beside API keys.
+        issuer: Issuer that a token must name; needed with ``jwks``.
+        audience: Audience that a token must name; needed with ``jwks``.
+        scope_claim: Claim of a token that lists its scopes: ``predict``, ``feedback``, ``metrics``. Default: ``scope``.
+
+    Raises:
+        ValueError: If settings do not fit together.
+    """
+
+    keys: str | None = None
+    open: bool = False
+    rate: float | None = None
+    jwks: str | None = None
+    issuer: str | None = None
+    audience: str | None = None
+    scope_claim: str = "scope"
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            _positive(self, "rate")
+        if self.jwks is not None and (self.issuer is None or self.audience is None):
+            raise ValueError("jwks needs issuer and audience: a token for somebody else must not be accepted")
+        if self.jwks is None and (self.issuer is not None or self.audience is not None):
+            raise ValueError("issuer and audience are those of tokens: give jwks, the public keys, too")
+        if self.jwks is not None and self.jwks.startswith("http://"):
+            raise ValueError("jwks must be a file or an https:// URL: over http:// anyone could replace the keys")
+        if self.open and self.asks:
+            raise ValueError("open answers anyone: leave it out, or keys and jwks")
+
+    @property
+    def asks(self) -> bool:
+        """Whether clients must identify themselves."""
+        return self.keys is not None or self.jwks is not None
+
+    def check_for(self, server: ServerSettings) -> None:
+        """Refuse to answer the whole network by accident.
+
+        Raises:
+            ValueError: If other machines can reach the server, nothing is asked of them, and ``open`` is not set.
+        """
+        if not server.is_local and not self.asks and not self.open and server.client_authority is None:
+            raise ValueError(
+                f"other machines can reach {server.host}: set access.keys (evertune keys add FILE --name web), "
+                "access.jwks or server.client_authority; or access.open=true to answer anyone"
+            )
 
 
 def _positive(settings: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Sources of records: folders, Kafka, Redis and SQL, with their schema, masking and labels."""
+"""Sources of records: folders, Kafka, Redis, SQL and logs of requests, with their schema, masking and labels."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evertune.sources.masking import PatternMasker as PatternMasker
     from evertune.sources.masking import PresidioMasker as PresidioMasker
     from evertune.sources.redis import RedisSource as RedisSource
+    from evertune.sources.requests import RequestLogSource as RequestLogSource
     from evertune.sources.schema import RecordSchema as RecordSchema
     from evertune.sources.sql import SQLSource as SQLSource
 
@@ -26,6 +27,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.sources.labels": "LabelJoin",
         "evertune.sources.masking": "Masker PatternMasker PresidioMasker",
         "evertune.sources.redis": "RedisSource",
+        "evertune.sources.requests": "RequestLogSource",
         "evertune.sources.schema": "RecordSchema",
         "evertune.sources.sql": "SQLSource",
     },

@@ -44,6 +44,7 @@ METHODS = (
     "osft",
     "replay+olora+adjust",
     "seq",
+    "replay+inflora",
     "lora-ties",
     "replay+lora-max",
 )

@@ -63,7 +63,7 @@ def updater(folder: str | Path, **changes: Any) -> Updater:
     model.task = changes.pop("task", model.task)
     return Updater(
         changes.pop("registry", folder / "registry"),
-        FolderSource(str(folder / "inbox")),
+        changes.pop("source", None) or FolderSource(str(folder / "inbox")),
         model,
         ContinualTrainer(**{**trainer, **changes.pop("trainer", {})}),
         **{**settings, **changes},

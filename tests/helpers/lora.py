@@ -88,9 +88,11 @@ class ByHand:
     """
 
     def __init__(self, module: Any, term: Callable[[list[Tensor], Tensor], Any] | None = None) -> None:
-        self.weights = {name: module.net[name].base_layer.weight.detach().double() for name in LAYERS}
-        self.biases = {name: module.net[name].base_layer.bias.detach().double() for name in LAYERS}
-        self.head = [module.head.weight.detach().double(), module.head.bias.detach().double()]
+        self.weights = {
+            name: module.net[name].base_layer.weight.detach().to(torch.float64, copy=True) for name in LAYERS
+        }
+        self.biases = {name: module.net[name].base_layer.bias.detach().to(torch.float64, copy=True) for name in LAYERS}
+        self.head = [p.detach().to(torch.float64, copy=True) for p in (module.head.weight, module.head.bias)]
         self.adapters: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in LAYERS}
         self.term, self.trains_down = term, True
 

@@ -156,6 +156,7 @@ def methods(name: str) -> list[pl.Callback]:
         "mir": lambda: [callbacks.MIR(memory_size=30, candidates=3, step_size=0.2)],
         "seq": lambda: [callbacks.SEQ()],
         "adjust": lambda: [LogitAdjustment()],
+        "inflora": lambda: [callbacks.InfLoRA(energy=0.8)],
         "lora-ties": lambda: [callbacks.MergedAdapters("ties", "pretrained", density=0.5)],
         "lora-max": lambda: [callbacks.MergedAdapters("magnitude")],
         "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from evertune.cli.main import main
 from evertune.lightning_modules import SequenceClassificationModule
@@ -155,6 +163,57 @@ def test_slow_clients_are_cut_off(server: Running) -> None:
     assert time.monotonic() - start < PATIENCE / 4
 
 
+def abuse(draw: random.Random) -> tuple[bytes, set[int]]:
+    """A request that no good client sends, and the statuses that may answer it."""
+    junk = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 200)))
+    head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    as_json = head + b"content-type: application/json\r\n"
+
+    def with_body(body: bytes, before: bytes = as_json) -> bytes:
+        return before + b"content-length: %d\r\n\r\n" % len(body) + body
+
+    def nested(depth: int) -> bytes:
+        return b'{"text":' * depth + b"1" + b"}" * depth
+
+    path = "".join(draw.choices(["/", "..", "%2e", "%00", "%0d%0a", "etc", "predict", "?x=", "a"], k=6)).encode()
+    return draw.choice(
+        [
+            (with_body(junk), {400}),
+            (with_body(b'{"text": "' + junk + b'"}'), {200, 400, 422}),
+            (with_body(nested(draw.randrange(2, 5_000))), {400, 422}),
+            (with_body(json.dumps({"text": draw.choice([None, 1, [], {}, True, ["a"], ["", ""]])}).encode()), {422}),
+            (with_body(json.dumps({"records": [{"text": "a"}] * draw.randrange(257, 400)}).encode()), {422}),
+            (with_body(b'{"text": "' + b"a" * draw.randrange(100_001, 200_000) + b'"}'), {422}),
+            (with_body(b"{}", head), {415}),
+            (as_json + b"content-length: %d\r\n\r\n" % draw.randrange(1 << 21, 1 << 60), {413}),
+            (as_json + b"transfer-encoding: chunked\r\n\r\nzz\r\n", {400, 0}),
+            (with_body(b"{}", as_json + b"x: a\r\n b\r\n"), {400, 422}),
+            (with_body(b"{}", as_json + b"content-length: 7\r\n"), {400}),
+            (b"GET /" + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", {400, 404, 405, 307}),
+            (b"DELETE /predict HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", {405}),
+            (b"GET /health HTTP/1.1\r\nhost: " + junk.hex().encode() + b"\r\nconnection: close\r\n\r\n", {421}),
+            (junk + b"\r\n\r\n", {400, 0}),
+            (as_json[: draw.randrange(len(head) + 1, len(as_json))] + b"\r\n\r\n", {400, 415, 408}),
+        ]
+    )
+
+
+@pytest.mark.parametrize("n_requests", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_abuse_gets_its_status_and_good_requests_are_answered_all_along(server: Running, n_requests: int) -> None:
+    def attack(seed: int) -> None:
+        draw = random.Random(seed)
+        data, allowed = abuse(draw)
+        answer = server.raw(data)
+        status = int(answer.split(b" ", 2)[1]) if answer else 0
+        assert status in allowed, (data[:300], answer[:300])
+        assert b"Traceback" not in answer
+        if seed % 10 == 0:
+            assert httpx.post(f"{server.url}/predict", json={"text": "vote"}).status_code == 200
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(attack, range(n_requests)))
+
+
 def test_the_log_has_no_traceback(server: Running) -> None:
     lines = [json.loads(line) for line in server.command.errors.splitlines()]
     assert {line["level"] for line in lines} <= {"info"}, lines
@@ -229,3 +288,43 @@ def test_a_port_that_is_taken_is_said_in_one_line(
         port = str(taken.getsockname()[1])
         assert command("--registry", registry.store.root, "--server.port", port) == 1
     assert f"evertune serve: cannot listen on 127.0.0.1:{port}: Address already in use" in caplog.text
+
+
+def test_tls_and_a_certificate_of_the_client(registry: Registry, tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    arguments = ["--server.certificate", certificate, "--server.private_key", key]
+    running = Running(registry.store.root, tmp_path, *arguments, "--server.client_authority", certificate)
+    try:
+        url = f"https://127.0.0.1:{running.port}/health"
+        trusting = ssl.create_default_context(cafile=certificate)
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(url, verify=trusting)
+        trusting.load_cert_chain(certificate, key)
+        assert httpx.get(url, verify=trusting).json() == {"status": "ok"}
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(url.replace("https", "http"))
+    finally:
+        assert running.end().returncode == 0
+
+
+def self_signed(folder: Path) -> tuple[str, str]:
+    """A certificate for 127.0.0.1, and its private key."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(private.private_bytes(*plain))
+    return str(folder / "certificate.pem"), str(folder / "key.pem")
