@@ -70,6 +70,7 @@ def _parser() -> LightningArgumentParser:
     from evertune.serve.settings import (
         AccessSettings,
         BatchSettings,
+        DriftSettings,
         LimitSettings,
         LogSettings,
         ServerSettings,
@@ -94,6 +95,7 @@ def _parser() -> LightningArgumentParser:
     parser.add_class_arguments(BatchSettings, "batching")
     parser.add_class_arguments(LimitSettings, "limits")
     parser.add_class_arguments(TrafficSettings, "traffic")
+    parser.add_class_arguments(DriftSettings, "drift")
     parser.add_class_arguments(LogSettings, "log")
     parser.add_argument(
         "--masker", type=Masker | None, default=None, help="takes personal data out of the log: PatternMasker"
@@ -114,6 +116,7 @@ def _service(made: Namespace | Any) -> Service:
         batching=made.batching,
         limits=made.limits,
         traffic=made.traffic,
+        drift=made.drift,
         log=None if made.log.path is None else RequestLog(made.log, made.masker),
         poll=made.poll,
         wait=made.wait,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from evertune.serve.service import Service as Service
     from evertune.serve.settings import AccessSettings as AccessSettings
     from evertune.serve.settings import BatchSettings as BatchSettings
+    from evertune.serve.settings import DriftSettings as DriftSettings
     from evertune.serve.settings import LimitSettings as LimitSettings
     from evertune.serve.settings import LogSettings as LogSettings
     from evertune.serve.settings import TrafficSettings as TrafficSettings
@@ -22,6 +23,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.serve.app": "application",
         "evertune.serve.log": "RequestLog",
         "evertune.serve.service": "Service",
-        "evertune.serve.settings": "AccessSettings BatchSettings LimitSettings LogSettings TrafficSettings",
+        "evertune.serve.settings": "AccessSettings BatchSettings DriftSettings "
+        "LimitSettings LogSettings TrafficSettings",
     },
 )

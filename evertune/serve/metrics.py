@@ -56,6 +56,8 @@ class ServeMetrics:
             ("error",),
             **own,
         )
+        text = "1 once the answers of a version have changed since its first ones"
+        self._drift = gauge("evertune_serve_drift", text, ("signal",), **own)
         self._log = counter("evertune_serve_log_lines_total", "Lines of the request log", ("result",), **own)
         self.queued = gauge("evertune_serve_queued_records", "Records that wait for their turn", ("role",), **own)
         """Records that wait for their turn, by role."""
@@ -103,6 +105,10 @@ class ServeMetrics:
     def compared(self, result: str, answers: int = 1) -> None:
         """Count answers of the shadow: ``agrees``, ``differs``, ``dropped`` or ``failed``."""
         self._compared.labels(result).inc(answers)
+
+    def drift(self, signal: str, changed: bool) -> None:
+        """Report whether the ``confidence`` or the ``classes`` of the answers have changed."""
+        self._drift.labels(signal).set(float(changed))
 
     def logged(self, result: str, lines: int = 1) -> None:
         """Count lines of the request log: ``written``, ``dropped`` or ``failed``."""

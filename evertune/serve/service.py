@@ -12,10 +12,11 @@ from evertune.registry.registry import Registry
 from evertune.registry.serving import Predictor
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import Deployment, NotReadyError
+from evertune.serve.drift import AnswerWatch
 from evertune.serve.log import RequestLog, share_of
 from evertune.serve.messages import Answer, Feedback, Many, One, Record, answer
 from evertune.serve.metrics import ServeMetrics
-from evertune.serve.settings import BatchSettings, LimitSettings, TrafficSettings
+from evertune.serve.settings import BatchSettings, DriftSettings, LimitSettings, TrafficSettings
 
 STUCK = 10
 """Timeouts of a request after which a batch that has not ended means that the process must be restarted."""
@@ -33,6 +34,7 @@ class Service:
         limits: What a single request may cost.
         traffic: Versions that are served beside it: a canary, a shadow.
         log: Where requests, answers and labels are logged. Default: nowhere.
+        drift: Whether answers are watched for a change. Default: they are not.
         poll: Seconds between two looks at the alias. Default: 5.
         wait: Wait for the first version if there is none yet, rather than failing. Default: False.
         module_class: Class of a module that is not a built-in one.
@@ -52,6 +54,7 @@ class Service:
         limits: LimitSettings | None = None,
         traffic: TrafficSettings | None = None,
         log: RequestLog | None = None,
+        drift: DriftSettings | None = None,
         poll: float = 5.0,
         wait: bool = False,
         module_class: type[Predictor] | None = None,
@@ -62,6 +65,7 @@ class Service:
         registry = registry if isinstance(registry, Registry) else Registry(registry)
         self.limits, self.log = limits or LimitSettings(), log
         self.metrics = ServeMetrics()
+        self._drift = None if drift is None or drift.arl is None else AnswerWatch(drift, self.metrics)
         self.draining = False
         """Whether the server is about to end: it still answers, but is not ready for more."""
         self._traffic = traffic or TrafficSettings()
@@ -100,6 +104,8 @@ class Service:
             task.cancel()
         for deployment in self.deployments:
             await deployment.close()
+        if self._drift is not None:
+            await asyncio.to_thread(self._drift.close)
         if self.log is not None:
             await asyncio.to_thread(self.log.close)
 
@@ -116,6 +122,8 @@ class Service:
         async with asyncio.timeout(self.limits.timeout):
             role, answers = await self._answers(records, request.top)
         self.metrics.answered(role, answers)
+        if self._drift is not None and role == "production":
+            self._drift.add(answers)
         if self.log is not None:
             self.log.requests(records, answers, role)
         if self._shadow is not None and share_of(records[0].id, "shadow") < self._traffic.shadow_share:

@@ -134,6 +134,26 @@ class LogSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DriftSettings:
+    """Whether the answers of production are watched for a change of what is asked. It needs no labels.
+
+    Args:
+        arl: Mean number of answers from one false alarm to the next, for each of confidence and classes; 100,000 suits
+            most. Each version costs some seconds of a processor to find the thresholds. Default: nothing is watched.
+        reference_size: First answers of a version, with which later ones are compared. Default: 2,000.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    arl: float | None = None
+    reference_size: int = 2_000
+
+    def __post_init__(self) -> None:
+        _positive(self, "reference_size", *(["arl"] if self.arl is not None else []))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrafficSettings:
     """Versions that are served beside the one in production.
 
