@@ -67,6 +67,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _parser() -> LightningArgumentParser:
     from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
+    from evertune.registry.serving import Precision
     from evertune.serve.settings import (
         AccessSettings,
         BatchSettings,
@@ -89,6 +90,7 @@ def _parser() -> LightningArgumentParser:
     parser.add_argument("--poll", type=float, default=5.0, help="seconds between two looks at the alias")
     parser.add_argument("--wait", action="store_true", help="wait for the first version if there is none yet")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
+    parser.add_argument("--precision", type=Precision, default="32", help="32, or bf16 where the processor has it")
     parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
     parser.add_class_arguments(ServerSettings, "server")
     parser.add_class_arguments(AccessSettings, "access")
@@ -121,6 +123,7 @@ def _service(made: Namespace | Any) -> Service:
         poll=made.poll,
         wait=made.wait,
         device=made.device,
+        precision=made.precision,
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from evertune.registry.registry import Registry, RegistryError
-from evertune.registry.serving import Predictor, Served, load
+from evertune.registry.serving import Precision, Predictor, Served, load
 from evertune.registry.version import Version
 from evertune.serve.batching import Batcher, Predicted, by_length
 from evertune.serve.metrics import ServeMetrics
@@ -31,6 +31,7 @@ class Deployment:
         wait: Wait for the first version if there is none yet, rather than failing.
         module_class: Class of a module that is not a built-in one.
         device: Device of the module; None for the GPU if there is one.
+        precision: ``32`` or ``bf16``, see :func:`evertune.load`.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Deployment:
         wait: bool = False,
         module_class: type[Predictor] | None = None,
         device: str | None = None,
+        precision: Precision = "32",
     ) -> None:
         self.role, self.alias = role, alias
         self._registry, self._metrics, self._poll, self._wait = registry, metrics, poll, wait
-        self._module_class, self._device = module_class, device
+        self._module_class, self._device, self._precision = module_class, device, precision
         self._served: Served | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._reason = "the version is being loaded"
@@ -128,6 +130,7 @@ class Deployment:
             follow,
             module_class=self._module_class,
             device=self._device,
+            precision=self._precision,
             on_change=self._swapped,
         )
         try:

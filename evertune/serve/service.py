@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from evertune.registry.registry import Registry
-from evertune.registry.serving import Predictor
+from evertune.registry.serving import Precision, Predictor
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import Deployment, NotReadyError
 from evertune.serve.drift import AnswerWatch
@@ -39,6 +39,7 @@ class Service:
         wait: Wait for the first version if there is none yet, rather than failing. Default: False.
         module_class: Class of a module that is not a built-in one.
         device: Device of the module; None (default) for the GPU if there is one.
+        precision: ``32`` (default) or ``bf16``, see :func:`evertune.load`.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -59,6 +60,7 @@ class Service:
         wait: bool = False,
         module_class: type[Predictor] | None = None,
         device: str | None = None,
+        precision: Precision = "32",
     ) -> None:
         if poll <= 0:
             raise ValueError(f"poll must be a positive number of seconds, got {poll}")
@@ -77,6 +79,7 @@ class Service:
             poll=poll,
             module_class=module_class,
             device=device,
+            precision=precision,
         )
         self.production = deployed("production", alias=alias, wait=wait)
         canary, shadow = self._traffic.canary, self._traffic.shadow

@@ -113,6 +113,16 @@ def test_production_is_loaded_ready_to_predict(registry, modules):
     assert not followers()
 
 
+def test_a_version_answers_in_bf16(registry):
+    exact, fast = load(registry, device="cpu"), load(registry, device="cpu", precision="bf16")
+    assert {parameter.dtype for parameter in fast.module.parameters()} == {torch.bfloat16}
+    for one, other in zip(exact.predict(TEXTS), fast.predict(TEXTS), strict=True):
+        assert other == pytest.approx(one, abs=0.02)
+        assert sum(other.values()) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="precision must be one of 32, bf16, got 'fp8'"):
+        load(registry, precision="fp8")
+
+
 def test_a_version_is_loaded_by_any_name(registry):
     registry.promote(2)
     registry.set_refused(3)
