@@ -134,7 +134,7 @@ def preset(
             _method("Replay", memory_size=memory_size, policy="class_balanced", replay_ratio=ratio, seed=seed),
             _method("Imprinting"),
             _method("LogitAdjustment"),
-            _method("Distillation", strength=2.0, on="all", unknown_only=True),
+            _method("Distillation", strength=2.0, examples="all", unknown_only=True),
             _method("UpdateLength"),
         ],
         {"max_epochs": 3, "gradient_clip_val": 1.0, "precision": "auto"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,3 +68,16 @@ def test_names_that_are_loaded_when_asked_for() -> None:
     assert evertune.__version__ == version("evertune")
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         _ = evertune.Trainer
+
+
+@pytest.mark.parametrize(
+    "room", ["callbacks", "drift", "lightning_modules", "live.triggers", "memory", "sources", "streams"]
+)
+def test_no_argument_is_a_boolean_in_yaml(room: str) -> None:
+    """An unquoted ``on:`` in a configuration is the key True, and nothing takes it."""
+    module = import_module(f"evertune.{room}")
+    classes = [getattr(module, name) for name in dir(module) if name[0].isupper()]
+    assert classes
+    for one in classes:
+        if inspect.isclass(one) and one.__module__.startswith("evertune."):
+            assert not {"on", "off", "yes", "no", "y", "n"} & set(inspect.signature(one).parameters), one

@@ -28,7 +28,7 @@ from evertune.memory.memory import MemoryView
 from evertune.shards.support import check_strategy
 from evertune.tasks.base import Likelihood, Outputs, task_of
 
-On = Literal["new", "replayed", "all"]
+Examples = Literal["new", "replayed", "all"]
 Of = Literal["logits", "features"]
 _STATE = "distillation.json"
 
@@ -61,8 +61,8 @@ class Distillation(LogitsMethod):
     Args:
         strength: Factor of the term. Default: 1.
         temperature: ``T``; above 1, small probabilities count for more. Default: 2.
-        on: Which examples of a batch: ``"new"`` (default, as in the paper), ``"replayed"``, or ``"all"``, which are
-            both. The last two need a :class:`Replay`.
+        examples: Which of a batch: ``"new"`` (default, as in the paper), ``"replayed"``, or ``"all"``, which are both.
+            The last two need a :class:`Replay`.
         unknown_only: Whether to leave out new examples of a class that the old model knows: where classes return, such
             as in another domain, their labels say more than its answers. It takes logits, and one label per example.
             Default: False, as in the paper.
@@ -74,14 +74,14 @@ class Distillation(LogitsMethod):
         head: Name of the submodule that returns the logits, ``[batch, ..., classes]``. Found by itself by default.
 
     Raises:
-        ValueError: If ``strength``, ``temperature`` or ``top_k`` is not positive, or ``on`` or ``of`` is unknown. In
-            ``setup``, if there is no :class:`Replay` that it needs, or a :class:`DarkReplay` already has logits for the
+        ValueError: If ``strength``, ``temperature`` or ``top_k`` is not positive, or ``examples`` or ``of`` is unknown.
+            In ``setup``, if there is no :class:`Replay` that it needs, or a :class:`DarkReplay` already has logits for the
             replayed examples. Before the first step, if the training data cannot be read by index, or the logits cannot
             be found.
 
     Example::
 
-        callbacks = [Replay(memory_size=600), Distillation(on="all")]
+        callbacks = [Replay(memory_size=600), Distillation(examples="all")]
         ContinualTrainer(max_epochs=3, callbacks=callbacks).fit_stream(module, stream)
     """
 
@@ -89,7 +89,7 @@ class Distillation(LogitsMethod):
         self,
         strength: float = 1.0,
         temperature: float = 2.0,
-        on: On = "new",
+        examples: Examples = "new",
         of: Of = "logits",
         top_k: int | None = None,
         known: Sequence[int] = (),
@@ -103,15 +103,16 @@ class Distillation(LogitsMethod):
             raise ValueError(f"top_k must be positive, got {top_k}")
         if top_k is not None and of == "features":
             raise ValueError("top_k chooses among logits; leave it out with of='features'")
-        if unknown_only and (of == "features" or on == "replayed"):
+        if unknown_only and (of == "features" or examples == "replayed"):
             raise ValueError(
-                f"unknown_only chooses among new examples for of='logits'; leave it out with of={of!r}, on={on!r}"
+                f"unknown_only chooses among new examples for of='logits'; leave it out with of={of!r}, "
+                f"examples={examples!r}"
             )
-        if on not in get_args(On):
-            raise ValueError(f"on must be one of {list(get_args(On))}, got {on!r}")
+        if examples not in get_args(Examples):
+            raise ValueError(f"examples must be one of {list(get_args(Examples))}, got {examples!r}")
         if of not in get_args(Of):
             raise ValueError(f"of must be one of {list(get_args(Of))}, got {of!r}")
-        self.strength, self.temperature, self.on, self.of = strength, temperature, on, of
+        self.strength, self.temperature, self.examples, self.of = strength, temperature, examples, of
         self.top_k, self.head, self.unknown_only = top_k, head, unknown_only
         self.seen: set[int] = set(known)
         """Numbers of the classes of earlier experiences."""
@@ -132,13 +133,15 @@ class Distillation(LogitsMethod):
             return
         check_strategy(trainer, type(self).__name__)
         self._replay = Replay.of(trainer)
-        if self.on != "new":
+        if self.examples != "new":
             if self._replay is None:
-                raise ValueError(f"Distillation(on={self.on!r}) needs a Replay; add one, or distil on='new'")
+                raise ValueError(
+                    f"Distillation(examples={self.examples!r}) needs a Replay; add one, or distil on examples='new'"
+                )
             if isinstance(self._replay, DarkReplay) and self.of == "logits":
                 raise ValueError(
-                    f"Distillation(on={self.on!r}) and DarkReplay both give logits for the replayed examples; use "
-                    "Replay, or distil on='new'"
+                    f"Distillation(examples={self.examples!r}) and DarkReplay both give logits for the replayed examples; "
+                    "use Replay, or examples='new'"
                 )
         self._tables, self._new, self._likelihood = {}, set(), None
         record_batches(trainer)
@@ -197,10 +200,10 @@ class Distillation(LogitsMethod):
                 rows=rows,
             )
 
-        if self.on != "replayed":
+        if self.examples != "replayed":
             places, new = self._places, data.dataset
             self._tables["new"] = ask(new if places is None else Subset(new, torch.where(places >= 0)[0].tolist()))
-        if self.on != "new":
+        if self.examples != "new":
             assert self._replay is not None
             view: MemoryView = self._replay.memory.view
             self._tables["replayed"] = ask(view)

@@ -55,7 +55,7 @@ class ContinualEvaluation(ContinualCallback):
 
         >>> import pytorch_lightning as pl
         >>> from evertune.training.evaluation import ContinualEvaluation
-        >>> evaluation = ContinualEvaluation(on="val")
+        >>> evaluation = ContinualEvaluation(split="val")
         >>> trainer = pl.Trainer(callbacks=[evaluation], logger=False, enable_model_summary=False, accelerator="cpu")
         >>> evaluation.accuracy_matrix  # filled by trainer.fit
         []
@@ -65,8 +65,8 @@ class ContinualEvaluation(ContinualCallback):
             the score of the module's task (:meth:`evertune.tasks.Task.score`): the share of an example's positions that
             are correct, or its negative loss if there are no logits. An example without positions that count (NaN) is
             left out.
-        on: Loader of the ``fit`` to keep if none was added: ``"test"`` (default; the validation loader if there is no
-            test loader) or ``"val"``.
+        split: Loader of the ``fit`` to keep if none was added: ``"test"`` (default; the validation loader if there is
+            no test loader) or ``"val"``.
         evaluate_unseen: Whether to score experiences that were added but not learned yet (for forward transfer).
             Default: False.
 
@@ -78,12 +78,12 @@ class ContinualEvaluation(ContinualCallback):
     time_part = "evaluation"
 
     def __init__(
-        self, score: Score | None = None, on: Literal["test", "val"] = "test", evaluate_unseen: bool = False
+        self, score: Score | None = None, split: Literal["test", "val"] = "test", evaluate_unseen: bool = False
     ) -> None:
-        if on not in ("test", "val"):
-            raise ValueError(f'on must be "test" or "val", got {on!r}')
+        if split not in ("test", "val"):
+            raise ValueError(f'split must be "test" or "val", got {split!r}')
         self.score = score
-        self.on = on
+        self.split = split
         self.evaluate_unseen = evaluate_unseen
         self.experiences: list[str] = []
         """Names of the experiences: the columns of the matrix."""
@@ -239,7 +239,7 @@ class ContinualEvaluation(ContinualCallback):
 
     def _find_loader(self, trainer: pl.Trainer) -> DataLoader[Any] | None:
         """The only loader of this fit to evaluate on, or None."""
-        if self.on == "test":
+        if self.split == "test":
             for owner in (_datamodule(trainer), trainer.lightning_module):
                 if owner is not None and is_overridden("test_dataloader", owner):
                     owner.setup("test")

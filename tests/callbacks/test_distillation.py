@@ -65,7 +65,7 @@ def paper(
 @pytest.mark.parametrize("on", ["new", "replayed", "all"])
 def test_the_weights_are_those_of_the_paper(on: Any, growing: bool) -> None:
     """After each of two more experiences; the head has all its rows, or grows."""
-    replay, distil, module = Replay(5, replay_ratio=0.5), Distillation(1.5, 3.0, on=on), Net(2 if growing else 4)
+    replay, distil, module = Replay(5, replay_ratio=0.5), Distillation(1.5, 3.0, examples=on), Net(2 if growing else 4)
     fit(module, FIRST, replay, distil)
     for data, seen in ((SECOND, [0, 1]), (THIRD, [0, 1, 2])):
         if growing:
@@ -79,7 +79,11 @@ def test_the_weights_are_those_of_the_paper(on: Any, growing: bool) -> None:
 
 
 def test_a_class_that_returns_is_learned_from_its_labels() -> None:
-    replay, distil, module = Replay(5, replay_ratio=0.5), Distillation(1.5, 3.0, on="all", unknown_only=True), Net(4)
+    replay, distil, module = (
+        Replay(5, replay_ratio=0.5),
+        Distillation(1.5, 3.0, examples="all", unknown_only=True),
+        Net(4),
+    )
     fit(module, FIRST, replay, distil)
     for data, seen in ((SECOND, [0, 1]), (THIRD, [0, 1, 2]), (FIRST, [0, 1, 2, 3])):
         before = copy_of(module)
@@ -187,7 +191,7 @@ def test_the_largest_logits_and_the_probability_of_the_others() -> None:
 def test_the_order_of_the_callbacks_changes_nothing() -> None:
     found = []
     for shift in range(3):
-        callbacks = [Replay(5), LogitAdjustment(), Distillation(on="all")]
+        callbacks = [Replay(5), LogitAdjustment(), Distillation(examples="all")]
         callbacks, module = callbacks[shift:] + callbacks[:shift], Net(4)
         for data in (FIRST, SECOND):
             fit(module, data, *callbacks)
@@ -198,7 +202,7 @@ def test_the_order_of_the_callbacks_changes_nothing() -> None:
 
 def test_resumed_it_is_bit_identical_and_keeps_nothing_of_the_update(tmp_path: Path) -> None:
     def callbacks() -> list[Any]:
-        return [Replay(5), Distillation(on="all")]
+        return [Replay(5), Distillation(examples="all")]
 
     module, these, resumed, those = Net(4), callbacks(), Net(4, seed=5), callbacks()
     fit(module, FIRST, *these)
@@ -206,7 +210,7 @@ def test_resumed_it_is_bit_identical_and_keeps_nothing_of_the_update(tmp_path: P
     learn(resumed, SECOND, *those, ckpt_path=tmp_path / "middle.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in module.state_dict().items())
     these[1].save(tmp_path)
-    those[1] = Distillation(on="all")
+    those[1] = Distillation(examples="all")
     those[1].load(tmp_path)
     assert (those[1].seen, those[1].experience_index) == ({0, 1, 2}, 2)
     assert those[1].state_dict() == these[1].state_dict()
@@ -233,8 +237,8 @@ class Endless(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("callbacks", "data", "message"),
     [
-        ([Distillation(on="all")], FIRST, r"Distillation\(on='all'\) needs a Replay"),
-        ([Distillation(on="replayed"), DarkReplay(5)], FIRST, "and DarkReplay both give logits for the replayed"),
+        ([Distillation(examples="all")], FIRST, r"Distillation\(examples='all'\) needs a Replay"),
+        ([Distillation(examples="replayed"), DarkReplay(5)], FIRST, "and DarkReplay both give logits for the replayed"),
         ([Distillation()], Endless(), "before training, got a Endless"),
         ([Distillation(head="classifier")], FIRST, "it has no submodule 'classifier'"),
     ],
@@ -253,12 +257,12 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     [
         ({"strength": 0}, "strength must be positive and finite, got 0"),
         ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
-        ({"on": "old"}, r"on must be one of \['new', 'replayed', 'all'\], got 'old'"),
+        ({"examples": "old"}, r"examples must be one of \['new', 'replayed', 'all'\], got 'old'"),
         ({"of": "weights"}, r"of must be one of \['logits', 'features'\], got 'weights'"),
         ({"top_k": 0}, "top_k must be positive, got 0"),
         ({"top_k": 2, "of": "features"}, "top_k chooses among logits"),
         ({"unknown_only": True, "of": "features"}, "unknown_only chooses among new examples for of='logits'"),
-        ({"unknown_only": True, "on": "replayed"}, "unknown_only chooses among new examples"),
+        ({"unknown_only": True, "examples": "replayed"}, "unknown_only chooses among new examples"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -45,7 +45,7 @@ def callbacks_of(folder: Path) -> dict[str, Any]:
     return {
         "replay": Replay(memory_size=6, directory=folder / "working"),
         "ewc": EWC(n_examples=6),
-        "evaluation": ContinualEvaluation(on="val"),
+        "evaluation": ContinualEvaluation(split="val"),
         "drift": DriftTrigger(MMD(arl=100, reference_size=16, window_size=4)),
     }
 

@@ -60,7 +60,7 @@ def fit_with_callbacks(pl: ModuleType, folder: str) -> list[float]:
     from evertune.drift import MMD
 
     drift = DriftTrigger(MMD(arl=5_000, reference_size=16, window_size=4), lambda batch: batch[0])
-    evaluation = ContinualEvaluation(on="val")
+    evaluation = ContinualEvaluation(split="val")
     replay = Replay(memory_size=20)
     callbacks = [UpdateCheckpoint(Path(folder) / "steps", 2), replay, EWC(ewc_lambda=1.0), evaluation, drift]
     module = classifier(pl)

@@ -136,7 +136,7 @@ def test_test_loader_of_the_datamodule():
             return DataLoader(self.test, batch_size=5)
 
     for on, seed in (("test", 10), ("val", 11)):
-        evaluation, module = ContinualEvaluation(on=on), Classifier()
+        evaluation, module = ContinualEvaluation(split=on), Classifier()
         trainer_with(evaluation).fit(module, datamodule=Data())
         assert evaluation.accuracy_matrix == [[pytest.approx(share_correct(module, dataset(seed)))]]
 
@@ -245,8 +245,8 @@ def test_loaders_that_cannot_be_evaluated(bad, message):
 
 
 def test_refusals_at_fit_start():
-    with pytest.raises(ValueError, match='on must be "test" or "val", got \'train\''):
-        ContinualEvaluation(on="train")
+    with pytest.raises(ValueError, match='split must be "test" or "val", got \'train\''):
+        ContinualEvaluation(split="train")
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         trainer_with(ContinualEvaluation()).fit(Classifier(), loader(0))
     with pytest.raises(ValueError, match="found 2 validation loaders"):
