@@ -75,9 +75,9 @@ class Distillation(LogitsMethod):
 
     Raises:
         ValueError: If ``strength``, ``temperature`` or ``top_k`` is not positive, or ``examples`` or ``of`` is unknown.
-            In ``setup``, if there is no :class:`Replay` that it needs, or a :class:`DarkReplay` already has logits for the
-            replayed examples. Before the first step, if the training data cannot be read by index, or the logits cannot
-            be found.
+            In ``setup``, if there is no :class:`Replay` that it needs, or a :class:`DarkReplay` already has logits for
+            the replayed examples. Before the first step, if the training data cannot be read by index, or the logits
+            cannot be found.
 
     Example::
 
@@ -140,8 +140,8 @@ class Distillation(LogitsMethod):
                 )
             if isinstance(self._replay, DarkReplay) and self.of == "logits":
                 raise ValueError(
-                    f"Distillation(examples={self.examples!r}) and DarkReplay both give logits for the replayed examples; "
-                    "use Replay, or examples='new'"
+                    f"Distillation(examples={self.examples!r}) and DarkReplay both give logits for the replayed "
+                    "examples; use Replay, or examples='new'"
                 )
         self._tables, self._new, self._likelihood = {}, set(), None
         record_batches(trainer)
