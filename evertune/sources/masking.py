@@ -64,7 +64,8 @@ class _Pattern:
 
     Args:
         hint: Quick search; without a match, the pattern is not tried.
-        pattern: Finds candidates. Its repetitions are possessive or short, so that it cannot backtrack for long.
+        pattern: Finds candidates. Its repetitions are possessive or short, or match in one way only, so that it
+            cannot backtrack for long. Groups are not possessive: Python before 3.11.5 gets some of them wrong.
         replacement: Text that replaces a match.
         length: Length of the match, from the start of a candidate; 0 if the candidate is not a match.
     """
@@ -150,7 +151,7 @@ _PATTERNS: dict[str, list[_Pattern]] = {
     "url_credentials": [_Pattern(_AT, re.compile(r"://[^\s/?#]*@"), "://<CREDENTIALS>@")],
     # An address has at most 254 characters (RFC 5321). Without that limit, each quote in a long text of letters and
     # quotes would begin a search to its end.
-    "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]{0,253}+@[\w-]++(?:\.[\w-]++)++"), "<EMAIL>")],
+    "email": [_Pattern(_AT, re.compile(r"(?<![\w.+%-])\w[\w.+%'-]{0,253}+@[\w-]++(?:\.[\w-]++)+"), "<EMAIL>")],
     "secret": [
         _Pattern(
             re.compile("AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|AIza|sk-|k_live_|k_test_|xox|eyJ"),
@@ -165,7 +166,7 @@ _PATTERNS: dict[str, list[_Pattern]] = {
         _Pattern(
             re.compile("PRIVATE KEY"),
             re.compile(
-                r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]|-(?!----))*+(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
+                r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]|-(?!----))*(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
             ),
             "<SECRET>",
         ),
