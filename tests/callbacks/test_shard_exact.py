@@ -68,6 +68,11 @@ ALIKE = [run for run in RUNS if run["optimizer"] == "sgd" and run["accumulation"
 """These differ by their method alone."""
 
 
+OFFLOADED = {"method": "replay+ewc", "optimizer": "adamw", "accumulation": 3}
+COMPARED = [run for run in RUNS if run in ALIKE or run == OFFLOADED or any(run in quick(one) for one in STRATEGIES)]
+"""Those that the quick tests need of one process."""
+
+
 def weights(folder: Path, run: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{run['method']}-{run['optimizer']}-{run['accumulation']}.safetensors")
 
@@ -87,9 +92,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(bert: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("one_process")
-    run_ranks("tests.helpers.shard_worker:learn_two", 1, folder=bert, out=str(folder), strategy="auto", runs=RUNS)
+    runs = RUNS if any(one.get_closest_marker("slow") for one in request.session.items) else COMPARED
+    run_ranks("tests.helpers.shard_worker:learn_two", 1, folder=bert, out=str(folder), strategy="auto", runs=runs)
     return folder
 
 
@@ -134,8 +140,7 @@ def test_shard_exact_for_all_combinations(
 
 @pytest.mark.parametrize("strategy", ["evertune_deepspeed_stage_2_offload", "evertune_deepspeed_stage_3_offload"])
 def test_shard_exact_offloaded(strategy: str, bert: str, one_process: Path, tmp_path: Path) -> None:
-    runs = [{"method": "replay+ewc", "optimizer": "adamw", "accumulation": 3}]
-    check(strategy, runs, bert, one_process, tmp_path)
+    check(strategy, [OFFLOADED], bert, one_process, tmp_path)
 
 
 def test_methods_change_the_weights(one_process: Path) -> None:
