@@ -148,7 +148,7 @@ class Distillation(LogitsMethod):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask the old model about the examples of the update."""
-        data = TrainingData(trainer, type(self).__name__)
+        data = TrainingData(trainer, type(self).__name__, "the old model's answers to the training data")
         batches = recorded_batches(trainer.train_dataloader)
         assert batches is not None
         batches.start_here()

@@ -115,7 +115,7 @@ class InfLoRA(AdapterMethod):
     ) -> dict[str, Tensor]:
         """The mean of ``x x^T`` over the inputs of each layer, float64 ``[inputs, inputs]``, the same on all ranks."""
         name = type(self).__name__
-        data = TrainingData(trainer, name)
+        data = TrainingData(trainer, name, "the inputs of the adapted layers for the training data")
         chance = np.random.default_rng((self.seed, self.experience_index))
         chosen = np.sort(chance.permutation(len(data.dataset))[: self.n_examples]).tolist()
         size = trainer.train_dataloader.batch_size or 32  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from evertune.callbacks.trained import reads_by_index
 from evertune.utils.batches import targets_of, to_device
 
 _CHUNK = 256
-_ADVICE = "leave the callback out, or train from a DataLoader over a map-style dataset whose batches have targets"
+_ADVICE = "leave the callback out, or train from a DataLoader over a map-style dataset"
 _TARGETS: WeakKeyDictionary[Any, tuple[Any, Tensor]] = WeakKeyDictionary()
 """The training loader of each trainer, and the targets of its examples."""
 
@@ -26,16 +26,21 @@ class TrainingData:
     Args:
         trainer: Trainer in training, from ``on_train_start`` on.
         who: Name of the callback that needs the data, for the error messages.
+        needs: What it needs of them and when, for the error messages.
 
     Raises:
         ValueError: If there are several training loaders, or the loader cannot be read by index.
     """
 
-    def __init__(self, trainer: pl.Trainer, who: str) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, who: str, needs: str = "the classes of the training data before training"
+    ) -> None:
         loader: Any = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or not reads_by_index(trainer, loader):
             kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
-            raise ValueError(f"{who} needs the classes of the training data before training, got a {kind}: {_ADVICE}")
+            raise ValueError(
+                f"{who} needs {needs}, and cannot read this {kind} by index: {_ADVICE} with no sampler of your own"
+            )
         self._trainer, self._who = trainer, who
         self._loader = loader
         self.dataset: Any = loader.dataset
@@ -77,7 +82,9 @@ class TrainingData:
             try:
                 targets = targets_of(batch)
             except TypeError as error:
-                raise ValueError(f"{self._who} needs the class of every example: {error}; {_ADVICE}") from None
+                raise ValueError(
+                    f"{self._who} needs the class of every example: {error}; {_ADVICE} whose batches have targets"
+                ) from None
             chunks.append(self._checked(targets).cpu())
         return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
 

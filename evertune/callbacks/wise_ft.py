@@ -20,6 +20,7 @@ from evertune.shards.shards import ParameterShards
 from evertune.tasks.base import task_of
 from evertune.utils.evaluation import evaluation_mode, trial
 
+_NEEDS = "examples that it has trained on"
 _DIGITS = 6  # of a score; what differs less is rounding, which depends on the number of ranks
 
 
@@ -83,7 +84,7 @@ class WiSEFT(AveragingMethod):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with the weights of this fit, unless it resumes from a checkpoint."""
-        TrainingData(trainer, type(self).__name__)
+        TrainingData(trainer, type(self).__name__, _NEEDS)
         super().on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,7 +106,7 @@ class WiSEFT(AveragingMethod):
         self.previous, self.scores, view = 0.0, {}, self._replay.memory.view
         if not len(view):
             return
-        shards, data = self._shards_now(trainer), TrainingData(trainer, type(self).__name__)
+        shards, data = self._shards_now(trainer), TrainingData(trainer, type(self).__name__, _NEEDS)
         batches = recorded_batches(trainer.train_dataloader)
         assert batches is not None
         chance = np.random.default_rng((self.seed, self.experience_index))

@@ -175,7 +175,7 @@ class Endless(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("data", "head", "message"),
     [
-        (Endless(), "head", "LogitAdjustment needs the classes of the training data before training, got a Endless"),
+        (Endless(), "head", "LogitAdjustment needs the classes of the training data before training, and cannot read"),
         (examples([0, 1]), "classifier", "Classifier has no submodule 'classifier'; pass head="),
         (TensorDataset(torch.ones(2, 3), torch.rand(2, 4) + 0.1), "head", "needs targets that are class numbers"),
         (TensorDataset(torch.ones(2, 3)), "head", "needs the class of every example: cannot find targets"),
