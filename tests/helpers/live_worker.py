@@ -59,7 +59,7 @@ def updater(folder: str | Path, **changes: Any) -> Updater:
         "gate": lenient_gate(),
         "settings": UpdateSettings(checkpoint_every_n_steps=4),
     }
-    model = SequenceClassificationModule(str(folder / "bert"), learning_rate=3e-3)
+    model = SequenceClassificationModule(str(folder / "bert"), learning_rate=3e-3, **changes.pop("model", {}))
     model.task = changes.pop("task", model.task)
     return Updater(
         changes.pop("registry", folder / "registry"),
