@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC, OSFT, DriftTrigger, OrthogonalLoRA, ShrinkPerturb
 from tests.callbacks.test_ewc import Classifier, fit
+from tests.helpers.distributed import run_ranks
 from tests.helpers.lora import LAYERS, Adapted, ByHand, Starts, assert_same, data, down, effective, up
+from tests.helpers.shard_worker import make_bert
 
 
 def orthogonal_term(earlier: list[Tensor], now: Tensor) -> Any:
@@ -122,6 +126,24 @@ def test_resumed_in_the_middle_it_ends_in_the_same_bits(optimizer: str, tmp_path
         assert torch.equal(one, two)
     assert fresh.experience_index == method.experience_index == 2
     assert all(torch.equal(method.kept[name], fresh.kept[name]) for name in method.kept)
+
+
+def test_what_two_ranks_saved_gives_the_same_next_step_on_one_and_two(tmp_path: Path) -> None:
+    """O-LoRA and InfLoRA, saved between two experiences and within one."""
+    start = functools.partial(run_ranks, folder=make_bert(tmp_path / "bert"), out=str(tmp_path))
+    start("tests.helpers.adapter_worker:learn_and_save", 2)
+    step = "tests.helpers.adapter_worker:load_and_step"
+    start(step, 1, strategy="auto")
+    start(step, 1, strategy="auto", load=False)
+    two = ("evertune_deepspeed_stage_3", "evertune_fsdp2")
+    for strategy in two:
+        start(step, 2, strategy=strategy)
+    for folder in (tmp_path / method / place for method in ("olora", "inflora") for place in ("between", "within")):
+        one, fresh, *others = (load_file(folder / f"{name}.safetensors") for name in ("auto", "fresh", *two))
+        for other in others:
+            for name, value in one.items():
+                torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=f"{folder} {name}")
+        assert max(float((fresh[name] - value).abs().max()) for name, value in one.items()) > 1e-4, folder
 
 
 def test_a_fit_that_failed_is_no_experience() -> None:

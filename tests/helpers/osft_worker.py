@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import pl
-from evertune.callbacks import OSFT
+from evertune.callbacks import OSFT, ContinualCallback
 from evertune.lightning_modules.saving import load_weights, save_weights, whole_state
 from evertune.shards import subspaces
 from evertune.shards.shards import Fragment, ParameterShards
@@ -106,12 +106,12 @@ def resume(folder: str, out: str, strategy: str, part: str) -> dict[str, str]:
 class SaveMethod(pl.Callback):
     """Writes the weights and what a method keeps, after a step."""
 
-    def __init__(self, method: OSFT, out: str, step: int) -> None:
+    def __init__(self, method: ContinualCallback, out: str, step: int) -> None:
         self.method, self.out, self.step = method, Path(out), step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
-            self.method.save(self.out / "osft")
+            self.method.save(self.out / "method")
             weights = whole(ParameterShards.of(trainer))
             pl_module.load_state_dict(weights, strict=False)
             save_weights(pl_module, self.out / "middle.safetensors")
@@ -132,7 +132,7 @@ def load_and_step(folder: str, out: str, strategy: str, load: bool = True) -> No
     module.configure_model()
     load_weights(module, Path(out) / "middle.safetensors")
     if load:
-        osft.load(Path(out) / "osft")
+        osft.load(Path(out) / "method")
         assert osft.experience_index == 1
     fit(module, experience("third", 1, ["a", "c"], 3), strategy, 1, [osft])
     save_weights(module, Path(out) / f"{strategy if load else 'fresh'}.safetensors")
