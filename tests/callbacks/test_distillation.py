@@ -239,7 +239,11 @@ class Endless(IterableDataset[Any]):
     [
         ([Distillation(examples="all")], FIRST, r"Distillation\(examples='all'\) needs a Replay"),
         ([Distillation(examples="replayed"), DarkReplay(5)], FIRST, "and DarkReplay both give logits for the replayed"),
-        ([Distillation()], Endless(), "needs the old model's answers to the training data, and cannot read this Endless"),
+        (
+            [Distillation()],
+            Endless(),
+            "needs the old model's answers to the training data, and cannot read this Endless",
+        ),
         ([Distillation(head="classifier")], FIRST, "it has no submodule 'classifier'"),
     ],
 )
