@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LIGHTNING := .venv-lightning
+AVALANCHE := .venv-avalanche
 
-.PHONY: install demo test test-all test-lightning lint format clean
+.PHONY: install demo test test-all test-lightning test-avalanche lint format clean
 
 install: $(VENV)/.dev  ## the development environment in .venv
 
@@ -43,6 +44,20 @@ test-lightning: $(LIGHTNING)/.dev  ## the tests near Lightning, where only `ligh
 		tests/test_lightning.py tests/test_package.py \
 		$(addprefix tests/,callbacks training strategies shards cli lightning_modules)
 
+# The environment above and Avalanche, which must not get into it. Torchvision's wheels on PyPI are built for CUDA; this is
+# the last version that can be imported beside a torch for CPU, without its operators, which nothing here uses. Its
+# wheels are for Python 3.11 at most. Both it and pytorchcv would pull another torch in, so they come without dependencies.
+$(AVALANCHE)/.dev: $(VENV)/.dev
+	rm -rf $(AVALANCHE)
+	cp -al $(VENV) $(AVALANCHE) 2>/dev/null || { rm -rf $(AVALANCHE) && cp -a $(VENV) $(AVALANCHE); }
+	$(AVALANCHE)/bin/python -m pip install --quiet gdown gputil qpsolvers tensorboard wandb
+	$(AVALANCHE)/bin/python -m pip install --quiet --no-deps avalanche-lib==0.6.0 pytorchcv torchvision==0.16.2
+	rm $@  # a hard link to the other one
+	touch $@
+
+test-avalanche: $(AVALANCHE)/.dev  ## side by side with Avalanche
+	OMP_NUM_THREADS=1 $(AVALANCHE)/bin/python -m pytest tests/avalanche
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +68,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LIGHTNING) build dist *.egg-info
+	rm -rf $(VENV) $(LIGHTNING) $(AVALANCHE) build dist *.egg-info

@@ -35,6 +35,7 @@ DOCUMENTS += ["examples/live/README.md"]
 NOT_RUN = {
     "# month.py": "a script: test_next_month_in_a_new_process runs it",
     "# tests/": "a line of a file of the tests",
+    "from avalanche": "has an environment of its own: tests/avalanche/test_docs.py",
     "from evertune.training.checkpoint import": "resumes a killed run under DeepSpeed: tests/training/test_elastic.py",
 }
 """Blocks of Python, by how they begin, that are not run here, and why."""

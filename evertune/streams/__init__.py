@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.streams.avalanche import from_avalanche as from_avalanche
     from evertune.streams.datamodule import ExperienceDataModule as ExperienceDataModule
     from evertune.streams.datamodule import StreamDataModule as StreamDataModule
     from evertune.streams.experience import Experience as Experience
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.streams.avalanche": "from_avalanche",
         "evertune.streams.datamodule": "ExperienceDataModule StreamDataModule",
         "evertune.streams.experience": "Experience ExperienceStream",
         "evertune.streams.sampler": "BucketSampler ResumableLoader",
