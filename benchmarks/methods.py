@@ -26,8 +26,6 @@ import json
 import logging
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -44,6 +42,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -424,32 +423,8 @@ def worker(job: dict[str, Any]) -> None:
 
 def on_two_ranks(strategy: str, model: str, names: list[str]) -> dict[str, dict[str, float]]:
     """State and wire of each method: the larger figures of the two ranks."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as out:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
-        job = json.dumps({"strategy": strategy, "model": model, "methods": ["plain", *names], "out": out})
-        ranks = []
-        for rank in range(2):
-            environment = os.environ | {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"},
-                **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"},
-            }
-            log = (Path(out) / f"{rank}.log").open("w+")
-            command = [sys.executable, __file__, "--worker", job]
-            ranks.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log))
-        try:
-            for process, log in ranks:
-                if process.wait(3600) != 0:
-                    log.seek(0)
-                    raise SystemExit(f"a rank has failed:\n{log.read()[-4000:]}")
-        finally:
-            for process, log in ranks:
-                process.kill()
-                process.wait()
-                log.close()
-        parts = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(2)]
+    job = {"strategy": strategy, "model": model, "methods": ["plain", *names]}
+    parts = run_ranks(__file__, 2, job, 3600, DS_ACCELERATOR="cpu")
     return {name: {figure: max(part[name][figure] for part in parts) for figure in parts[0][name]} for name in parts[0]}
 
 

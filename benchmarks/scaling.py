@@ -18,8 +18,6 @@ import gc
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -30,6 +28,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -212,41 +211,16 @@ def worker(job: dict[str, Any]) -> None:
 # --- here
 
 
-def run_ranks(world_size: int, folder: str, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def reports(world_size: int, folder: str, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """For each case, the report of each rank."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as out:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
-        job = json.dumps({"folder": folder, "cases": cases, "out": out})
-        ranks = []
-        for rank in range(world_size):
-            environment = os.environ | {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size)},
-                **{"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"},
-            }
-            log = (Path(out) / f"{rank}.log").open("w+")
-            command = [sys.executable, __file__, "--worker", job]
-            ranks.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log))
-        try:
-            for process, log in ranks:
-                if process.wait(1800) != 0:
-                    log.seek(0)
-                    raise SystemExit(f"a rank has failed:\n{log.read()[-4000:]}")
-        finally:
-            for process, log in ranks:
-                process.kill()
-                process.wait()
-                log.close()
-        told = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(world_size)]
+    told = run_ranks(__file__, world_size, {"folder": folder, "cases": cases}, 1800, GLOO_SOCKET_IFNAME="lo")
     return [list(per_rank) for per_rank in zip(*told, strict=True)]
 
 
 def compare(world_size: int, folder: str, cases: list[dict[str, Any]], table: Table) -> tuple[float, float]:
     """Rows of measured bytes over formula; the largest errors of memory and of the wire."""
     memory_error = wire_error = 0.0
-    for case, ranks in zip(cases, run_ranks(world_size, folder, cases), strict=True):
+    for case, ranks in zip(cases, reports(world_size, folder, cases), strict=True):
         shape = shape_of({"model_name_or_path": folder, "freeze_layers": case["freeze_layers"], "dropout": 0.0}, 2)
         training = Training(
             stage=STRATEGIES[case["strategy"]][0],

@@ -149,13 +149,13 @@ class _DatasetSampler(ExampleSampler):
         self._n_trained = 0
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """There is no loader to record."""
+        """Nothing to record: there is no loader."""
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
-        """There is no loader to record."""
+        """Nothing to record: there is no loader."""
 
     def teardown(self, trainer: pl.Trainer) -> None:
-        """There is no loader to restore."""
+        """Nothing to restore: there is no loader."""
 
     def see(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Count what is trained on."""

@@ -265,7 +265,7 @@ class _Guard:
 
 
 def _as_refused(error: Exception) -> RefusedError:
-    """What a client is told of an error."""
+    """The error as the client may see it."""
     match error:
         case RefusedError():
             return error
