@@ -1,10 +1,13 @@
-"""Continual-learning metrics: functions of the accuracy matrix, torchmetrics classes, and the history of a run."""
+"""Metrics: functions of the accuracy matrix, torchmetrics classes, the history of a run; scores of extracts."""
 
 from typing import TYPE_CHECKING
 
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.metrics.answers import answer_f1 as answer_f1
+    from evertune.metrics.answers import exact_match as exact_match
+    from evertune.metrics.answers import normalise_answer as normalise_answer
     from evertune.metrics.functional import average_accuracy as average_accuracy
     from evertune.metrics.functional import backward_transfer as backward_transfer
     from evertune.metrics.functional import forgetting as forgetting
@@ -23,10 +26,14 @@ if TYPE_CHECKING:
     from evertune.metrics.modules import ForwardTransfer as ForwardTransfer
     from evertune.metrics.modules import Intransigence as Intransigence
     from evertune.metrics.modules import NegativeFlipRate as NegativeFlipRate
+    from evertune.metrics.relations import RelationCounts as RelationCounts
+    from evertune.metrics.relations import relation_counts as relation_counts
+    from evertune.metrics.relations import relation_f1 as relation_f1
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.metrics.answers": "answer_f1 exact_match normalise_answer",
         "evertune.metrics.functional": (
             "average_accuracy backward_transfer forgetting forgetting_first_minus_last forward_transfer "
             "intransigence negative_flip_rate"
@@ -36,5 +43,6 @@ __all__, __getattr__, __dir__ = face(
             "AccuracyMatrix AverageAccuracy BackwardTransfer Forgetting ForgettingFirstMinusLast "
             "ForwardTransfer Intransigence NegativeFlipRate"
         ),
+        "evertune.metrics.relations": "RelationCounts relation_counts relation_f1",
     },
 )
