@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from evertune.gate.verdict import Check
 from evertune.live.setup import Setup
@@ -72,7 +72,7 @@ class Records:
         """
         setup, settings = self._setup, self._setup.settings
         rows, changed, same = sent_again(self.rows, self.slices, setup.schema.id)
-        train, held_out = hold_out(rows, setup.label, settings.holdout, settings.max_holdout, self._classes_of)
+        train, held_out = hold_out(rows, setup.label, settings.holdout, settings.max_holdout, setup.task.label_names)
         put_aside = _unnumbered(self._superseded) + same
         return Split(train, held_out + changed, put_aside, len(changed) + len(same))
 
@@ -89,10 +89,6 @@ class Records:
             n_read=counts.read,
             names=setup.task.label_names,
         )
-
-    def _classes_of(self, label: Any) -> Any:
-        """The classes by which a label is held out: the label itself, or none for a task without classes."""
-        return label if isinstance(label, str | list) else self._setup.task.label_names(label)
 
 
 def _unnumbered(rows: Iterable[Row]) -> list[Row]:

@@ -117,7 +117,7 @@ class Updater:
         self.registry = registry if isinstance(registry, Registry) else Registry(registry)
         self.source, self.model, self.trainer, self.mirror = source, model, trainer, mirror
         self.task = _task_for_updates(model)
-        self.schema = (schema or RecordSchema()).for_labels(self.task.check_label, self.task.label_names)
+        self.schema = (schema or RecordSchema()).for_task(self.task)
         self.data = _data_for_updates(data or {}, model)
         self.trigger = trigger or Volume()
         self.gate = gate or Gate()

@@ -11,7 +11,7 @@ import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, date, datetime, tzinfo
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -49,8 +49,8 @@ FIELD_TYPES: dict[str, Any] = {
 
 # The types that the text, label, id and time may be declared as; :class:`RecordSchema` checks these, not pydantic.
 _ROLE_TYPES = {
-    "text": ("str",),
-    "label": ("str", "int", "float", "bool", "list[str]", "list[int]", "list[float]"),
+    "text": ("str", "list[str]"),
+    "label": ("str", "int", "float", "bool", "dict", "list[str]", "list[int]", "list[float]", "list[dict]"),
     "id": ("str", "int"),
     "time": ("datetime", "str", "float", "int"),
 }
@@ -82,6 +82,34 @@ _MOST_LABEL = 1_000  # characters: each name is kept with every later version
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 80
 _NOT_JSON = "the record holds a value that JSON cannot say"
+
+
+class Checks(Protocol):
+    """The checks that depend on the task: those of :class:`evertune.tasks.Task`, where they are described."""
+
+    def check_text(self, value: Any) -> str: ...
+
+    def check_label(self, value: Any) -> Any: ...
+
+    def check_record(self, texts: Sequence[str], label: Any) -> None: ...
+
+    def label_names(self, value: Any) -> list[str]: ...
+
+
+class _AnyTask:
+    """Checks for as long as no task is known: a text, and the name of a class or a list of them."""
+
+    def check_text(self, value: Any) -> str:
+        return text_value(value)
+
+    def check_label(self, value: Any) -> Any:
+        return label_value(value)
+
+    def check_record(self, texts: Sequence[str], label: Any) -> None:
+        pass
+
+    def label_names(self, value: Any) -> list[str]:
+        return [value] if isinstance(value, str) else list(value)
 
 
 class RecordSchema:
@@ -156,15 +184,15 @@ class RecordSchema:
             raise ValueError("give a model or fields, not both")
         self._made = model is None
         self._label_is: type | None = None
-        self._label_value: Callable[[Any], Any] = label_value
-        self.label_names: Callable[[Any], list[str]] = lambda label: [label] if isinstance(label, str) else label
+        self._words = [name for name in self.texts if fields and fields.get(name, "").strip().startswith("list")]
+        self._task: Checks = _AnyTask()
         if model is not None:
             self.model = _import_model(model)
             self.arrives_as = {name: _aliases(self.model, name) for name in self.model.model_fields}
         else:
             if fields and label in fields:
-                kind = fields[label].strip()
-                self._label_is = list if kind.startswith("list") else float if kind.startswith("float") else str
+                kind = fields[label].strip().partition("[")[0].partition("|")[0].strip()
+                self._label_is = {"list": list, "float": float, "dict": dict}.get(kind, str)
             self.model = _make_model(
                 {name: _ROLE_TYPES[role][0] for name, role in named.items()} if fields is None else fields, named
             )
@@ -220,10 +248,11 @@ class RecordSchema:
         field = ""
         try:
             for field in self.texts:
-                self._check_text(record[field])
+                record[field] = self._check_text(record[field])
             if self.label is not None:
                 field = self.label
                 record[field] = self._check_label(record[field])
+                self._checked(self._task.check_record, [record[name] for name in self.texts], record[field])
             if self.id is not None and record[self.id] is not None:
                 field = self.id
                 record[field] = id_value(record[field])
@@ -244,7 +273,7 @@ class RecordSchema:
             ValueError: If it can never become a good record. The message gives the reasons.
         """
         assert self.label is not None, "only a schema with a label has halves"
-        check: Callable[[Any], None]
+        check: Callable[[Any], Any]
         if self.has_text(value):
             self._validated(value, but=self.arrives_as[self.label])
             value = {key: part for key, part in value.items() if key not in self.arrives_as[self.label]}
@@ -318,40 +347,48 @@ class RecordSchema:
             raise ValueError(_NOT_JSON) from None
         return record
 
-    def _check_text(self, text: Any) -> None:
-        if len(text_value(text)) > self.max_text_length:
-            raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
+    def label_names(self, label: Any) -> list[str]:
+        """The names of the classes in a kept label."""
+        return self._task.label_names(label)
 
-    def for_labels(self, check: Callable[[Any], Any], names: Callable[[Any], list[str]]) -> RecordSchema:
-        """A copy of the schema that leaves the check of a label's value to a task.
+    def _check_text(self, value: Any) -> str:
+        """Check a text, and return it in the form in which it is kept."""
+        text: str = self._checked(self._task.check_text, value)
+        if len(text) > self.max_text_length:
+            raise ValueError(f"the text has {len(text)} characters, more than {self.max_text_length} (max_text_length)")
+        return text
+
+    def for_task(self, task: Checks) -> RecordSchema:
+        """A copy of the schema that leaves the checks of texts and labels to a task.
 
         Args:
-            check: Returns the label as it is kept, or raises ValueError: :meth:`evertune.tasks.Task.check_label`.
-            names: Returns the names of the classes in a kept label: :meth:`evertune.tasks.Task.label_names`.
+            task: A :class:`~evertune.tasks.Task`.
 
         Raises:
-            ValueError: If the label is declared as a type that the task cannot learn.
+            ValueError: If a text or the label is declared as a type that the task cannot learn.
         """
         if self._label_is is float:
             try:
-                check(0.5)
+                task.check_label(0.5)
             except ValueError as error:
                 raise ValueError(
                     f"field {self.label!r} is declared as numbers, which this task cannot learn: {error}"
                 ) from None
+        for name in self._words:
+            try:
+                task.check_text(["word"])
+            except ValueError as error:
+                raise ValueError(
+                    f"field {name!r} is declared as words, which this task cannot learn: {error}"
+                ) from None
         schema = copy.copy(self)
-        schema._label_value, schema.label_names = check, names
+        schema._task = task
         return schema
 
     def _check_label(self, value: Any) -> Any:
         """Check a label, and return it in the form in which it is kept."""
-        try:
-            label = self._label_value(value)
-            names = self.label_names(label)
-        except (ValueError, RecursionError):
-            raise
-        except Exception as error:  # from a user's own task: a fault in it costs one record, not the stream
-            raise ValueError(f"the label could not be checked ({type(error).__name__}: {error})") from None
+        label = self._checked(self._task.check_label, value)
+        names = self._checked(self._task.label_names, label)
         if names or isinstance(label, list):
             if self._label_is is not None and not isinstance(label, self._label_is):
                 raise ValueError("a list of labels is expected" if self._label_is is list else "one label is expected")
@@ -364,6 +401,15 @@ class RecordSchema:
                     raise ValueError(f"{name!r} is none of the closed classes {_some(self.closed_classes or [])}")
         _refuse_unwritable(label, "label")
         return to_jsonable_python(label)
+
+    def _checked(self, check: Callable[..., Any], *values: Any) -> Any:
+        """The result of a task's check; a fault in a user's own task costs one record, not the stream."""
+        try:
+            return check(*values)
+        except (ValueError, RecursionError):
+            raise
+        except Exception as error:
+            raise ValueError(f"it could not be checked ({type(error).__name__}: {error})") from None
 
 
 def id_value(value: Any) -> str:
@@ -474,9 +520,9 @@ def _make_model(fields: Mapping[str, str], roles: Mapping[str, str]) -> type[Bas
                 f"field {name!r}{part} cannot be of type {spelled!r}; use one of {', '.join(allowed)}, "
                 f'or "{allowed[0]} | None" where it may be absent'
             )
-        checked_here = roles.get(name, "text") != "text"
+        # Label, id, time and a text in words accept more forms than pydantic's types do; the schema itself checks them.
+        checked_here = roles.get(name, "text") != "text" or (name in roles and kind != "str")
         absent = None if rest else ...
-        # Label, id and time accept more forms than pydantic's types do, and are checked by the schema itself.
         annotation = Any if checked_here else FIELD_TYPES[kind] | None if rest else FIELD_TYPES[kind]
         declared[f"field_{number}"] = (annotation, Field(absent, alias=name))
     return create_model("Record", __config__=ConfigDict(allow_inf_nan=False, extra="ignore"), **declared)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from datetime import date as Date
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from evertune.sources.values import absent, text_value
+from evertune.sources.values import absent
 from evertune.streams.experience import Experience, ExperienceStream, class_names
 from evertune.streams.tables import BadRow, Normaliser, name_value, read_rows
 from evertune.tasks.base import Task
@@ -273,17 +273,23 @@ class _Data:
         if unseen not in ("raise", "drop"):
             raise ValueError(f'on_unseen_label must be "raise" or "drop", got {unseen!r}')
         label, text = options.get("label", "label"), options.get("text", "text")
-        columns = dict(columns)
-        for column in () if text is None else (text,) if isinstance(text, str) else text:
-            columns[column] = text_value
+        task, columns = options.get("task") or Task(), dict(columns)
+        texts = () if text is None else (text,) if isinstance(text, str) else tuple(text)
+        columns |= dict.fromkeys(texts, task.check_text)
         if label is not None:
-            columns[label] = label_of or (options.get("task") or Task()).check_label
+            columns[label] = label_of or task.check_label
+
+        def fits(row: Mapping[str, Any]) -> None:
+            if label is not None and texts:
+                task.check_record([row[column] for column in texts], row[label])
+
         rows = read_rows(
             source,
             columns,
             split_column=options.get("split_column"),
             on_bad_row=options.get("on_bad_row", "raise"),
             bad_rows_file=options.get("bad_rows_file"),
+            fits=fits,
         )
         return cls(rows.dataset, rows.values, rows.split, rows.bad_rows, options)
 

@@ -110,6 +110,7 @@ def read_rows(
     split_column: str | None = None,
     on_bad_row: Literal["raise", "skip"] = "raise",
     bad_rows_file: str | Path | None = None,
+    fits: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Rows:
     """Read a whole source, checking the requested columns in every row.
 
@@ -121,6 +122,7 @@ def read_rows(
             returned, and those of a file are stored in a side file.
         bad_rows_file: Side file for the skipped rows, as JSON lines. By default ``<path>.bad.jsonl`` for each path
             read.
+        fits: Function that checks the values of a row together, by column, and raises ValueError with the reason.
 
     Raises:
         ValueError: If the source cannot be read, lacks a column, has a bad row (reported with file, row number and
@@ -136,7 +138,7 @@ def read_rows(
     split: list[str] = []
     datasets = []
     for part in parts:
-        good, checked = _check(part, columns)
+        good, checked = _check(part, columns, fits)
         if part.bad and on_bad_row == "raise":
             first = min(part.bad, key=lambda bad: bad.row)
             more = f" ({len(part.bad) - 1} more rows are bad)" if len(part.bad) > 1 else ""
@@ -179,7 +181,9 @@ def split_name(value: Any) -> str:
     return SPLITS[value]
 
 
-def _check(part: _Part, columns: Mapping[str, Normaliser]) -> tuple[list[int], dict[str, list[Any]]]:
+def _check(
+    part: _Part, columns: Mapping[str, Normaliser], fits: Callable[[Mapping[str, Any]], None] | None
+) -> tuple[list[int], dict[str, list[Any]]]:
     """The positions of the good rows and their normalised values; bad rows are appended to ``part.bad``."""
     present = part.columns()
     missing = [column for column in columns if column not in present]
@@ -191,6 +195,8 @@ def _check(part: _Part, columns: Mapping[str, Normaliser]) -> tuple[list[int], d
     for position, number in enumerate(part.numbers):
         try:
             row = {column: _normalised(columns[column], column, raw[column][position]) for column in columns}
+            if fits is not None:
+                fits(row)
         except ValueError as error:
             part.bad.append(BadRow(part.origin, number, str(error), _raw(part.rows, position)))
             continue

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evertune.sources.base import Row
-from evertune.sources.values import label_value
+from evertune.sources.values import label_value, text_value
 from evertune.tasks.losses import negative_losses
 from evertune.tasks.predicting import predict_classes, predict_scores
 from evertune.tasks.texts import TokenizedDataset, pad_collator
@@ -176,6 +176,25 @@ class Task:
         return pad_collator(tokenizer)
 
     # --- records
+
+    def check_text(self, value: Any) -> str:
+        """The text of a record as it is stored. By default, a text that is not empty.
+
+        Raises:
+            ValueError: If this task cannot learn from the text, with the reason.
+        """
+        return text_value(value)
+
+    def check_record(self, texts: Sequence[str], label: Any) -> None:
+        """Check that a record's label fits its text, after each of them has been checked. By default, any does.
+
+        Args:
+            texts: The text, or the two texts of a pair, as returned by :meth:`check_text`.
+            label: The label, as returned by :meth:`check_label`.
+
+        Raises:
+            ValueError: If the label does not fit, with the reason.
+        """
 
     def check_label(self, value: Any) -> Any:
         """The label of a record as it is stored: a JSON value. By default a name or a list of names.

@@ -165,4 +165,4 @@ def test_what_a_module_lacks_is_named_at_once(tmp_path: Path) -> None:
 def test_labels_that_the_task_cannot_learn_are_refused_at_once(tmp_path: Path) -> None:
     schema = RecordSchema(fields={"text": "str", "label": "float"})
     with pytest.raises(ValueError, match=r"field 'label' is declared as numbers, which this task cannot learn"):
-        schema.for_labels(Task().check_label, Task().label_names)
+        schema.for_task(Task())

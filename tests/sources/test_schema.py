@@ -399,7 +399,7 @@ def test_an_unknown_zone_is_refused(zone):
 )
 def test_labels_that_a_classifier_learns(multi_label, label, kept):
     task = SequenceClassificationTask(multi_label)
-    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    schema = RecordSchema().for_task(task)
     assert schema.check({"text": "x", "label": label})["label"] == kept
 
 
@@ -426,7 +426,7 @@ def test_labels_that_a_classifier_learns(multi_label, label, kept):
 )
 def test_labels_that_a_classifier_cannot_learn(multi_label, label, reason):
     task = SequenceClassificationTask(multi_label)
-    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    schema = RecordSchema().for_task(task)
     assert reason in refusal(schema, {"text": "x", "label": label})
 
 
@@ -448,7 +448,7 @@ class Faulty(Task):
 )  # fmt: skip
 def test_a_fault_in_a_tasks_check_costs_one_record(does):
     task = Faulty(does)
-    schema = RecordSchema().for_labels(task.check_label, task.label_names)
+    schema = RecordSchema().for_task(task)
     assert "label" in refusal(schema, {"text": "x", "label": "a"})
 
 

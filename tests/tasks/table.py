@@ -1,0 +1,59 @@
+"""The table of tasks: a row says how a tiny module of a task is made, what its records are, and which are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.sources.schema import RecordSchema
+from tests.helpers.lightning_modules import TEXTS, tiny_bert
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One task. `tests/tasks/test_tasks.py` runs every row through memory, importance, scores, records and folders.
+
+    Args:
+        module: Makes the module from the folder of a pretrained transformer. Dropout, if any, must not matter: scores
+            are taken in evaluation mode.
+        records: Eight or more records as they arrive. The first half and the second half are two experiences.
+        refused: Records that the schema refuses, each with a part of the message.
+        schema: Arguments of `RecordSchema`: the names and types of the fields.
+        pretrained: Writes the pretrained transformer to a folder. Default: a tiny BERT.
+        plan: Whether `evertune plan` knows the size of the module. Default: True.
+    """
+
+    module: Callable[[str], Any]
+    records: Sequence[Record]
+    refused: Sequence[tuple[Record, str]]
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: Callable[[str], Any] = tiny_bert
+    plan: bool = True
+
+    def schema_for(self, module: Any) -> RecordSchema:
+        """The schema of the records, with the checks of the module's task."""
+        return RecordSchema(**self.schema).for_task(module.task)
+
+
+SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
+
+ROWS: dict[str, TaskRow] = {
+    "sequence classification": TaskRow(
+        module=SequenceClassificationModule,
+        records=[{"text": text, "label": name} for text, name in SENTENCES],
+        refused=[
+            ({"text": "the bank", "label": ["sport"]}, "one label is expected, got the list ['sport']"),
+            ({"text": " ", "label": "sport"}, "field 'text': the text is empty"),
+            ({"text": ["the", "bank"], "label": "sport"}, "field 'text' must be a text, not a list"),
+        ],
+    ),
+    "several labels": TaskRow(
+        module=lambda folder: SequenceClassificationModule(folder, multi_label=True),
+        records=[{"text": text, "label": [name, "news"][: 1 + len(text) % 2]} for text, name in SENTENCES],
+        refused=[({"text": "the bank", "label": "sport"}, "multi_label=True expects a list of names, got 'sport'")],
+    ),
+}
