@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from evertune.importance import Estimator, estimate_fisher
-from evertune.shards.shards import ReplicatedShards
+from evertune.shards.replicated import ReplicatedShards
 
 CLASSES = 5
 BATCH = 32

@@ -120,7 +120,7 @@ def estimate_fisher(
         ...         torch.nn.init.zeros_(self.weight.weight)
         ...     def forward(self, x):
         ...         return self.weight(x)
-        >>> from evertune.shards.shards import ReplicatedShards
+        >>> from evertune.shards.replicated import ReplicatedShards
         >>> model = Model()
         >>> estimate_fisher(model, [(torch.ones(4, 1), torch.zeros(4).long())], ReplicatedShards(model))
         [tensor([0.2500, 0.2500])]

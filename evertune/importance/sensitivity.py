@@ -57,7 +57,7 @@ def estimate_sensitivity(
         ...         torch.nn.init.constant_(self.weight.weight, 3.0)
         ...     def forward(self, x):
         ...         return self.weight(x)
-        >>> from evertune.shards.shards import ReplicatedShards
+        >>> from evertune.shards.replicated import ReplicatedShards
         >>> model = Model()
         >>> estimate_sensitivity(model, [(torch.ones(4, 1), torch.zeros(4).long())], ReplicatedShards(model))
         [tensor([6., 6.])]

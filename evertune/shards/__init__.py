@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.shards.replicated import ReplicatedShards as ReplicatedShards
     from evertune.shards.shards import Fragment as Fragment
     from evertune.shards.shards import ParameterShards as ParameterShards
-    from evertune.shards.shards import ReplicatedShards as ReplicatedShards
     from evertune.shards.support import check_strategy as check_strategy
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
-        "evertune.shards.shards": "Fragment ParameterShards ReplicatedShards",
+        "evertune.shards.replicated": "ReplicatedShards",
+        "evertune.shards.shards": "Fragment ParameterShards",
         "evertune.shards.support": "check_strategy",
     },
 )

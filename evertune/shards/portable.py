@@ -18,11 +18,8 @@ from torch import Tensor
 
 from evertune._lightning import pl
 from evertune.shards.fragments import FragmentState, saved_shapes
-from evertune.shards.shards import (
-    OptimizerState,
-    ParameterShards,
-    PortableShards,
-)
+from evertune.shards.optimizer_state import OptimizerState, PortableShards
+from evertune.shards.shards import ParameterShards
 from evertune.shards.support import is_deepspeed
 from evertune.utils.ranks import is_writer, rank_and_world_size
 

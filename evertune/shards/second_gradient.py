@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from evertune._lightning import pl
-from evertune.shards.shards import FSDP2Shards, ParameterShards
+from evertune.shards.fsdp2 import FSDP2Shards
+from evertune.shards.shards import ParameterShards
 from evertune.utils.ranks import rank_and_world_size
 
 

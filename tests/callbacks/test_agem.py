@@ -15,8 +15,8 @@ from evertune.callbacks import AGEM, EWC, GEM, L2SP, Replay
 from evertune.callbacks.agem import _STREAM
 from evertune.callbacks.gem import solve_dual
 from evertune.callbacks.reference_method import training_loss
+from evertune.shards.replicated import ReplicatedShards
 from evertune.shards.second_gradient import second_gradient
-from evertune.shards.shards import ReplicatedShards
 from tests.callbacks.test_ewc import Classifier, fit, flat_weights, loader
 from tests.callbacks.test_l2sp import InDouble
 

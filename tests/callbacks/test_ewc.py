@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from evertune._lightning import pl
 from evertune.callbacks import EWC
 from evertune.importance import Estimator, estimate_fisher
-from evertune.shards.shards import ReplicatedShards
+from evertune.shards.replicated import ReplicatedShards
 
 
 class Classifier(pl.LightningModule):

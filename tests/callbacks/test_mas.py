@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evertune._lightning import pl
 from evertune.callbacks import MAS
 from evertune.importance import estimate_sensitivity
-from evertune.shards.shards import ReplicatedShards
+from evertune.shards.replicated import ReplicatedShards
 from tests.callbacks.test_ewc import Classifier, fit, flat_weights, loader
 from tests.callbacks.test_l2sp import InDouble
 

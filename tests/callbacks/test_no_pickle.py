@@ -24,7 +24,7 @@ from evertune.lightning_modules import SequenceClassificationModule
 from evertune.memory import ReplayMemory
 from evertune.metrics.history import History, load_history, save_history
 from evertune.shards.fragments import FragmentState
-from evertune.shards.shards import ReplicatedShards
+from evertune.shards.replicated import ReplicatedShards
 from tests.helpers.lightning_modules import loader, tiny_bert
 
 CLASSES = ["business", "sport"]

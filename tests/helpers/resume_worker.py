@@ -18,8 +18,9 @@ from evertune.drift import MMD, HashedNgrams
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards import ParameterShards
 from evertune.shards.fragments import FragmentState
-from evertune.shards.shards import FrozenZero3Shards, PortableShards
+from evertune.shards.optimizer_state import PortableShards
 from evertune.shards.support import is_deepspeed, is_sharded
+from evertune.shards.zero import FrozenZero3Shards
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.trainer import ContinualTrainer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from evertune._lightning import pl
 from evertune.importance import IndexedBatch, estimate_fisher
-from evertune.shards.shards import Fragment, ReplicatedShards
+from evertune.shards.replicated import ReplicatedShards
+from evertune.shards.shards import Fragment
 
 EXAMPLES, CLASSES = 13, 3
 LENGTHS = [5, 2, 7, 4, 7, 3, 6, 5, 1, 7, 2, 4, 6]
