@@ -126,7 +126,7 @@ class Watch:
     def __init__(self, hang_timeout: float, silence_timeout: float) -> None:
         self.hang_timeout, self.silence_timeout = hang_timeout, silence_timeout
         self._stopped: dict[int, float] = {}  # process to the time when it was first seen stopped
-        self._looked, self._back = time.monotonic(), 0.0
+        self._looked, self._back = time.monotonic(), float("-inf")
 
     def late(self, ranks: Iterable[Rank]) -> list[Rank]:
         """The ranks that hang. Call it about every second."""
