@@ -20,6 +20,7 @@ _OWN_PARSER = {
     "watch": "keep on updating as records arrive: --config FILE, --help",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
     "keys": "API keys of the server: add, list, rotate, revoke",
+    "compare": "whether a version answers better than another, and where: REGISTRY A B --data FILE",
     "check": "try what a configuration of update or watch names, without training: --config FILE",
     "quarantine": "records that were set aside: list, show, retry, drop",
     "pending": "records that wait for the next update: list, show, drop",
