@@ -51,7 +51,7 @@ def _fit(arguments: Sequence[str]) -> int:
     from evertune.metrics.history import save_history
     from evertune.training.trainer import ContinualTrainer
 
-    cli = _read(arguments)
+    cli = read_fit(arguments)
     assert isinstance(cli.trainer, ContinualTrainer)
     out = Path(cli.config["out"])
     settings = _settings(cli)
@@ -88,7 +88,12 @@ def _fit(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _read(arguments: Sequence[str]) -> LightningCLI:
+def read_fit(arguments: Sequence[str]) -> LightningCLI:
+    """The model, data and trainer that the arguments of ``evertune fit`` describe.
+
+    Raises:
+        SystemExit: If a setting is wrong, with code 2; the reason has been printed.
+    """
     from evertune._lightning import ActionConfigFile, LightningArgumentParser, LightningCLI, LightningModule
     from evertune.streams import StreamDataModule
     from evertune.training.trainer import ContinualTrainer

@@ -16,6 +16,7 @@ from evertune.utils.terminal import complain, guard, pipes
 
 _OWN_PARSER = {
     "fit": "learn a stream of experiences: --config FILE, --print_config, --help",
+    "tune": "search the settings of fit that learn a stream best: --config FILE, --space FILE",
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
