@@ -20,6 +20,7 @@ import yaml
 from evertune.callbacks import Replay
 from evertune.cli import main as cli
 from evertune.cli.init import init_parser
+from evertune.cli.space import read_space
 from evertune.gate.verdict import State
 from evertune.launch.settings import read_settings
 from evertune.registry.aliases import ALIASES
@@ -163,7 +164,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         at = words.index("--")
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
-    elif command in ("drift", "plan", "forget", "quarantine", "pending", "serve", "keys"):
+    elif command in ("compare", "tune", "drift", "plan", "forget", "quarantine", "pending", "serve", "keys"):
         module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(arguments)
     else:
@@ -207,6 +208,9 @@ def test_configurations_are_understood(
     block: Block, configured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("block.yaml").write_text(block.text)
+    if block.text.startswith("# space.yaml"):
+        read_space(yaml.safe_load(block.text))
+        return
     sections = yaml.safe_load(block.text).keys() - {"preset"}
     fit = ["fit", "--config", "stream.yaml", "--config", "block.yaml"]
     if "launch" in sections:

@@ -19,6 +19,7 @@ from evertune.callbacks.osft import OSFT
 from evertune.callbacks.quadratic_method import QuadraticMethod
 from evertune.callbacks.shrink_perturb import ShrinkPerturb
 from evertune.callbacks.state import load_state, save_state
+from evertune.shards.opened import frozen_shards_of
 from evertune.shards.shards import ParameterShards
 from evertune.utils.files import sha256
 from evertune.utils.ranks import is_writer
@@ -156,7 +157,7 @@ class AdapterMethod(GradientMethod):
             trainer: Trainer in training.
             change: What to add to the weight of a layer, ``[outputs, inputs]``, the same on all ranks.
         """
-        frozen = ParameterShards.frozen(trainer)
+        frozen = frozen_shards_of(trainer)
         layers = {layer.base: layer for layer in self._layers}
 
         def changed() -> Iterator[Tensor]:

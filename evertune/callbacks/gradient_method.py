@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback
+from evertune.shards.opened import shards_of
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy, is_step_boundary
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
@@ -87,7 +88,7 @@ class GradientMethod(ContinualCallback):
 
     def _view(self, trainer: pl.Trainer, also: Collection[str] = ()) -> ParameterShards:
         """The weights that this method acts on, and those named although they are frozen."""
-        return ParameterShards.of(trainer, also=also)
+        return shards_of(trainer, also=also)
 
     def _use(self, shards: ParameterShards | None) -> None:
         self._shards = shards

@@ -13,6 +13,7 @@ from evertune.callbacks.examples import ExampleSampler
 from evertune.callbacks.quadratic_method import Coupling, QuadraticMethod
 from evertune.callbacks.weight_method import Tensors
 from evertune.importance.fisher import Checked, Estimator, Logits, Targets, check_fisher
+from evertune.shards.opened import shards_of
 from evertune.shards.shards import ParameterShards
 from evertune.utils.batches import batch_size_of, take
 from evertune.utils.evaluation import trial
@@ -110,7 +111,7 @@ class ImportanceMethod(QuadraticMethod):
         """Run everything but the backward pass on the first batch, so that nothing fails after hours of training."""
         name = type(self).__name__
         advice = "pass logits=, a callable (module, batch) -> tensor, and targets=, a callable batch -> tensor"
-        shards = self._shards or ParameterShards.of(trainer)
+        shards = self._shards or shards_of(trainer)
         with trial(f"{name} cannot estimate the importance of the weights of {type(module).__name__}", advice):
             size = batch_size_of(batch)
             checked = check_fisher(

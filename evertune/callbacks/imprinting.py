@@ -17,6 +17,7 @@ from evertune.callbacks.replay.callback import default_features
 from evertune.callbacks.state import load_state, save_state
 from evertune.callbacks.teacher import rounds
 from evertune.callbacks.training_data import TrainingData
+from evertune.shards.opened import shards_of
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy
 from evertune.utils.evaluation import evaluation_mode, trial
@@ -100,7 +101,7 @@ class Imprinting(ContinualCallback):
         if new:
             # The first examples of each class; one example may have several classes.
             first = (present[:, new].cumsum(0) <= self.examples_per_class) & (present[:, new] > 0)
-            shards = ParameterShards.of(trainer)
+            shards = shards_of(trainer)
             rows = self._means(trainer, pl_module, data, first, shards)
             self._set_rows(shards, torch.tensor(new), rows)
 

@@ -15,8 +15,8 @@ from evertune.callbacks.replay.callback import Replay, default_losses
 from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.step_logits import StepLogits
 from evertune.memory.policies import Policy
+from evertune.shards.opened import shards_of
 from evertune.shards.second_gradient import second_gradient
-from evertune.shards.shards import ParameterShards
 from evertune.utils.batches import batch_size_of, take
 from evertune.utils.evaluation import evaluation_mode, trial
 
@@ -150,7 +150,7 @@ class MIR(Replay):
 
     def _scores(self, trainer: pl.Trainer, new: Any, candidates: Any) -> Tensor:
         """By how much the loss of each candidate would rise, float32 ``[candidates]``."""
-        module, shards = trainer.lightning_module, ParameterShards.of(trainer)
+        module, shards = trainer.lightning_module, shards_of(trainer)
         with isolate_rng():
             move = second_gradient(trainer, shards, lambda: training_loss(trainer, module, new))
         StepLogits.of(trainer).end()  # this pass was not that of the training step
@@ -170,5 +170,5 @@ class MIR(Replay):
         module = trainer.lightning_module
         with evaluation_mode(module), trainer.precision_plugin.val_step_context():
             losses = default_losses(module, batch).squeeze(1)
-        ParameterShards.of(trainer).release()
+        shards_of(trainer).release()
         return losses

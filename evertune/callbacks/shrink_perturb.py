@@ -14,6 +14,7 @@ from torch import Tensor
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.state import load_state, save_state
+from evertune.shards.opened import shards_of
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import check_strategy
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
@@ -82,7 +83,7 @@ class ShrinkPerturb(ContinualCallback):
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Change the weights before the first step, unless it is the first experience."""
         if self.experience_index > 0:
-            shards = ParameterShards.of(trainer)
+            shards = shards_of(trainer)
             shards.set_values(list(self._changed(shards)))
 
     def _changed(self, shards: ParameterShards) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import is_deepspeed
 from evertune.tasks.base import IGNORED, Outputs, task_of
 from evertune.utils.batches import batch_size_of, targets_of
@@ -80,7 +80,7 @@ class StepLogits:
                     f"leave that callback or {who} out"
                 )
         if is_deepspeed(trainer):
-            ParameterShards.of(trainer).release()
+            shards_of(trainer).release()
         # Before all other hooks: adjustments of the logits come after it, wherever the callbacks stand.
         self._handle = module.get_submodule(self._name).register_forward_hook(self._note, prepend=True)
 

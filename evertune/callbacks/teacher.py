@@ -12,7 +12,7 @@ from torch import Tensor
 from evertune._lightning import pl
 from evertune.callbacks.step_logits import counted_rows
 from evertune.memory.logits import LOGITS, StoredLogits, from_bytes, to_bytes
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import is_deepspeed
 from evertune.tasks.base import Outputs, task_of
 from evertune.utils.collectives import gather_bytes
@@ -64,7 +64,7 @@ def logits_of_examples(
             if counts:
                 parts.append(stored.to_arrow())
     if is_deepspeed(trainer):
-        ParameterShards.of(trainer).release()
+        shards_of(trainer).release()
     everyones = [from_bytes(part) for part in gather_bytes(to_bytes(pa.concat_arrays(parts)), trainer)]
     # Batch b is on rank b % world_size, as number b // world_size there.
     n_batches, world = -(-len(indices) // size), trainer.world_size
@@ -84,7 +84,7 @@ def outputs_of(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, who:
     ):
         outputs = task_of(module).outputs(module, batch)
     if is_deepspeed(trainer):
-        ParameterShards.of(trainer).release()
+        shards_of(trainer).release()
     return outputs
 
 

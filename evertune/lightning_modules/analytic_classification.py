@@ -18,7 +18,7 @@ from evertune.lightning_modules.analytic import AnalyticHead, Features, Solver, 
 from evertune.lightning_modules.backbone import Pooling
 from evertune.lightning_modules.reading import batches_of, read_once
 from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import is_deepspeed
 from evertune.utils.batches import targets_of, to_device
 from evertune.utils.evaluation import evaluation_mode
@@ -200,7 +200,7 @@ class AnalyticClassificationModule(SequenceClassificationModule):
                 if own:
                     sums.add(self.head.map(features).to(device), targets_of(batch).to(device))
         if is_deepspeed(trainer):
-            ParameterShards.of(trainer).release()
+            shards_of(trainer).release()
         if trainer.world_size > 1:
             for tensor in sums.tensors().values():
                 tensor.copy_(trainer.strategy.reduce(tensor, reduce_op="sum"))

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.shards.opened import frozen_shards_of as frozen_shards_of
+    from evertune.shards.opened import shards_of as shards_of
     from evertune.shards.replicated import ReplicatedShards as ReplicatedShards
     from evertune.shards.shards import Fragment as Fragment
     from evertune.shards.shards import ParameterShards as ParameterShards
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.shards.opened": "frozen_shards_of shards_of",
         "evertune.shards.replicated": "ReplicatedShards",
         "evertune.shards.shards": "Fragment ParameterShards",
         "evertune.shards.support": "check_strategy",

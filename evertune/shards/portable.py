@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evertune._lightning import pl
 from evertune.shards.fragments import FragmentState, saved_shapes
+from evertune.shards.opened import frozen_shards_of, shards_of
 from evertune.shards.optimizer_state import OptimizerState, PortableShards
 from evertune.shards.shards import ParameterShards
 from evertune.shards.support import is_deepspeed
@@ -43,7 +44,7 @@ def save(trainer: pl.Trainer, checkpoint: Mapping[str, Any], folder: Path, *, fr
     shards = _shards(trainer)
     optimizer = shards.optimizer_state()
     FragmentState.of(shards, {"value": shards.values(), **optimizer.tensors}).save(folder / _WEIGHTS)
-    still = ParameterShards.frozen(trainer)
+    still = frozen_shards_of(trainer)
     if frozen and still.shapes:
         FragmentState.of(still, {"value": still.values()}).save(folder / _FROZEN)
     if is_writer():
@@ -75,7 +76,7 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
     Raises:
         ValueError: If a file is damaged, or the module has other weights than the saved one.
     """
-    shards, still = _shards(trainer), ParameterShards.frozen(trainer)
+    shards, still = _shards(trainer), frozen_shards_of(trainer)
     parts: list[tuple[str, ParameterShards]] = [(_WEIGHTS, shards)]
     if (folder / _FROZEN).is_dir():
         parts.append((_FROZEN, still))
@@ -97,7 +98,7 @@ def load(trainer: pl.Trainer, folder: Path, *, weights_only: bool = True) -> dic
 
 
 def _shards(trainer: pl.Trainer) -> PortableShards:
-    shards = ParameterShards.of(trainer)
+    shards = shards_of(trainer)
     assert isinstance(shards, PortableShards)
     return shards
 

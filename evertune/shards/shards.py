@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from evertune._lightning import pl
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -45,7 +43,7 @@ class ParameterShards(ABC):
 
     Example::
 
-        shards = ParameterShards.of(trainer)
+        shards = shards_of(trainer)
         shards.add_to_gradient(weight_decay * value for value in shards.values())
 
     Attributes:
@@ -60,48 +58,6 @@ class ParameterShards(ABC):
     def __init__(self, shapes: dict[str, torch.Size], fragments: list[Fragment]) -> None:
         self.shapes = shapes
         self.fragments = fragments
-
-    @staticmethod
-    def of(trainer: pl.Trainer, also: Collection[str] = ()) -> ParameterShards:
-        """The shards for the trainer's strategy, which must be set up (from ``on_fit_start`` on).
-
-        Args:
-            trainer: Trainer in training.
-            also: Names of parameters to include although they are frozen at present; what is added to their gradient is
-                discarded. Not under ZeRO, whose engine holds nothing for them.
-
-        Raises:
-            ValueError: If evertune does not support the strategy.
-        """
-        from evertune.shards.fsdp2 import FSDP2Shards
-        from evertune.shards.replicated import ReplicatedShards
-        from evertune.shards.support import check_strategy, is_deepspeed, is_fsdp2
-        from evertune.shards.zero import Zero3Shards, Zero12Shards
-
-        check_strategy(trainer, "ParameterShards")
-        module = trainer.lightning_module
-        if is_fsdp2(trainer):
-            return FSDP2Shards(module, trainer.optimizers, also=also)
-        if not is_deepspeed(trainer):
-            return ReplicatedShards(module, scaler=_scaler_until_step(trainer), also=also)
-        engine: Any = trainer.strategy.model
-        return Zero3Shards(module, engine) if engine.zero_optimization_stage() == 3 else Zero12Shards(module, engine)
-
-    @staticmethod
-    def frozen(trainer: pl.Trainer) -> ParameterShards:
-        """The weights that are not trained: sharded under FSDP2 and ZeRO-3, replicated elsewhere. No gradients."""
-        from evertune.shards.fsdp2 import FSDP2Shards
-        from evertune.shards.replicated import ReplicatedShards
-        from evertune.shards.support import is_deepspeed, is_fsdp2
-        from evertune.shards.zero import FrozenZero3Shards
-
-        module = trainer.lightning_module
-        if is_fsdp2(trainer):
-            return FSDP2Shards(module, frozen=True)
-        engine: Any = trainer.strategy.model
-        if is_deepspeed(trainer) and engine.zero_optimization_stage() == 3:
-            return FrozenZero3Shards(module, engine)
-        return ReplicatedShards(module, frozen=True)
 
     @abstractmethod
     def values(self) -> list[Tensor]:
@@ -353,12 +309,6 @@ class SelectedShards(ParameterShards):
 def where_ranks_meet(tensor: Tensor) -> Tensor:
     """The tensor, or a copy on the device of the process group: NCCL reduces on GPUs only."""
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
-
-
-def _scaler_until_step(trainer: pl.Trainer) -> Any:
-    """Lightning's loss scaler if a fused optimizer unscales the gradients inside its step, else None."""
-    in_step = any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
-    return getattr(trainer.precision_plugin, "scaler", None) if in_step else None
 
 
 def _zero(tensors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from evertune._lightning import (
     reset_seed,
 )
 from evertune.shards import portable
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.extensions import load_extension
 from evertune.strategies.masters import LiveMasters, leave_masters, masters_of
@@ -103,7 +103,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         masters = masters_of(trainer.lightning_module)
         engine: Any = self.model
         if masters is not None and trainer.training and _masters_differ(engine):
-            masters.restore(ParameterShards.of(trainer), torch.bfloat16 if engine.bfloat16_enabled() else torch.float16)
+            masters.restore(shards_of(trainer), torch.bfloat16 if engine.bfloat16_enabled() else torch.float16)
 
     def on_train_start(self) -> None:
         """Reject an epoch whose last accumulation would be incomplete.
@@ -166,7 +166,7 @@ class EvertuneDeepSpeed(DeepSpeedStrategy):
         if module is not None and hasattr(engine, "destroy"):
             # Copied before the engine that owns them is destroyed.
             if module.trainer.training and _masters_differ(engine):
-                leave_masters(module, LiveMasters(ParameterShards.of(module.trainer)))
+                leave_masters(module, LiveMasters(shards_of(module.trainer)))
             _release(engine)
             self.model = None
             self.optimizers = []

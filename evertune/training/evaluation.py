@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import RunningStage, is_overridden, pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.streams.sampler import longest_first
 from evertune.tasks.base import task_of
@@ -167,7 +167,7 @@ class ContinualEvaluation(ContinualCallback):
             batch = next(iter(_share(loader, trainer, at_most=2 * trainer.world_size)[0]))
             self._score(trainer, module, to_device(trainer, batch))
         if is_deepspeed(trainer):
-            ParameterShards.of(trainer).release()
+            shards_of(trainer).release()
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Score the module on the experiences seen, add a row to the matrix and log it."""

@@ -20,7 +20,7 @@ from evertune.lightning_modules.analytic import AnalyticHead, Statistics
 from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
 from evertune.lightning_modules.reading import batches_of, read_once
 from evertune.metrics.functional import average_accuracy
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.streams.datamodule import ExperienceDataModule
 from evertune.tasks.base import Task, task_of
@@ -111,7 +111,7 @@ class UntrainedBaseline(ContinualCallback):
         finally:
             self._data = None
             if is_deepspeed(trainer):
-                ParameterShards.of(trainer).release()
+                shards_of(trainer).release()
         method = max(matrices, key=lambda one: _final(matrices[one]))
         rows = [[None if math.isnan(score) else score for score in row] for row in matrices[method]]
         self.found = Untrained(method, rows, time.perf_counter() - start)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import ModelCheckpoint, pl
 from evertune.callbacks import EWC, ContinualEvaluation, DarkReplay, DriftTrigger, Replay
-from evertune.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.strategies import EvertuneDeepSpeedStrategy
 from tests.helpers.distributed import run_ranks
 
@@ -93,8 +93,8 @@ def test_strategies_that_are_not_supported(name: str, strategy: Any, message: st
     with pytest.raises(ValueError, match=f"^{name} {message}"):
         method.setup(one, Plain(), "fit")
     if name == "EWC":
-        with pytest.raises(ValueError, match=f"^ParameterShards {message}"):
-            ParameterShards.of(one)
+        with pytest.raises(ValueError, match=f"^shards_of {message}"):
+            shards_of(one)
 
 
 def test_ranks_that_would_train_on_the_same_data() -> None:

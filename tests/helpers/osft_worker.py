@@ -12,6 +12,7 @@ from evertune._lightning import pl
 from evertune.callbacks import OSFT, ContinualCallback
 from evertune.lightning_modules.saving import load_weights, save_weights, whole_state
 from evertune.shards import subspaces
+from evertune.shards.opened import shards_of
 from evertune.shards.shards import Fragment, ParameterShards
 from evertune.shards.subspaces import Sides, Subspaces
 from evertune.strategies import EvertuneDeepSpeedStrategy
@@ -47,10 +48,10 @@ class Watch(pl.Callback):
     """The weights at the start and at the end of a fit."""
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.start = whole(ParameterShards.of(trainer))
+        self.start = whole(shards_of(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.end = whole(ParameterShards.of(trainer))
+        self.end = whole(shards_of(trainer))
 
 
 class Decays(SmallBert):
@@ -112,7 +113,7 @@ class SaveMethod(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
             self.method.save(self.out / "method")
-            weights = whole(ParameterShards.of(trainer))
+            weights = whole(shards_of(trainer))
             pl_module.load_state_dict(weights, strict=False)
             save_weights(pl_module, self.out / "middle.safetensors")
             trainer.should_stop = True

@@ -16,8 +16,8 @@ from evertune._lightning import pl
 from evertune.callbacks import EWC, ContinualCallback, DriftTrigger, Replay
 from evertune.drift import MMD, HashedNgrams
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.shards import ParameterShards
 from evertune.shards.fragments import FragmentState
+from evertune.shards.opened import shards_of
 from evertune.shards.optimizer_state import PortableShards
 from evertune.shards.support import is_deepspeed, is_sharded
 from evertune.shards.zero import FrozenZero3Shards
@@ -313,7 +313,7 @@ class Held(pl.Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         if trainer.global_step != 12 or (self.folder / "index.json").exists() or not is_sharded(trainer):
             return
-        shards = ParameterShards.of(trainer)
+        shards = shards_of(trainer)
         engine: Any = trainer.strategy.model
         assert isinstance(shards, PortableShards)
         optimizer = shards.optimizer_state()

@@ -16,7 +16,7 @@ from evertune import callbacks
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules.saving import load_weights, save_weights, whole_state
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.streams import ExperienceDataModule
 from evertune.tasks.texts import PadCollator
 from evertune.training.trainer import ContinualTrainer
@@ -171,7 +171,7 @@ class Masters(pl.Callback):
 
     @staticmethod
     def _masters(trainer: pl.Trainer) -> torch.Tensor:
-        return torch.cat([value.clone() for value in ParameterShards.of(trainer).values()])
+        return torch.cat([value.clone() for value in shards_of(trainer).values()])
 
 
 def masters_between_fits(folder: str, out: str, strategy: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
 from evertune.importance import IndexedBatch, estimate_fisher
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from tests.helpers.distributed import run_ranks
 from tests.importance.test_fisher import EXAMPLES, Bert, assert_same, fisher
 
@@ -35,7 +35,7 @@ class Consolidate(pl.Callback):
         self.result: dict[str, list[list[float]]] = {}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        shards, size = ParameterShards.of(trainer), 4
+        shards, size = shards_of(trainer), 4
         for estimator in (*ESTIMATORS, "batched"):
             own = estimate_fisher(pl_module, self.batches(trainer, pl_module, size), shards, estimator)  # type: ignore[arg-type]
             held = {f.name: (f, values) for f, values in zip(shards.fragments, own, strict=True)}

@@ -46,7 +46,7 @@ from evertune.memory.codec import decode, encode
 from evertune.memory.draws import Draws
 from evertune.memory.memory import ReplayMemory
 from evertune.memory.policies import Policy
-from evertune.shards.shards import ParameterShards
+from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 from evertune.streams.sampler import BucketSampler
@@ -271,7 +271,7 @@ class Replay(ContinualCallback):
                 if len(widths := {width for _, width in shapes}) > 1:
                     raise ValueError(f"features must have one length for all examples, got {sorted(widths)}")
             if is_deepspeed(trainer):
-                ParameterShards.of(trainer).release()
+                shards_of(trainer).release()
         self._tried = True
 
     def _few(self, trainer: pl.Trainer) -> Iterator[Any]:
