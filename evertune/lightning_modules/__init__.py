@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     )
     from evertune.lightning_modules.heads import CosineHead as CosineHead
     from evertune.lightning_modules.heads import LinearHead as LinearHead
+    from evertune.lightning_modules.question_answering import QuestionAnsweringModule as QuestionAnsweringModule
+    from evertune.lightning_modules.question_answering import SpanOutput as SpanOutput
     from evertune.lightning_modules.sequence_classification import ClassifierOutput as ClassifierOutput
     from evertune.lightning_modules.sequence_classification import (
         SequenceClassificationModule as SequenceClassificationModule,
@@ -23,6 +25,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.lightning_modules.analytic": "AnalyticHead",
         "evertune.lightning_modules.analytic_classification": "AnalyticClassificationModule",
         "evertune.lightning_modules.heads": "CosineHead LinearHead",
+        "evertune.lightning_modules.question_answering": "QuestionAnsweringModule SpanOutput",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
     },

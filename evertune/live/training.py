@@ -214,7 +214,7 @@ def _data(
         return experience, ExperienceDataModule(experience, module.tokenizer, task=task, **columns, **data)
     tokenizer = module.tokenizer
     length = truncation_length(data.get("max_length"), tokenizer, module)
-    tokens = task.dataset(examples, tokenizer, **columns, max_length=length)
+    tokens = task.training_dataset(examples, tokenizer, **columns, max_length=length)
     everything: Any = ConcatDataset([memory, tokens])  # type: ignore[list-item]
     old = Manifest.from_json((production / MANIFEST).read_bytes()).classes
     experience = Experience(plan.experience, everything, classes=list(dict.fromkeys([*old, *classes])))

@@ -122,7 +122,8 @@ class ExperienceDataModule(LightningDataModule):
                     raise ValueError(
                         f"experience {self.experience.name!r}: {split} has no column {column!r}; it has {columns}"
                     )
-            self._datasets[split] = self.task.dataset(
+            make = self.task.training_dataset if split == "train" else self.task.dataset
+            self._datasets[split] = make(
                 data,
                 self.tokenizer,
                 text=self.text,

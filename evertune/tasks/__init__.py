@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from evertune.tasks.base import Outputs as Outputs
     from evertune.tasks.base import Task as Task
     from evertune.tasks.base import task_of as task_of
+    from evertune.tasks.question_answering import QuestionAnsweringTask as QuestionAnsweringTask
     from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
 
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.tasks.base": "Outputs Task task_of",
+        "evertune.tasks.question_answering": "QuestionAnsweringTask",
         "evertune.tasks.sequence_classification": "SequenceClassificationTask",
     },
 )

@@ -171,6 +171,14 @@ class Task:
             data, tokenizer, text=text, label=label, id_column=id_column, max_length=max_length, cache=cache
         )
 
+    def training_dataset(self, data: Any, tokenizer: Any, **settings: Any) -> Dataset[dict[str, Any]]:
+        """The examples to train on; by default, those of :meth:`dataset`, of which there is one for each record.
+
+        A task whose records are too long for the model divides them into several examples here. ``settings`` are those
+        of :meth:`dataset`.
+        """
+        return self.dataset(data, tokenizer, **settings)
+
     def collator(self, tokenizer: Any) -> Callable[[list[Any]], Any]:
         """The function that collates tokenised examples into a batch."""
         return pad_collator(tokenizer)

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from evertune.tasks.token_cache import TokenCache, key_of
 from evertune.utils.examples import Examples, column_of
 
-_PADDING = {"token_type_ids": 0}
-"""Padding value of each kind of tokens other than ``input_ids``."""
+_MORE_KINDS = ("token_type_ids",)
+"""What a tokenizer may return for each token beside ``input_ids``."""
 _USUAL_LENGTH = 128
-_LENGTHS = "lengths"
+LENGTHS = "lengths"
+"""Name of the number of tokens of each example, among the arrays of a tokenised dataset."""
 
 
 def max_tokens(transformer: nn.Module) -> int | None:
@@ -103,13 +104,21 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
             key: column_of(data, column) for key, column in (("labels", label), ("id", id_column)) if column is not None
         }
         if cache is None:
-            arrays: Mapping[str, np.ndarray] = _tokenised(texts, tokenizer, max_length)
+            arrays = self.tokenised(texts, tokenizer, max_length)
         else:
-            key = key_of(texts, tokenizer, max_length)
-            arrays = cache.get(key, lambda: _tokenised(texts, tokenizer, max_length))
-        self.tokens = {name: values for name, values in arrays.items() if name != _LENGTHS}
-        self.lengths = arrays[_LENGTHS]
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+            key = key_of(texts, tokenizer, max_length, self.rules())
+            arrays = cache.get(key, lambda: self.tokenised(texts, tokenizer, max_length))
+        self.tokens = {name: values for name, values in arrays.items() if name != LENGTHS}
+        self.lengths = arrays[LENGTHS]
+        self.starts = np.cumsum(self.lengths) - self.lengths
+
+    def tokenised(self, texts: list[list[str]], tokenizer: Any, max_length: int) -> Mapping[str, np.ndarray]:
+        """The tokens of all examples one after another, int32 of each kind, and the ``lengths`` of the examples."""
+        return _tokenised(texts, tokenizer, max_length)
+
+    def rules(self) -> Mapping[str, Any]:
+        """What the tokens depend on beside texts, tokenizer and length, as JSON values."""
+        return {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -117,7 +126,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Supports negative indices, and raises IndexError out of range.
         index = range(len(self))[index]
-        run = slice(self.starts[index], self.starts[index + 1])
+        run = slice(self.starts[index], self.starts[index] + self.lengths[index])
         tokens = {key: torch.from_numpy(values[run].astype(np.int64)) for key, values in self.tokens.items()}
         return {**tokens, **{key: values[index] for key, values in self.names.items()}}
 
@@ -130,9 +139,9 @@ def _tokenised(texts: list[list[str]], tokenizer: Any, max_length: int) -> dict[
         parts = [column[start : start + 1000] for column in texts]
         encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_attention_mask=False)
         lengths += [len(tokens) for tokens in encoded["input_ids"]]
-        for key in ("input_ids", *(key for key in _PADDING if key in encoded)):
+        for key in ("input_ids", *(key for key in _MORE_KINDS if key in encoded)):
             flat.setdefault(key, []).append(np.concatenate([np.asarray(t, np.int32) for t in encoded[key]]))
-    return {**{key: np.concatenate(chunks) for key, chunks in flat.items()}, _LENGTHS: np.asarray(lengths)}
+    return {**{key: np.concatenate(chunks) for key, chunks in flat.items()}, LENGTHS: np.asarray(lengths)}
 
 
 class PadCollator:
@@ -141,27 +150,31 @@ class PadCollator:
     Args:
         pad_token_id: Token id that pads ``input_ids``.
         side: Side on which padding is added, ``"right"`` (default) or ``"left"``.
+        kinds: What there may be for each token beside ``input_ids``, padded with 0. Default: ``token_type_ids``.
     """
 
-    def __init__(self, pad_token_id: int, side: Literal["right", "left"] = "right") -> None:
+    def __init__(
+        self, pad_token_id: int, side: Literal["right", "left"] = "right", kinds: Sequence[str] = _MORE_KINDS
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.side = side
+        self.kinds = tuple(kinds)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples into a batch.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (and ``token_type_ids``): int64 ``[batch, longest]``. ``labels``: a list
-            of label names (or of lists of them), if the examples have labels.
+            ``input_ids``, ``attention_mask`` (and further ``kinds``): int64 ``[batch, longest]``. ``labels``: a list
+            of the examples' labels, if they have labels.
         """
         mask = [torch.ones_like(example["input_ids"]) for example in examples]
         batch: dict[str, Any] = {
             "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
             "attention_mask": self._pad(mask, 0),
         }
-        for key, value in _PADDING.items():
+        for key in self.kinds:
             if key in examples[0]:
-                batch[key] = self._pad([example[key] for example in examples], value)
+                batch[key] = self._pad([example[key] for example in examples], 0)
         if "labels" in examples[0]:
             batch["labels"] = [example["labels"] for example in examples]
         return batch
@@ -176,7 +189,16 @@ def pad_collator(tokenizer: Any) -> PadCollator:
     Raises:
         ValueError: If the tokenizer has neither.
     """
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return PadCollator(padding_token(tokenizer), tokenizer.padding_side)
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The number of the token that pads: the tokenizer's padding token, or else its end token.
+
+    Raises:
+        ValueError: If the tokenizer has neither.
+    """
+    token: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise ValueError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
-    return PadCollator(token, tokenizer.padding_side)
+    return token

@@ -53,24 +53,27 @@ class TokenCache:
         return _read(place) or arrays
 
 
-def key_of(columns: Sequence[Sequence[str]], tokenizer: Any, max_length: int) -> str:
+def key_of(
+    columns: Sequence[Sequence[str]], tokenizer: Any, max_length: int, rules: Mapping[str, Any] | None = None
+) -> str:
     """A name for the tokens of texts: a hash of the texts, the tokenizer's rules and the length at which it truncates.
 
     Args:
         columns: The texts; with two columns, each text is a pair.
         tokenizer: Fast tokenizer of transformers.
         max_length: Maximum number of tokens.
+        rules: What else the tokens depend on, as JSON values. Default: nothing.
 
     Raises:
         ValueError: If the tokenizer is not a fast one, whose rules cannot be read.
     """
-    rules = getattr(tokenizer, "backend_tokenizer", None)
-    if rules is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise ValueError(
             f"token_cache needs a fast tokenizer, got {type(tokenizer).__name__}, whose rules cannot be read; leave it "
             "out, or load the tokenizer with use_fast=True"
         )
-    stated = {name: value for name, value in json.loads(rules.to_str()).items() if name not in _STATE_OF_CALLS}
+    stated = {name: value for name, value in json.loads(backend.to_str()).items() if name not in _STATE_OF_CALLS}
     settings = {
         "rules": stated,
         "class": type(tokenizer).__name__,
@@ -78,6 +81,7 @@ def key_of(columns: Sequence[Sequence[str]], tokenizer: Any, max_length: int) ->
         "truncation_side": tokenizer.truncation_side,
         "max_length": max_length,
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers")],
+        **({"more": dict(rules)} if rules else {}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for column in columns:
