@@ -63,12 +63,17 @@ class StepLogits:
             head: Name of the output layer; None to find it.
 
         Raises:
-            ValueError: If it cannot be found.
+            ValueError: If it cannot be found, or what the logits stand for differs from batch to batch.
         """
         if self._handle is not None:
             if head not in (None, self._name):
                 raise ValueError(f"{who} has head={head!r}, another callback takes the logits from {self._name!r}")
             return
+        if not task_of(module).fixed_classes:
+            raise ValueError(
+                f"{who} compares logits class by class, but those of {type(module).__name__} are over the tokens of a "
+                f"text, whose number varies: leave {who} out; Replay and the methods on weights, such as EWC, work"
+            )
         self._module = module
         with trial(f"{who} cannot find the logits of {type(module).__name__}", _ADVICE):
             with trainer.precision_plugin.val_step_context():

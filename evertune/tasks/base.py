@@ -103,6 +103,9 @@ class Task:
         ('sport', '3')
     """
 
+    fixed_classes = True
+    """Whether a logit stands for the same class in every batch. False for logits over the tokens of a text."""
+
     def __init__(self, likelihood: Likelihood | None = None) -> None:
         self.likelihood = likelihood
 

@@ -53,6 +53,8 @@ class QuestionAnsweringTask(Task):
         ValueError: the answer 'Rome' is not in its context, which has 'a to' at answer_start=16
     """
 
+    fixed_classes = False
+
     def __init__(self, stride: int = 32, max_answer_tokens: int = 30, no_answer_threshold: float = 0.0) -> None:
         super().__init__("categorical")
         if stride < 0:

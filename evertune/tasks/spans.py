@@ -73,7 +73,8 @@ def best_span(windows: list[Window], max_answer_tokens: int, threshold: float = 
     highest = max(float(odds[best]), 0.0)
     total = highest + np.log(np.exp(odds - highest).sum() + np.exp(-highest))
     if odds[best] > threshold:
-        return Span(*places[best].tolist(), float(np.exp(odds[best] - total)))
+        start, end = places[best].tolist()
+        return Span(start, end, float(np.exp(odds[best] - total)))
     return Span(None, None, float(np.exp(-total)))
 
 

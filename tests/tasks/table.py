@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evertune.lightning_modules import SequenceClassificationModule
+from evertune.lightning_modules import QuestionAnsweringModule, SequenceClassificationModule
 from evertune.sources.schema import RecordSchema
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 
@@ -39,6 +39,12 @@ class TaskRow:
         return RecordSchema(**self.schema).for_task(module.task)
 
 
+def asked(context: str, answer: str | None) -> dict[str, Any]:
+    """A question about a context, which names the kind of the answer; None if there is no answer."""
+    answers = [] if answer is None else [{"text": answer, "answer_start": context.index(answer)}]
+    return {"question": "a law of the party", "context": context, "answers": answers}
+
+
 SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
 
 ROWS: dict[str, TaskRow] = {
@@ -55,5 +61,22 @@ ROWS: dict[str, TaskRow] = {
         module=lambda folder: SequenceClassificationModule(folder, multi_label=True),
         records=[{"text": text, "label": [name, "news"][: 1 + len(text) % 2]} for text, name in SENTENCES],
         refused=[({"text": "the bank", "label": "sport"}, "multi_label=True expects a list of names, got 'sport'")],
+    ),
+    "question answering": TaskRow(
+        module=lambda folder: QuestionAnsweringModule(folder, stride=4),
+        schema={"text": ["question", "context"], "label": "answers"},
+        records=[
+            asked(text, None if number % 3 == 0 else text.split()[-1]) for number, (text, _) in enumerate(SENTENCES)
+        ],
+        refused=[
+            (asked("the bank", None) | {"question": " "}, "field 'question': the text is empty"),
+            (asked("the bank", None) | {"context": ""}, "field 'context': the text is empty"),
+            (asked("the bank", None) | {"answers": "bank"}, "field 'answers': the answers must be"),
+            (
+                asked("the bank", None) | {"answers": [{"text": "bank", "answer_start": 3}]},
+                "the answer 'bank' is not in its context, which has ' ban' at answer_start=3; it is at 4",
+            ),
+        ],
+        plan=False,
     ),
 }
