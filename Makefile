@@ -24,9 +24,12 @@ $(VENV)/.demo: pyproject.toml
 demo: $(VENV)/.demo  ## learn BBC News without forgetting; see evertune-demo/report.html
 	$(BIN)/python examples/demo.py
 
-# A test that starts several processes has a core for each of two: so the quick tests run two files at a time.
+# A test that starts several processes has a core for each of two: so the quick tests run two files at a time, those
+# that take longest first (tests/conftest.py).
+PARALLEL := -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: install  ## all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-all: test  ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -40,7 +43,7 @@ $(LIGHTNING)/.dev: $(VENV)/.dev
 	touch $@
 
 test-lightning: $(LIGHTNING)/.dev  ## the tests near Lightning, where only `lightning` is installed
-	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest $(PARALLEL) \
 		tests/test_lightning.py tests/test_package.py \
 		$(addprefix tests/,callbacks training strategies shards cli lightning_modules)
 

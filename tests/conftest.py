@@ -9,6 +9,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,25 @@ def no_logger_is_left_silent() -> Iterator[None]:
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+LONGEST = (
+    "callbacks/test_shard_exact.py",
+    "test_lightning.py",
+    "live/test_update.py",
+    "strategies/test_deepspeed.py",
+    "callbacks/test_consolidation.py",
+    "callbacks/test_drift_trigger.py",
+    "cli/test_update.py",
+)
+"""Files that take minutes together: they come first, so that no core waits for another at the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 _TO_INSTALL = re.compile(r"\((apt-get install|pip install) ([^()]+)\)")

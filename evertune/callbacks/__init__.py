@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.callbacks.adversarial_training import AdversarialTraining as AdversarialTraining
     from evertune.callbacks.agem import AGEM as AGEM
     from evertune.callbacks.averaging import EMA as EMA
     from evertune.callbacks.averaging import VersionAveraging as VersionAveraging
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.mir import MIR as MIR
     from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
     from evertune.callbacks.osft import OSFT as OSFT
+    from evertune.callbacks.rdrop import RDrop as RDrop
     from evertune.callbacks.replay.callback import Replay as Replay
     from evertune.callbacks.seq import SEQ as SEQ
     from evertune.callbacks.shrink_perturb import ShrinkPerturb as ShrinkPerturb
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = face(
     __name__,
     {
+        "evertune.callbacks.adversarial_training": "AdversarialTraining",
         "evertune.callbacks.agem": "AGEM",
         "evertune.callbacks.averaging": "EMA VersionAveraging",
         "evertune.callbacks.base": "ContinualCallback",
@@ -60,6 +63,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.osft": "OSFT",
         "evertune.callbacks.merged_adapters": "MergedAdapters",
         "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
+        "evertune.callbacks.rdrop": "RDrop",
         "evertune.callbacks.replay.callback": "Replay",
         "evertune.callbacks.seq": "SEQ",
         "evertune.callbacks.shrink_perturb": "ShrinkPerturb",

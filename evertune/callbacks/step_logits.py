@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -149,6 +150,15 @@ class StepLogits:
             classes: Which classes, bool ``[n_classes]``.
         """
         self._excluded = n_examples, classes
+
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Let the training step run again inside: what its output layer gives there is apart from the first pass."""
+        first, self._seen = self._seen, []
+        try:
+            yield
+        finally:
+            self._seen = first
 
     def end(self) -> None:
         """A training step has ended: release what it gave."""

@@ -155,6 +155,8 @@ def methods(name: str) -> list[pl.Callback]:
         "dark": lambda: [DarkReplay(memory_size=30, alpha=0.5, beta=0.5)],
         "mir": lambda: [callbacks.MIR(memory_size=30, candidates=3, step_size=0.2)],
         "seq": lambda: [callbacks.SEQ()],
+        "fgm": lambda: [callbacks.AdversarialTraining(epsilon=0.5)],
+        "freelb": lambda: [callbacks.AdversarialTraining("freelb", epsilon=0.5, steps=2)],
         "adjust": lambda: [LogitAdjustment()],
         "inflora": lambda: [callbacks.InfLoRA(energy=0.8)],
         "lora-ties": lambda: [callbacks.MergedAdapters("ties", "pretrained", density=0.5)],

@@ -120,9 +120,9 @@ def test_every_kind_of_file_is_there(sound: Path) -> None:
 
 
 def test_a_damaged_file_is_found_and_breaks_no_command(sound: Path, tmp_path: Path) -> None:
-    # The files of one version are enough here, and one change each: those that parse as JSON, or that do not.
+    # Every second file of one version, and one change each, are enough here; the slow tests change all in every way.
     names = [name for name in files(sound) if not name.startswith("versions/1/") or name.endswith("manifest.json")]
-    for number, (name, kind) in enumerate(zip(names, cycle(CHANGES), strict=False)):
+    for number, (name, kind) in enumerate(zip(names[::2], cycle(CHANGES), strict=False)):
         check(copied(sound, tmp_path / str(number)), name, kind)
         shutil.rmtree(tmp_path / str(number))
 
