@@ -164,7 +164,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         at = words.index("--")
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
-    elif command in ("compare", "tune", "drift", "plan", "forget", "quarantine", "pending", "serve", "keys"):
+    elif command in ("compare", "tune", "drift", "plan", "forget", "quarantine", "pending", "serve", "export", "keys"):
         module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(arguments)
     else:

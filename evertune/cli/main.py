@@ -20,6 +20,7 @@ _OWN_PARSER = {
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
+    "export": "write a version as ONNX, torch.export or safetensors, and check it: REGISTRY VERSION --output DIR",
     "keys": "API keys of the server: add, list, rotate, revoke",
     "compare": "whether a version answers better than another, and where: REGISTRY A B --data FILE",
     "check": "try what a configuration of update or watch names, without training: --config FILE",

@@ -85,7 +85,8 @@ def _parser() -> LightningArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
-    parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
+    parser.add_argument("--registry", type=str | None, default=None, help="the folder, or its URL, with the versions")
+    parser.add_argument("--model", type=str | None, default=None, help="an export to serve instead of a registry")
     parser.add_argument("--alias", type=str, default="production", help="the alias to follow, or a version's number")
     parser.add_argument("--poll", type=float, default=5.0, help="seconds between two looks at the alias")
     parser.add_argument("--wait", action="store_true", help="wait for the first version if there is none yet")
@@ -115,6 +116,7 @@ def _service(made: Namespace | Any) -> Service:
     return Service(
         made.registry,
         made.alias,
+        model=made.model,
         batching=made.batching,
         limits=made.limits,
         traffic=made.traffic,

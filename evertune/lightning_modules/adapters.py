@@ -67,6 +67,15 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
                     layer.reset_lora_parameters(name, config.init_lora_weights)
 
 
+def merge_adapters(backbone: Any) -> None:
+    """Add what adapters have learned to the weights under them, and remove the adapters: the outputs stay the same."""
+    lora = library("peft.tuners.lora", "peft")
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, lora.LoraLayer):
+            layer.merge()
+            backbone.set_submodule(name, layer.get_base_layer())
+
+
 def _whole(weights: list[Any]) -> Any:
     """A context in which weights can be set, also if ZeRO-3 has partitioned them when they were made."""
     if not hasattr(weights[0], "ds_id"):

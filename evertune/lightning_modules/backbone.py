@@ -168,4 +168,5 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Ten
         token = attention_mask.argmax(1)
     else:
         token = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), token]
+    # Not len(), which would make the batch size a constant of an exported program.
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), token]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -17,7 +16,7 @@ from evertune.lightning_modules.saving import gathered, read_manifest
 from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.transformer import TransformerModule
 from evertune.tasks.sequence_classification import SequenceClassificationTask
-from evertune.tasks.texts import truncation_length
+from evertune.tasks.texts import checked_texts, longest_text, padded_tokens, truncation_length
 from evertune.utils.batches import TARGET_KEYS, targets_of
 from evertune.utils.evaluation import evaluation_mode
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from evertune.streams.experience import Experience
 
 HEAD_DROPOUT = 0.1
-_LONGEST_UNLIMITED = 512
-"""Tokens of a text for models without a maximum; attention takes memory that grows with the square of it."""
 
 
 class ClassifierOutput(NamedTuple):
@@ -360,50 +357,19 @@ class SequenceClassificationModule(TransformerModule):
             ValueError: If ``max_length`` is more than the model takes, or a text has no tokens, or holds half of a
                 surrogate pair.
         """
-        texts = _checked_texts(texts)
+        texts = checked_texts(texts)
         self.configure_model()
-        longest = self.tokenizer.model_max_length
-        if longest > sys.maxsize:  # transformers writes about 1e30 for "unlimited"
-            longest = _LONGEST_UNLIMITED
-        length = truncation_length(max_length or longest, self.tokenizer, self)
+        length = truncation_length(max_length or longest_text(self.tokenizer), self.tokenizer, self)
         predictions: list[dict[str, float]] = []
         with evaluation_mode(self), gathered(self), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
-                batch = self.tokenizer(
-                    texts[start : start + batch_size],
-                    truncation=True,
-                    max_length=length,
-                    padding=True,
-                    return_tensors="pt",
-                )
-                empty = (batch["attention_mask"].sum(1) == 0).nonzero().flatten().tolist()
-                if empty:
-                    raise ValueError(f"texts[{start + empty[0]}] has no tokens: leave empty texts out")
+                batch = padded_tokens(self.tokenizer, texts[start : start + batch_size], length, first=start)
                 predictions += self.predict_step(batch.to(self.device), start)
         return predictions
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
-
-
-def _checked_texts(texts: Any) -> list[Any]:
-    """The texts as a list, all of them texts or all of them pairs of texts."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list; for one text pass [text]")
-    checked = [tuple(text) if isinstance(text, list | tuple) else text for text in texts]
-    for number, text in enumerate(checked):
-        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
-        if not all(isinstance(part, str) for part in parts):
-            hint = "; of a record, pass the field with its text" if isinstance(text, dict) else ""
-            raise TypeError(f"texts[{number}] must be a text or a pair of texts, got {text!r:.80}{hint}")
-        if isinstance(text, tuple) != isinstance(checked[0], tuple):
-            raise TypeError(f"texts[{number}] and texts[0] must both be texts, or both pairs of texts")
-        try:
-            "".join(parts).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"texts[{number}] holds half of a surrogate pair, which is not text") from None
-    return checked
 
 
 def _checked_names(names: Sequence[str]) -> list[str]:

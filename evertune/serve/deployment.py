@@ -1,4 +1,4 @@
-"""A version that answers in a role, production for one: loaded, followed, and batched."""
+"""A version or an export that answers in a role, production for one: loaded, followed, and batched."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.serving import Precision, Predictor, Served, load
 from evertune.registry.version import Version
 from evertune.serve.batching import Batcher, Predicted, by_length
+from evertune.serve.exported import ServedExport
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import BatchSettings
 
@@ -19,12 +21,12 @@ logger = logging.getLogger("evertune.serve")
 
 
 class Deployment:
-    """The version behind an alias, which answers requests and is replaced when the alias moves.
+    """The version behind an alias, which answers requests and is replaced when the alias moves; or an export.
 
     Args:
         role: ``production``, ``canary`` or ``shadow``.
-        registry: Registry of the versions.
-        alias: Alias to follow, or number of a version.
+        registry: Registry of the versions; or the folder of an export, which is never replaced.
+        alias: Alias to follow, or number of a version; the name of the export.
         batching: How requests are put together.
         metrics: What is reported.
         poll: Seconds between two looks at the alias.
@@ -37,7 +39,7 @@ class Deployment:
     def __init__(
         self,
         role: str,
-        registry: Registry,
+        registry: Registry | Path,
         alias: str | int,
         batching: BatchSettings,
         metrics: ServeMetrics,
@@ -51,16 +53,16 @@ class Deployment:
         self.role, self.alias = role, alias
         self._registry, self._metrics, self._poll, self._wait = registry, metrics, poll, wait
         self._module_class, self._device, self._precision = module_class, device, precision
-        self._served: Served | None = None
+        self._served: Served | ServedExport | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._reason = "the version is being loaded"
         self.batcher = Batcher(self._predict, batching, lambda n, seconds: metrics.batch(role, n, seconds))
         metrics.queued.labels(role).set_function(lambda: self.batcher.queued)
 
     @property
-    def version(self) -> Version | None:
-        """The version that answers now; None before the first is loaded."""
-        return None if self._served is None else self._served.version
+    def version(self) -> int | None:
+        """Number of the version that answers now; None before the first is loaded."""
+        return None if self._served is None else self._served.version.number
 
     @property
     def problem(self) -> str | None:
@@ -122,17 +124,21 @@ class Deployment:
                 answers[place] = one
         return Predicted(answering.version.number, bool(getattr(answering.module, "multi_label", False)), answers)
 
-    def _load(self) -> None:
-        follow = None if isinstance(self.alias, int) or self.alias.isdecimal() else self._poll
-        served = load(
+    def _open(self) -> Served | ServedExport:
+        if isinstance(self._registry, Path):
+            return ServedExport(self._registry)
+        return load(
             self._registry,
             self.alias,
-            follow,
+            None if isinstance(self.alias, int) or self.alias.isdecimal() else self._poll,
             module_class=self._module_class,
             device=self._device,
             precision=self._precision,
             on_change=self._swapped,
         )
+
+    def _load(self) -> None:
+        served = self._open()
         try:
             _check_answers(served)
         except BaseException:
@@ -162,7 +168,7 @@ class NotReadyError(RuntimeError):
     """No version is loaded yet."""
 
 
-def _check_answers(served: Served) -> None:
+def _check_answers(served: Served | ServedExport) -> None:
     """Let a module answer once: it must be one that classifies, and the first forward pass is slower than others."""
     found = served.predict(["a text"])
     if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict) and found[0]):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from evertune.registry.registry import Registry
@@ -25,16 +26,17 @@ logger = logging.getLogger("evertune.serve")
 
 
 class Service:
-    """Answers requests with the version behind an alias of a registry, and follows the alias.
+    """Answers requests with the version behind an alias of a registry, and follows the alias; or with an export.
 
     Args:
-        registry: A registry, or its folder or URL.
+        registry: A registry, or its folder or URL. None (default) if an export answers.
         alias: ``production``, another alias, or the number of a version.
         batching: How requests are put together.
         limits: What a single request may cost.
         traffic: Versions that are served beside it: a canary, a shadow.
         log: Where requests, answers and labels are logged. Default: nowhere.
         drift: Whether answers are watched for a change. Default: they are not.
+        model: Folder of an export (:func:`evertune.export.export`), which answers instead of a version. Default: None.
         poll: Seconds between two looks at the alias. Default: 5.
         wait: Wait for the first version if there is none yet, rather than failing. Default: False.
         module_class: Class of a module that is not a built-in one.
@@ -42,15 +44,17 @@ class Service:
         precision: ``32`` (default) or ``bf16``, see :func:`evertune.load`.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or not one of ``registry`` and ``model`` is given, or a setting of
+            versions together with ``model``.
         ModuleNotFoundError: If the extra ``serve`` is not installed.
     """
 
     def __init__(
         self,
-        registry: Registry | str,
+        registry: Registry | str | None = None,
         alias: str | int = "production",
         *,
+        model: str | Path | None = None,
         batching: BatchSettings | None = None,
         limits: LimitSettings | None = None,
         traffic: TrafficSettings | None = None,
@@ -64,16 +68,27 @@ class Service:
     ) -> None:
         if poll <= 0:
             raise ValueError(f"poll must be a positive number of seconds, got {poll}")
-        registry = registry if isinstance(registry, Registry) else Registry(registry)
+        traffic = traffic or TrafficSettings()
+        place: Registry | Path
+        if model is not None:
+            of_versions = {"registry": registry, "canary": traffic.canary, "shadow": traffic.shadow, "wait": wait}
+            of_versions |= {"device": device not in (None, "cpu"), "precision": precision != "32"}
+            if wrong := next((name for name, value in of_versions.items() if value), None):
+                raise ValueError(f"{wrong} is a setting of versions, and an export answers (model={str(model)!r})")
+            place, alias = Path(model), Path(model).name
+        elif registry is None:
+            raise ValueError("there is nothing to serve: give registry, or model for an export")
+        else:
+            place = registry if isinstance(registry, Registry) else Registry(registry)
         self.limits, self.log = limits or LimitSettings(), log
         self.metrics = ServeMetrics()
         self._drift = None if drift is None or drift.arl is None else AnswerWatch(drift, self.metrics)
         self.draining = False
         """Whether the server is about to end: it still answers, but is not ready for more."""
-        self._traffic = traffic or TrafficSettings()
+        self._traffic = traffic
         deployed = partial(
             Deployment,
-            registry=registry,
+            registry=place,
             batching=batching or BatchSettings(),
             metrics=self.metrics,
             poll=poll,
@@ -183,7 +198,7 @@ class Service:
         return {
             deployment.role: {
                 "alias": str(deployment.alias),
-                "version": None if deployment.version is None else deployment.version.number,
+                "version": deployment.version,
                 "problem": deployment.problem,
             }
             for deployment in self.deployments

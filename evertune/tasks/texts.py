@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ _MORE_KINDS = ("token_type_ids",)
 _USUAL_LENGTH = 128
 LENGTHS = "lengths"
 """Name of the number of tokens of each example, among the arrays of a tokenised dataset."""
+_LONGEST_UNLIMITED = 512
+"""Tokens of a text for models without a maximum; attention takes memory that grows with the square of it."""
 
 
 def max_tokens(transformer: nn.Module) -> int | None:
@@ -69,6 +72,61 @@ def truncation_length(max_length: int | None, tokenizer: Any, module: Any = None
             f"got {max_length}"
         )
     return max_length
+
+
+def checked_texts(texts: Any) -> list[Any]:
+    """The texts to answer as a list, all of them texts or all of them pairs of texts.
+
+    Raises:
+        TypeError: If ``texts`` is a single string, or one of them is not a text or a pair of texts.
+        ValueError: If one holds half of a surrogate pair.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list; for one text pass [text]")
+    checked = [tuple(text) if isinstance(text, list | tuple) else text for text in texts]
+    for number, text in enumerate(checked):
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        if not all(isinstance(part, str) for part in parts):
+            hint = "; of a record, pass the field with its text" if isinstance(text, dict) else ""
+            raise TypeError(f"texts[{number}] must be a text or a pair of texts, got {text!r:.80}{hint}")
+        if isinstance(text, tuple) != isinstance(checked[0], tuple):
+            raise TypeError(f"texts[{number}] and texts[0] must both be texts, or both pairs of texts")
+        try:
+            "".join(parts).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"texts[{number}] holds half of a surrogate pair, which is not text") from None
+    return checked
+
+
+def longest_text(tokenizer: Any) -> int:
+    """The maximum number of tokens of a tokenizer; 512 for one without a maximum."""
+    longest: int = tokenizer.model_max_length
+    return longest if longest <= sys.maxsize else _LONGEST_UNLIMITED  # transformers writes about 1e30 for "unlimited"
+
+
+def padded_tokens(
+    tokenizer: Any, texts: Sequence[Any], max_length: int, *, first: int = 0, tensors: Literal["pt", "np"] = "pt"
+) -> Any:
+    """The tokens of texts to answer, padded to the longest of them.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        texts: Texts, or pairs of texts.
+        max_length: Number of tokens after which a text is truncated.
+        first: Position of the first text among all, for the message.
+        tensors: Tensors of torch (default) or arrays of NumPy.
+
+    Returns:
+        The ``BatchEncoding``, each entry int64 ``[texts, longest]``.
+
+    Raises:
+        ValueError: If a text has no tokens.
+    """
+    batch = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors=tensors)
+    empty = np.flatnonzero(np.asarray(batch["attention_mask"].sum(1) == 0))
+    if len(empty):
+        raise ValueError(f"texts[{first + int(empty[0])}] has no tokens: leave empty texts out")
+    return batch
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):

@@ -1,0 +1,209 @@
+"""Exports a version or a module, checks the export, and publishes it as a whole or not at all."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from evertune.export.checking import check
+from evertune.export.exported import ExportedModel
+from evertune.export.formats import LIBRARIES, check_format, loaded, merged, weights_size, write
+from evertune.export.graph import input_names
+from evertune.export.manifest import (
+    MODEL,
+    Check,
+    ExportManifest,
+    Format,
+    Origin,
+    Quantize,
+    hashes,
+    write_manifest,
+)
+from evertune.lightning_modules.saving import MANIFEST as SAVED
+from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
+from evertune.live.slices import load_slice, thin
+from evertune.registry.serving import MODEL as SAVED_MODEL
+from evertune.registry.version import Version
+from evertune.sources.values import text_value
+from evertune.streams.tables import read_rows
+from evertune.tasks.texts import longest_text
+from evertune.utils.files import delete, sha256, sync_folder, sync_tree
+from evertune.utils.secrets import without_secrets
+
+
+class RefusedExportError(RuntimeError):
+    """An export that answers worse than its source, and was not published.
+
+    Args:
+        reason: Which bar it misses.
+        check: How it compares with its source.
+    """
+
+    def __init__(self, reason: str, check: Check) -> None:
+        super().__init__(reason)
+        self.check = check
+
+
+def export(
+    source: Version | SequenceClassificationModule,
+    output: str | Path,
+    *,
+    format: Format = "onnx",
+    quantize: Quantize | None = None,
+    data: Any = None,
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    max_records: int = 1_000,
+    min_agreement: float = 0.95,
+    max_accuracy_drop: float = 0.005,
+) -> ExportedModel:
+    """Export a classifier, and compare it with its source on held-out records.
+
+    The folder gets ``export.json`` and a subfolder ``model`` with the tokenizer and the weights: ``model.onnx``,
+    ``model.pt2``, or what ``save_pretrained`` writes, with adapters merged. It appears as a whole, after the check.
+
+    Args:
+        source: A version of a registry, or a module with its weights.
+        output: Folder to write; it must not exist.
+        format: ``onnx`` (default), for ONNX Runtime and other servers; ``torch_export``, a program of ``torch.export``;
+            ``safetensors``, the transformer in transformers' own layout and the head beside it.
+        quantize: ``int8`` for 8-bit weights and matrix products, with ``onnx``. Default: fp32.
+        data: Records to check it on, whatever :func:`~evertune.streams.class_incremental` reads: a file, a list of
+            dicts, ... Without labels, only the agreement is checked. Default: what the registry holds out.
+        text: Field with the text, or the two fields of a pair. Default: that of the version, or ``text``.
+        label: Field with the label. Default: that of the version, or ``label``.
+        max_records: Maximum number of held-out records to check it on, alike from all updates. Default: 1,000.
+        min_agreement: Share of the records that it must answer like its source. Default: 0.95.
+        max_accuracy_drop: Most accuracy that it may lose. Default: 0.005, half a point.
+
+    Returns:
+        The export, loaded.
+
+    Raises:
+        FileExistsError: If the folder exists.
+        ModuleNotFoundError: If the extra ``export`` is needed and not installed.
+        RefusedExportError: If the export answers worse than allowed. Nothing is published.
+        RegistryError: If the version is damaged.
+        ValueError: If a setting is wrong, the module cannot be exported, or there are no records to check it on.
+
+    Example::
+
+        version = Registry("registry").version("production")
+        model = export(version, "intents-int8", format="onnx", quantize="int8")
+        model.manifest.check.agreement  # 0.987
+    """
+    check_format(format, quantize)
+    for name, share in (("min_agreement", min_agreement), ("max_accuracy_drop", max_accuracy_drop)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {share}")
+    if max_records < 1:
+        raise ValueError(f"max_records must be positive, got {max_records}")
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists already: name a new folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _saved(source, Path(scratch))
+        original = loaded(folder)
+        texts, labels = _records(source, original, data, text, label, max_records)
+        draft = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            module = merged(folder)
+            write(module, draft / MODEL, format, quantize)
+            manifest = _manifest(source, folder, module, format, quantize)
+            sizes = weights_size(draft / MODEL), weights_size(folder)
+            found = check(ExportedModel(draft / MODEL, manifest), original, texts, labels, module.multi_label, sizes)
+            if reason := _shortcoming(found, min_agreement, max_accuracy_drop):
+                raise RefusedExportError(reason, found)
+            write_manifest(draft, replace(manifest, check=found, files=hashes(draft)))
+            sync_tree(draft)
+            draft.rename(output)
+        finally:
+            delete(draft)
+    sync_folder(output.parent)
+    return ExportedModel.load(output, trusted=True)
+
+
+def _saved(source: Version | SequenceClassificationModule, scratch: Path) -> Path:
+    """The folder of a version's model, verified; or that to which a module was saved, which is not changed then."""
+    if isinstance(source, Version):
+        return source.verified_folder(SAVED_MODEL) / SAVED_MODEL
+    source.save_pretrained(scratch)
+    return scratch
+
+
+def _records(
+    source: Version | SequenceClassificationModule,
+    module: SequenceClassificationModule,
+    data: Any,
+    text: str | Sequence[str] | None,
+    label: str | None,
+    max_records: int,
+) -> tuple[list[Any], list[Any] | None]:
+    """The texts to check an export on, with their labels if they have any."""
+    schema = source.manifest.config.get("schema") if isinstance(source, Version) else None
+    schema = schema if isinstance(schema, dict) else {}
+    text, label = text or schema.get("text") or "text", label or schema.get("label") or "label"
+    columns = [text] if isinstance(text, str) else list(text)
+    if data is None:
+        if not isinstance(source, Version):
+            raise ValueError("a module has no held-out records to check its export on: pass data=")
+        slices = {entry.name: load_slice(source.store, entry) for entry in source.slices()}
+        kept = [row["record"] for rows in thin(slices, max_records).values() for row in rows]
+        data = [{name: record.get(name) for name in (*columns, label)} for record in kept]
+        if not data:
+            raise ValueError(f"version {source.number} has no held-out records to check its export on: pass data")
+    checks: dict[str, Any] = dict.fromkeys(columns, text_value)
+    if label in read_rows(data, checks).dataset.column_names:
+        checks[label] = module.task.check_label
+    values = read_rows(data, checks).values
+    texts = [values[column] for column in columns]
+    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)), values.get(label)
+
+
+def _manifest(
+    source: Version | SequenceClassificationModule,
+    folder: Path,
+    module: SequenceClassificationModule,
+    format: Format,
+    quantize: Quantize | None,
+) -> ExportManifest:
+    version = source if isinstance(source, Version) else None
+    return ExportManifest(
+        format=format,
+        quantize=quantize,
+        module=type(module).__name__,
+        classes=module.classes,
+        multi_label=module.multi_label,
+        inputs=input_names(module),
+        max_length=longest_text(module.tokenizer),
+        origin=Origin(
+            sha256(folder / SAVED),
+            None if version is None else version.number,
+            None if version is None else without_secrets(version.store.root),
+        ),
+        libraries={name: metadata.version(name) for name in LIBRARIES[format]},
+    )
+
+
+def _shortcoming(found: Check, min_agreement: float, max_accuracy_drop: float) -> str:
+    """Which bar an export misses; empty if it passes."""
+    if found.agreement < min_agreement:
+        return (
+            f"it agrees with its source on {found.agreement:.1%} of {found.records} records, and must on "
+            f"{min_agreement:.1%}"
+        )
+    if found.accuracy is not None and found.source_accuracy is not None:
+        drop = found.source_accuracy - found.accuracy
+        if drop > max_accuracy_drop + 1e-9:
+            return (
+                f"it is right on {found.accuracy:.1%} of {found.records} records and its source on "
+                f"{found.source_accuracy:.1%}: it loses {100 * drop:.2f} points, and {100 * max_accuracy_drop:.2f} are "
+                "allowed"
+            )
+    return ""

@@ -1,0 +1,112 @@
+"""The formats of an export: which there are, and how each is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from evertune.export.graph import input_names, traced
+from evertune.export.manifest import Format, Quantize
+from evertune.lightning_modules.adapters import merge_adapters
+from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
+from evertune.lightning_modules.saving import read_manifest
+from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
+
+_KINDS: dict[str, type[SequenceClassificationModule]] = {
+    "SequenceClassificationModule": SequenceClassificationModule,
+    "AnalyticClassificationModule": AnalyticClassificationModule,
+}
+"""Modules that can be exported. Looked up by name, and never imported by one: a file must not be able to run code."""
+
+LIBRARIES: dict[Format, tuple[str, ...]] = {
+    "safetensors": ("evertune", "torch", "transformers", "safetensors"),
+    "torch_export": ("evertune", "torch", "transformers"),
+    "onnx": ("evertune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+}
+"""Packages that take part in writing each format."""
+
+
+def check_format(format: Format, quantize: Quantize | None) -> None:
+    """Refuse formats and quantizations that do not exist, or not together.
+
+    Raises:
+        ValueError: If they do not; the message names those that do.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise ValueError(f"quantize must be {', '.join(get_args(Quantize))} or None, got {quantize!r}")
+    if quantize is not None and format != "onnx":
+        raise ValueError(f"{format} is not quantized: quantize={quantize!r} goes with format='onnx'")
+
+
+def loaded(folder: Path) -> SequenceClassificationModule:
+    """The module saved in a folder, in evaluation mode.
+
+    Raises:
+        ValueError: If its class cannot be exported.
+    """
+    name = read_manifest(folder).module
+    if name not in _KINDS:
+        raise ValueError(f"{name} cannot be exported: it must be one of {', '.join(_KINDS)}")
+    module = _KINDS[name].from_pretrained(folder)
+    module.requires_grad_(False).eval()
+    return module
+
+
+def merged(folder: Path) -> SequenceClassificationModule:
+    """The same with its adapters, if it has any, merged into the weights."""
+    module = loaded(folder)
+    if module.peft is not None:
+        merge_adapters(module.backbone)
+        module.peft = module.hparams["peft"] = None
+    return module
+
+
+def write(module: SequenceClassificationModule, folder: Path, format: Format, quantize: Quantize | None) -> None:
+    """Write a module to a folder, with its tokenizer."""
+    if format == "safetensors":
+        module.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True)
+    program = traced(module)
+    if format == "torch_export":
+        from evertune.export.torch_program import write_program
+
+        write_program(program, folder)
+    else:
+        from evertune.export.onnx_runtime import quantize_to_int8, write_onnx
+
+        write_onnx(program, input_names(module), folder)
+        if quantize == "int8":
+            quantize_to_int8(folder)
+    module.backbone.config.save_pretrained(folder)
+    module.tokenizer.save_pretrained(folder)
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of the files with weights in a folder."""
+    suffixes = (".safetensors", ".pt2", ".onnx", ".data")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in suffixes)
+
+
+class ModuleRunner:
+    """Runs a saved module by torch, on the CPU.
+
+    Args:
+        folder: Folder that ``save_pretrained`` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._module = loaded(folder)
+
+    def __call__(self, tokens: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The logits ``[batch, classes]`` of tokens ``[batch, tokens]`` by the name of the input."""
+        inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in tokens.items()}
+        with torch.inference_mode():
+            logits: torch.Tensor = self._module(**inputs).logits
+        return logits.numpy()

@@ -1,0 +1,97 @@
+"""ONNX: written by torch, quantized and run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evertune.utils.extras import library
+
+FILE = "model.onnx"
+_LARGE = 1 << 30  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
+
+
+def write_onnx(program: torch.export.ExportedProgram, names: Sequence[str], folder: Path) -> None:
+    """Write a program as ``model.onnx`` (and ``model.onnx.data`` if it is large).
+
+    Raises:
+        ModuleNotFoundError: If the extra ``export`` is not installed.
+    """
+    library("onnxscript", "export")
+    size = sum(weight.numel() * weight.element_size() for weight in program.state_dict.values())
+    with _quiet("torch.onnx", logging.ERROR):
+        written: Any = torch.onnx.export(
+            program, (), input_names=list(names), output_names=["logits"], dynamo=True, verbose=False
+        )
+        written.save(folder / FILE, external_data=size > _LARGE)
+
+
+def quantize_to_int8(folder: Path) -> None:
+    """Replace ``model.onnx`` by one with 8-bit weights whose matrix products are of 8-bit integers.
+
+    Weights are scaled per output channel, activations when they are computed (dynamically), so that no data are needed.
+    Weights use 7 of the 8 bits: with 8, processors without VNNI saturate, and the same export would answer differently
+    on another machine.
+
+    Raises:
+        ModuleNotFoundError: If the extra ``export`` is not installed.
+    """
+    quantization = library("onnxruntime.quantization", "export")
+    draft = folder / f"quantized-{FILE}"
+    large = (folder / f"{FILE}.data").is_file()
+    with _quiet("root", logging.ERROR):  # it advises a step that `torch.onnx` has done already
+        quantization.quantize_dynamic(
+            folder / FILE,
+            draft,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=large,
+        )
+    if large:
+        (folder / f"{FILE}.data").unlink()
+    draft.replace(folder / FILE)
+
+
+class OnnxRunner:
+    """Runs ``model.onnx`` on the CPU, with as many threads as torch has.
+
+    Args:
+        folder: Folder of the file.
+
+    Raises:
+        ModuleNotFoundError: If the extra ``export`` is not installed.
+        ValueError: If ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        runtime = library("onnxruntime", "export")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = runtime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ValueError(f"ONNX Runtime {runtime.__version__} cannot load {folder / FILE}: {error}") from error
+
+    def __call__(self, tokens: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The logits ``[batch, classes]`` of tokens ``[batch, tokens]`` by the name of the input."""
+        logits: np.ndarray = self._session.run(["logits"], dict(tokens))[0]
+        return logits
+
+
+@contextmanager
+def _quiet(name: str, level: int) -> Iterator[None]:
+    """Silence a logger below a level."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

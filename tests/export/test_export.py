@@ -1,0 +1,232 @@
+"""Exports of small models: the same answers in every format, refusals, damage, and what is left when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evertune.cli.main import main
+from evertune.export import ExportedModel, RefusedExportError, export
+from evertune.export.formats import ModuleRunner
+from evertune.export.graph import input_names, traced
+from evertune.export.torch_program import check_program, write_program
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.slices import save_slice
+from evertune.registry.manifest import Manifest
+from evertune.registry.registry import Registry
+from tests.helpers.lightning_modules import TEXTS, tiny_bert
+
+WORDS = [text for texts in TEXTS.values() for text in texts]
+RECORDS = [{"text": text, "label": "sport"} for text in WORDS]
+
+
+def needs_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f'{name} is not installed (pip install "evertune[export]")')
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> SequenceClassificationModule:
+    torch.manual_seed(0)
+    made = SequenceClassificationModule(tiny_bert(tmp_path_factory.mktemp("bert")), classes=list(TEXTS))
+    made.configure_model()
+    with torch.no_grad():
+        made.head.weight.normal_()
+    return made.eval()
+
+
+def close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float = 1e-5) -> bool:
+    return all(a[name] == pytest.approx(b[name], abs=tolerance) for a, b in zip(one, other, strict=True) for name in b)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx"])
+def test_an_export_answers_like_its_module(module: Any, tmp_path: Path, format: Any) -> None:
+    if format == "onnx":
+        needs_onnx()
+    made = export(module, tmp_path / "out", format=format, data=RECORDS)
+    for texts in (WORDS, WORDS[:1], ["goal"], [*WORDS, "a of " * 40]):
+        assert close(made.predict(texts), module.predict(texts))
+    check = made.manifest.check
+    assert check is not None
+    assert (check.records, check.agreement) == (len(WORDS), 1.0)
+    assert check.accuracy == check.source_accuracy
+    assert check.largest_change < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(("pooling", "head"), [("cls", "linear"), ("last", "cosine")])
+def test_every_pooling_and_head_is_exported(module: Any, tmp_path: Path, pooling: Any, head: Any) -> None:
+    path = module.model_name_or_path
+    other = SequenceClassificationModule(path, classes=["a", "b"], n_classes_ahead=4, pooling=pooling, head=head)
+    other.configure_model()
+    names = input_names(other)
+    tokens = other.tokenizer(["a goal of the team", "vote"], padding=True, return_tensors="pt")
+    for side in ("right", "left"):
+        mask = tokens["attention_mask"] if side == "right" else tokens["attention_mask"].flip(1)
+        inputs = {**tokens, "attention_mask": mask}
+        with torch.no_grad():
+            logits = traced(other.eval()).module()(*(inputs[name] for name in names))
+            assert torch.allclose(logits, other(**inputs).logits, atol=1e-6)
+
+
+def test_several_labels_are_sigmoids(module: Any, tmp_path: Path) -> None:
+    several = SequenceClassificationModule(module.model_name_or_path, classes=["a", "b"], multi_label=True)
+    several.configure_model()
+    records = [{"text": text, "label": ["a"]} for text in WORDS]
+    made = export(several, tmp_path / "out", format="safetensors", data=records)
+    assert close(made.predict(WORDS), several.predict(WORDS))
+
+
+def test_adapters_are_merged(module: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason='peft is not installed (pip install "evertune[peft]")')
+    settings = {"method": "lora", "r": 2, "target_modules": ["query", "value"]}
+    adapted = SequenceClassificationModule(module.model_name_or_path, classes=["a", "b"], peft=settings)
+    adapted.configure_model()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_()
+    made = export(adapted, tmp_path / "out", format="safetensors", data=[{"text": text} for text in WORDS])
+    assert close(made.predict(WORDS), adapted.predict(WORDS))
+    assert made.manifest.check is not None and made.manifest.check.accuracy is None
+    plain = SequenceClassificationModule.from_pretrained(tmp_path / "out" / "model")
+    assert plain.peft is None
+    assert not any("lora" in name for name in plain.state_dict())
+
+
+def test_int8_is_smaller_and_close(module: Any, tmp_path: Path) -> None:
+    needs_onnx()
+    made = export(module, tmp_path / "out", quantize="int8", data=RECORDS, min_agreement=0.5, max_accuracy_drop=1.0)
+    check = made.manifest.check
+    assert check is not None and 1e-7 < check.largest_change < 0.2
+    assert made.manifest.kind == "onnx-int8"
+    assert [path.name for path in (tmp_path / "out" / "model").glob("*.onnx")] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "gguf"}, "format must be one of safetensors, torch_export, onnx, got 'gguf'"),
+        ({"quantize": "int4"}, "quantize must be int8 or None, got 'int4'"),
+        ({"format": "safetensors", "quantize": "int8"}, "quantize='int8' goes with format='onnx'"),
+        ({"min_agreement": 2.0}, "min_agreement must be between 0 and 1, got 2.0"),
+        ({"max_records": 0}, "max_records must be positive"),
+        ({"data": None}, "pass data="),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(module: Any, tmp_path: Path, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(module, tmp_path / "out", **{"data": RECORDS, "format": "onnx", **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_left_alone(module: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        export(module, tmp_path, format="safetensors", data=RECORDS)
+
+
+class Wrong:
+    """Runs a model, and turns its answers around."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = ModuleRunner(folder)
+
+    def __call__(self, tokens: Any) -> Any:
+        return -self.run(tokens)
+
+
+def test_an_export_that_answers_worse_is_refused(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evertune.export.formats.ModuleRunner", Wrong)
+    labelled = [{"text": text, "label": next(iter(module.predict([text])[0]))} for text in WORDS]
+    for bars, reason in (({}, "it agrees with its source on 0.0% of 9"), ({"min_agreement": 0.0}, "100.00 points")):
+        with pytest.raises(RefusedExportError, match=reason) as refused:
+            export(module, tmp_path / "out", format="safetensors", data=labelled, **bars)
+        assert refused.value.check.accuracy == 0.0
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_found_when_it_is_loaded(module: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(module, out, format="safetensors", data=RECORDS)
+    assert ExportedModel.load(out).classes == list(TEXTS)
+    manifest = (out / "export.json").read_text()
+    weights = out / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        ExportedModel.load(out)
+    weights.write_bytes(whole)
+    (out / "model" / "more.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"more.json is not listed in export.json"):
+        ExportedModel.load(out)
+    (out / "model" / "more.json").unlink()
+    (out / "export.json").write_text(manifest.replace('"business"', '"sports"'))
+    with pytest.raises(ValueError, match="it was changed after it was written"):
+        ExportedModel.load(out)
+    (out / "export.json").unlink()
+    with pytest.raises(FileNotFoundError, match="it was not written by `evertune export`"):
+        ExportedModel.load(out)
+
+
+def test_a_program_is_loaded_only_if_it_is_trusted_and_never_if_it_is_pickled(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match=r"as a pickle, which can run code"):  # its example is
+        check_program(tmp_path / "model.pt2")
+    write_program(program, tmp_path)
+    check_program(tmp_path / "model.pt2")
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="damaged"):
+        check_program(tmp_path / "model.pt2")
+
+
+def test_a_version_is_exported_on_its_held_out_records(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    rows: list[Any] = [{"id": str(n), "record": {"body": text, "kind": "sport"}} for n, text in enumerate(WORDS)]
+    entry = save_slice(registry.store, "first", rows)
+    module.save_pretrained(tmp_path / "staging" / "model")
+    manifest = Manifest(
+        version=1, module="SequenceClassificationModule", config={"schema": {"text": "body", "label": "kind"}}
+    )
+    registry.publish(tmp_path / "staging", manifest, [entry])
+    out = tmp_path / "exports" / "one"
+    command = ["export", str(tmp_path / "registry"), "1", "--format", "safetensors", "--output", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--json"])
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["check"]["records"], printed["check"]["agreement"]) == (len(WORDS), 1.0)
+    origin = ExportedModel.load(out).manifest.origin
+    assert (origin.version, origin.registry) == (1, str(tmp_path / "registry"))
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_server_answers_with_an_export(module: Any, tmp_path: Path) -> None:
+    starlette = pytest.importorskip(
+        "starlette.testclient", reason='it is not installed (pip install "evertune[serve]")'
+    )
+    from evertune.serve import Service, TrafficSettings, application
+
+    export(module, tmp_path / "out", format="safetensors", data=RECORDS)
+    with starlette.TestClient(application(Service(model=tmp_path / "out")), "http://localhost") as client:
+        answer = client.post("/predict", json={"text": "the team goal"}).json()
+        expected = module.predict(["the team goal"])[0]
+        assert (answer["label"], answer["version"]) == (next(iter(expected)), 0)
+        assert answer["probabilities"] == pytest.approx(expected, abs=1e-5)
+        assert client.get("/ready").json()["production"] == {"alias": "out", "version": 0, "problem": None}
+        assert client.post("/predict", json={"records": [{"text": " "}]}).status_code == 200
+    with pytest.raises(ValueError, match="canary is a setting of versions"):
+        Service(model=tmp_path / "out", traffic=TrafficSettings(canary="2"))
+    with pytest.raises(ValueError, match="registry is a setting of versions"):
+        Service("registry", model=tmp_path / "out")
+    with pytest.raises(ValueError, match="there is nothing to serve"):
+        Service()
