@@ -25,6 +25,7 @@ from evertune.gate.verdict import State
 from evertune.launch.settings import read_settings
 from evertune.registry.aliases import ALIASES
 from tests.helpers import live_worker
+from tests.helpers.generation import QUESTIONS, records, tiny_llama, tiny_t5
 from tests.helpers.lightning_modules import TEXTS
 from tests.helpers.processes import Command
 from tests.test_examples import example
@@ -83,6 +84,15 @@ def texts(path: Path, labels: list[str], n: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def questions(path: Path) -> None:
+    rows = [
+        {"product": topic, "question": one["prompt"], "answer": one["answer"]}
+        for topic in QUESTIONS
+        for one in records(topic, 2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the documents read: a small model under the name of a large one, data, a registry."""
@@ -94,6 +104,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "registry", folder / "news-registry")
     texts(folder / "intents.jsonl", [f"intent-{number}" for number in range(10)], 10)
     texts(folder / "reviews.jsonl", ["a", "b", "c"], 20)
+    for name, make in (("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_llama), ("google-t5/t5-small", tiny_t5)):
+        make(folder / name)
+    questions(folder / "questions.jsonl")
     return folder
 
 

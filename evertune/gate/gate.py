@@ -201,7 +201,7 @@ class Gate:
         self,
         records: Sequence[Row],
         text: str | Sequence[str] = "text",
-        label: str = "label",
+        label: str | None = "label",
         known_classes: Sequence[str] = (),
         n_bad: int = 0,
         n_read: int = 0,
@@ -212,7 +212,7 @@ class Gate:
         Args:
             records: The records that fit the schema.
             text: Name of the field with the text, or of the two fields of a pair.
-            label: Name of the field with the label: a name, or a list of names.
+            label: Name of the field with the label: a name, or a list of names. None without labels.
             known_classes: Classes of the version in production; empty for the first version, which needs two classes.
             n_bad: Number of records that went to quarantine.
             n_read: Number of records that were read in all.

@@ -1,4 +1,4 @@
-"""Ready-made LightningModules: a pretrained transformer with a task head."""
+"""Ready-made LightningModules: a pretrained transformer for each kind of task."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.analytic_classification import (
         AnalyticClassificationModule as AnalyticClassificationModule,
     )
+    from evertune.lightning_modules.causal_lm import CausalLMModule as CausalLMModule
     from evertune.lightning_modules.heads import CosineHead as CosineHead
     from evertune.lightning_modules.heads import LinearHead as LinearHead
     from evertune.lightning_modules.question_answering import QuestionAnsweringModule as QuestionAnsweringModule
     from evertune.lightning_modules.question_answering import SpanOutput as SpanOutput
+    from evertune.lightning_modules.seq2seq import Seq2SeqModule as Seq2SeqModule
     from evertune.lightning_modules.sequence_classification import ClassifierOutput as ClassifierOutput
     from evertune.lightning_modules.sequence_classification import (
         SequenceClassificationModule as SequenceClassificationModule,
@@ -24,8 +26,10 @@ __all__, __getattr__, __dir__ = face(
     {
         "evertune.lightning_modules.analytic": "AnalyticHead",
         "evertune.lightning_modules.analytic_classification": "AnalyticClassificationModule",
+        "evertune.lightning_modules.causal_lm": "CausalLMModule",
         "evertune.lightning_modules.heads": "CosineHead LinearHead",
         "evertune.lightning_modules.question_answering": "QuestionAnsweringModule SpanOutput",
+        "evertune.lightning_modules.seq2seq": "Seq2SeqModule",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
     },

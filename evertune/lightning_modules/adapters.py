@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from evertune.utils.extras import library
 
@@ -47,6 +49,33 @@ def adapter_config(peft: Mapping[str, Any]) -> Any:
     if settings.get("r", 8) < 1:
         raise ValueError(f"peft: r must be positive, got {settings['r']}")
     return library("peft", "peft").LoraConfig(**settings)
+
+
+_MLP = re.compile(
+    r"\.(mlp|ffn|feed_forward|DenseReluDense)\.|\.(fc1|fc2|c_fc)$|(?<!attention)\.(intermediate|output)\.dense$"
+)
+_ROUTERS = ("gate", "router")
+
+
+def mlp_layers(backbone: nn.Module) -> list[str]:
+    """The names of the linear layers in the MLPs of a transformer, without the routers of experts.
+
+    Raises:
+        ValueError: If there are none under a usual name.
+    """
+    found = [
+        name
+        for name, layer in backbone.named_modules()
+        if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+        and _MLP.search(f".{name}")
+        and name.rpartition(".")[2] not in _ROUTERS
+    ]
+    if not found:
+        raise ValueError(
+            f"cannot find the MLPs of {type(backbone).__name__}: name the layers to adapt, as in "
+            'peft={"method": "lora", "r": 16, "target_modules": [...]}, or pass peft=None to train all weights'
+        )
+    return found
 
 
 def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:

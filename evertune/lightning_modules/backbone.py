@@ -17,8 +17,13 @@ Attention = Literal["auto", "sdpa", "eager"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
-def load_backbone(model_name_or_path: str, dropout: float | None = None, attention: Attention = "auto") -> Any:
-    """Load a pretrained transformer without a head, in torch's default dtype and in training mode.
+def load_backbone(
+    model_name_or_path: str,
+    dropout: float | None = None,
+    attention: Attention = "auto",
+    auto_class: str = "AutoModel",
+) -> Any:
+    """Load a pretrained transformer in torch's default dtype and in training mode.
 
     A pooler is removed, because nothing would train it.
 
@@ -26,23 +31,28 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None, attenti
         model_name_or_path: Name on the Hugging Face hub, or folder.
         dropout: Replaces every dropout probability of the configuration; None (default) keeps them.
         attention: Implementation of attention. ``auto`` (default) is the model's own.
+        auto_class: Class of transformers that makes it. Default: ``AutoModel``, a transformer without a head.
 
     Raises:
         OSError: If there is no such model.
         ValueError: If it has no such attention, its weights are damaged, incomplete or a pickle, it asks for code that
-            comes with it, or it is an encoder-decoder.
+            comes with it, or it is an encoder-decoder and the class is not one for those.
     """
     from safetensors import SafetensorError
 
     config = load_config(model_name_or_path)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which is not supported")
+    if config.is_encoder_decoder and auto_class != "AutoModelForSeq2SeqLM":
+        raise ValueError(
+            f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which Seq2SeqModule trains and this "
+            "module does not"
+        )
     if dropout is not None:
         override_dropout(config, dropout)
     try:
         with quiet_transformers():
             backbone, info = load_model(
                 model_name_or_path,
+                auto_class=auto_class,
                 config=config,
                 dtype=torch.get_default_dtype(),
                 output_loading_info=True,
@@ -50,19 +60,26 @@ def load_backbone(model_name_or_path: str, dropout: float | None = None, attenti
             )
     except SafetensorError as error:
         raise ValueError(f"the weights in {model_name_or_path} are damaged or cut short: {error}") from None
-    if absent := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+    if absent := sorted(name for name in info["missing_keys"] if ".pooler." not in f".{name}"):
         raise ValueError(f"the weights in {model_name_or_path} lack {absent}, which {type(backbone).__name__} needs")
-    if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        backbone.pooler = None
+    remove_pooler(backbone)
     return backbone.train()  # transformers returns eval mode, which Lightning keeps
 
 
-def skeleton(model_name_or_path: str) -> Any:
+def remove_pooler(backbone: Any) -> None:
+    """Remove the pooler of a transformer, and that of the encoder in it, because nothing would train them."""
+    parts: list[Any] = [backbone, getattr(backbone, "encoder", None)]
+    for part in parts:
+        if isinstance(getattr(part, "pooler", None), nn.Module):
+            part.pooler = None
+
+
+def skeleton(model_name_or_path: str, auto_class: str = "AutoModel") -> Any:
     """The transformer of a configuration without weights, on torch's meta device."""
-    from transformers import AutoModel
+    import transformers
 
     with torch.device("meta"):
-        return AutoModel.from_config(load_config(model_name_or_path))
+        return getattr(transformers, auto_class).from_config(load_config(model_name_or_path))
 
 
 @contextmanager

@@ -64,9 +64,13 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module on the CPU, on the writing rank; the other ranks get an empty dict. Call on every rank."""
+    """The state of a module on the CPU, on the writing rank; the other ranks get an empty dict. Call on every rank.
+
+    A weight that the module holds under several names, such as word embeddings that are its output layer as well, has
+    the first of them.
+    """
     state = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in _first_names(module).items():
         # One weight at a time, and on every rank: gathering a partitioned weight is a collective.
         value = whole(tensor)
         if is_writer():
@@ -76,14 +80,11 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write all weights of any module to a safetensors file, shared ones only once. Call on every rank."""
-    shared: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        shared.setdefault(id(tensor), name)
     state = whole_state(module)
     if is_writer():
         from safetensors.torch import save_file
 
-        save_file({name: value for name, value in state.items() if name in shared.values()}, path)
+        save_file(state, path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -92,10 +93,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         ValueError: If the names or shapes differ from the module's.
     """
-    own: dict[int, tuple[str, Tensor]] = {}
+    _copy_into(_first_names(module), path)
+
+
+def _first_names(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's state, each under the first of its names."""
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        own.setdefault(id(tensor), (name, tensor))
-    _copy_into(dict(own.values()), path)
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def load_rest(module: nn.Module, folder: Path) -> None:
@@ -165,7 +171,9 @@ def write_manifest(folder: Path, module: str, hparams: dict[str, Any]) -> None:
 def _hashed(folder: Path) -> list[Path]:
     """The files of a saved module that its manifest lists."""
     return sorted(
-        path for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".json", ".jinja") and path.name != MANIFEST
     )
 
 

@@ -150,7 +150,7 @@ class TransformerModule(LightningModule):
         if self.backbone is not None:
             return
         with self._zero_3():
-            self.backbone = load_backbone(self.model_name_or_path, self.dropout, self.attention)
+            self.backbone = self.load_backbone()
         freeze(self.backbone, self.freeze_layers)
         if self.freeze_word_embeddings:
             self.backbone.get_input_embeddings().requires_grad_(False)
@@ -163,6 +163,10 @@ class TransformerModule(LightningModule):
             load_rest(self, self._saved)
         if self.peft is not None and not saved_with:
             add_adapters(self.backbone, self.peft)
+
+    def load_backbone(self) -> Any:
+        """The pretrained transformer, in training mode. By default one without a head."""
+        return load_backbone(self.model_name_or_path, self.dropout, self.attention)
 
     def configure_head(self) -> None:
         """Build the layers on top of ``self.backbone``. By default there are none."""
@@ -307,6 +311,8 @@ class TransformerModule(LightningModule):
             weights = {inner: state[name] for name, inner in names.items() if inner is not None}
             rest = {name: state[name] for name, inner in names.items() if inner is None}
             self.backbone.config.save_pretrained(folder)
+            if self.backbone.can_generate():
+                self.backbone.generation_config.save_pretrained(folder)
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             if rest:
                 save_file(rest, folder / REST)

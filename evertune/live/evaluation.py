@@ -27,7 +27,7 @@ def evaluate(
     module: Any,
     slices: Mapping[str, Sequence[Row]],
     text: str | Sequence[str] = "text",
-    label: str = "label",
+    label: str | None = "label",
     batch_size: int = 64,
     max_length: int = 128,
 ) -> dict[str, Predictions]:
@@ -42,7 +42,7 @@ def evaluate(
         slices: Records by the name of their slice.
         text: Name of the field with the text, or of the two fields of a pair.
         label: Name of the field with the label: the name of a class, or a list of names. A record with a class that the
-            module does not know counts as wrong.
+            module does not know counts as wrong. None for a task that learns the texts themselves.
         batch_size: Number of records that are predicted at a time. Default: 64.
         max_length: Number of tokens after which a text is truncated. Default: 128.
 
@@ -66,7 +66,7 @@ def without_training(
     module: Any,
     slices: Mapping[str, Sequence[Row]],
     text: str | Sequence[str] = "text",
-    label: str = "label",
+    label: str | None = "label",
     batch_size: int = 64,
     max_length: int = 128,
 ) -> dict[str, Predictions] | None:
@@ -88,7 +88,7 @@ def without_training(
         the module has no features, or a record has several labels or a number.
     """
     rows = [row for chosen in slices.values() for row in chosen]
-    labels = [row["record"].get(label) for row in rows]
+    labels: list[Any] = [None if label is None else row["record"].get(label) for row in rows]
     if not callable(getattr(module, "features", None)) or not all(isinstance(one, str) for one in labels):
         return None
     try:
@@ -109,7 +109,7 @@ def features_of_rows(
     module: Any,
     rows: Sequence[Row],
     text: str | Sequence[str] = "text",
-    label: str = "label",
+    label: str | None = "label",
     batch_size: int = 64,
     max_length: int = 128,
 ) -> np.ndarray:
@@ -194,10 +194,17 @@ def size_in_bytes(module: Any) -> int:
 
 
 def _evaluate(
-    module: Any, name: str, rows: list[Row], text: str | Sequence[str], label: str, batch_size: int, max_length: int
+    module: Any,
+    name: str,
+    rows: list[Row],
+    text: str | Sequence[str],
+    label: str | None,
+    batch_size: int,
+    max_length: int,
 ) -> Predictions:
     fields = [text] if isinstance(text, str) else text
-    missing = [(row["id"], field) for row in rows for field in (*fields, label) if field not in row["record"]]
+    needed = [*fields, *([] if label is None else [label])]
+    missing = [(row["id"], field) for row in rows for field in needed if field not in row["record"]]
     if missing:
         raise ValueError(f"slice {name!r}: record {missing[0][0]!r} has no field {missing[0][1]!r}")
     task = task_of(module)

@@ -30,7 +30,7 @@ class Setup:
         registry: Registry of the versions.
         journal: Journal of the records.
         staging: Folder of the update in progress.
-        schema: What the records look like; it must name the field with the label.
+        schema: What the records look like; it must name the field with the label, unless the task needs none.
         task: Task of the module.
         model: Module that the first version starts from.
         data: Settings of :class:`~evertune.streams.ExperienceDataModule`.
@@ -51,13 +51,12 @@ class Setup:
     config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.schema.label is None:
+        if self.schema.label is None and self.task.needs_label:
             raise ValueError("an update is judged by labels: the schema needs the field that holds them")
 
     @property
-    def label(self) -> str:
-        """Name of the field with the label."""
-        assert self.schema.label is not None
+    def label(self) -> str | None:
+        """Name of the field with the label; None if the texts themselves are learned."""
         return self.schema.label
 
     @cached_property
@@ -84,8 +83,8 @@ class Setup:
         return row["record"][field] if isinstance(field, str) else [row["record"][one] for one in field]
 
     def label_of(self, row: Row) -> Any:
-        """The label of a record."""
-        return row["record"][self.label]
+        """The label of a record; None if it has none."""
+        return None if self.label is None else row["record"][self.label]
 
     def segments(self, plan: Plan) -> list[Segment]:
         """The segments of the journal that an update learns."""

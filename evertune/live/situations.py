@@ -66,7 +66,10 @@ def _predictions(setup: Setup, production: Version, rows: Sequence[Row]) -> Pred
     from evertune.live.evaluation import evaluate
     from evertune.live.training import MODEL
 
-    numbered = [{"id": str(place), "record": {setup.label: "", **row["record"]}} for place, row in enumerate(rows)]
+    numbered = [
+        {"id": str(place), "record": {**({} if setup.label is None else {setup.label: ""}), **row["record"]}}
+        for place, row in enumerate(rows)
+    ]
     module = setup.opened(setup.versions.folder(production) / MODEL)
     said = evaluate(module, {"": numbered}, **setup.reading)[""]
     del module

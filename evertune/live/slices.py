@@ -22,7 +22,7 @@ def draw(row: Row) -> str:
 
 def hold_out(
     rows: Sequence[Row],
-    label: str,
+    label: str | None,
     share: float,
     at_most: int,
     names: Callable[[Any], Any] = lambda label: label,
@@ -34,7 +34,7 @@ def hold_out(
 
     Args:
         rows: All records of an update.
-        label: Name of the field with the label.
+        label: Name of the field with the label; None without labels.
         share: Share of each class to hold out, between 0 and 1.
         at_most: Maximum number of records to hold out in all; the share of every class is reduced alike.
         names: Function that returns the classes of a label. Without classes, all labels are treated alike.
@@ -44,7 +44,7 @@ def hold_out(
     """
     classes: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        classes[json.dumps(names(row["record"].get(label)))].append(row)
+        classes[json.dumps(names(None if label is None else row["record"].get(label)))].append(row)
     share = min(share, at_most / len(rows)) if rows else share
     held: set[str] = set()
     due = 0.0

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from evertune.metrics.modules import ForwardTransfer as ForwardTransfer
     from evertune.metrics.modules import Intransigence as Intransigence
     from evertune.metrics.modules import NegativeFlipRate as NegativeFlipRate
+    from evertune.metrics.modules import Perplexity as Perplexity
     from evertune.metrics.relations import RelationCounts as RelationCounts
     from evertune.metrics.relations import relation_counts as relation_counts
     from evertune.metrics.relations import relation_f1 as relation_f1
+    from evertune.metrics.texts import chrf as chrf
+    from evertune.metrics.texts import corpus_scores as corpus_scores
+    from evertune.metrics.texts import rouge_l as rouge_l
 
 __all__, __getattr__, __dir__ = face(
     __name__,
@@ -41,8 +45,9 @@ __all__, __getattr__, __dir__ = face(
         "evertune.metrics.history": "History load_history save_history",
         "evertune.metrics.modules": (
             "AccuracyMatrix AverageAccuracy BackwardTransfer Forgetting ForgettingFirstMinusLast "
-            "ForwardTransfer Intransigence NegativeFlipRate"
+            "ForwardTransfer Intransigence NegativeFlipRate Perplexity"
         ),
         "evertune.metrics.relations": "RelationCounts relation_counts relation_f1",
+        "evertune.metrics.texts": "chrf corpus_scores rouge_l",
     },
 )

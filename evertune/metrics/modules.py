@@ -212,3 +212,40 @@ class NegativeFlipRate(Metric):
     def compute(self) -> Tensor:
         """The flips as a share of all examples."""
         return self.flips / self.total
+
+
+class Perplexity(Metric):
+    """The perplexity of all texts together, accumulated over batches and ranks: ``exp`` of the mean loss of a token.
+
+    Example:
+        >>> perplexity = Perplexity()
+        >>> perplexity.update(torch.tensor([2.0, 4.0]), torch.tensor([1, 2]))
+        >>> perplexity.compute()
+        tensor(7.3891, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = False
+
+    loss: Tensor
+    n_tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n_tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, n_tokens: Tensor) -> None:
+        """Add texts.
+
+        Args:
+            losses: Negative log-likelihood of each text, ``[texts]``.
+            n_tokens: Number of its tokens, ``[texts]``.
+        """
+        self.loss += losses.double().sum()
+        self.n_tokens += n_tokens.sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity; NaN without texts."""
+        return (self.loss / self.n_tokens).exp()

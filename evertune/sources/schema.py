@@ -49,11 +49,16 @@ FIELD_TYPES: dict[str, Any] = {
 
 # The types that the text, label, id and time may be declared as; :class:`RecordSchema` checks these, not pydantic.
 _ROLE_TYPES = {
-    "text": ("str", "list[str]"),
+    "text": ("str", "list[str]", "list[dict]"),
     "label": ("str", "int", "float", "bool", "dict", "list[str]", "list[int]", "list[float]", "list[dict]"),
     "id": ("str", "int"),
     "time": ("datetime", "str", "float", "int"),
 }
+_TEXTS_AS_LISTS: dict[str, list[Any]] = {
+    "list[str]": ["word"],
+    "list[dict]": [{"role": role, "content": "word"} for role in ("user", "assistant")],
+}
+"""A text of each type that only some tasks learn: words, and the messages of a conversation."""
 _YEARS = range(1900, 2100)
 _MILLISECONDS = 1e11  # numbers from here on are milliseconds: as seconds, this would be the year 5138
 _EXPECTED = {
@@ -184,7 +189,8 @@ class RecordSchema:
             raise ValueError("give a model or fields, not both")
         self._made = model is None
         self._label_is: type | None = None
-        self._words = [name for name in self.texts if fields and fields.get(name, "").strip().startswith("list")]
+        kinds = {name: (fields or {}).get(name, "").partition("|")[0].strip() for name in self.texts}
+        self._lists = {name: kind for name, kind in kinds.items() if kind in _TEXTS_AS_LISTS}
         self._task: Checks = _AnyTask()
         if model is not None:
             self.model = _import_model(model)
@@ -374,12 +380,12 @@ class RecordSchema:
                 raise ValueError(
                     f"field {self.label!r} is declared as numbers, which this task cannot learn: {error}"
                 ) from None
-        for name in self._words:
+        for name, kind in self._lists.items():
             try:
-                task.check_text(["word"])
+                task.check_text(_TEXTS_AS_LISTS[kind])
             except ValueError as error:
                 raise ValueError(
-                    f"field {name!r} is declared as words, which this task cannot learn: {error}"
+                    f"field {name!r} is declared as {kind}, which this task cannot learn: {error}"
                 ) from None
         schema = copy.copy(self)
         schema._task = task

@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from evertune.tasks.base import Outputs as Outputs
     from evertune.tasks.base import Task as Task
     from evertune.tasks.base import task_of as task_of
+    from evertune.tasks.causal_lm import CausalLMTask as CausalLMTask
+    from evertune.tasks.generation import GenerationTask as GenerationTask
     from evertune.tasks.question_answering import QuestionAnsweringTask as QuestionAnsweringTask
+    from evertune.tasks.seq2seq import Seq2SeqTask as Seq2SeqTask
     from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
 
 __all__, __getattr__, __dir__ = face(
@@ -16,6 +19,9 @@ __all__, __getattr__, __dir__ = face(
     {
         "evertune.tasks.base": "Outputs Task task_of",
         "evertune.tasks.question_answering": "QuestionAnsweringTask",
+        "evertune.tasks.causal_lm": "CausalLMTask",
+        "evertune.tasks.generation": "GenerationTask",
+        "evertune.tasks.seq2seq": "Seq2SeqTask",
         "evertune.tasks.sequence_classification": "SequenceClassificationTask",
     },
 )

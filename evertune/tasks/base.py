@@ -106,6 +106,9 @@ class Task:
     fixed_classes = True
     """Whether a logit stands for the same class in every batch. False for logits over the tokens of a text."""
 
+    needs_label = True
+    """Whether a record needs a label; False if the texts themselves can be learned."""
+
     def __init__(self, likelihood: Likelihood | None = None) -> None:
         self.likelihood = likelihood
 
@@ -241,7 +244,7 @@ class Task:
         rows: Sequence[Row],
         *,
         text: str | Sequence[str],
-        label: str,
+        label: str | None,
         batch_size: int,
         max_length: int,
     ) -> Predictions:
@@ -257,13 +260,14 @@ class Task:
             module: Module with a ``tokenizer``.
             rows: Records of the journal: ``id`` and ``record``, its fields.
             text: Field with the text, or the two fields of a pair.
-            label: Field with the label, in the form returned by :meth:`check_label`.
+            label: Field with the label, in the form returned by :meth:`check_label`; None if the task needs none.
             batch_size: Records per forward pass.
             max_length: Maximum number of tokens; longer texts are truncated.
 
         Raises:
             ValueError: If a score is not in [0, 1].
         """
+        assert label is not None, "a task that needs no label predicts for itself"
         if getattr(module, "classes", None):
             return predict_classes(module, rows, text, label, batch_size, max_length)
         return predict_scores(self, module, rows, text, label, batch_size, max_length)

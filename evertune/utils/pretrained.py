@@ -86,22 +86,23 @@ def load_config(name_or_path: str) -> Any:
     return config
 
 
-def load_model(name_or_path: str, **settings: Any) -> Any:
-    """A pretrained transformer without a head, from safetensors.
+def load_model(name_or_path: str, *, auto_class: str = "AutoModel", **settings: Any) -> Any:
+    """A pretrained transformer, from safetensors.
 
     Args:
         name_or_path: Name on the Hugging Face hub, or folder.
-        settings: Arguments of ``AutoModel.from_pretrained``. ``config`` is loaded by :func:`load_config` if missing.
+        auto_class: Class of transformers that makes it. Default: ``AutoModel``, a transformer without a head.
+        settings: Arguments of its ``from_pretrained``. ``config`` is loaded by :func:`load_config` if missing.
 
     Raises:
         OSError: If there is no such model, or it has no safetensors.
         ValueError: If it asks for code that comes with it; see :func:`check_folder`.
     """
-    from transformers import AutoModel
+    import transformers
 
     _check(name_or_path)
     config = settings.pop("config", None) or load_config(name_or_path)
-    return AutoModel.from_pretrained(
+    return getattr(transformers, auto_class).from_pretrained(
         name_or_path, config=config, trust_remote_code=False, use_safetensors=True, **settings
     )
 

@@ -139,7 +139,7 @@ def test_encoder_decoder_is_refused(tmp_path):
     from transformers import T5Config
 
     T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is an encoder-decoder \(t5\), which is not supported"):
+    with pytest.raises(ValueError, match=r"is an encoder-decoder \(t5\), which Seq2SeqModule trains"):
         build(str(tmp_path))
 
 

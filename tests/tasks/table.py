@@ -6,8 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evertune.lightning_modules import QuestionAnsweringModule, SequenceClassificationModule
+from evertune.lightning_modules import (
+    CausalLMModule,
+    QuestionAnsweringModule,
+    Seq2SeqModule,
+    SequenceClassificationModule,
+)
 from evertune.sources.schema import RecordSchema
+from tests.helpers.generation import dialogue, records, tiny_llama, tiny_t5
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 
 Record = Mapping[str, Any]
@@ -47,6 +53,8 @@ def asked(context: str, answer: str | None) -> dict[str, Any]:
 
 SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
 
+ASKED = [*records("colours"), *records("sizes")]
+
 ROWS: dict[str, TaskRow] = {
     "sequence classification": TaskRow(
         module=SequenceClassificationModule,
@@ -77,6 +85,46 @@ ROWS: dict[str, TaskRow] = {
                 "the answer 'bank' is not in its context, which has ' ban' at answer_start=3; it is at 4",
             ),
         ],
+        plan=False,
+    ),
+    "answers to prompts": TaskRow(
+        module=CausalLMModule,
+        records=ASKED,
+        schema={"text": "prompt", "label": "answer"},
+        pretrained=tiny_llama,
+        refused=[
+            ({"prompt": "what", "answer": " "}, "field 'answer': there is no answer to learn: the text is empty"),
+            ({"prompt": "what", "answer": ["big"]}, "there is no answer to learn: the text is a list"),
+        ],
+        plan=False,
+    ),
+    "dialogues": TaskRow(
+        module=lambda folder: CausalLMModule(folder, packing=True, score="exact_match"),
+        records=[{"messages": dialogue(one["prompt"], one["answer"])} for one in ASKED],
+        schema={"fields": {"messages": "list[dict]"}, "text": "messages", "label": None},
+        pretrained=tiny_llama,
+        refused=[
+            ({"messages": dialogue("what")}, "field 'messages': the conversation has no turn of the assistant"),
+            ({"messages": dialogue("what", "")}, "message 2, a turn of the assistant, is empty"),
+            ({"messages": []}, "a conversation is a list of messages"),
+            ({"messages": ["what", "big"]}, "message 1 is a str, not a mapping with role and content"),
+        ],
+        plan=False,
+    ),
+    "plain texts": TaskRow(
+        module=CausalLMModule,
+        records=[{"text": f"{one['prompt']} {one['answer']}"} for one in ASKED],
+        schema={"label": None},
+        pretrained=tiny_llama,
+        refused=[({"text": " "}, "field 'text': the text is empty")],
+        plan=False,
+    ),
+    "sequence to sequence": TaskRow(
+        module=lambda folder: Seq2SeqModule(folder, generation={"max_new_tokens": 3}),
+        records=ASKED,
+        schema={"text": "prompt", "label": "answer"},
+        pretrained=tiny_t5,
+        refused=[({"prompt": "what", "answer": ""}, "field 'answer': there is no answer to learn: the text is empty")],
         plan=False,
     ),
 }

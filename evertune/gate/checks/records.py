@@ -37,7 +37,7 @@ def duplicates(records: Sequence[Mapping[str, Any]], text: Sequence[str], limit:
 
 def one_class(
     records: Sequence[Mapping[str, Any]],
-    label: str,
+    label: str | None,
     known: Sequence[str],
     names: Callable[[Any], list[str]],
     limit: float | None,
@@ -45,8 +45,9 @@ def one_class(
     """Whether almost all records are of one class that production knows; a new class may come alone."""
     if limit is None or not records:
         return []
-    classes = Counter(tuple(sorted(names(record[label]))) for record in records)
-    if classes.keys() == {()} and not all(isinstance(record[label], list) for record in records):
+    labels = [] if label is None else [record[label] for record in records]
+    classes = Counter(tuple(sorted(names(one))) for one in labels)
+    if classes.keys() <= {()} and not (labels and all(isinstance(one, list) for one in labels)):
         return [Check.not_applicable("one class", "data")]
     # The largest class, and the first by name among equals, so that the verdict is deterministic.
     name, count = min(classes.items(), key=lambda item: (-item[1], item[0]))

@@ -27,7 +27,7 @@ class Situation:
         last_update: When the last update was tried, whatever its outcome; None before the first.
         now: The present time. This and ``last_update`` must have a time zone.
         text: Name of the field with the text of a record, or several names.
-        label: Name of the field with the label.
+        label: Name of the field with the label; None without labels.
         memory_labels: Reads labels that production has learned.
         waiting: Reads the texts that are waiting for their labels, as rows, in the order in which they arrived.
         held_out: Reads the predictions of production, from before it was published, on the records held out of each
@@ -49,7 +49,7 @@ class Situation:
     last_update: datetime | None
     now: datetime
     text: str | Sequence[str] = "text"
-    label: str = "label"
+    label: str | None = "label"
     memory_labels: Callable[[], list[Label]] = list
     waiting: Callable[[], list[dict[str, Any]]] = list
     held_out: Callable[[], Mapping[str, Predictions]] = dict

@@ -234,7 +234,7 @@ class LabelDrift(Drift):
         return known
 
     def _seen(self, record: dict[str, Any], situation: Situation) -> Any:
-        return _name_of(record.get(situation.label))
+        return None if situation.label is None else _name_of(record.get(situation.label))
 
     def _default(self, n_known: int) -> Detector:
         from evertune.drift.labels import LabelShift
