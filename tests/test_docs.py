@@ -164,6 +164,11 @@ def configured(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
+WITH_PARSER = ["compare", "drift", "export", "forget", "keys", "pending", "plan", "predict", "quarantine", "serve"]
+WITH_PARSER += ["tune"]
+"""Commands whose parser is that of their module."""
+
+
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Let the parser of a command read its arguments, and run nothing."""
     command, arguments = words[0], words[1:]
@@ -177,7 +182,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         at = words.index("--")
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
-    elif command in ("compare", "tune", "drift", "plan", "forget", "quarantine", "pending", "serve", "export", "keys"):
+    elif command in WITH_PARSER:
         module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(arguments)
     else:

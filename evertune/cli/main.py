@@ -19,6 +19,7 @@ _OWN_PARSER = {
     "tune": "search the settings of fit that learn a stream best: --config FILE, --space FILE",
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
+    "predict": "the answers to the records of a file: REGISTRY --input FILE --output FILE",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
     "export": "write a version as ONNX, torch.export or safetensors, and check it: REGISTRY VERSION --output DIR",
     "keys": "API keys of the server: add, list, rotate, revoke",
