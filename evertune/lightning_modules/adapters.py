@@ -12,24 +12,32 @@ from torch import nn
 
 from evertune.utils.extras import library
 
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "init_lora_weights",
-)
-"""The settings of PEFT's ``LoraConfig`` that may be given; the others train or replace weights beside the adapters."""
+SETTINGS = {
+    "lora": (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+    ),
+    "ia3": ("target_modules", "exclude_modules", "feedforward_modules"),
+}
+"""The settings of PEFT's ``LoraConfig`` and ``IA3Config`` that may be given, by method; the others train or replace
+weights beside the adapters."""
+_CONFIGS = {"lora": "LoraConfig", "ia3": "IA3Config"}
 
 
 def adapter_config(peft: Mapping[str, Any]) -> Any:
-    """The ``LoraConfig`` of ``{"method": "lora", "r": 8, ...}``.
+    """The configuration of PEFT for ``{"method": "lora", "r": 8, ...}``.
+
+    Methods are ``lora`` (Hu et al. 2022; with ``use_dora``, DoRA of Liu et al. 2024) and ``ia3`` (Liu et al. 2022).
 
     Raises:
         ModuleNotFoundError: If PEFT is not installed.
@@ -37,10 +45,10 @@ def adapter_config(peft: Mapping[str, Any]) -> Any:
     """
     settings = dict(peft)
     method = settings.pop("method", None)
-    if method != "lora":
-        raise ValueError(f"peft: method must be 'lora', got {method!r}")
-    if unknown := sorted(settings.keys() - set(SETTINGS)):
-        raise ValueError(f"peft: {unknown[0]!r} is not supported; use {', '.join(SETTINGS)}")
+    if method not in SETTINGS:
+        raise ValueError(f"peft: method must be one of {', '.join(SETTINGS)}, got {method!r}")
+    if unknown := sorted(settings.keys() - set(SETTINGS[method])):
+        raise ValueError(f"peft: {unknown[0]!r} is not supported; use {', '.join(SETTINGS[method])}")
     if settings.get("init_lora_weights", True) not in (True, "gaussian"):
         raise ValueError(
             f"peft: init_lora_weights must be True or 'gaussian', got {settings['init_lora_weights']!r}: adapters must "
@@ -48,7 +56,7 @@ def adapter_config(peft: Mapping[str, Any]) -> Any:
         )
     if settings.get("r", 8) < 1:
         raise ValueError(f"peft: r must be positive, got {settings['r']}")
-    return library("peft", "peft").LoraConfig(**settings)
+    return getattr(library("peft", "peft"), _CONFIGS[method])(**settings)
 
 
 _MLP = re.compile(
@@ -84,9 +92,15 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
     They are drawn with the seed of the process (``seed_everything``), so that they are the same on all ranks.
 
     Raises:
-        ValueError: If PEFT knows no ``target_modules`` for the transformer, or it has none of the given ones.
+        ValueError: If PEFT knows no ``target_modules`` for the transformer, or it has none of the given ones; if they
+            are DoRA's and ZeRO-3 has partitioned the weights.
     """
     config = adapter_config(peft)
+    if getattr(config, "use_dora", False) and any(hasattr(weight, "ds_id") for weight in backbone.parameters()):
+        raise ValueError(
+            "peft: use_dora needs the norms of whole weights, which ZeRO-3 has partitioned; use plain LoRA, or the "
+            "strategy 'evertune_fsdp2'"
+        )
     library("peft", "peft").inject_adapter_in_model(config, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
@@ -98,9 +112,10 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
 
 def merge_adapters(backbone: Any) -> None:
     """Add what adapters have learned to the weights under them, and remove the adapters: the outputs stay the same."""
-    lora = library("peft.tuners.lora", "peft")
+    tuners = library("peft.tuners", "peft")
+    kinds = tuners.lora.LoraLayer, tuners.ia3.IA3Layer
     for name, layer in list(backbone.named_modules()):
-        if isinstance(layer, lora.LoraLayer):
+        if isinstance(layer, kinds):
             layer.merge()
             backbone.set_submodule(name, layer.get_base_layer())
 

@@ -139,6 +139,31 @@ def freeze(backbone: nn.Module, n_layers: int) -> None:
         layer.requires_grad_(False)
 
 
+def rate_factors(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The factor of the learning rate of each weight below the last layer; those that are not named have 1.
+
+    Raises:
+        ValueError: If ``layer_decay`` is below 1 and the transformer has no stack of layers.
+
+    Example:
+        >>> layers = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+        >>> backbone = nn.ModuleDict({"embeddings": nn.Embedding(2, 1), "layers": layers})
+        >>> rate_factors(backbone, 0.5)
+        {'embeddings.weight': 0.25, 'layers.0.weight': 0.5, 'layers.1.weight': 1.0}
+    """
+    if layer_decay == 1:
+        return {}
+    stack_name, stack = encoder_layers(backbone)
+    factors = {}
+    for name, _ in backbone.named_parameters():
+        if name.startswith(f"{stack_name}."):
+            layer = int(name.removeprefix(f"{stack_name}.").partition(".")[0])
+            factors[name] = layer_decay ** (len(stack) - 1 - layer)
+        elif "embed" in name:
+            factors[name] = layer_decay ** len(stack)
+    return factors
+
+
 def accepted_inputs(backbone: nn.Module) -> frozenset[str]:
     """The names of the arguments of ``backbone(...)``."""
     return frozenset(inspect.signature(backbone.forward).parameters)

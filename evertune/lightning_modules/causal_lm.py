@@ -52,6 +52,7 @@ class CausalLMModule(GenerationModule):
         schedule: ``linear`` (default), ``cosine``, ``infinite`` or ``constant``, see :class:`TransformerModule`.
         final_ratio: Share of the peak at which an update ends, and from which the next one warms up. Default: 0.
         cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
+        layer_decay: Factor of the learning rate from each layer of the transformer to the one below it. Default: 1.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers.
         freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
         dropout: Replaces every dropout probability; None (default) keeps them.
@@ -89,6 +90,7 @@ class CausalLMModule(GenerationModule):
         final_ratio: float = 0.0,
         cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
+        layer_decay: float = 1.0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
         attention: Attention = "auto",
@@ -104,6 +106,7 @@ class CausalLMModule(GenerationModule):
             final_ratio=final_ratio,
             cooldown_ratio=cooldown_ratio,
             freeze_layers=freeze_layers,
+            layer_decay=layer_decay,
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,
             attention=attention,

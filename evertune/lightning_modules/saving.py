@@ -22,7 +22,7 @@ MANIFEST = "evertune.json"
 BACKBONE = "backbone."
 WEIGHTS = "model.safetensors"
 REST = "head.safetensors"
-_ADAPTER = ".lora_"  # in the names of an adapter's weights
+_ADAPTERS = (".lora_", ".ia3_")  # in the names of an adapter's weights
 FORMAT = 1
 
 
@@ -34,7 +34,7 @@ def name_in_transformer(name: str) -> str | None:
     >>> name_in_transformer("backbone.layer.0.query.lora_A.default.weight"), name_in_transformer("head.weight")
     (None, None)
     """
-    if not name.startswith(BACKBONE) or _ADAPTER in name:
+    if not name.startswith(BACKBONE) or _is_of_adapter(name):
         return None
     return name.removeprefix(BACKBONE).replace(".base_layer.", ".")
 
@@ -122,7 +122,11 @@ def holds_adapters(folder: Path) -> bool:
     if not (folder / REST).is_file():
         return False
     with safe_open(folder / REST, framework="pt") as file:
-        return any(_ADAPTER in name for name in file.keys())  # noqa: SIM118  (not a dict)
+        return any(map(_is_of_adapter, file.keys()))
+
+
+def _is_of_adapter(name: str) -> bool:
+    return any(part in name for part in _ADAPTERS)
 
 
 def _copy_into(own: dict[str, Tensor], path: Path) -> None:

@@ -14,7 +14,14 @@ from torch import nn
 
 from evertune._lightning import LightningModule, clip_in_bf16, either, rank_zero_warn
 from evertune.lightning_modules.adapters import adapter_config, add_adapters
-from evertune.lightning_modules.backbone import Attention, accepted_inputs, freeze, load_backbone, skeleton
+from evertune.lightning_modules.backbone import (
+    Attention,
+    accepted_inputs,
+    freeze,
+    load_backbone,
+    rate_factors,
+    skeleton,
+)
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
@@ -58,6 +65,8 @@ class TransformerModule(LightningModule):
             size of the transformer (:func:`~evertune.lightning_modules.schedule.learning_rate_for`): 5e-5 for one of
             BERT's size, 2e-4 for MiniLM, which learns too little in a short update with 5e-5.
         head_learning_rate: Peak learning rate of the layers on top of the transformer. None (default): the same.
+        layer_decay: Factor of the learning rate from each layer of the transformer to the one below it, in (0, 1]; the
+            embeddings are below the first (Howard & Ruder 2018; Clark et al. 2020 have 0.8). Default: 1, one rate.
         weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
         warmup_ratio: Share of an update's steps used for the warm-up, in [0, 1). Default: 0.1.
         schedule: ``linear`` (default) or ``cosine`` decay; ``infinite``, a constant rate with a cool-down at the end,
@@ -74,9 +83,10 @@ class TransformerModule(LightningModule):
         attention: Implementation of attention, ``sdpa`` or ``eager``. ``auto`` (default) is the model's own, or what is
             fastest on the machine with :class:`~evertune.callbacks.Fastest`, which
             ``ContinualTrainer(precision="auto")`` adds.
-        peft: Adapters to train instead of the transformer, as settings of PEFT's ``LoraConfig``: ``{"method": "lora",
-            "r": 8, "target_modules": ["query", "value"]}``; for ``target_modules``, PEFT knows defaults for many
-            transformers. The layers on top are trained in full. Default: None, none.
+        peft: Adapters to train instead of the transformer, as settings of PEFT: ``{"method": "lora", "r": 8,
+            "target_modules": ["query", "value"]}``, with ``"use_dora": True`` for DoRA, or ``{"method": "ia3"}``; for
+            ``target_modules``, PEFT knows defaults for many transformers. The layers on top are trained in full.
+            Default: None, none.
 
     Raises:
         ModuleNotFoundError: If ``peft`` is given and PEFT is not installed.
@@ -93,6 +103,7 @@ class TransformerModule(LightningModule):
         *,
         learning_rate: float | None = None,
         head_learning_rate: float | None = None,
+        layer_decay: float = 1.0,
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.1,
         schedule: Schedule = "linear",
@@ -109,6 +120,8 @@ class TransformerModule(LightningModule):
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
         if head_learning_rate is not None and head_learning_rate < 0:
             raise ValueError(f"head_learning_rate must not be negative, got {head_learning_rate}")
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
         if weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
         check_schedule(schedule, warmup_ratio, final_ratio, cooldown_ratio)
@@ -129,6 +142,7 @@ class TransformerModule(LightningModule):
         self.model_name_or_path = locate(str(model_name_or_path))
         self.learning_rate = learning_rate
         self.head_learning_rate = head_learning_rate
+        self.layer_decay = layer_decay
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.schedule = schedule
@@ -232,12 +246,14 @@ class TransformerModule(LightningModule):
         """
         rate = self.learning_rate or self.default_learning_rate()
         head_rate = rate if self.head_learning_rate is None else self.head_learning_rate
+        factors = rate_factors(self.backbone, self.layer_decay)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 in_head = not name.startswith(BACKBONE)
                 decayed = _n_dimensions(parameter) > 1 and not (in_head and self._head_ignores_norms)
-                group = head_rate if in_head else rate, self.weight_decay if decayed else 0.0
+                own_rate = head_rate if in_head else rate * factors.get(name.removeprefix(BACKBONE), 1.0)
+                group = own_rate, self.weight_decay if decayed else 0.0
                 groups.setdefault(group, []).append(parameter)
         optimizer = torch.optim.AdamW(
             [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],

@@ -49,7 +49,12 @@ METHODS = (
     "replay+inflora",
     "lora-ties",
     "replay+lora-max",
+    "replay+dora",
+    "replay+ia3",
 )
+
+WITHOUT = {("evertune_deepspeed_stage_3", "replay+dora")}
+"""What is refused."""
 
 RUNS = [
     {"method": method, "optimizer": optimizer, "accumulation": accumulation}
@@ -60,7 +65,8 @@ RUNS = [
 def quick(strategy: str) -> list[dict[str, Any]]:
     """One run of every third method, so that a method meets one or two strategies, each with other settings."""
     turns = [number + STRATEGIES.index(strategy) for number in range(len(METHODS))]
-    return [RUNS[4 * number + turn // 3 % 4] for number, turn in enumerate(turns) if turn % 3 == 0]
+    chosen = [RUNS[4 * number + turn // 3 % 4] for number, turn in enumerate(turns) if turn % 3 == 0]
+    return [run for run in chosen if (strategy, run["method"]) not in WITHOUT]
 
 
 QUICK = [(strategy, run["method"]) for strategy in STRATEGIES for run in quick(strategy)]
@@ -132,6 +138,10 @@ def test_shard_exact(strategy: str, method: str, two_processes: Callable[[str], 
 def test_shard_exact_for_all_combinations(
     strategy: str, method: str, bert: str, one_process: Path, tmp_path: Path
 ) -> None:
+    if (strategy, method) in WITHOUT:
+        with pytest.raises(RuntimeError, match="use_dora needs the norms of whole weights"):
+            learn_sharded(strategy, [{"method": method, "optimizer": "sgd", "accumulation": 1}], bert, tmp_path)
+        return
     others = [run for run in RUNS if run["method"] == method and run not in quick(strategy)]
     check(strategy, others, bert, one_process, tmp_path)
 

@@ -8,7 +8,7 @@ from typing import Any
 from evertune.callbacks import InfLoRA, OrthogonalLoRA
 from evertune.lightning_modules.saving import load_weights, save_weights
 from tests.helpers.osft_worker import SaveMethod
-from tests.helpers.shard_worker import CLASSES, SmallBert, experience, fit
+from tests.helpers.shard_worker import CLASSES, LORA, SmallBert, experience, fit
 
 
 def cases() -> dict[str, Any]:
@@ -21,7 +21,7 @@ def learn_and_save(folder: str, out: str) -> None:
     strategy = "evertune_deepspeed_stage_2"
     for name, method in cases().items():
         between, within = Path(out) / name / "between", Path(out) / name / "within"
-        module = SmallBert(folder, CLASSES, "sgd", adapters=True)
+        module = SmallBert(folder, CLASSES, "sgd", peft=LORA)
         fit(module, experience("first", 3, ["a", "b"], 1), strategy, 1, [method])
         method.save(between / "method")
         save_weights(module, between / "middle.safetensors")
@@ -34,7 +34,7 @@ def load_and_step(folder: str, out: str, strategy: str, load: bool = True) -> No
     for name in cases():
         for place in ("between", "within"):
             where, method = Path(out) / name / place, cases()[name]
-            module = SmallBert(folder, CLASSES, "sgd", adapters=True)
+            module = SmallBert(folder, CLASSES, "sgd", peft=LORA)
             module.configure_model()
             load_weights(module, where / "middle.safetensors")
             if load:

@@ -76,9 +76,8 @@ class SmallBert(SequenceClassificationModule):
     """Without dropout, with the optimizer asked for."""
 
     def __init__(
-        self, folder: str, classes: list[str], optimizer: str, head: HeadKind = "linear", adapters: bool = False
+        self, folder: str, classes: list[str], optimizer: str, head: HeadKind = "linear", peft: Any = None
     ) -> None:
-        peft = {"method": "lora", "r": 2, "target_modules": ["query", "dense"]} if adapters else None
         super().__init__(folder, classes=classes, dropout=0.0, head=head, peft=peft)
         self.optimizer_name = optimizer
 
@@ -133,6 +132,15 @@ class LogitDecay(ContinualCallback):
         return logits_of(module, batch).square().mean()
 
 
+LORA = {"method": "lora", "r": 2, "target_modules": ["query", "dense"]}
+ADAPTERS = {
+    "dora": {**LORA, "use_dora": True},
+    "ia3": {"method": "ia3", "target_modules": ["query", "dense"], "feedforward_modules": ["dense"]},
+    "lora": LORA,
+}
+"""By a part of the method's name."""
+
+
 def methods(name: str) -> list[pl.Callback]:
     made: dict[str, Any] = {
         "replay": lambda: [Replay(memory_size=30, replay_ratio=1.0)],
@@ -161,6 +169,8 @@ def methods(name: str) -> list[pl.Callback]:
         "inflora": lambda: [callbacks.InfLoRA(energy=0.8)],
         "lora-ties": lambda: [callbacks.MergedAdapters("ties", "pretrained", density=0.5)],
         "lora-max": lambda: [callbacks.MergedAdapters("magnitude")],
+        "dora": list,
+        "ia3": list,
         "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],
     }
     return [callback for part in name.split("+") for callback in made[part]()]
@@ -170,7 +180,8 @@ def learn_two(folder: str, out: str, strategy: str, runs: list[dict[str, Any]]) 
     """Learn two experiences (the second in 20 steps) with each method and write the weights after each run."""
     for run in runs:
         head: HeadKind = "cosine" if "imprint" in run["method"] else "linear"
-        module = SmallBert(folder, CLASSES, run["optimizer"], head, adapters="lora" in run["method"])
+        peft = next((settings for name, settings in ADAPTERS.items() if name in run["method"]), None)
+        module = SmallBert(folder, CLASSES, run["optimizer"], head, peft)
         used = methods(run["method"])
         pl.seed_everything(1, verbose=False)
         fit(module, experience("first", 6, ["a", "b"], 1), strategy, run["accumulation"], list(used))

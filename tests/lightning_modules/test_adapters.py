@@ -14,6 +14,7 @@ from evertune._lightning import pl
 from evertune.callbacks import LogitAdjustment, OrthogonalLoRA, Replay
 from evertune.cli.main import main
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.lightning_modules.adapters import merge_adapters
 from evertune.streams import Experience
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
@@ -75,6 +76,38 @@ def test_saved_and_loaded_they_are_bit_identical(model: str, tmp_path: Path) -> 
     base = AutoModel.from_pretrained(tmp_path).state_dict()  # what transformers reads: the frozen transformer
     for name, value in AutoModel.from_pretrained(model).state_dict().items():
         assert name.startswith("pooler.") or torch.equal(base[name], value)
+
+
+OTHERS = [
+    {**LORA, "use_dora": True},
+    {"method": "ia3", "target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]},
+]
+
+
+@pytest.mark.parametrize("peft", OTHERS, ids=["dora", "ia3"])
+def test_other_adapters_are_learned_saved_loaded_and_merged(model: str, peft: dict[str, Any], tmp_path: Path) -> None:
+    module = build(model, peft=peft, learning_rate=0.01)
+    batch = batch_of(module.eval(), TEXTS["sport"])
+    torch.testing.assert_close(
+        module(**batch).logits, build(model).eval()(**batch).logits
+    )  # they start without an effect
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer().fit(module, loader(model, ["business", "sport"]))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, value in module.named_parameters() if value.requires_grad}
+    assert all(".lora_" in name or ".ia3_" in name or name.startswith("head") for name in changed)
+    module.eval().save_pretrained(tmp_path)
+    loaded = SequenceClassificationModule.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, module(**batch).logits)
+    base = AutoModel.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(base["encoder.layer.0.output.dense.weight"], before["backbone." + _base(peft)])
+    merge_adapters(loaded.backbone)
+    torch.testing.assert_close(loaded(**batch).logits, module(**batch).logits)
+    assert not any("base_layer" in name for name in loaded.state_dict())
+
+
+def _base(peft: dict[str, Any]) -> str:
+    return "encoder.layer.0.output.dense." + ("base_layer.weight" if peft["method"] == "ia3" else "weight")
 
 
 def test_adapters_on_a_module_that_was_trained_in_full(model: str, tmp_path: Path) -> None:
@@ -162,9 +195,10 @@ trainer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft": {"r": 2}}, "peft: method must be 'lora', got None"),
-        ({"peft": {"method": "prefix_tuning"}}, "peft: method must be 'lora', got 'prefix_tuning'"),
+        ({"peft": {"r": 2}}, "peft: method must be one of lora, ia3, got None"),
+        ({"peft": {"method": "prefix_tuning"}}, "peft: method must be one of lora, ia3, got 'prefix_tuning'"),
         ({"peft": {"method": "lora", "rank": 2}}, "peft: 'rank' is not supported; use r, lora_alpha"),
+        ({"peft": {"method": "ia3", "r": 2}}, "peft: 'r' is not supported; use target_modules"),
         ({"peft": {"method": "lora", "r": 0}}, "peft: r must be positive, got 0"),
         ({"peft": {"method": "lora", "init_lora_weights": "pissa"}}, "init_lora_weights must be True or 'gaussian'"),
         ({"peft": LORA, "freeze_layers": 1}, "freeze_layers=1 with peft, which freezes the whole transformer"),

@@ -56,6 +56,7 @@ class RecordRates(pl.Callback):
     [
         ({"learning_rate": 0}, "learning_rate must be positive, got 0"),
         ({"head_learning_rate": -1}, "head_learning_rate must not be negative, got -1"),
+        ({"layer_decay": 0}, r"layer_decay must be in \(0, 1\], got 0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
         ({"final_ratio": 1.0}, r"final_ratio must be in \[0, 1\), got 1.0"),
@@ -212,6 +213,18 @@ def test_the_head_has_a_learning_rate_of_its_own(model):
     words = module.backbone.get_input_embeddings().weight
     assert not words.requires_grad
     assert not any(words is one for group in initial.values() for one in group)
+
+
+def test_lower_layers_have_smaller_learning_rates(model):
+    module = build(model, learning_rate=1e-4, head_learning_rate=1e-3, layer_decay=0.5)
+    fit = trainer(limit_train_batches=1)
+    fit.fit(module, loader(model, module.classes))
+    rates = {id(one): group["initial_lr"] for group in fit.optimizers[0].param_groups for one in group["params"]}
+    for name, parameter in module.named_parameters():
+        layer = next((n for n in (0, 1) if f"layer.{n}." in name), None)
+        expected = 1e-3 if name.startswith("head") else 1e-4 * 0.5 ** (2 if layer is None else 1 - layer)
+        assert rates[id(parameter)] == pytest.approx(expected), name
+    assert len(set(rates.values())) == 4
 
 
 def test_head_only_training_changes_the_head_only(model):
