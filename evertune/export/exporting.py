@@ -204,6 +204,13 @@ def _shortcoming(found: Check, min_agreement: float, max_accuracy_drop: float) -
             return (
                 f"it is right on {found.accuracy:.1%} of {found.records} records and its source on "
                 f"{found.source_accuracy:.1%}: it loses {100 * drop:.2f} points, and {100 * max_accuracy_drop:.2f} are "
-                "allowed"
+                f"allowed{_hint(found.records, max_accuracy_drop)}"
             )
     return ""
+
+
+def _hint(records: int, max_accuracy_drop: float) -> str:
+    """What to do if there are so few records that a single answer decides."""
+    if records * max_accuracy_drop >= 1:
+        return ""
+    return f"; one answer of {records} is {100 / records:.2f} points: check it on more records (data), or allow more"

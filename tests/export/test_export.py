@@ -14,7 +14,7 @@ from evertune.export import ExportedModel, RefusedExportError, export
 from evertune.export.formats import ModuleRunner
 from evertune.export.graph import input_names, traced
 from evertune.export.torch_program import check_program, write_program
-from evertune.lightning_modules import SequenceClassificationModule
+from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
 from evertune.live.slices import save_slice
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
@@ -71,6 +71,16 @@ def test_every_pooling_and_head_is_exported(module: Any, tmp_path: Path, pooling
         with torch.no_grad():
             logits = traced(other.eval()).module()(*(inputs[name] for name in names))
             assert torch.allclose(logits, other(**inputs).logits, atol=1e-6)
+
+
+def test_a_head_that_was_not_trained_is_exported(module: Any) -> None:
+    analytic = AnalyticClassificationModule(module.model_name_or_path, classes=list(TEXTS), features="rff")
+    analytic.configure_model()
+    tokens = analytic.tokenizer(WORDS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        analytic.head.weight.normal_()
+        logits = traced(analytic.eval()).module()(*(tokens[name] for name in input_names(analytic)))
+        assert torch.allclose(logits, analytic(**tokens).logits, atol=1e-5)
 
 
 def test_several_labels_are_sigmoids(module: Any, tmp_path: Path) -> None:
@@ -142,7 +152,8 @@ class Wrong:
 def test_an_export_that_answers_worse_is_refused(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evertune.export.formats.ModuleRunner", Wrong)
     labelled = [{"text": text, "label": next(iter(module.predict([text])[0]))} for text in WORDS]
-    for bars, reason in (({}, "it agrees with its source on 0.0% of 9"), ({"min_agreement": 0.0}, "100.00 points")):
+    few = "100.00 points, and 0.50 are allowed; one answer of 9 is 11.11 points"
+    for bars, reason in (({}, "it agrees with its source on 0.0% of 9"), ({"min_agreement": 0.0}, few)):
         with pytest.raises(RefusedExportError, match=reason) as refused:
             export(module, tmp_path / "out", format="safetensors", data=labelled, **bars)
         assert refused.value.check.accuracy == 0.0
@@ -185,7 +196,7 @@ def test_a_program_is_loaded_only_if_it_is_trusted_and_never_if_it_is_pickled(tm
 
 
 def test_a_version_is_exported_on_its_held_out_records(
-    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(tmp_path / "registry")
     rows: list[Any] = [{"id": str(n), "record": {"body": text, "kind": "sport"}} for n, text in enumerate(WORDS)]
@@ -208,9 +219,15 @@ def test_a_version_is_exported_on_its_held_out_records(
         main(command)
     assert ended.value.code == 1
     assert "exists already" in capsys.readouterr().err
+    monkeypatch.setattr("evertune.export.formats.ModuleRunner", Wrong)
+    with pytest.raises(SystemExit) as ended:
+        main([*command[:-1], str(tmp_path / "other")])
+    assert ended.value.code == 4
+    assert "refused, and nothing is written: it agrees with its source on 0.0%" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
-def test_the_server_answers_with_an_export(module: Any, tmp_path: Path) -> None:
+def test_the_server_answers_with_an_export(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     starlette = pytest.importorskip(
         "starlette.testclient", reason='it is not installed (pip install "evertune[serve]")'
     )
@@ -224,6 +241,10 @@ def test_the_server_answers_with_an_export(module: Any, tmp_path: Path) -> None:
         assert answer["probabilities"] == pytest.approx(expected, abs=1e-5)
         assert client.get("/ready").json()["production"] == {"alias": "out", "version": 0, "problem": None}
         assert client.post("/predict", json={"records": [{"text": " "}]}).status_code == 200
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", str(tmp_path / "out"), "--check"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "ok: version 0 answers\n"
     with pytest.raises(ValueError, match="canary is a setting of versions"):
         Service(model=tmp_path / "out", traffic=TrafficSettings(canary="2"))
     with pytest.raises(ValueError, match="registry is a setting of versions"):
