@@ -16,7 +16,7 @@ from evertune.shards.support import is_deepspeed
 from evertune.sources.conversations import Message
 from evertune.tasks.base import IGNORED
 from evertune.tasks.causal_lm import CausalLMTask, Score, TooLong
-from evertune.tasks.prompts import asked
+from evertune.tasks.prompts import asked, text_of
 from evertune.utils.evaluation import evaluation_mode
 
 
@@ -142,7 +142,7 @@ class CausalLMModule(GenerationModule):
 
     def predict(
         self,
-        texts: Sequence[str] | Sequence[Sequence[Message]],
+        texts: Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[Message]],
         batch_size: int = 8,
         max_length: int | None = None,
         continue_texts: bool = False,
@@ -153,7 +153,8 @@ class CausalLMModule(GenerationModule):
         Loads the weights if necessary. After a ZeRO-3 fit, call it on every rank.
 
         Args:
-            texts: Prompts, or conversations as lists of messages, of which the next turn is written.
+            texts: Prompts, each a text or several that are joined, or conversations as lists of messages, of which the
+                next turn is written.
             batch_size: Number of prompts that are read at a time. Default: 8.
             max_length: Maximum number of tokens of a prompt; of a longer one, the end is read. None (default) leaves
                 room for the answer in what the model takes.
@@ -170,7 +171,7 @@ class CausalLMModule(GenerationModule):
         self.configure_model()
         longest = self._longest_prompt(max_length, generation, reserved=True)
         prompts = []
-        given: Sequence[Any] = texts
+        given: Sequence[Any] = [text_of(text) for text in texts]
         for number, text in enumerate(given):
             if not isinstance(text, str) and not (isinstance(text, Sequence) and text and not continue_texts):
                 raise TypeError(f"texts[{number}] must be a text or a list of messages, got {text!r:.80}")

@@ -16,6 +16,7 @@ from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.warm_start import encoder_decoder
 from evertune.metrics.texts import check_scorer, corpus_scores
 from evertune.tasks.base import IGNORED
+from evertune.tasks.prompts import text_of
 from evertune.tasks.seq2seq import Score, Seq2SeqTask, references
 from evertune.tasks.texts import max_tokens
 from evertune.utils.collectives import gather_bytes
@@ -194,14 +195,18 @@ class Seq2SeqModule(GenerationModule):
         return self.generate(batch["input_ids"], batch["attention_mask"])
 
     def predict(
-        self, texts: Sequence[str], batch_size: int = 8, max_length: int | None = None, **generation: Any
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        batch_size: int = 8,
+        max_length: int | None = None,
+        **generation: Any,
     ) -> list[str]:
         """What the model writes for each text; greedy by default.
 
         Loads the weights if necessary. After a ZeRO-3 fit, call it on every rank.
 
         Args:
-            texts: Sources.
+            texts: Sources, each a text or several that are joined.
             batch_size: Number of sources that are read at a time. Default: 8.
             max_length: Maximum number of tokens of a source; longer ones are truncated. None (default) uses the
                 tokenizer's and the model's maximum.
@@ -216,7 +221,7 @@ class Seq2SeqModule(GenerationModule):
         self.configure_model()
         longest = self._longest_prompt(max_length, generation, reserved=False)
         prompts = []
-        for number, text in enumerate(texts):
+        for number, text in enumerate(text_of(text) for text in texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{number}] must be a text, got {text!r:.80}")
             tokens = self.tokenizer(text, truncation=True, max_length=longest)["input_ids"]

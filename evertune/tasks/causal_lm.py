@@ -13,7 +13,7 @@ from evertune.sources.conversations import conversation_in, messages_value
 from evertune.sources.values import text_value
 from evertune.tasks.base import IGNORED, Outputs, accuracies
 from evertune.tasks.generation import GenerationTask
-from evertune.tasks.prompts import Prompted, answered, conversation, document
+from evertune.tasks.prompts import Prompted, answered, conversation, document, joined
 from evertune.tasks.sequences import SequenceDataset, of_record, warn_about_length
 from evertune.tasks.token_cache import TokenCache
 from evertune.utils.examples import Examples, column_of
@@ -135,8 +135,8 @@ class CausalLMTask(GenerationTask):
             return conversation(messages, tokenizer)
         texts = [text_value(part) for part in parts]
         if answer is None:
-            return document("\n\n".join(texts), tokenizer)
-        return answered("\n\n".join(texts), self.check_label(answer[0]), tokenizer)
+            return document(joined(texts), tokenizer)
+        return answered(joined(texts), self.check_label(answer[0]), tokenizer)
 
     def _tokens(self, prompted: Sequence[Prompted], tokenizer: Any, max_length: int) -> dict[str, list[np.ndarray]]:
         if not tokenizer.is_fast:

@@ -78,6 +78,21 @@ def asked(prompt: str | Sequence[Message], tokenizer: Any) -> tuple[str, bool]:
     return f"{prompt}\n", False
 
 
+def joined(parts: Sequence[str]) -> str:
+    """One prompt of several texts, such as an instruction and its input.
+
+    >>> joined(["Translate.", "Guten Morgen"])
+    'Translate.\\n\\nGuten Morgen'
+    """
+    return "\n\n".join(parts)
+
+
+def text_of(value: Any) -> Any:
+    """A text, or several texts joined to one; anything else as it is."""
+    several = isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
+    return joined(value) if several else value
+
+
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -12,6 +12,7 @@ from evertune.metrics.texts import check_scorer, chrf, rouge_l
 from evertune.sources.values import text_value
 from evertune.tasks.base import IGNORED, Outputs
 from evertune.tasks.generation import GenerationTask
+from evertune.tasks.prompts import joined
 from evertune.tasks.sequences import SequenceDataset, of_record, warn_about_length
 from evertune.tasks.token_cache import TokenCache
 from evertune.utils.examples import Examples, column_of
@@ -72,7 +73,7 @@ class Seq2SeqTask(GenerationTask):
         sources, targets = [], []
         for number, (parts, target) in enumerate(zip(zip(*columns, strict=True), column_of(data, label), strict=True)):
             try:
-                sources.append("\n\n".join(text_value(part) for part in parts))
+                sources.append(joined([text_value(part) for part in parts]))
                 targets.append(self.check_label(target))
             except ValueError as error:
                 raise of_record(number, len(columns[0]), error) from None

@@ -244,6 +244,7 @@ def test_prompts_and_conversations_are_answered_alike_in_any_batch(model: str) -
     said = module.predict(prompts, max_new_tokens=5)
     assert said == [module.predict([prompt], max_new_tokens=5)[0] for prompt in prompts]
     assert module.predict([dialogue(prompt) for prompt in prompts], max_new_tokens=5) == said
+    assert module.predict([("what", "is")], max_new_tokens=5) == module.predict(["what\n\nis"], max_new_tokens=5)
     assert module.training
     batch = batch_of(module, [{"prompt": prompt, "answer": "big"} for prompt in prompts], **PAIR)
     module.generation = {"max_new_tokens": 5}

@@ -51,8 +51,12 @@ def learn(folder: str, out: str, kind: str, strategy: str, devices: int) -> dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(MODULES))
-def test_zero_3_on_two_ranks_gives_what_one_process_gives(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [(kind, "evertune_deepspeed_stage_3") for kind in MODULES]
+    + [(kind, strategy) for kind in ("causal", "seq2seq") for strategy in ("ddp", "evertune_fsdp2")],
+)
+def test_two_ranks_give_what_one_process_gives(tmp_path: Path, kind: str, strategy: str) -> None:
     folder = PRETRAINED[kind](tmp_path / "model")
     one = learn(folder, str(tmp_path / "one"), kind, "auto", 1)
     ranks = run_ranks(
@@ -61,7 +65,7 @@ def test_zero_3_on_two_ranks_gives_what_one_process_gives(tmp_path: Path, kind: 
         folder=folder,
         out=str(tmp_path / "two"),
         kind=kind,
-        strategy="evertune_deepspeed_stage_3",
+        strategy=strategy,
         devices=2,
     )
     for rank in ranks:

@@ -144,6 +144,7 @@ def test_beams_and_samples(model: str) -> None:
     prompts = ["the old river", "what"]
     greedy = module.predict(prompts)
     assert greedy == [module.predict([prompt])[0] for prompt in prompts]
+    assert module.predict([("the", "river")]) == module.predict(["the\n\nriver"])
     assert build(model, generation={**SHORT, "num_beams": 3}).predict(prompts) == module.predict(prompts, num_beams=3)
     torch.manual_seed(0)
     sampled = {tuple(module.predict(prompts, do_sample=True)) for _ in range(5)}

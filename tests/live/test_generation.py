@@ -83,6 +83,13 @@ def test_dialogues_without_an_answer_are_set_aside_and_the_others_are_learned(
     assert manifest.classes == []
     assert manifest.metrics.accuracy.keys() == {"update-1", "update-2"}
     assert all(score is not None and 0 < score <= 1 for score in manifest.metrics.accuracy.values())
+    asked = [{"messages": dialogue("what is a city")}, {"messages": []}]
+    Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "registry", "--input", "asked.jsonl", "--output", "said.jsonl", "--version", "2"])
+    first, second = map(json.loads, Path("said.jsonl").read_text().splitlines())
+    assert isinstance(first["prediction"], str)
+    assert second["prediction"] is None and "it has no 'messages'" in second["error"]
     with evertune.load("registry", 2) as served:
         assert len(served.predict([QUESTIONS["sizes"][0][0], dialogue("what is a city")], max_new_tokens=4)) == 2
 
