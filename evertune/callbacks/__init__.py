@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.mir import MIR as MIR
     from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
     from evertune.callbacks.osft import OSFT as OSFT
+    from evertune.callbacks.pseudo_labels import PseudoLabels as PseudoLabels
     from evertune.callbacks.rdrop import RDrop as RDrop
     from evertune.callbacks.replay.callback import Replay as Replay
     from evertune.callbacks.seq import SEQ as SEQ
@@ -64,6 +65,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.merged_adapters": "MergedAdapters",
         "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
         "evertune.callbacks.rdrop": "RDrop",
+        "evertune.callbacks.pseudo_labels": "PseudoLabels",
         "evertune.callbacks.replay.callback": "Replay",
         "evertune.callbacks.seq": "SEQ",
         "evertune.callbacks.shrink_perturb": "ShrinkPerturb",

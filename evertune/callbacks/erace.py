@@ -95,7 +95,7 @@ class ERACE(LogitsMethod):
         counts = self._of_batch(trainer, batch, n_new) if self._present is None else self._present
         absent = torch.ones(self._step.n_classes, dtype=torch.bool)
         absent[: len(counts)] = counts[: len(absent)].cpu() == 0
-        self._step.exclude(n_new, absent.to(pl_module.device))
+        self._step.exclude(slice(n_new), absent.to(pl_module.device))
 
     def _of_batch(self, trainer: pl.Trainer, batch: Any, n_new: int) -> Tensor:
         """How often the new examples of the batch have each class, on all ranks together."""

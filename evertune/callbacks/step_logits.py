@@ -50,7 +50,7 @@ class StepLogits:
         self._handle: RemovableHandle | None = None
         self._weights: Tensor | None = None
         self._weighed = False
-        self._excluded: tuple[int, Tensor] | None = None
+        self._excluded: tuple[slice, Tensor] | None = None
         self._seen: list[tuple[Tensor, Tensor | None]] = []  # the logits of this step, and what came into the layer
 
     # --- finding the output layer
@@ -147,14 +147,14 @@ class StepLogits:
         """
         self._weights, self._weighed = weights, weights is None
 
-    def exclude(self, n_examples: int, classes: Tensor) -> None:
-        """Leave classes out of the loss of the first examples in the step that begins: their logits become very small.
+    def exclude(self, examples: slice, classes: Tensor) -> None:
+        """Leave classes out of the loss of some examples in the step that begins: their logits become very small.
 
         Args:
-            n_examples: Number of the examples.
+            examples: Rows of the examples in the batch.
             classes: Which classes, bool ``[n_classes]``.
         """
-        self._excluded = n_examples, classes
+        self._excluded = examples, classes
 
     @contextmanager
     def second_pass(self) -> Iterator[None]:
@@ -189,9 +189,9 @@ class StepLogits:
         if self._weights is not None:
             passed = self._weigh(passed, self._weights)
         if self._excluded is not None:
-            n_examples, classes = self._excluded
+            examples, classes = self._excluded
             out = torch.zeros(passed.shape, dtype=torch.bool, device=passed.device)
-            out[:n_examples] = classes[: passed.shape[-1]]
+            out[examples] = classes[: passed.shape[-1]]
             passed = passed.masked_fill(out, _EXCLUDED)
         return _with_logits(output, passed)
 

@@ -56,6 +56,9 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
 }
 """ZeRO stage and offloading of each strategy, fastest first: those that communicate least."""
 
+MODULES = ("SequenceClassificationModule", "TokenClassificationModule")
+"""The modules of :mod:`evertune.lightning_modules` whose size is known without their weights."""
+
 RESERVE = 0.1
 """Share of a GPU's memory that is left for CUDA, NCCL and fragmentation."""
 
@@ -128,8 +131,8 @@ class Request:
     """What the plan is about: a model, how it is trained, and on which machines.
 
     Args:
-        model: Settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
-        n_classes: Number of classes, which are the rows of the head.
+        model: Settings of the module.
+        n_classes: Number of classes, on which the rows of the head depend.
         nodes: Number of machines.
         gpus: Number of GPUs of each machine.
         memory: Memory of a GPU, in bytes.
@@ -137,6 +140,7 @@ class Request:
         n_examples: Number of examples that the importance of the weights is estimated on.
         strategy: Strategy that the configuration names; None if it leaves the choice open.
         notes: What the user should know about how the configuration was read, one sentence each.
+        module: Name of the module's class, one of :data:`MODULES`.
     """
 
     model: Mapping[str, Any]
@@ -148,6 +152,7 @@ class Request:
     n_examples: int = 500
     strategy: str | None = None
     notes: tuple[str, ...] = ()
+    module: str = MODULES[0]
 
     @property
     def world_size(self) -> int:
@@ -187,7 +192,7 @@ def plan(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         request = read_request(options)
-        shape = shape_of(request.model, request.n_classes)
+        shape = shape_of(request.model, request.n_classes, request.module)
         rows = rows_of(shape, request)
     except (OSError, ValueError, TypeError) as error:
         complain("evertune plan", error)
@@ -214,7 +219,7 @@ def read_request(options: argparse.Namespace) -> Request:
     config = _read_config(options.config) if options.config else {}
     trainer, data, launch = (_section(config, name) for name in ("trainer", "data", "launch"))
     notes: list[str] = []
-    model = _model_settings(config)
+    module, model = _model_settings(config)
     for name in ("model_name_or_path", "freeze_layers"):
         if getattr(options, name) is not None:
             model[name] = getattr(options, name)
@@ -258,15 +263,17 @@ def read_request(options: argparse.Namespace) -> Request:
         n_examples=_argument(estimating, "n_examples", 500),
         strategy=_strategy(trainer.get("strategy")),
         notes=tuple(notes),
+        module=module,
     )
 
 
-def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
+def shape_of(settings: Mapping[str, Any], n_classes: int, module_class: str = MODULES[0]) -> ModelShape:
     """Build a model from its configuration, with its head but without weights, on torch's meta device.
 
     Args:
-        settings: Settings of :class:`~evertune.lightning_modules.SequenceClassificationModule`.
-        n_classes: Number of classes, which are the rows of the head.
+        settings: Settings of the module.
+        n_classes: Number of classes, on which the rows of the head depend.
+        module_class: Name of the module's class, one of :data:`MODULES`. Default: the classifier of texts.
 
     Returns:
         The sizes of the model.
@@ -279,12 +286,11 @@ def shape_of(settings: Mapping[str, Any], n_classes: int) -> ModelShape:
     from torch import nn
     from transformers import AutoModel
 
-    from evertune.lightning_modules import SequenceClassificationModule
     from evertune.lightning_modules.adapters import add_adapters
     from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
 
     classes = [str(number) for number in range(n_classes)]
-    module = SequenceClassificationModule(**{**settings, "classes": classes})
+    module: Any = getattr(import_module("evertune.lightning_modules"), module_class)(**{**settings, "classes": classes})
     name = module.model_name_or_path
     with quiet_transformers():
         config = load_config(name)
@@ -377,7 +383,7 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
             found.append(f"batch_size 1 when the importance is estimated, {row.strategy}: {_gib(row.footprint.total)}")
     for name, frozen in (("half of the layers frozen", shape.layers // 2), ("only the head trained", -1)):
         if frozen and not request.model.get("freeze_layers"):
-            fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes)
+            fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes, request.module)
             row = choose(rows_of(fewer, request), request.strategy)
             if row is not None:
                 found.append(f"{name} (--freeze_layers {frozen}), {row.strategy}: {_gib(row.footprint.total)}")
@@ -518,15 +524,17 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _model_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class of the model and its settings."""
     model = _section(config, "model")
-    path = model.get("class_path")
-    if path is not None and str(path).rpartition(".")[2] != "SequenceClassificationModule":
+    path = str(model.get("class_path") or MODULES[0])
+    name = path.rpartition(".")[2]
+    if name not in MODULES:
         raise ValueError(
-            f"the model is a {path}, of which only its own code knows the size; plan knows "
-            "evertune.lightning_modules.SequenceClassificationModule: name the transformer in it with --model"
+            f"the model is a {path}, of which only its own code knows the size; plan knows {' and '.join(MODULES)} of "
+            "evertune.lightning_modules: name the transformer in it with --model"
         )
-    return dict(model.get("init_args") or {})
+    return name, dict(model.get("init_args") or {})
 
 
 def _methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.sequence_classification import (
         SequenceClassificationModule as SequenceClassificationModule,
     )
+    from evertune.lightning_modules.token_classification import TokenClassificationModule as TokenClassificationModule
     from evertune.lightning_modules.transformer import TransformerModule as TransformerModule
 
 __all__, __getattr__, __dir__ = face(
@@ -31,6 +32,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.lightning_modules.question_answering": "QuestionAnsweringModule SpanOutput",
         "evertune.lightning_modules.seq2seq": "Seq2SeqModule",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
+        "evertune.lightning_modules.token_classification": "TokenClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
     },
 )

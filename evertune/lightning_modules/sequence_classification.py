@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +11,13 @@ from torch import Tensor, nn
 
 from evertune.lightning_modules.backbone import POOLINGS, Attention, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
-from evertune.lightning_modules.saving import gathered, read_manifest
+from evertune.lightning_modules.named_classes import NamedClassesModule
+from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.schedule import Schedule
-from evertune.lightning_modules.transformer import TransformerModule
 from evertune.tasks.sequence_classification import SequenceClassificationTask
 from evertune.tasks.texts import checked_texts, longest_text, padded_tokens, truncation_length
 from evertune.utils.batches import TARGET_KEYS, targets_of
 from evertune.utils.evaluation import evaluation_mode
-
-if TYPE_CHECKING:
-    from evertune.streams.experience import Experience
 
 HEAD_DROPOUT = 0.1
 
@@ -38,7 +34,7 @@ class ClassifierOutput(NamedTuple):
     features: Tensor
 
 
-class SequenceClassificationModule(TransformerModule):
+class SequenceClassificationModule(NamedClassesModule):
     """A pretrained transformer that classifies texts, with exactly one label or several labels each.
 
     Its interface is label names, not numbers. A batch is the output of a tokenizer, with the names under ``labels``: a
@@ -92,9 +88,6 @@ class SequenceClassificationModule(TransformerModule):
         module.add_classes(["politics"])  # the next fit learns it too
     """
 
-    head: Any
-    """Module that maps pooled texts to class scores; None until ``configure_model``."""
-
     def __init__(
         self,
         model_name_or_path: str,
@@ -125,8 +118,6 @@ class SequenceClassificationModule(TransformerModule):
             raise ValueError(f"pooling must be one of {list(POOLINGS)}, got {pooling!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if n_classes_ahead is not None and n_classes_ahead < 1:
-            raise ValueError(f"n_classes_ahead must be positive, got {n_classes_ahead}")
         super().__init__(
             model_name_or_path,
             learning_rate=learning_rate,
@@ -149,100 +140,15 @@ class SequenceClassificationModule(TransformerModule):
         self.task = SequenceClassificationTask(multi_label)
         self.label_smoothing = label_smoothing
         self.pooling = pooling
-        self.n_classes_ahead = n_classes_ahead
-        self.head = None
-        self._classes: list[str] = []
-        self._name_classes(_checked_names(classes))
-        self._n_constructed = len(self._classes)
-
-    # --- classes
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes, in the order of the logits."""
-        return list(self._classes)
-
-    def add_classes(self, names: Sequence[str]) -> None:
-        """Add classes: the head grows at its end, known names are skipped. Call on every rank, between fits.
-
-        Raises:
-            TypeError: If a name is not a string, or ``names`` is a single string.
-            RuntimeError: During ``fit``, when the optimizer already holds the head.
-        """
-        new = [name for name in _checked_names(names) if name not in self._classes]
-        if not new:
-            return
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running":
-            raise RuntimeError(f"cannot add the classes {new} during fit: the optimizer already holds the head")
-        self._name_classes(new)
-
-    def prepare_experience(self, experience: Experience) -> None:
-        """Add the classes of an experience before the fit that learns it. Call on every rank."""
-        self.add_classes(experience.classes)
-
-    def _name_classes(self, new: list[str]) -> None:
-        self._classes.extend(new)
-        # Lightning saves hparams with every checkpoint, from which the classes are read again.
-        self.hparams["classes"] = self.classes
-        if self.head is not None and len(self._classes) > self.head.out_features:
-            self.head.grow(len(self._classes))
-
-    def setup(self, stage: str) -> None:
-        """Add the classes of the datamodule's experience, if it has one."""
-        experience = getattr(getattr(self.trainer, "datamodule", None), "experience", None)
-        if stage == "fit" and experience is not None:
-            names = _checked_names(experience.classes)
-            self._name_classes([name for name in names if name not in self._classes])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the classes that the checkpoint has beyond this module's.
-
-        Raises:
-            ValueError: If this module's classes are not the first ones of the checkpoint's.
-        """
-        names = list(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["classes"])
-        if names[: len(self._classes)] != self._classes:
-            raise ValueError(
-                f"the checkpoint's classes are {names}, this module's are {self._classes}: "
-                "load the checkpoint with load_from_checkpoint, then call add_classes"
-            )
-        self._name_classes(names[len(self._classes) :])
+        self._start_classes(classes, n_classes_ahead)
 
     # --- the model
 
-    def configure_model(self) -> None:
-        """Load the transformer and build the head. Later calls have no effect.
-
-        Raises:
-            ValueError: If there are no classes yet.
-        """
-        if not self._classes:
-            raise ValueError("there are no classes yet: pass classes=[...] or call add_classes([...])")
-        super().configure_model()
-        if len(self._classes) > self.head.out_features:  # added after the folder was opened, before it was read
-            self.head.grow(len(self._classes))
-
-    def start_from(self, directory: str | Path) -> None:
-        """As in :class:`TransformerModule`; this module's classes must be those of the folder, or begin with them.
-
-        Raises:
-            ValueError: If they do not.
-        """
-        saved = list(read_manifest(Path(directory)).hparams["classes"])
-        if self._classes[: len(saved)] != saved:
-            raise ValueError(f"{directory} has the classes {saved}, this module {self._classes}")
-        super().start_from(directory)
-        self._n_constructed = len(saved)
-
     def configure_head(self) -> None:
         """Build the head, with one row per class or per allocated row, whichever are more."""
-        # The saved head must have its saved shape when its weights are loaded; it grows afterwards.
-        n_named = len(self._classes) if self._saved is None else self._n_constructed
-        n_rows = max(n_named, self.n_classes_ahead or 0)
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
-        self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, n_rows)
+        self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, self.n_rows)
 
     def default_learning_rate(self) -> float:
         """The peak learning rate where none was given: half of the usual one with a cosine head.
@@ -373,13 +279,3 @@ class SequenceClassificationModule(TransformerModule):
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
-
-
-def _checked_names(names: Sequence[str]) -> list[str]:
-    """The names without duplicates, in order."""
-    if isinstance(names, str):
-        raise TypeError(f"classes must be a list of names, got the string {names!r}")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"class names must be strings, got {name!r} ({type(name).__name__})")
-    return list(dict.fromkeys(names))

@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from evertune.metrics.answers import answer_f1 as answer_f1
     from evertune.metrics.answers import exact_match as exact_match
     from evertune.metrics.answers import normalise_answer as normalise_answer
+    from evertune.metrics.entities import Entity as Entity
+    from evertune.metrics.entities import EntityScores as EntityScores
+    from evertune.metrics.entities import check_tags as check_tags
+    from evertune.metrics.entities import entities_in as entities_in
+    from evertune.metrics.entities import entity_scores as entity_scores
+    from evertune.metrics.entities import sentence_f1 as sentence_f1
     from evertune.metrics.functional import average_accuracy as average_accuracy
     from evertune.metrics.functional import backward_transfer as backward_transfer
     from evertune.metrics.functional import forgetting as forgetting
@@ -38,6 +44,7 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.metrics.answers": "answer_f1 exact_match normalise_answer",
+        "evertune.metrics.entities": "Entity EntityScores check_tags entities_in entity_scores sentence_f1",
         "evertune.metrics.functional": (
             "average_accuracy backward_transfer forgetting forgetting_first_minus_last forward_transfer "
             "intransigence negative_flip_rate"

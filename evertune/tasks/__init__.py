@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from evertune.tasks.question_answering import QuestionAnsweringTask as QuestionAnsweringTask
     from evertune.tasks.seq2seq import Seq2SeqTask as Seq2SeqTask
     from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
+    from evertune.tasks.token_classification import TokenClassificationTask as TokenClassificationTask
 
 __all__, __getattr__, __dir__ = face(
     __name__,
@@ -23,5 +24,6 @@ __all__, __getattr__, __dir__ = face(
         "evertune.tasks.generation": "GenerationTask",
         "evertune.tasks.seq2seq": "Seq2SeqTask",
         "evertune.tasks.sequence_classification": "SequenceClassificationTask",
+        "evertune.tasks.token_classification": "TokenClassificationTask",
     },
 )

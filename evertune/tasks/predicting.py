@@ -23,7 +23,7 @@ def columns_of(rows: Sequence[Row], text: str | Sequence[str]) -> list[list[str]
 def features_of(module: Any, columns: Sequence[Sequence[str]], batch_size: int, max_length: int) -> np.ndarray:
     """The features of texts by ``module.features``, ``[texts, features]``."""
     found: list[np.ndarray] = [np.empty(0)] * len(columns[0])
-    for places in _batches(columns, batch_size):
+    for places in batches_by_length(columns, batch_size):
         texts = [[column[row] for row in places] for column in columns]
         tokens = module.tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         features = module.features(tokens.to(next(module.parameters()).device)).double().cpu().numpy()
@@ -52,7 +52,7 @@ def predict_classes(
     labels: list[Label] = [row["record"][label] for row in rows]
     predicted: list[Label] = [""] * len(rows)
     confidence, label_probability = np.empty(len(rows)), np.empty(len(rows))
-    for places in _batches(columns, batch_size):
+    for places in batches_by_length(columns, batch_size):
         logits = answers(module, [[column[row] for row in places] for column in columns], max_length)
         answer = _several if getattr(module, "multi_label", False) else _one
         names, confidence[places], label_probability[places] = answer(
@@ -78,21 +78,26 @@ def predict_scores(
         pair = text if isinstance(text, str) else tuple(text)
         data = [dict(row["record"]) for row in rows]
         examples = task.dataset(data, module.tokenizer, text=pair, label=label, id_column=None, max_length=max_length)
-        for places in _batches(columns_of(rows, text), batch_size):
+        for places in batches_by_length(columns_of(rows, text), batch_size):
             scores[places] = scores_of(task, module, [examples[row] for row in places])
     labels = [row["record"][label] for row in rows]
     return Predictions.scored([row["id"] for row in rows], labels, scores)
 
 
 def scores_of(task: Any, module: Any, examples: Sequence[Any]) -> np.ndarray:
-    """The score of each example of one batch, ``[examples]``: collated and moved as Lightning does it."""
-    batch = module.on_before_batch_transfer(task.collator(module.tokenizer)(list(examples)), 0)
-    batch = module.transfer_batch_to_device(batch, next(module.parameters()).device, 0)
-    scores: np.ndarray = task.score(module, module.on_after_batch_transfer(batch, 0)).double().cpu().numpy()
+    """The score of each example of one batch, ``[examples]``."""
+    scores: np.ndarray = task.score(module, batch_of(task, module, examples)).double().cpu().numpy()
     return scores
 
 
-def _batches(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list[int]]:
+def batch_of(task: Any, module: Any, examples: Sequence[Any]) -> Any:
+    """A batch of examples on the module's device: collated and moved as Lightning does it."""
+    batch = module.on_before_batch_transfer(task.collator(module.tokenizer)(list(examples)), 0)
+    batch = module.transfer_batch_to_device(batch, next(module.parameters()).device, 0)
+    return module.on_after_batch_transfer(batch, 0)
+
+
+def batches_by_length(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list[int]]:
     """The positions of records, longest texts first: texts of similar length need little padding."""
     n_rows = len(columns[0])
     order = sorted(range(n_rows), key=lambda row: -sum(len(column[row]) for column in columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from evertune.lightning_modules import (
     QuestionAnsweringModule,
     Seq2SeqModule,
     SequenceClassificationModule,
+    TokenClassificationModule,
 )
 from evertune.sources.schema import RecordSchema
 from tests.helpers.generation import dialogue, records, tiny_llama, tiny_t5
@@ -51,9 +53,15 @@ def asked(context: str, answer: str | None) -> dict[str, Any]:
     return {"question": "a law of the party", "context": context, "answers": answers}
 
 
+TAGS = {"bank": "B-ORG", "market": "B-ORG", "team": "B-TEAM", "match": "B-EVENT"}
 SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
 
 ASKED = [*records("colours"), *records("sizes")]
+
+
+def entity(start: int, end: int) -> dict[str, Any]:
+    return {"start": start, "end": end, "label": "ORG"}
+
 
 ROWS: dict[str, TaskRow] = {
     "sequence classification": TaskRow(
@@ -126,5 +134,47 @@ ROWS: dict[str, TaskRow] = {
         pretrained=tiny_t5,
         refused=[({"prompt": "what", "answer": ""}, "field 'answer': there is no answer to learn: the text is empty")],
         plan=False,
+    ),
+    "tags of words": TaskRow(
+        module=TokenClassificationModule,
+        records=[
+            {"words": text.split(), "tags": [TAGS.get(word, "O") for word in text.split()]} for text, _ in SENTENCES
+        ],
+        refused=[
+            ({"words": ["the", "bank"], "tags": ["O"]}, "there must be a tag for each word, got 1 for 2 words"),
+            ({"words": ["the", "bank"], "tags": ["O", "I-ORG"]}, "word 2 has the tag 'I-ORG', which continues no ORG"),
+            ({"words": ["the", "bank"], "tags": ["O", "S-ORG"]}, "word 2 has the tag 'S-ORG', which is not of IOB2"),
+            ({"words": ["the", "market share"], "tags": ["O", "O"]}, "word 2 of 2 must be a text without spaces"),
+            ({"words": [], "tags": []}, "field 'words': there are no words"),
+            ({"words": ["the"], "tags": "O"}, "a list of tags or of entities is expected, got 'O'"),
+            ({"words": ["the"], "tags": None}, "a list of tags or of entities is expected, no label"),
+        ],
+        schema={"text": "words", "label": "tags", "fields": {"words": "list[str]", "tags": "list[str]"}},
+    ),
+    "entities of texts": TaskRow(
+        module=lambda folder: TokenClassificationModule(folder, scheme="BIOES", dropout=0.0),
+        records=[
+            {
+                "text": f"{text}, {text}",
+                "label": [
+                    {"start": match.start(), "end": match.end(), "label": TAGS[match.group()][2:]}
+                    for match in re.finditer("|".join(TAGS), f"{text}, {text}")
+                ],
+            }
+            for text, _ in SENTENCES
+        ],
+        refused=[
+            ({"text": "the bank", "label": [entity(5, 8)]}, "the entity ORG at 5-8, 'ank', does not begin with a word"),
+            (
+                {"text": "the bank", "label": [entity(3, 8)]},
+                "the entity ORG at 3-8, ' bank', does not begin with a wor",
+            ),
+            ({"text": "the bank", "label": [entity(4, 7)]}, "the entity ORG at 4-7, 'ban', does not end with a word"),
+            ({"text": "the bank", "label": [entity(4, 9)]}, "ends after the text of 8 characters"),
+            ({"text": "the bank", "label": [entity(8, 4)]}, "an entity must begin before it ends, got start=8, end=4"),
+            ({"text": "the bank", "label": [entity(0, 8), entity(4, 8)]}, "ORG at 0-8 and ORG at 4-8 overlap"),
+            ({"text": "the bank", "label": [{"start": 4}]}, 'an entity must be {"start": ..., "end": ..., "label":'),
+            ({"text": "the bank", "label": ["O", "B-ORG"]}, "word 2 has the tag 'B-ORG', but the sentence ends"),
+        ],
     ),
 }

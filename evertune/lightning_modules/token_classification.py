@@ -1,0 +1,323 @@
+"""Entities of named types that arrive over time, as tags of words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evertune._lightning import rank_zero_warn
+from evertune.lightning_modules.backbone import Attention
+from evertune.lightning_modules.heads import LinearHead
+from evertune.lightning_modules.named_classes import NamedClassesModule
+from evertune.lightning_modules.saving import gathered
+from evertune.lightning_modules.schedule import Schedule
+from evertune.lightning_modules.sequence_classification import HEAD_DROPOUT
+from evertune.metrics.entities import OUTSIDE, EntityScores, Scheme, entities_in
+from evertune.tasks.base import IGNORED
+from evertune.tasks.texts import longest_text, truncation_length
+from evertune.tasks.token_classification import TokenClassificationTask, entities_of_batch
+from evertune.tasks.words import Span, first_pieces, tags_of_words, words_between_spaces, words_in
+from evertune.utils.batches import TARGET_KEYS, targets_of
+from evertune.utils.evaluation import evaluation_mode
+
+
+class TaggerOutput(NamedTuple):
+    """The output of a tagger for a batch.
+
+    Args:
+        logits: Logits [batch, tokens, tags], in the order of ``module.tags``.
+        features: Tokens [batch, tokens, features], the input of the head.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+class TokenClassificationModule(NamedClassesModule):
+    """A pretrained transformer that finds entities: which words belong to one, and of which type it is.
+
+    Its interface is the names of types, not numbers. The first token of a word carries the word's tag: ``O``, or
+    ``B-TYPE`` and ``I-TYPE`` for the first and the other words of an entity; other tokens do not count. A batch is the
+    output of a tokenizer, with the tags under ``labels``: a list for each text, of one tag for each of its tokens,
+    which is empty where it does not count. (A tensor of numbers [batch, tokens] passes through.)
+    :class:`~evertune.tasks.TokenClassificationTask` makes such batches of records. The head has one row for ``O`` and
+    two for each type. New types append rows, and the old ones stay bit-identical.
+
+    An experience labels its own types only, so that entities of older ones are ``O`` in it:
+    :class:`~evertune.callbacks.PseudoLabels` keeps the model from unlearning them.
+
+    Logs ``train_loss``, and for validation and test the loss and ``precision``, ``recall`` and ``f1`` of the entities:
+    ``val_f1``, ``test_f1``, ... They are over all entities of an epoch, each right if its words and its type are.
+
+    Args:
+        model_name_or_path: Name on the Hugging Face hub, folder, or ``package:NAME/FOLDER`` (in an installed package).
+            Its tokenizer must be a fast one.
+        classes: Types of entities known so far, in the order of the head's rows. Default: none.
+        scheme: What the tags of records are: ``IOB2`` (default) or ``BIOES``. The model's own tags are IOB2.
+        n_classes_ahead: Number of types for which rows are allocated from the start. Default: None.
+        learning_rate: Peak learning rate of AdamW; None (default) chooses it by the size of the transformer, see
+            :class:`TransformerModule`.
+        head_learning_rate: Peak learning rate of the head. None (default): the same.
+        weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
+        warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
+        schedule: ``linear`` (default), ``cosine``, ``infinite`` or ``constant``, see :class:`TransformerModule`.
+        final_ratio: Share of the peak at which an update ends, and from which the next one warms up. Default: 0.
+        cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
+        layer_decay: Factor of the learning rate from each layer of the transformer to the one below it. Default: 1.
+        freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
+            the head.
+        freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
+        dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
+        attention: ``auto`` (default), ``sdpa`` or ``eager``, see :class:`TransformerModule`.
+        peft: Adapters to train instead of the transformer, see :class:`TransformerModule`. Default: None, none.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names the allowed values.
+
+    Example::
+
+        module = TokenClassificationModule("bert-base-cased", classes=["ORG", "LOC"])
+        trainer = pl.Trainer(max_epochs=3)
+        trainer.fit(module, datamodule)
+        module.predict(["Ada flew to Paris."])
+        # [[{"start": 12, "end": 17, "label": "LOC", "text": "Paris", "score": 0.98}]]
+        module.add_classes(["PER"])  # the next fit learns it too
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        classes: Sequence[str] = (),
+        scheme: Scheme = "IOB2",
+        n_classes_ahead: int | None = None,
+        learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        warmup_ratio: float = 0.1,
+        schedule: Schedule = "linear",
+        final_ratio: float = 0.0,
+        cooldown_ratio: float = 0.2,
+        freeze_layers: int = 0,
+        layer_decay: float = 1.0,
+        freeze_word_embeddings: bool = False,
+        dropout: float | None = None,
+        attention: Attention = "auto",
+        peft: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model_name_or_path,
+            learning_rate=learning_rate,
+            head_learning_rate=head_learning_rate,
+            weight_decay=weight_decay,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+            final_ratio=final_ratio,
+            cooldown_ratio=cooldown_ratio,
+            freeze_layers=freeze_layers,
+            layer_decay=layer_decay,
+            freeze_word_embeddings=freeze_word_embeddings,
+            dropout=dropout,
+            attention=attention,
+            peft=peft,
+        )
+        self.task = TokenClassificationTask(scheme)
+        self._counts: dict[str, Tensor] = {}
+        self._start_classes(classes, n_classes_ahead)
+
+    # --- the model
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags, in the order of the logits."""
+        return [OUTSIDE, *(f"{prefix}-{name}" for name in self._classes for prefix in "BI")]
+
+    def _rows_of(self, n_classes: int) -> int:
+        return 1 + 2 * n_classes
+
+    def configure_head(self) -> None:
+        """Build the head: a row for ``O``, and two for each type."""
+        self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
+        self.head = LinearHead(self.backbone.config.hidden_size, self.n_rows)
+
+    def forward(self, **inputs: Any) -> TaggerOutput:
+        """Scores of the tags of each token: ``module(input_ids=..., attention_mask=...)``."""
+        features = self.encode(**inputs).last_hidden_state
+        logits = self.head(self.head_dropout(features))
+        # Rows allocated ahead are cut off, so they neither take part in the softmax nor get gradients.
+        return TaggerOutput(logits[..., : self._rows_of(len(self._classes))], features)
+
+    # --- labels
+
+    def encode_labels(self, labels: Sequence[Sequence[str]], mask: Tensor) -> Tensor:
+        """The tags of tokens as a target tensor, int64 ``[batch, tokens]``; -100 where there is none.
+
+        Args:
+            labels: The tags of each text's tokens, without padding.
+            mask: Attention mask ``[batch, tokens]``, on either side of which there may be padding.
+
+        Raises:
+            ValueError: If a tag is of an unknown type, or a text has another number of tags than of tokens.
+        """
+        numbers = {tag: number for number, tag in enumerate(self.tags)} | {"": IGNORED}
+        target = torch.full(mask.shape, IGNORED)
+        for row, tags in enumerate(labels):
+            unknown = [tag for tag in tags if tag not in numbers]
+            if unknown:
+                raise ValueError(
+                    f"unknown tag {unknown[0]!r}: the types are {self._classes}; call "
+                    f"add_classes([{unknown[0].partition('-')[2]!r}]) before fit"
+                )
+            there = mask[row].bool()
+            if len(tags) != int(there.sum()):
+                raise ValueError(f"a text has {len(tags)} tags for {int(there.sum())} tokens")
+            target[row, there.cpu()] = torch.tensor([numbers[tag] for tag in tags])
+        return target
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Replace tags with target tensors."""
+        if not isinstance(batch, Mapping):
+            return batch
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        named = {key: batch[key] for key in TARGET_KEYS if key in batch and not isinstance(batch[key], Tensor)}
+        return {**batch, **{key: self.encode_labels(labels, mask) for key, labels in named.items()}}
+
+    # --- steps
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of the texts in fp32; that of a text is the mean cross-entropy of its tokens that count.
+
+        Texts of all lengths count alike, so that the loss does not depend on how they are divided among batches and
+        ranks.
+        """
+        each = F.cross_entropy(logits.float().movedim(-1, 1), targets, ignore_index=IGNORED, reduction="none")
+        return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch, logged as ``train_loss``."""
+        targets = targets_of(batch)
+        loss = self.loss(self(**_inputs(batch)).logits, targets)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``val_loss``; the entities are counted for the end of the epoch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``test_loss``; the entities are counted for the end of the epoch."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_precision``, ``val_recall`` and ``val_f1`` over all ranks."""
+        self._log_entities("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test_precision``, ``test_recall`` and ``test_f1`` over all ranks."""
+        self._log_entities("test")
+
+    def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
+        targets = targets_of(batch)
+        logits = self(**_inputs(batch)).logits
+        loss = self.loss(logits, targets)
+        self.log(f"{stage}_loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(targets))
+        gold, said = (
+            {(row, *entity) for row, entities in enumerate(texts) for entity in entities}
+            for texts in entities_of_batch(self, logits, targets)
+        )
+        counts = torch.tensor([len(gold & said), len(said), len(gold)], dtype=torch.float64, device=self.device)
+        self._counts[stage] = self._counts.get(stage, 0) + counts
+
+    def _log_entities(self, stage: str) -> None:
+        counts = self._counts.pop(stage, None)
+        if counts is None:
+            return
+        total = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        n_right, n_predicted, n_gold = (int(count) for count in total.tolist())
+        scores = EntityScores(n_right, n_predicted, n_gold)
+        values = {f"{stage}_{name}": getattr(scores, name) for name in ("precision", "recall", "f1")}
+        self.log_dict(values, prog_bar=True, sync_dist=True)  # equal on all ranks already
+
+    # --- predictions
+
+    def predict(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], batch_size: int = 32, max_length: int | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """The entities of each text, in order.
+
+        Loads the weights if necessary. After a ZeRO-3 fit, call it on every rank.
+
+        Args:
+            texts: Texts, or lists of words, which are joined by spaces.
+            batch_size: Number of texts per forward pass. Default: 32.
+            max_length: Maximum number of tokens; longer texts are truncated, with a warning that counts them. None
+                (default) uses the tokenizer's and the model's maximum, or 512 if neither has one.
+
+        Returns:
+            For each text a list of entities: ``start`` and ``end`` (excluded) in characters, ``label``, ``text``, and
+            ``score``, the least of the probabilities of its words' tags.
+
+        Raises:
+            TypeError: If ``texts`` is a single string, or one of them is neither a text nor a list of words.
+            ValueError: If ``max_length`` is more than the model takes, or a text is empty.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list; for one text pass [text]")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str | list | tuple):
+                raise TypeError(f"texts[{number}] must be a text or a list of words, got {text!r:.80}")
+        split = [words_in if isinstance(text, str) else words_between_spaces for text in texts]
+        plain = [self.task.check_text(text) for text in texts]
+        self.configure_model()
+        length = truncation_length(max_length or longest_text(self.tokenizer), self.tokenizer, self)
+        found: list[list[dict[str, Any]]] = []
+        n_cut = 0
+        with evaluation_mode(self), gathered(self), torch.inference_mode():
+            for start in range(0, len(plain), batch_size):
+                some = plain[start : start + batch_size]
+                batch = self.tokenizer(
+                    some,
+                    truncation=True,
+                    max_length=length,
+                    padding=True,
+                    return_offsets_mapping=True,
+                    return_tensors="pt",
+                )
+                places = batch.pop("offset_mapping").tolist()
+                probabilities = self(**batch.to(self.device)).logits.float().softmax(-1)
+                best, numbers = (one.tolist() for one in probabilities.max(-1))
+                for row, text in enumerate(some):
+                    words = split[start + row](text)
+                    pieces = [(first, last) for first, last in places[row]]
+                    n_cut += bool(words) and words[-1][0] >= max((last for _, last in pieces), default=0)
+                    found.append(self._entities(text, words, pieces, numbers[row], best[row]))
+        if n_cut:
+            rank_zero_warn(
+                f"{n_cut} of {len(plain)} texts have more than {length} tokens: no entity is found after them; divide "
+                "the texts"
+            )
+        return found
+
+    def _entities(
+        self, text: str, words: list[Span], pieces: list[Span], numbers: list[int], best: list[float]
+    ) -> list[dict[str, Any]]:
+        """The entities of one text, from the number and the probability of the tag of each token."""
+        first = first_pieces(text, words, pieces)
+        names = self.tags
+        tags = tags_of_words(words, first, [names[number] for number in numbers], max(last for _, last in pieces))
+        found = []
+        for entity in entities_in(tags):
+            start, end = words[entity.start][0], words[entity.end - 1][1]
+            sure = [best[piece] for piece in first[entity.start : entity.end] if piece is not None]
+            found.append(
+                {"start": start, "end": end, "label": entity.type, "text": text[start:end], "score": min(sure)}
+            )
+        return found
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
