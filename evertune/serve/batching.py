@@ -34,13 +34,13 @@ class Predicted(NamedTuple):
 
     Args:
         version: Number of the version.
-        several: Whether a text may have any number of labels.
-        answers: Probability of each class for each text, most probable first.
+        several: Whether a text may have any number of labels; None for a model that does not classify.
+        answers: For each text the probability of each class, most probable first; or what else the task gives.
     """
 
     version: int
-    several: bool
-    answers: list[dict[str, float]]
+    several: bool | None
+    answers: list[Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,10 @@ from evertune.registry.serving import Precision, Predictor, Served, load
 from evertune.registry.version import Version
 from evertune.serve.batching import Batcher, Predicted, by_length
 from evertune.serve.exported import ServedExport
+from evertune.serve.messages import length_of
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import BatchSettings
+from evertune.tasks.base import task_of
 
 logger = logging.getLogger("evertune.serve")
 
@@ -56,6 +58,8 @@ class Deployment:
         self._served: Served | ServedExport | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._reason = "the version is being loaded"
+        self.classifies = True
+        """Whether answers are probabilities of classes; known once a version is loaded."""
         self.batcher = Batcher(self._predict, batching, lambda n, seconds: metrics.batch(role, n, seconds))
         metrics.queued.labels(role).set_function(lambda: self.batcher.queued)
 
@@ -79,7 +83,7 @@ class Deployment:
 
         Raises:
             RegistryError: If there is no such version and ``wait`` is not set, or the version is damaged.
-            TypeError: If the module does not classify.
+            TypeError: If the module cannot answer the example of its task.
         """
         self.batcher.start()
         try:
@@ -116,13 +120,14 @@ class Deployment:
         assert self._served is not None
         # Taken once: however often versions are swapped meanwhile, one of them answers the whole batch.
         answering = self._served.answering
-        lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
-        answers: list[dict[str, float]] = [{}] * len(texts)
+        lengths = [length_of(text) for text in texts]
+        answers: list[Any] = [None] * len(texts)
         for places in by_length(lengths, self.batcher.settings.max_batch):
             found = answering.predict([texts[place] for place in places])
             for place, one in zip(places, found, strict=True):
                 answers[place] = one
-        return Predicted(answering.version.number, bool(getattr(answering.module, "multi_label", False)), answers)
+        several = bool(getattr(answering.module, "multi_label", False)) if self.classifies else None
+        return Predicted(answering.version.number, several, answers)
 
     def _open(self) -> Served | ServedExport:
         if isinstance(self._registry, Path):
@@ -140,7 +145,7 @@ class Deployment:
     def _load(self) -> None:
         served = self._open()
         try:
-            _check_answers(served)
+            self.classifies = _gives_classes(served)
         except BaseException:
             served.close()
             raise
@@ -168,11 +173,21 @@ class NotReadyError(RuntimeError):
     """No version is loaded yet."""
 
 
-def _check_answers(served: Served | ServedExport) -> None:
-    """Let a module answer once: it must be one that classifies, and the first forward pass is slower than others."""
-    found = served.predict(["a text"])
-    if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict) and found[0]):
+def _gives_classes(served: Served | ServedExport) -> bool:
+    """Let a module answer once, as the first forward pass is slower than others: whether it gives probabilities.
+
+    Raises:
+        TypeError: If it cannot answer, or gives something else than one answer for each text.
+    """
+    name, example = type(served.module).__name__, task_of(served.module).example
+    try:
+        found = served.predict([example])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} cannot be served: its predict() fails for {example!r}: {error}") from error
+    if not (isinstance(found, list) and len(found) == 1):
         raise TypeError(
-            f"{type(served.module).__name__} cannot be served: its predict() must return the probability of each class "
-            f"by name for each text, but returned {type(found).__name__}"
+            f"{name} cannot be served: its predict() must return a list with an answer for each text, but returned "
+            f"{type(found).__name__}"
         )
+    answer = found[0]
+    return isinstance(answer, dict) and bool(answer) and all(isinstance(value, float) for value in answer.values())

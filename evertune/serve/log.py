@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from evertune.serve.messages import Answer, Feedback, Record
+from evertune.serve.messages import Answer, Feedback, Record, TaskAnswer
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import LogSettings
 from evertune.sources.masking import Masker, PatternMasker
@@ -74,7 +74,7 @@ class RequestLog:
         """Whether a record is in the share that is logged: by a hash of its id, so that its label is treated alike."""
         return self.settings.share >= 1 or share_of(id, "log") < self.settings.share
 
-    def requests(self, records: Sequence[Record], answers: Sequence[Answer], role: str) -> None:
+    def requests(self, records: Sequence[Record], answers: Sequence[Answer | TaskAnswer], role: str) -> None:
         """Log records and their answers.
 
         Args:
@@ -88,7 +88,7 @@ class RequestLog:
                 kind = "shadow" if role == "shadow" else "request"
                 line: dict[str, Any] = {"kind": kind, "id": record.id, "time": now}
                 if role != "shadow":
-                    line["text"] = record.text
+                    line["text"] = record.input
                 self._put({**line, **_summary(answer), "role": role})
 
     def feedback(self, labels: Sequence[Feedback]) -> int:
@@ -186,7 +186,9 @@ def share_of(id: str, what: str) -> float:
     return int.from_bytes(digest[:7]) / (1 << 56)
 
 
-def _summary(answer: Answer) -> dict[str, Any]:
+def _summary(answer: Answer | TaskAnswer) -> dict[str, Any]:
+    if isinstance(answer, TaskAnswer):
+        return {"label": answer.prediction, "version": answer.version}
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "version": answer.version}
 
 

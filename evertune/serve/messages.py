@@ -17,11 +17,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Record(_Strict):
-    """A text to classify."""
+class Message(_Strict):
+    """A turn of a conversation."""
 
-    text: _Part | Annotated[list[_Part], Field(min_length=2, max_length=2)] = Field(
-        description="A text, or for a model of pairs a list of two texts."
+    role: Annotated[str, Field(min_length=1, max_length=100)]
+    content: _Part
+
+
+class Record(_Strict):
+    """A text to answer."""
+
+    text: (
+        _Part
+        | Annotated[list[_Part], Field(min_length=2, max_length=2)]
+        | Annotated[list[Message], Field(min_length=1, max_length=1_000)]
+    ) = Field(
+        description="A text; for a model of pairs, such as a question and its context, two texts; for a model "
+        "of conversations also a list of messages."
     )
     id: Id = Field(
         default_factory=lambda: uuid4().hex,
@@ -30,13 +42,16 @@ class Record(_Strict):
 
     @property
     def input(self) -> Any:
-        """The text, or the pair of texts as a tuple."""
-        return self.text if isinstance(self.text, str) else tuple(self.text)
+        """The text, the pair of texts as a tuple, or the messages as dicts."""
+        if isinstance(self.text, str):
+            return self.text
+        messages = [part.model_dump() for part in self.text if isinstance(part, Message)]
+        return messages or tuple(self.text)
 
     @property
     def characters(self) -> int:
-        """Length of the text, or of both texts."""
-        return len(self.text) if isinstance(self.text, str) else sum(map(len, self.text))
+        """Length of the text, of both texts, or of all messages."""
+        return length_of(self.input)
 
 
 _Top = Annotated[int, Field(ge=1, description="Number of classes, most probable first, whose probability is given.")]
@@ -67,17 +82,27 @@ class Answer(BaseModel):
     version: int = Field(description="Number of the version that answered.")
 
 
+class TaskAnswer(BaseModel):
+    """What a model that does not classify answers: entities, a span, a text."""
+
+    id: str
+    prediction: Any = Field(description="What the model's task gives, such as a list of entities with their places.")
+    version: int = Field(description="Number of the version that answered.")
+
+
 class Answers(BaseModel):
     """The answers to several records, in their order."""
 
-    answers: list[Answer]
+    answers: list[Answer] | list[TaskAnswer]
 
 
 class Feedback(_Strict):
     """The right label of a record, once it is known."""
 
     id: Id = Field(description="The id of the record, as in its answer.")
-    label: _Label | list[_Label] = Field(description="The right label, or labels. It may be a new class.")
+    label: _Label | list[_Label] | dict[str, Any] | list[dict[str, Any]] = Field(
+        description="The right label, or labels, as the task takes them. It may be a new class."
+    )
 
 
 class Feedbacks(_Strict):
@@ -120,6 +145,13 @@ PREDICT: TypeAdapter[One | Many] = TypeAdapter(
 FEEDBACK: TypeAdapter[Feedback | Feedbacks] = TypeAdapter(
     Annotated[Annotated[Feedback, Tag("one")] | Annotated[Feedbacks, Tag("many")], _one_or_many("feedback")]
 )
+
+
+def length_of(text: Any) -> int:
+    """Length in characters of what :attr:`Record.input` returns."""
+    if isinstance(text, str):
+        return len(text)
+    return sum(len(part["content"]) if isinstance(part, dict) else len(part) for part in text)
 
 
 def answer(record: Record, probabilities: dict[str, float], several: bool, version: int, top: int) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evertune.serve.messages import Answer
+from evertune.serve.messages import Answer, TaskAnswer
 from evertune.utils.extras import library
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -77,10 +77,13 @@ class ServeMetrics:
         self._batch.labels(role).observe(n_records)
         self._forward.labels(role).observe(seconds)
 
-    def answered(self, role: str, answers: Sequence[Answer]) -> None:
-        """Count the answers of a role's model by class and confidence."""
+    def answered(self, role: str, answers: Sequence[Answer | TaskAnswer]) -> None:
+        """Count the answers of a role's model by class and confidence; those of other tasks have neither."""
         confidence = self._confidence.labels(role)
         for answer in answers:
+            if isinstance(answer, TaskAnswer):
+                self._answers.labels(role, "").inc()
+                continue
             confidence.observe(answer.confidence)
             for label in [answer.label] if isinstance(answer.label, str) else answer.label:
                 self._answers.labels(role, self._shown(label)).inc()

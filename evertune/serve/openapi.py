@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from evertune.serve.messages import Accepted, Answer, Answers, Error, Feedback, Feedbacks, Many, One
+from evertune.serve.messages import Accepted, Answer, Answers, Error, Feedback, Feedbacks, Many, One, TaskAnswer
 
 _REFUSALS = {
     "400": "The body is not JSON",
@@ -30,7 +30,7 @@ _REFUSALS = {
 @cache
 def specification() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    models: list[type[BaseModel]] = [One, Many, Answer, Answers, Feedback, Feedbacks, Accepted, Error]
+    models: list[type[BaseModel]] = [One, Many, Answer, TaskAnswer, Answers, Feedback, Feedbacks, Accepted, Error]
     _, schemas = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -44,7 +44,7 @@ def specification() -> dict[str, Any]:
         "paths": {
             "/predict": {
                 "post": _operation(
-                    "Classify one text, or several", [One, Many], [Answer, Answers], {"text": "Shares fell."}
+                    "Answer one text, or several", [One, Many], [Answer, TaskAnswer, Answers], {"text": "Shares fell."}
                 )
             },
             "/feedback": {

@@ -15,7 +15,7 @@ from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import Deployment, NotReadyError
 from evertune.serve.drift import AnswerWatch
 from evertune.serve.log import RequestLog, share_of
-from evertune.serve.messages import Answer, Feedback, Many, One, Record, answer
+from evertune.serve.messages import Answer, Feedback, Many, One, Record, TaskAnswer, answer
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import BatchSettings, DriftSettings, LimitSettings, TrafficSettings
 
@@ -108,10 +108,15 @@ class Service:
 
         Raises:
             RegistryError: If there is no version, and it does not wait for one; or the version is damaged.
-            TypeError: If the module does not classify.
+            TypeError: If the module cannot answer, or does not classify and drift is to be watched.
         """
         for deployment in self.deployments:
             await deployment.start()
+        if self._drift is not None and not self.production.classifies:
+            raise TypeError(
+                f"drift watches the classes and the confidence of answers, and {type(self.production.module).__name__} "
+                "does not classify: leave drift.arl out, and watch the log of requests with `evertune drift`"
+            )
         if self.log is not None:
             self.log.start(self.metrics)
 
@@ -127,7 +132,7 @@ class Service:
         if self.log is not None:
             await asyncio.to_thread(self.log.close)
 
-    async def predict(self, request: One | Many) -> list[Answer]:
+    async def predict(self, request: One | Many) -> Sequence[Answer | TaskAnswer]:
         """The answers to a request, all of one version.
 
         Raises:
@@ -141,7 +146,7 @@ class Service:
             role, answers = await self._answers(records, request.top)
         self.metrics.answered(role, answers)
         if self._drift is not None and role == "production":
-            self._drift.add(answers)
+            self._drift.add([one for one in answers if isinstance(one, Answer)])
         if self.log is not None:
             self.log.requests(records, answers, role)
         if self._shadow is not None and share_of(records[0].id, "shadow") < self._traffic.shadow_share:
@@ -166,7 +171,7 @@ class Service:
                     raise ValueError(f"label {number} does not fit: {error}") from None
         return self.log.feedback(labels)
 
-    async def _answers(self, records: Sequence[Record], top: int) -> tuple[str, list[Answer]]:
+    async def _answers(self, records: Sequence[Record], top: int) -> tuple[str, Sequence[Answer | TaskAnswer]]:
         """The answers, and the role of the version that gave them. Whoever the canary fails gets production's."""
         if self._canary is not None and share_of(records[0].id, "canary") < self._traffic.canary_share:
             try:
@@ -175,7 +180,9 @@ class Service:
                 self.metrics.canary_failed(type(error).__name__)
         return "production", await _answers_of(self.production, records, top)
 
-    async def _compare(self, shadow: Deployment, records: Sequence[Record], given: Sequence[Answer]) -> None:
+    async def _compare(
+        self, shadow: Deployment, records: Sequence[Record], given: Sequence[Answer | TaskAnswer]
+    ) -> None:
         """Let the shadow answer too, and count how often it agrees."""
         try:
             answers = await _answers_of(shadow, records, 1)
@@ -188,7 +195,7 @@ class Service:
             return
         self.metrics.answered("shadow", answers)
         for one, other in zip(answers, given, strict=True):
-            self.metrics.compared("agrees" if one.label == other.label else "differs")
+            self.metrics.compared("agrees" if _said(one) == _said(other) else "differs")
         if self.log is not None:
             self.log.requests(records, answers, "shadow")
 
@@ -223,9 +230,16 @@ class Service:
         return None
 
 
-async def _answers_of(deployment: Deployment, records: Sequence[Record], top: int) -> list[Answer]:
+async def _answers_of(deployment: Deployment, records: Sequence[Record], top: int) -> Sequence[Answer | TaskAnswer]:
     predicted = await deployment.predict([record.input for record in records])
-    return [
-        answer(record, probabilities, predicted.several, predicted.version, top)
-        for record, probabilities in zip(records, predicted.answers, strict=True)
-    ]
+    pairs = zip(records, predicted.answers, strict=True)
+    if predicted.several is None:
+        return [
+            TaskAnswer.model_construct(id=record.id, prediction=one, version=predicted.version) for record, one in pairs
+        ]
+    return [answer(record, one, predicted.several, predicted.version, top) for record, one in pairs]
+
+
+def _said(answer: Answer | TaskAnswer) -> Any:
+    """What two versions are compared by."""
+    return answer.label if isinstance(answer, Answer) else answer.prediction

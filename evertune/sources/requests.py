@@ -82,7 +82,7 @@ class RequestLogSource(FolderSource):
         if kind != "request":
             raise ValueError(f"not a line of a request log: its kind is {str(kind)[:80]!r}")
         text = line.get("text")
-        texts = text if isinstance(text, list) else [text]
+        texts = text if isinstance(text, list) and not isinstance(text[0], dict) else [text]  # or a conversation
         if len(texts) != len(self._texts):
             names = ", ".join(self._texts)
             raise ValueError(f"the number of texts of the request is {len(texts)}, but the source names {names}")

@@ -109,6 +109,9 @@ class Task:
     needs_label = True
     """Whether a record needs a label; False if the texts themselves can be learned."""
 
+    example: Any = "a text"
+    """What the module's ``predict`` is tried with before it is served."""
+
     def __init__(self, likelihood: Likelihood | None = None) -> None:
         self.likelihood = likelihood
 

@@ -54,6 +54,7 @@ class QuestionAnsweringTask(Task):
     """
 
     fixed_classes = False
+    example = ("Who found it?", "Ann found it.")
 
     def __init__(self, stride: int = 32, max_answer_tokens: int = 30, no_answer_threshold: float = 0.0) -> None:
         super().__init__("categorical")

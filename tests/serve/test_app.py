@@ -18,7 +18,9 @@ from starlette.testclient import TestClient
 
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.registry.registry import Registry, RegistryError
-from evertune.serve import BatchSettings, LimitSettings, Service, application
+from evertune.serve import BatchSettings, DriftSettings, LimitSettings, LogSettings, Service, application
+from evertune.serve.log import RequestLog
+from evertune.sources import RequestLogSource
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.served import Echo, echoes, publish
 
@@ -273,15 +275,67 @@ def test_a_draining_server_answers_but_is_not_ready(registry: Registry) -> None:
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
 
 
-class Generator(Echo):
+class Reader(Echo):
+    """Answers with entities, spans or texts, as tasks other than classification do."""
+
     def predict(self, texts: Any, /) -> Any:
-        return ["a story"] * len(texts)
+        return [{"read": text, "by": self.label} for text in texts]
 
 
-def test_a_module_that_does_not_classify_is_refused_by_name(registry: Registry) -> None:
+class Silent(Echo):
+    def predict(self, texts: Any, /) -> Any:
+        return "a story"
+
+
+CONVERSATION = [{"role": "user", "content": "Mail ann@example.com, please"}, {"role": "assistant", "content": "Done"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("a", "a"), (["where?", "here"], ["where?", "here"]), (CONVERSATION, CONVERSATION)],
+    ids=["text", "pair", "conversation"],
+)
+def test_other_tasks_answer_with_what_they_predict(registry: Registry, text: Any, read: Any, tmp_path: Path) -> None:
+    with client(registry, module_class=Reader, log=RequestLog(LogSettings(path=str(tmp_path / "log")))) as http:
+        found = http.post("/predict", json={"text": text, "id": "r-1"}).json()
+        assert found == {"id": "r-1", "prediction": {"read": read, "by": "old"}, "version": 1}
+        several = http.post("/predict", json={"records": [{"text": text}] * 2}).json()["answers"]
+        assert [one["prediction"]["read"] for one in several] == [read] * 2
+        assert (
+            http.post("/feedback", json={"id": "r-1", "label": [{"start": 0, "end": 1, "label": "X"}]}).status_code
+            == 202
+        )
+        assert "evertune_serve_answers_total{" in http.get("/metrics").text
+    lines = [json.loads(line) for path in (tmp_path / "log").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert lines[0]["text"] == json.loads(json.dumps(read).replace("ann@example.com", "<EMAIL>"))
+    assert lines[-1]["kind"] == "feedback" and lines[-1]["label"][0]["label"] == "X"
+    pair = isinstance(read, list) and isinstance(read[0], str)
+    source = RequestLogSource(str(tmp_path / "log"), text=["question", "context"] if pair else "text")
+    first = source.read(None, 10).records[0].value
+    assert first is not None
+    assert lines[0]["text"] == ([first["question"], first["context"]] if pair else first["text"])
+
+
+def test_conversations_are_checked(registry: Registry) -> None:
+    with client(registry, module_class=Reader) as http:
+        for wrong in (
+            [{"role": "user"}],
+            [],
+            [{"role": "user", "content": ""}],
+            [{"role": "user", "content": "a", "x": 1}],
+        ):
+            assert http.post("/predict", json={"text": wrong}).status_code == 422
+
+
+def test_a_module_that_gives_no_answers_is_refused_by_name(registry: Registry) -> None:
     with (
-        pytest.raises(TypeError, match=r"Generator cannot be served: its predict\(\) must"),
-        client(registry, module_class=Generator),
+        pytest.raises(TypeError, match=r"Silent cannot be served: its predict\(\) must return a list"),
+        client(registry, module_class=Silent),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match=r"Reader does not classify: leave drift\.arl out"),
+        client(registry, module_class=Reader, drift=DriftSettings(arl=100_000, reference_size=2_000)),
     ):
         pass
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,11 @@ def client(registry: Any, path: Path | None, **settings: Any) -> Iterator[TestCl
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in sorted(path.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    found: list[dict[str, Any]] = []
+    for file in sorted(path.glob("*.jsonl")):
+        with suppress(FileNotFoundError):  # an old one that has just been deleted
+            found += [json.loads(line) for line in file.read_text().splitlines()]
+    return found
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,14 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from starlette.testclient import TestClient
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
 from evertune.cli.plan import plan
+from evertune.cli.predict import predict
 from evertune.drift import HashedNgrams
 from evertune.live.evaluation import evaluate
 from evertune.live.learnable import unlearnable
 from evertune.metrics.history import History
+from evertune.registry.manifest import Manifest
+from evertune.registry.registry import Registry
+from evertune.serve import Service, application
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.predicting import scores_of
 from evertune.training.trainer import ContinualTrainer
@@ -194,3 +200,40 @@ def test_plan_knows_the_size(learned: Learned, tmp_path: Path, capsys: pytest.Ca
     assert plan(["--config", str(tmp_path / "run.yaml"), "--gpu_memory", "t4", "--json"]) == 0
     found = yaml.safe_load(capsys.readouterr().out)["parameters"]
     assert found == sum(parameter.numel() for parameter in learned.module.parameters())
+
+
+def test_a_version_of_it_is_served_and_answers_files(learned: Learned, tmp_path: Path) -> None:
+    texts = learned.schema.text
+    fields = [texts] if isinstance(texts, str) else list(texts)
+    asked = [[record[name] for name in fields] for record in learned.kept[:3]]
+    inputs = [one[0] if len(one) == 1 else tuple(one) for one in asked]
+    with evaluation_mode(learned.module):
+        expected = json.loads(json.dumps(learned.module.predict(inputs)))
+    learned.module.save_pretrained(tmp_path / "staging" / "model")
+    registry = Registry(tmp_path / "registry")
+    about = {"module": type(learned.module).__name__, "config": {"schema": {"text": texts}}}
+    registry.publish(tmp_path / "staging", Manifest(version=1, parent=None, **about))
+    registry.promote(1)
+
+    with TestClient(application(Service(registry)), "http://localhost") as http:
+        body = {"records": [{"text": one[0] if len(one) == 1 else one} for one in asked], "top": 99}
+        answers = http.post("/predict", json=body).json()["answers"]
+    said = [one["prediction"] if "prediction" in one else one["probabilities"] for one in answers]
+    assert [shape_of(one) for one in said] == [shape_of(one) for one in expected]
+
+    lines = [json.dumps(dict(zip(fields, one, strict=True))) for one in asked]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert predict([registry.store.root, *files, "--top", "99"]) == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    said = [one["probabilities"] if isinstance(one, dict) and "probabilities" in one else one for one in found]
+    assert [shape_of(one) for one in said] == [shape_of(one) for one in expected]
+
+
+def shape_of(value: Any) -> Any:
+    """A prediction without its probabilities, which batches of other sizes change in the last digits."""
+    if isinstance(value, dict):
+        return {name: shape_of(part) for name, part in value.items()}
+    return (
+        [shape_of(part) for part in value] if isinstance(value, list) else None if isinstance(value, float) else value
+    )
