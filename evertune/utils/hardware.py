@@ -115,6 +115,8 @@ def _seconds(transformer: Any, candidates: Sequence[tuple[str, str]]) -> dict[tu
         # Some padding, as in real batches: without any, attention takes another way.
         "attention_mask": (torch.arange(_TOKENS) < _TOKENS - torch.arange(_TEXTS)[:, None] % 3).long(),
     }
+    if transformer.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     trained = [one for one in transformer.parameters() if one.requires_grad]
     present, seconds = transformer.config._attn_implementation, {}
 

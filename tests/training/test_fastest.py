@@ -16,6 +16,7 @@ from evertune.lightning_modules.backbone import load_backbone
 from evertune.utils import hardware
 from evertune.utils.hardware import Choice, fastest
 from tests.helpers.distributed import run_ranks
+from tests.helpers.generation import tiny_t5
 from tests.helpers.lightning_modules import tiny_bert
 from tests.training.test_trainer import QUIET, small_bert, texts_stream
 
@@ -158,3 +159,8 @@ def learn_on_two_ranks(bert: str) -> list[str]:
 def test_all_ranks_take_the_choice_of_the_first(bert: str) -> None:
     ranks = run_ranks("tests.training.test_fastest:learn_on_two_ranks", 2, bert=bert)
     assert ranks == [["bf16-mixed", "eager"]] * 2
+
+
+def test_an_encoder_decoder_is_measured(tmp_path: Path) -> None:
+    model = load_backbone(tiny_t5(tmp_path), auto_class="AutoModelForSeq2SeqLM")
+    assert "a step of 32 short texts: 32-true" in fastest(model, CPU, ("32-true",)).reason
