@@ -24,6 +24,7 @@ _OWN_PARSER = {
     "export": "write a version as ONNX, torch.export or safetensors, and check it: REGISTRY VERSION --output DIR",
     "keys": "API keys of the server: add, list, rotate, revoke",
     "compare": "whether a version answers better than another, and where: REGISTRY A B --data FILE",
+    "explain": "why a version answers a text as it does, and since when: REGISTRY VERSION --text TEXT",
     "check": "try what a configuration of update or watch names, without training: --config FILE",
     "quarantine": "records that were set aside: list, show, retry, drop",
     "pending": "records that wait for the next update: list, show, drop",

@@ -51,6 +51,16 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def places_of(text: str) -> list[tuple[int, int]]:
+    """Where the pieces of a text begin and end: what stands between spaces, and single characters in scripts without.
+
+    Example:
+        >>> places_of("a good day"), places_of("坏了!")
+        ([(0, 1), (2, 6), (7, 10)], [(0, 1), (1, 2), (2, 3)])
+    """
+    return [match.span() for match in _PIECE.finditer(text)]
+
+
 def without_space(word: str) -> bool:
     """Whether a word is a character of a script without spaces."""
     return _UNSPACED.fullmatch(word) is not None

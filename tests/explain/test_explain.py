@@ -1,0 +1,151 @@
+"""Explanations: words that count, neighbours in the memory, and the update that changed an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evertune.cli.main import main
+from evertune.explain import explain
+from evertune.explain.occlusion import MOST_PARTS, occlusion
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.registry.manifest import Manifest
+from evertune.registry.registry import Registry
+from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.live_worker import feed, prepare, updater
+
+
+class Keywords:
+    """Probability of "sport": 0.1, with "goal" 0.5 more, with "vote" 0.05 less."""
+
+    def __init__(self, mask: str | None = None) -> None:
+        self.tokenizer = SimpleNamespace(mask_token=mask)
+        self.asked: list[str] = []
+
+    def predict(self, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, float]]:
+        self.asked += texts
+        found = [0.1 + 0.5 * ("goal" in text) - 0.05 * ("vote" in text) for text in texts]
+        return [{"sport": p, "law": 1 - p} for p in found]
+
+
+@pytest.mark.parametrize("mask", [None, "[MASK]"])
+def test_the_effect_of_a_word_is_what_is_lost_without_it(mask: str | None) -> None:
+    module = Keywords(mask)
+    parts = occlusion(module, "a goal, no vote", "sport")
+    assert [(part.text, part.effect) for part in parts] == [
+        ("a", 0),
+        ("goal,", pytest.approx(0.5)),
+        ("no", 0),
+        ("vote", pytest.approx(-0.05)),
+    ]
+    assert [(part.start, part.end) for part in parts] == [(0, 1), (2, 7), (8, 10), (11, 15)]
+    assert module.asked[2] == f"a {mask or ''} no vote"
+    assert [part.effect for part in occlusion(module, "a goal, no vote", "law")][1] == pytest.approx(-0.5)
+
+
+def test_a_word_alone_and_a_long_text() -> None:
+    assert [part.effect for part in occlusion(Keywords(), "goal", "sport")] == [0.0]
+    module = Keywords()
+    parts = occlusion(module, "word " * 999 + "goal", "sport")
+    assert len(parts) <= MOST_PARTS and len(module.asked) == len(parts) + 1
+    assert [part.effect > 0.4 for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert "".join(part.text for part in occlusion(Keywords(), "足球goal", "sport")) == "足球goal"
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """Two versions, learned by two real updates, with a memory."""
+    folder = tmp_path_factory.mktemp("explain")
+    prepare(folder)
+    for name, classes in (("a", ["business", "sport"]), ("b", ["business", "sport", "politics"])):
+        feed(folder, name, classes, n=40)
+        assert updater(folder).run().status == "promoted"
+    return Registry(folder / "registry")
+
+
+def test_words_neighbours_and_versions(registry: Registry) -> None:
+    found = explain(registry, text="the party vote", label="politics", against=1, n_neighbours=3)
+    assert found.version == 2 and found.label == "politics"
+    module = SequenceClassificationModule.from_pretrained(registry.version(2).folder() / "model")
+    said = module.predict(["the party vote", module.tokenizer.mask_token + " party vote"])
+    assert found.parts[0].effect == pytest.approx(said[0]["politics"] - said[1]["politics"], abs=1e-5)
+    assert len(found.neighbours) == 3
+    similar = [one.similarity for one in found.neighbours]
+    assert similar == sorted(similar, reverse=True) and similar[0] <= 1 + 1e-5
+    assert all(one.text and one.label in {"business", "sport", "politics"} for one in found.neighbours)
+    assert [one.version for one in found.history] == [1, 2]
+    assert found.history[0].of_label is None and found.history[1].of_label == pytest.approx(
+        said[0]["politics"], abs=1e-5
+    )
+    assert json.loads(json.dumps(found.as_json()))["flips"] in ([], [[1, 2]])
+
+
+def test_an_example_of_the_memory_is_nearest_to_itself(registry: Registry) -> None:
+    from evertune.explain.neighbours import memory_of, neighbours
+
+    version = registry.version(2)
+    memory = memory_of(version)
+    assert memory is not None
+    module = SequenceClassificationModule.from_pretrained(version.folder() / "model").eval()
+    text = module.tokenizer.decode(memory[0]["input_ids"], skip_special_tokens=True)
+    first = neighbours(module, text, memory, 1)[0]
+    assert first.similarity == pytest.approx(1, abs=1e-4) and first.text == text
+
+
+def test_the_update_that_changed_an_answer_is_named(registry: Registry, tmp_path: Path, capsys: Any) -> None:
+    import torch
+
+    flipped, backbone = Registry(tmp_path / "flipped"), tiny_bert(tmp_path / "bert")
+    for number, favourite in enumerate([0, 0, 1], 1):
+        module = SequenceClassificationModule(backbone, classes=["business", "sport"])
+        module.configure_model()
+        head = list(module.modules())[-1]
+        with torch.no_grad():
+            head.weight.zero_()  # type: ignore[union-attr, operator]
+            head.bias.copy_(torch.eye(2)[favourite])  # type: ignore[union-attr, operator]
+        module.save_pretrained(tmp_path / "staging" / "model")
+        about = {"module": "SequenceClassificationModule", "parent": number - 1 or None, "experience": f"week {number}"}
+        flipped.publish(tmp_path / "staging", Manifest(version=number, **about))
+    found = explain(flipped, 3, text="a goal", history=True)
+    assert [(before.version, after.version) for before, after in found.flips] == [(2, 3)]
+    assert found.neighbours == []
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "explain",
+                flipped.store.root,
+                "3",
+                "--text",
+                "a \x1b[31mgoal",
+                "--history",
+                "--json",
+                str(tmp_path / "f.json"),
+            ]
+        )
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert "version 3, which learned 'week 3', changed the answer from 'business' to 'sport'" in printed
+    assert "\x1b[31mgoal" not in printed
+    assert json.loads((tmp_path / "f.json").read_text())["flips"] == [[2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "  "], "text is empty"),
+        (["--text", "a", "--label", "film"], "does not know the class 'film'; it knows"),
+        (["9", "--text", "a"], "9"),
+        (["--text", "a", "--neighbours", "-1"], "n_neighbours must not be negative, got -1"),
+    ],
+)
+def test_refused(registry: Registry, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", registry.store.root, *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evertune explain: ") and words in error
