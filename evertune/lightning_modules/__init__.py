@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.heads import LinearHead as LinearHead
     from evertune.lightning_modules.question_answering import QuestionAnsweringModule as QuestionAnsweringModule
     from evertune.lightning_modules.question_answering import SpanOutput as SpanOutput
+    from evertune.lightning_modules.relation_extraction import RelationExtractionModule as RelationExtractionModule
     from evertune.lightning_modules.seq2seq import Seq2SeqModule as Seq2SeqModule
     from evertune.lightning_modules.sequence_classification import ClassifierOutput as ClassifierOutput
     from evertune.lightning_modules.sequence_classification import (
@@ -31,6 +32,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.lightning_modules.heads": "CosineHead LinearHead",
         "evertune.lightning_modules.question_answering": "QuestionAnsweringModule SpanOutput",
         "evertune.lightning_modules.seq2seq": "Seq2SeqModule",
+        "evertune.lightning_modules.relation_extraction": "RelationExtractionModule",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
         "evertune.lightning_modules.token_classification": "TokenClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",

@@ -148,7 +148,16 @@ class SequenceClassificationModule(NamedClassesModule):
         """Build the head, with one row per class or per allocated row, whichever are more."""
         self._pooling = resolve_pooling(self.pooling, self.backbone.config)
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
-        self.head = HEADS[self.head_kind](self.backbone.config.hidden_size, self.n_rows)
+        self.head = HEADS[self.head_kind](self.n_features, self.n_rows)
+
+    @property
+    def n_features(self) -> int:
+        """Size of the features of a text, the input of the head."""
+        return int(self.backbone.config.hidden_size)
+
+    def pooled(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The features of texts [batch, features], of their hidden states [batch, tokens, hidden size]."""
+        return pool(hidden, inputs.get("attention_mask"), self._pooling)
 
     def default_learning_rate(self) -> float:
         """The peak learning rate where none was given: half of the usual one with a cosine head.
@@ -160,7 +169,7 @@ class SequenceClassificationModule(NamedClassesModule):
     def forward(self, **inputs: Any) -> ClassifierOutput:
         """Class scores of a batch of tokenised texts: ``module(input_ids=..., attention_mask=...)``."""
         hidden = self.encode(**inputs).last_hidden_state
-        features = pool(hidden, inputs.get("attention_mask"), self._pooling)
+        features = self.pooled(hidden, inputs)
         logits = self.head(self.head_dropout(features))
         # Rows allocated ahead are cut off, so they neither take part in the softmax nor get gradients.
         return ClassifierOutput(logits[:, : len(self._classes)], features)

@@ -17,7 +17,7 @@ from evertune.gate.untrained import nearest_class_means
 from evertune.lightning_modules.saving import gathered
 from evertune.sources.base import Row
 from evertune.tasks.base import task_of
-from evertune.tasks.predicting import answers, columns_of, features_of, scores_of
+from evertune.tasks.predicting import answers, features_of, scores_of
 from evertune.utils.evaluation import evaluation_mode
 
 logger = logging.getLogger("evertune.live")
@@ -93,7 +93,8 @@ def without_training(
         return None
     try:
         with _predicting(module):
-            features = features_of(module, columns_of(rows, text), batch_size, max_length)
+            columns = task_of(module).texts(rows, text, module.tokenizer, max_length)
+            features = features_of(module, columns, batch_size, max_length)
     except (TypeError, KeyError, AttributeError) as error:
         logger.warning("the features of %s cannot be used: %s", type(module).__name__, error)
         return None
@@ -115,7 +116,8 @@ def features_of_rows(
 ) -> np.ndarray:
     """The features of records, ``[records, features]`` in float64; the arguments are those of :func:`evaluate`."""
     with _predicting(module):
-        return features_of(module, columns_of(rows, text), batch_size, max_length)
+        columns = task_of(module).texts(rows, text, module.tokenizer, max_length)
+        return features_of(module, columns, batch_size, max_length)
 
 
 def evaluate_examples(module: Any, examples: Sequence[Any], labels: Sequence[str], batch_size: int = 64) -> Predictions:

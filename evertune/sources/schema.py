@@ -98,6 +98,11 @@ class Checks(Protocol):
 
     def check_record(self, texts: Sequence[str], label: Any) -> None: ...
 
+    @property
+    def fields(self) -> Mapping[str, Callable[[Any], Any]]: ...
+
+    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None: ...
+
     def label_names(self, value: Any) -> list[str]: ...
 
 
@@ -111,6 +116,11 @@ class _AnyTask:
         return label_value(value)
 
     def check_record(self, texts: Sequence[str], label: Any) -> None:
+        pass
+
+    fields: Mapping[str, Callable[[Any], Any]] = {}
+
+    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None:
         pass
 
     def label_names(self, value: Any) -> list[str]:
@@ -259,6 +269,11 @@ class RecordSchema:
                 field = self.label
                 record[field] = self._check_label(record[field])
                 self._checked(self._task.check_record, [record[name] for name in self.texts], record[field])
+            for field, check in self._task.fields.items():
+                record[field] = self._checked(check, record[field])
+            if self._task.fields:
+                values = {name: record[name] for name in self._task.fields}
+                self._checked(self._task.check_fields, [record[name] for name in self.texts], values)
             if self.id is not None and record[self.id] is not None:
                 field = self.id
                 record[field] = id_value(record[field])
@@ -371,8 +386,14 @@ class RecordSchema:
             task: A :class:`~evertune.tasks.Task`.
 
         Raises:
-            ValueError: If a text or the label is declared as a type that the task cannot learn.
+            ValueError: If a text or the label is declared as a type that the task cannot learn, or a field that it
+                reads is not declared.
         """
+        if missing := [name for name in task.fields if name not in self.arrives_as]:
+            raise ValueError(
+                f"the records lack {', '.join(missing)}, which {type(task).__name__} reads: they have "
+                f"{', '.join(self.arrives_as)}; declare all of them in fields, such as {missing[0]}: list[int]"
+            )
         if self._label_is is float:
             try:
                 task.check_label(0.5)

@@ -116,7 +116,8 @@ class ExperienceDataModule(LightningDataModule):
         if data is None or self.tokenizer is None:
             return cast("Dataset[Any] | None", data)
         if split not in self._datasets:
-            for column in (*([self.text] if isinstance(self.text, str) else self.text), self.label, self.id_column):
+            texts = [self.text] if isinstance(self.text, str) else self.text
+            for column in (*texts, *self.task.fields, self.label, self.id_column):
                 columns = getattr(data, "column_names", None) or list(data[0])
                 if column is not None and column not in columns:
                     raise ValueError(

@@ -275,13 +275,15 @@ class _Data:
         label, text = options.get("label", "label"), options.get("text", "text")
         task, columns = options.get("task") or Task(), dict(columns)
         texts = () if text is None else (text,) if isinstance(text, str) else tuple(text)
-        columns |= dict.fromkeys(texts, task.check_text)
+        columns |= {**dict.fromkeys(texts, task.check_text), **task.fields}
         if label is not None:
             columns[label] = label_of or task.check_label
 
         def fits(row: Mapping[str, Any]) -> None:
             if label is not None and texts:
                 task.check_record([row[column] for column in texts], row[label])
+            if task.fields:
+                task.check_fields([row[column] for column in texts], {name: row[name] for name in task.fields})
 
         rows = read_rows(
             source,

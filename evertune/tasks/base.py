@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from evertune.sources.base import Row
 from evertune.sources.values import label_value, text_value
 from evertune.tasks.losses import negative_losses
-from evertune.tasks.predicting import predict_classes, predict_scores
+from evertune.tasks.predicting import columns_of, predict_classes, predict_scores
 from evertune.tasks.texts import TokenizedDataset, pad_collator
 from evertune.tasks.token_cache import TokenCache
 from evertune.utils.batches import NoLogitsError, has_targets, logits_in, name_of, output_of, targets_of
@@ -164,6 +164,17 @@ class Task:
 
     # --- texts
 
+    def texts(self, rows: Sequence[Row], text: str | Sequence[str], tokenizer: Any, max_length: int) -> list[list[str]]:
+        """The texts of records as the tokenizer gets them: one list, or two for pairs. By default, as they are.
+
+        Args:
+            rows: Records of the journal: ``record`` with the fields.
+            text: Field with the text, or the two fields of a pair.
+            tokenizer: Tokenizer of the module.
+            max_length: Maximum number of tokens, after which the tokenizer truncates a text.
+        """
+        return columns_of(rows, text)
+
     def dataset(
         self,
         data: Any,
@@ -211,6 +222,25 @@ class Task:
 
         Raises:
             ValueError: If the label does not fit, with the reason.
+        """
+
+    @property
+    def fields(self) -> Mapping[str, Callable[[Any], Any]]:
+        """Further fields of a record that the task reads, each with a function that checks its value.
+
+        The function returns the value as it is stored, or raises ValueError with the reason. By default there are none.
+        """
+        return {}
+
+    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """Check that the further :attr:`fields` of a record fit its text. By default, any do.
+
+        Args:
+            texts: The text, or the two texts of a pair, as returned by :meth:`check_text`.
+            fields: The checked value of each field.
+
+        Raises:
+            ValueError: If a value does not fit, with the reason.
         """
 
     def check_label(self, value: Any) -> Any:
@@ -272,7 +302,8 @@ class Task:
         """
         assert label is not None, "a task that needs no label predicts for itself"
         if getattr(module, "classes", None):
-            return predict_classes(module, rows, text, label, batch_size, max_length)
+            columns = self.texts(rows, text, module.tokenizer, max_length)
+            return predict_classes(module, rows, columns, label, batch_size, max_length)
         return predict_scores(self, module, rows, text, label, batch_size, max_length)
 
 

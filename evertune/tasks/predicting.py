@@ -42,13 +42,13 @@ def answers(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> T
 
 
 def predict_classes(
-    module: Any, rows: Sequence[Row], text: str | Sequence[str], label: str, batch_size: int, max_length: int
+    module: Any, rows: Sequence[Row], columns: Sequence[Sequence[str]], label: str, batch_size: int, max_length: int
 ) -> Predictions:
     """The most probable class of each record, or with ``module.multi_label`` all classes above one half.
 
-    Requires ``module.classes``, the names in the order of the logits.
+    ``columns`` are the texts of the records, one list or two. Requires ``module.classes``, the names in the order of
+    the logits.
     """
-    columns = columns_of(rows, text)
     labels: list[Label] = [row["record"][label] for row in rows]
     predicted: list[Label] = [""] * len(rows)
     confidence, label_probability = np.empty(len(rows)), np.empty(len(rows))

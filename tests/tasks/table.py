@@ -10,6 +10,7 @@ from typing import Any
 from evertune.lightning_modules import (
     CausalLMModule,
     QuestionAnsweringModule,
+    RelationExtractionModule,
     Seq2SeqModule,
     SequenceClassificationModule,
     TokenClassificationModule,
@@ -33,6 +34,7 @@ class TaskRow:
         schema: Arguments of `RecordSchema`: the names and types of the fields.
         pretrained: Writes the pretrained transformer to a folder. Default: a tiny BERT.
         plan: Whether `evertune plan` knows the size of the module. Default: True.
+        served: Whether the texts of a record are all that a prediction needs. Default: True.
     """
 
     module: Callable[[str], Any]
@@ -41,6 +43,7 @@ class TaskRow:
     schema: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Callable[[str], Any] = tiny_bert
     plan: bool = True
+    served: bool = True
 
     def schema_for(self, module: Any) -> RecordSchema:
         """The schema of the records, with the checks of the module's task."""
@@ -54,6 +57,14 @@ def asked(context: str, answer: str | None) -> dict[str, Any]:
 
 
 TAGS = {"bank": "B-ORG", "market": "B-ORG", "team": "B-TEAM", "match": "B-EVENT"}
+
+
+def related(text: str, name: str) -> dict[str, Any]:
+    """A relation between the first and the last word."""
+    words = text.split()
+    return {"tokens": words, "head": [0, 1], "tail": [len(words) - 1, len(words)], "relation": name}
+
+
 SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
 
 ASKED = [*records("colours"), *records("sizes")]
@@ -176,5 +187,23 @@ ROWS: dict[str, TaskRow] = {
             ({"text": "the bank", "label": [{"start": 4}]}, 'an entity must be {"start": ..., "end": ..., "label":'),
             ({"text": "the bank", "label": ["O", "B-ORG"]}, "word 2 has the tag 'B-ORG', but the sentence ends"),
         ],
+    ),
+    "relation extraction": TaskRow(
+        module=lambda folder: RelationExtractionModule(folder, unit="words"),
+        schema={
+            "text": "tokens",
+            "label": "relation",
+            "fields": {"tokens": "list[str]", "head": "list[int]", "tail": "list[int]", "relation": "str"},
+        },
+        records=[related(text, name) for text, name in SENTENCES],
+        refused=[
+            (related("the bank", "sport") | {"head": [0, 3]}, "head=[0, 3] is not in the text, which has 2 words"),
+            (related("the bank", "sport") | {"tail": [1, 1]}, "tail=[1, 1] is not in the text"),
+            (related("the bank", "sport") | {"tail": [1]}, "field 'tail': a span must be [start, end]"),
+            (related("the [E1] bank", "sport"), "the text holds '[E1]', which marks entities"),
+            (related("the bank", "sport") | {"tokens": ["the bank", "a"]}, "a word must be a text without spaces"),
+        ],
+        plan=False,
+        served=False,
     ),
 }

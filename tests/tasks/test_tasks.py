@@ -203,6 +203,8 @@ def test_plan_knows_the_size(learned: Learned, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_version_of_it_is_served_and_answers_files(learned: Learned, tmp_path: Path) -> None:
+    if not learned.row.served:
+        return
     texts = learned.schema.text
     fields = [texts] if isinstance(texts, str) else list(texts)
     asked = [[record[name] for name in fields] for record in learned.kept[:3]]
