@@ -19,7 +19,7 @@ from evertune.launch.settings import read_settings
 from evertune.metrics.history import load_history
 from evertune.presets import preset
 from evertune.streams import domain_incremental
-from evertune.tasks import CausalLMTask
+from evertune.tasks import CausalLMTask, TokenClassificationTask
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.texts import WORDS
 
@@ -118,6 +118,17 @@ def test_stream_example_describes_the_stream_of_the_configuration(monkeypatch: p
 def uncommented(text: str) -> str:
     """A YAML file with the settings in its comments, which the reader is meant to uncomment."""
     return re.sub(r"^( *)# ( *(?:- )?[a-z_]+:(?: .*)?)$", r"\1\2", text, flags=re.MULTILINE)
+
+
+def test_each_topic_of_the_example_of_entities_has_types_of_its_own() -> None:
+    data = yaml.safe_load((EXAMPLES / "token_classification.yaml").read_text())["data"]
+    columns = {name: data[name] for name in ("domain", "text", "label")}
+    stream = domain_incremental(str(EXAMPLES.parent / data["source"]), task=TokenClassificationTask(), **columns)
+    assert [(one.name, len(one.train), sorted(one.classes)) for one in stream] == [
+        ("harbour", 36, ["PORT", "SHIP"]),
+        ("orchestra", 36, ["COMPOSER", "HALL"]),
+        ("garden", 36, ["PEST", "PLANT"]),
+    ]
 
 
 @pytest.mark.parametrize(

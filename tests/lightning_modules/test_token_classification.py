@@ -290,7 +290,7 @@ def learn_two_experiences(folder: str, strategy: str = "auto", devices: int = 1)
     trainer = ContinualTrainer(max_epochs=2, strategy=strategy, callbacks=callbacks, **quiet(devices=devices))
     stream = [experience("orgs", ["ORG"], ["ORG"]), experience("teams", ["TEAM"], ["TEAM"])]
     history = trainer.fit_stream(module, stream, batch_size=8 // devices, max_length=16, untrained=False)
-    said = [[(one["start"], one["label"]) for one in found] for found in module.predict(["the bank of the team"])]
+    said = [[[one["start"], one["label"]] for one in found] for found in module.predict(["the bank of the team"])]
     weights = torch.cat([whole(parameter).flatten() for parameter in module.parameters()])
     return {"said": said, "matrix": history.accuracy_matrix, "weights": weights.tolist()}
 
