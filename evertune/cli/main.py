@@ -27,6 +27,7 @@ _OWN_PARSER = {
     "explain": "why a version answers a text as it does, and since when: REGISTRY VERSION --text TEXT",
     "check": "try what a configuration of update or watch names, without training: --config FILE",
     "quarantine": "records that were set aside: list, show, retry, drop",
+    "review": "label the records that a version is least sure of: choose, take",
     "pending": "records that wait for the next update: list, show, drop",
     "launch": "run one of these on many processes: local, torchrun, slurm, kubernetes",
     "drift": "whether new records differ from old ones, since when, and in what",

@@ -1,0 +1,186 @@
+"""``evertune review``: the records that a version is least sure of, to be labelled, and the labelled ones back."""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
+from evertune.registry.aliases import ALIASES
+from evertune.registry.registry import RegistryError
+from evertune.utils.files import write_atomically
+from evertune.utils.terminal import complain, console
+
+if TYPE_CHECKING:
+    from evertune.registry.serving import Served
+
+_EXAMPLES = """examples:
+  evertune review choose --registry news --input unlabelled.jsonl --queue queue.jsonl --n 50
+  evertune review take --queue queue.jsonl --output inbox/reviewed.jsonl
+
+In between, somebody fills in `label` in the lines of the queue; `suggested` is what the version says.
+exit codes: 0 done, 3 no such record, 1 an error, 2 a wrong argument"""
+_ADDED = ("suggested", "sureness", "version")
+
+
+def review(arguments: Sequence[str]) -> int:
+    """Run one of the actions of ``evertune review``.
+
+    Args:
+        arguments: Arguments of the command, without its name.
+
+    Returns:
+        The exit code: 0; 3 if there is no record to review or to take; 1 after an error.
+    """
+    from evertune.sources.base import SourceError
+
+    known = _parser().parse_args(list(arguments))
+    try:
+        return (_choose if known.action == "choose" else _take)(known)
+    except (RegistryError, OSError, ValueError, TypeError, ImportError, SourceError) as error:
+        complain(f"evertune review {known.action}", error)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser, actions = with_actions(
+        "evertune review",
+        "Label the records that a version is least sure of.",
+        _EXAMPLES,
+        {
+            "choose": "write the records that a version is least sure of, to be labelled",
+            "take": "move the records of a queue that have a label to a file, from which an update learns them",
+        },
+    )
+    choose, take = actions["choose"], actions["take"]
+    choose.add_argument("--registry", required=True, help=REGISTRY)
+    choose.add_argument("--version", default="production", help=f"its number, or {', '.join(ALIASES)}")
+    choose.add_argument("--input", required=True, metavar="PATH", help="records without labels: a file or a folder")
+    choose.add_argument("--n", type=int, default=50, help="how many records (default: 50)")
+    choose.add_argument("--text", nargs="+", metavar="FIELD", help="fields that the task reads (default: as trained)")
+    choose.add_argument("--batch_size", type=int, default=32, metavar="N", help="records per pass (default: 32)")
+    take.add_argument("--output", required=True, type=Path, metavar="FILE", help="where labelled records go, .jsonl")
+    for action in actions.values():
+        action.add_argument("--queue", required=True, type=Path, metavar="FILE", help="the records to label, .jsonl")
+        action.add_argument("--label", default="label", metavar="FIELD", help="the field of the label (default: label)")
+    return parser
+
+
+def _choose(known: argparse.Namespace) -> int:
+    from evertune.drift.comparison.records import read_records
+    from evertune.registry.serving import load
+
+    if known.n < 1:
+        raise ValueError(f"--n must be positive, got {known.n}")
+    if known.queue.exists():
+        raise ValueError(f"{known.queue} exists, and its labels would be lost: take them first, or name another file")
+    served = load(opened(known.registry), known.version)
+    schema = served.version.manifest.config.get("schema")
+    text = known.text or (schema.get("text", "text") if isinstance(schema, Mapping) else "text")
+    fields = [text] if isinstance(text, str) else list(text)
+    counts = {"read": 0, "bad": 0}
+    usable = _usable(read_records(known.input), fields, counts)
+    found = heapq.nsmallest(known.n, _judged(served, usable, fields, known), key=lambda line: line["sureness"])
+    if not found:
+        complain("evertune review choose", f"{counts['read']:,} records were read, and none has {', '.join(fields)}")
+        return NOTHING
+    _write(known.queue, found)
+    if known.json:
+        print(json.dumps({"queue": str(known.queue), "chosen": len(found), **counts}))
+        return 0
+    left_out = f", {counts['bad']:,} left out because they cannot be read" if counts["bad"] else ""
+    screen = console()
+    screen.print(f"{len(found):,} of {counts['read']:,} records are in {known.queue}{left_out}", soft_wrap=True)
+    screen.print(
+        f"fill in {known.label!r}, then: evertune review take --queue {known.queue} --output ...", soft_wrap=True
+    )
+    return 0
+
+
+def _usable(records: Iterator[Any], fields: Sequence[str], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The records with something to read, each text once."""
+    seen = set()
+    for record in records:
+        counts["read"] += 1
+        if record.value is None or any(record.value.get(name) in (None, "", []) for name in fields):
+            counts["bad"] += 1
+            continue
+        key = json.dumps([record.value[name] for name in fields])
+        if key not in seen:
+            seen.add(key)
+            yield record.value
+
+
+def _judged(
+    served: Served, records: Iterator[dict[str, Any]], fields: Sequence[str], known: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The records with what the version says of them, and how sure it is."""
+    several = bool(getattr(served.module, "multi_label", False))
+    while chunk := list(islice(records, known.batch_size)):
+        values = [[record[name] for name in fields] for record in chunk]
+        inputs = [one[0] if len(one) == 1 else tuple(one) for one in values]
+        for record, answer in zip(chunk, served.predict(inputs, batch_size=len(inputs)), strict=True):
+            label, sureness = sureness_of(answer, several)
+            added = {"suggested": label, "sureness": round(sureness, 6), "version": served.version.number}
+            yield {**record, **added, known.label: None}
+
+
+def sureness_of(answer: Any, several: bool = False) -> tuple[Any, float]:
+    """The label that an answer suggests, and how sure the model is of it, from 0 to 1.
+
+    Of one class among others, the margin to the second (Scheffer et al. 2001); of several labels, the least distance
+    from one half; of entities, the least score (1 if there are none); otherwise the probability.
+
+    Raises:
+        TypeError: If the answer has no probability, as a text that was written.
+
+    Example:
+        >>> sureness_of({"sport": 0.625, "law": 0.25, "film": 0.125})
+        ('sport', 0.375)
+        >>> sureness_of({"sport": 0.75, "law": 0.375}, several=True)
+        (['sport'], 0.25)
+    """
+    if isinstance(answer, list) and all(isinstance(one, dict) and "score" in one for one in answer):
+        return answer, min((one["score"] for one in answer), default=1.0)
+    if isinstance(answer, dict) and "probability" in answer:
+        return {name: value for name, value in answer.items() if name != "probability"}, answer["probability"]
+    if isinstance(answer, dict) and answer and all(isinstance(value, float) for value in answer.values()):
+        if several:
+            return [name for name, p in answer.items() if p > 0.5], 2 * min(abs(p - 0.5) for p in answer.values())
+        first, *others = answer.values()
+        return next(iter(answer)), first - max(others, default=0.0)
+    raise TypeError("only answers with probabilities can be reviewed: of classes, entities, relations or spans")
+
+
+def _take(known: argparse.Namespace) -> int:
+    from evertune.sources.json import json_object
+
+    if known.output.exists():
+        raise ValueError(f"{known.output} exists: name a new file, since a source may have read it already")
+    lines = [json_object(line) for line in known.queue.read_bytes().splitlines() if line.strip()]
+    labelled = [line for line in lines if line.get(known.label) not in (None, "", [])]
+    waiting = [line for line in lines if line not in labelled]
+    if not labelled:
+        complain(
+            "evertune review take", f"none of the {len(lines):,} records of {known.queue} has a {known.label!r} yet"
+        )
+        return NOTHING
+    _write(known.output, [{name: value for name, value in line.items() if name not in _ADDED} for line in labelled])
+    _write(known.queue, waiting)
+    agree = sum(line[known.label] == line.get("suggested") for line in labelled)
+    if known.json:
+        print(json.dumps({"taken": len(labelled), "waiting": len(waiting), "as_suggested": agree}))
+        return 0
+    words = f"{len(labelled):,} records are in {known.output}, {agree:,} of them labelled as suggested"
+    console().print(f"{words}; {len(waiting):,} wait in {known.queue}", soft_wrap=True)
+    return 0
+
+
+def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
