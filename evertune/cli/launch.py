@@ -19,7 +19,7 @@ LAUNCHERS = {
     "local": "processes on this machine",
     "torchrun": "nodes that are reached over SSH, or a line for each to run by hand",
     "slurm": "a job of SLURM, or an array of jobs for seeds and sweeps",
-    "kubernetes": "a JobSet or PyTorchJob of Kubernetes",
+    "kubernetes": "a JobSet or PyTorchJob of Kubernetes; for `serve`, a Deployment",
 }
 """Built-in launchers, modules of ``evertune.launch``. Other packages add theirs by entry point."""
 
@@ -32,6 +32,7 @@ Run a command of evertune on many processes. WHERE is one of
 {launchers}
 
 and COMMAND is `fit`, `update` or `watch` with its own options: of a watch, which stays here, each update is launched.
+On Kubernetes it may also be `serve`, whose servers stay up.
 Options may also stand in the section `launch` of the command's --config file; see `evertune launch WHERE --help`.
 
   evertune launch local --processes_per_node 2 -- fit --config stream.yaml
@@ -72,8 +73,11 @@ def launch(arguments: Sequence[str]) -> int:
     if not command:
         example = f"evertune launch {where} -- fit --config stream.yaml"
         return _refuse(where, f"the command to launch must follow `--`, as in `{example}`")
-    if command[0] not in COMMANDS:
-        return _refuse(where, f"the command must be one of {', '.join(COMMANDS)}, got {command[0]!r}")
+    commands = (*COMMANDS, "serve") if where == "kubernetes" else COMMANDS
+    if command[0] not in commands:
+        return _refuse(where, f"the command must be one of {', '.join(commands)}, got {command[0]!r}")
+    if command[0] == "serve":
+        point = EntryPoint(where, "evertune.launch.kubernetes_serve", "evertune.launchers")
     try:
         launcher = load(point)
         return 2 if launcher is None else _launch(launcher, where, options, command)

@@ -92,6 +92,7 @@ def _parser() -> LightningArgumentParser:
     parser.add_argument("--wait", action="store_true", help="wait for the first version if there is none yet")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
     parser.add_argument("--precision", type=Precision, default="32", help="32, or bf16 where the processor has it")
+    parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
     parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
     parser.add_class_arguments(ServerSettings, "server")
     parser.add_class_arguments(AccessSettings, "access")

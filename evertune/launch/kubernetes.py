@@ -35,7 +35,14 @@ from typing import Any
 
 import yaml
 
-from evertune.launch.settings import DECIDED, LaunchSettings, config_files, shell_words
+from evertune.launch.settings import (
+    DECIDED,
+    KubernetesServeSettings,
+    KubernetesSettings,
+    LaunchSettings,
+    config_files,
+    shell_words,
+)
 from evertune.utils.processes import PREEMPTED
 
 _CONFIG_FOLDER = "/etc/evertune"
@@ -260,6 +267,13 @@ def _check(settings: LaunchSettings, command: Sequence[str]) -> None:
     if len(longest) > 63:
         excess = len(longest) - 63
         raise ValueError(f"name {settings.name!r} is {excess} characters too long: pod names are derived from it")
+    if asked.serve != KubernetesServeSettings():
+        raise ValueError(f"kubernetes.serve is for `serve`, and cannot be used with `{command[0]}`: leave it out")
+    _check_cluster(asked)
+
+
+def _check_cluster(asked: KubernetesSettings) -> None:
+    """Refuse names, numbers and paths that Kubernetes would refuse."""
     others = {"kubernetes.namespace": asked.namespace, "kubernetes.service_account": asked.service_account}
     others |= {f"kubernetes.volumes: claim {number + 1}": claim for number, claim in enumerate(asked.volumes)}
     for what, name in others.items():

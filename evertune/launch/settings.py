@@ -89,6 +89,42 @@ class SlurmSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KubernetesServeSettings:
+    """The servers of ``evertune launch kubernetes -- serve``.
+
+    Args:
+        replicas: Fewest servers. Default: 2, so that one can be replaced while the other answers.
+        max_replicas: Most servers.
+        cpu_target: Percent of the requested cores (``kubernetes.cpu``) that the autoscaler keeps in use on average.
+        port: Port of the Service; that of the containers is ``server.port`` of the command.
+        keys_secret: Name of the Secret whose entry ``keys.json`` holds the hashes of the API keys, as ``evertune keys
+            add`` writes it.
+        env_secret: Name of a Secret whose entries become environment variables, such as the credentials of an object
+            store.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    replicas: int = 2
+    max_replicas: int = 8
+    cpu_target: int = 70
+    port: int = 80
+    keys_secret: str | None = None
+    env_secret: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas <= 0:
+            raise ValueError(f"replicas must be positive, got {self.replicas}")
+        if self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas must be at least replicas={self.replicas}, got {self.max_replicas}")
+        if not 0 < self.cpu_target <= 100:
+            raise ValueError(f"cpu_target must be between 1 and 100 percent, got {self.cpu_target}")
+        if not 0 < self.port < 2**16:
+            raise ValueError(f"port must be between 1 and 65535, got {self.port}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class KubernetesSettings:
     """The resources requested from Kubernetes.
 
@@ -104,6 +140,7 @@ class KubernetesSettings:
         service_account: Service account of the pods.
         node_selector: Labels that a machine must have.
         queue: Name of the local queue of Kueue.
+        serve: Settings of :class:`KubernetesServeSettings`, if the command is ``serve``.
     """
 
     image: str = "evertune"
@@ -117,6 +154,7 @@ class KubernetesSettings:
     service_account: str | None = None
     node_selector: dict[str, str] = field(default_factory=dict)
     queue: str | None = None
+    serve: KubernetesServeSettings = field(default_factory=KubernetesServeSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
