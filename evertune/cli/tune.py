@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,21 @@ def _validated(stream: Any) -> Any:
     return ExperienceStream(experiences, **about)
 
 
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Put the logging of the process back: Optuna's migrations replace it and switch all other loggers off."""
+    root = logging.getLogger()
+    loggers = [one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    disabled, handlers, level = [one.disabled for one in loggers], list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for one, was in zip(loggers, disabled, strict=True):
+            one.disabled = was
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 class _Search:
     """One search: the study, and what is printed of it."""
 
@@ -153,8 +169,10 @@ class _Search:
         described = json.dumps([self.config, {place: repr(one) for place, one in self.space.items()}], sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         place = f"sqlite:///{self.out / 'study.db'}"
+        with _logging_kept():
+            storage = RDBStorage(place, engine_kwargs={"connect_args": {"timeout": 60}})  # seconds to wait for a lock
         study = optuna.create_study(
-            storage=RDBStorage(place, engine_kwargs={"connect_args": {"timeout": 60}}),  # seconds to wait for a lock
+            storage=storage,
             study_name=_STUDY,
             direction="maximize",
             load_if_exists=True,

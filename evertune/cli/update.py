@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.init import asks_for_init, init
@@ -140,9 +141,18 @@ def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     return without_secrets(values)
 
 
-def _end(number: int, frame: object) -> None:
-    """End at once with the exit code of a process that SIGTERM has ended. The next call resumes."""
-    raise SystemExit(128 + number)
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """SIGTERM ends the command at once, with the exit code of a process that it has ended. The next call resumes."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def update(arguments: Sequence[str]) -> int:
@@ -162,9 +172,8 @@ def update(arguments: Sequence[str]) -> int:
     if asks_for_init(arguments):
         return init("update", arguments)
     end_with_supervisor()
-    signal.signal(signal.SIGTERM, _end)
     watched = "EVERTUNE_LEASE" in os.environ  # of the watch that runs this process and reads its output
-    with quiet(), say_progress(as_json=watched):
+    with _ends_at_once(), quiet(), say_progress(as_json=watched):
         try:
             updater, options = updater_from(arguments)
             if options.read_on_from is not None:

@@ -283,7 +283,8 @@ def log_to(stream: TextIO | None = None, as_json: bool | None = None) -> logging
     # Libraries that install handlers of their own would print their messages twice, and not as JSON.
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and logger.handlers:  # Lightning's, for one
-            logger.handlers.clear()
+            # A handler that prints nothing stays: without it, a logger without a parent prints to standard error.
+            logger.handlers[:] = [one for one in logger.handlers if isinstance(one, logging.NullHandler)]
             logger.propagate = True
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("evertune").setLevel(logging.INFO)

@@ -66,7 +66,11 @@ def quick(strategy: str) -> list[dict[str, Any]]:
     """One run of every third method, so that a method meets one or two strategies, each with other settings."""
     turns = [number + STRATEGIES.index(strategy) for number in range(len(METHODS))]
     chosen = [RUNS[4 * number + turn // 3 % 4] for number, turn in enumerate(turns) if turn % 3 == 0]
-    return [run for run in chosen if (strategy, run["method"]) not in WITHOUT]
+    # Adapters under ZeRO-3 take half a minute a run: those are in the slow tests.
+    slow = strategy == "evertune_deepspeed_stage_3"
+    return [
+        run for run in chosen if (strategy, run["method"]) not in WITHOUT and not (slow and "lora" in run["method"])
+    ]
 
 
 QUICK = [(strategy, run["method"]) for strategy in STRATEGIES for run in quick(strategy)]
@@ -158,4 +162,4 @@ def test_methods_change_the_weights(one_process: Path) -> None:
         alike.setdefault((run["optimizer"], run["accumulation"]), []).append(weights(one_process, run))
     assert len({run["method"] for run in COMPARED}) == len(METHODS)
     for one, other in itertools.chain(*(itertools.combinations(group, 2) for group in alike.values())):
-        assert any((one[name] - other[name]).abs().max() > 1e-3 for name in one.keys() & other.keys())
+        assert any((one[name] - other[name]).abs().max() > 1e-4 for name in one.keys() & other.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def study_of(tmp_path: Path) -> optuna.Study:
 def test_the_best_settings_are_a_configuration_of_fit(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    handlers = list(logging.getLogger().handlers)
     assert tune(tmp_path, config, "--trials", "2") == 0
+    assert logging.getLogger().handlers == handlers
+    assert not logging.getLogger("evertune").disabled and not logging.getLogger("evertune.live").disabled
     printed = capsys.readouterr().out
     assert "trial 1: learning_rate 0.01, memory_size 6: " in printed  # the configuration as it is
     assert "2 trials learned the whole stream, 0 ended early, 0 failed" in printed

@@ -64,6 +64,21 @@ def samples(port: int) -> dict[str, float]:
     return found
 
 
+def test_loggers_that_are_silent_stay_so(capfd: pytest.CaptureFixture[str]) -> None:
+    silent, root = logging.Logger("silent"), logging.getLogger()
+    silent.addHandler(logging.NullHandler())
+    logging.root.manager.loggerDict["silent"] = silent
+    before = list(root.handlers), root.level
+    try:
+        log_to(io.StringIO())
+        silent.error("for nobody")
+    finally:
+        del logging.root.manager.loggerDict["silent"]
+        logging.captureWarnings(False)
+        root.handlers[:], root.level = before
+    assert "for nobody" not in capfd.readouterr().err
+
+
 def test_what_happened_is_what_prometheus_reads(telemetry: Telemetry) -> None:
     port = telemetry.serve(0)
     before = samples(port)
