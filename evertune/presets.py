@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from evertune.utils.plugins import class_at
 
 if TYPE_CHECKING:
     from evertune._lightning import Callback, pl
@@ -43,12 +44,12 @@ class Preset:
 
     def make_module(self, model_name_or_path: str, **settings: Any) -> pl.LightningModule:
         """The module for a transformer; ``settings`` replace the preset's."""
-        module: pl.LightningModule = _class(self.module_class)(model_name_or_path, **{**self.module, **settings})
+        module: pl.LightningModule = class_at(self.module_class)(model_name_or_path, **{**self.module, **settings})
         return module
 
     def callbacks(self) -> list[Callback]:
         """The callbacks; each call makes new ones."""
-        return [_class(one["class_path"])(**one["init_args"]) for one in self.methods]
+        return [class_at(one["class_path"])(**one["init_args"]) for one in self.methods]
 
     def config(self, model_name_or_path: str) -> dict[str, Any]:
         """The sections ``model``, ``trainer`` and ``data`` of a YAML file for ``evertune fit`` or ``update``."""
@@ -144,11 +145,6 @@ def preset(
 
 def _method(name: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": f"evertune.callbacks.{name}", "init_args": arguments}
-
-
-def _class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _examples_per_class(stream: Sequence[Experience]) -> float:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.actions import REGISTRY, opened
+from evertune.cli.tables import percent, print_part
 from evertune.registry.aliases import ALIASES
+from evertune.utils.plugins import class_at
 from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def compare(arguments: Sequence[str]) -> int:
                 alpha=options.alpha,
                 batch_size=options.batch_size,
                 max_length=options.max_length,
-                module_class=_class(options.module_class),
+                module_class=None if options.module_class is None else class_at(options.module_class),
                 progress=line.update,
             )
         show(found, screen)
@@ -73,18 +75,6 @@ def compare(arguments: Sequence[str]) -> int:
         complain("evertune compare", error)
         return 2
     return int(found.is_worse)
-
-
-def _class(path: str | None) -> Any:
-    """The class at an import path."""
-    if path is None:
-        return None
-    from importlib import import_module
-
-    package, _, name = path.rpartition(".")
-    if not package:
-        raise ValueError(f"--module_class must be an import path such as my_package.MyModule, got {path!r}")
-    return getattr(import_module(package), name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,42 +102,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(found: Compared, screen: Console) -> None:
     """Print a comparison: the result first, then where the versions differ."""
-    from rich.table import Table
-
     screen.print(foreign(found.headline, "bold red" if found.is_worse else "bold"))
     before, now = (f"version {number}" for number in found.versions)
-    words = f"{found.records:,} records: {before} {_percent(found.scores[0])}, {now} {_percent(found.scores[1])}"
+    words = f"{found.records:,} records: {before} {percent(found.scores[0])}, {now} {percent(found.scores[1])}"
     screen.print(f"{words}; {len(found.worse):,} answers became worse, {len(found.better):,} better")
     if found.bad:
         screen.print(foreign(f"{found.bad:,} bad records were left out; the first: {found.first_bad}"))
 
-    def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        if not rows:
-            return
-        made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-        for number, name in enumerate(names):
-            made.add_column(name, justify="left" if number == 0 or name in ("answer", "text") else "right")
-        for row in rows[:_N_ROWS]:
-            made.add_row(*(foreign(cell) for cell in row))
-        screen.print()
-        screen.print(made)
-        if len(rows) > _N_ROWS:
-            screen.print(f"and {len(rows) - _N_ROWS:,} more: --json, --out")
+    def part(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        print_part(screen, title, names, rows, _N_ROWS)
 
     changed = [one for one in found.classes if one.found[0] != one.found[1] and not math.isnan(sum(one.found))]
-    table(
+    part(
         "Classes: the share of their records that was found",
         ["class", "records", before, now, "change"],
-        [[one.name, one.records, *map(_percent, one.found), _points(one.found)] for one in changed],
+        [[one.name, one.records, *map(percent, one.found), _points(one.found)] for one in changed],
     )
-    table(
+    part(
         "What is taken for what",
         ["label", "answer", before, now],
         [[one.label, one.answer, *one.records] for one in found.confusions if one.records[0] != one.records[1]],
     )
     for title, flips in (("Became worse", found.worse), ("Became better", found.better)):
         names = ["record", "label", before, now, "text"]
-        table(title, names, [[one.id, _cut(one.label), *answers(one), _cut(one.text)] for one in flips])
+        part(title, names, [[one.id, _cut(one.label), *answers(one), _cut(one.text)] for one in flips])
 
 
 def answers(flip: Flip) -> list[str]:
@@ -155,10 +133,6 @@ def answers(flip: Flip) -> list[str]:
     if any(flip.answers):
         return [_cut(answer) for answer in flip.answers]
     return [f"{score:.3f}" for score in flip.scores]
-
-
-def _percent(share: float) -> str:
-    return "\N{EN DASH}" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _points(pair: tuple[float, float]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evertune.cli.actions import REGISTRY, opened
+from evertune.cli.tables import percent, print_part
 from evertune.registry.aliases import ALIASES
 from evertune.utils.terminal import complain, console, foreign, visible
 
@@ -88,37 +89,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(found: Explanation, screen: Console) -> None:
     """Print an explanation: the text with its words coloured, then the numbers."""
-    from rich.table import Table
-
-    said = ", ".join(f"{name} {_percent(probability)}" for name, probability in found.probabilities.items())
+    said = ", ".join(f"{name} {percent(probability)}" for name, probability in found.probabilities.items())
     screen.print(foreign(f"version {found.version}: {said}"))
     screen.print(foreign(f"what speaks for (green) and against (red) {found.label!r}:"), style="dim")
     screen.print(_coloured(found))
 
-    def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        if not rows:
-            return
-        made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-        for name in names:
-            made.add_column(name, justify="left" if name in ("text", "label", "experience", "word") else "right")
-        for row in rows:
-            made.add_row(*(foreign(cell) for cell in row))
-        screen.print()
-        screen.print(made)
-
     strongest = sorted(found.parts, key=lambda part: -abs(part.effect))[:_N_PARTS]
-    table("Words", ["word", "points"], [[part.text, f"{100 * part.effect:+.1f}"] for part in strongest])
-    table(
+    print_part(screen, "Words", ["word", "points"], [[part.text, f"{100 * part.effect:+.1f}"] for part in strongest])
+    print_part(
+        screen,
         "Nearest examples of the memory",
         ["similarity", "label", "experience", "text"],
         [[f"{one.similarity:.2f}", one.label, one.experience, one.text[:_WIDTH]] for one in found.neighbours],
     )
     if len(found.history) > 1:
-        table(
+        print_part(
+            screen,
             "Versions",
             ["version", "experience", "label", "probability", f"of {found.label}"],
             [
-                [one.version, one.experience or "", one.label, _percent(one.probability), _percent(one.of_label)]
+                [one.version, one.experience or "", one.label, percent(one.probability), percent(one.of_label)]
                 for one in found.history
             ],
         )
@@ -142,7 +132,3 @@ def _coloured(found: Explanation) -> Text:
         end = part.end
     shown.append(visible(found.text[end:]))
     return shown
-
-
-def _percent(share: float | None) -> str:
-    return "\N{EN DASH}" if share is None else f"{100 * share:.1f} %"

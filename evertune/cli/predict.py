@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.actions import REGISTRY, opened
+from evertune.cli.inputs import input_of, missing_in
 from evertune.registry.aliases import ALIASES
 from evertune.utils.terminal import complain, console
 
@@ -83,9 +84,7 @@ def _answer_all(served: Served, options: argparse.Namespace) -> int:
 
     from evertune.drift.comparison.records import read_records
 
-    schema = served.version.manifest.config.get("schema")
-    trained_on = schema.get("text", "text") if isinstance(schema, Mapping) else "text"
-    fields = options.text or ([trained_on] if isinstance(trained_on, str) else list(trained_on))
+    fields = options.text or served.version.text_fields
     records = read_records(options.input)
     done, last, refused = _resume(options.output, served.version.number)
     for place in range(done):
@@ -180,10 +179,9 @@ def _input_of(record: Incoming, fields: Sequence[str]) -> tuple[Any, _Problem | 
         return None, _Problem(f"{record.origin}: {record.error}")
     if taken := [name for name in _ADDED if name in record.value]:
         raise ValueError(f"{record.origin} has a field {taken[0]!r}, which is where the answers go: rename it")
-    if missing := [name for name in fields if record.value.get(name) in (None, "", [])]:
-        return None, _Problem(f"{record.origin}: it has no {missing[0]!r}")
-    values = [record.value[name] for name in fields]
-    return (values[0] if len(values) == 1 else tuple(values)), None
+    if (missing := missing_in(record.value, fields)) is not None:
+        return None, _Problem(f"{record.origin}: it has no {missing!r}")
+    return input_of(record.value, fields), None
 
 
 def _answers(served: Served, inputs: list[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evertune.cli.actions import REGISTRY, opened
+from evertune.cli.tables import UNKNOWN, percent
 from evertune.registry.aliases import ALIASES
 from evertune.registry.registry import LeaseHeld, Registry, RegistryError
 from evertune.registry.version import Version
@@ -20,7 +21,6 @@ from evertune.utils.terminal import complain, console, foreign
 if TYPE_CHECKING:
     from evertune.reports.listing import Listing
 
-_UNKNOWN = "\N{EN DASH}"
 _SHOWN = 50  # versions listed without --all
 
 _EPILOG = (
@@ -146,7 +146,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
                 " ".join(line["aliases"]),
                 line["created"][:16].replace("T", " "),
                 line["records"].get("train"),
-                _percent(line["average_accuracy"]),
+                percent(line["average_accuracy"]),
                 _points(line["change"]),
                 "passed" if line["passed"] else "refused",
                 line["reason"],
@@ -227,7 +227,7 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
             yield yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True).rstrip()
         if metrics.accuracy:
             examples = {entry.name: entry.examples for entry in slices}
-            rows = [[name, examples.get(name), _percent(value)] for name, value in metrics.accuracy.items()]
+            rows = [[name, examples.get(name), percent(value)] for name, value in metrics.accuracy.items()]
             yield _table(["slice", "examples", "accuracy"], rows, right=("examples", "accuracy"))
         if events:
             columns = ["time", "action", "from", "to", "reason", "by"]
@@ -289,7 +289,7 @@ def _diff(registry: Registry, arguments: argparse.Namespace) -> int:
         if classes:
             yield _table(["classes", ""], classes)
         files = [
-            [name, *(_UNKNOWN if size is None else _size(size) for size in pair), sign]
+            [name, *(UNKNOWN if size is None else _size(size) for size in pair), sign]
             for sign in ("added", "removed", "changed")
             for name, pair in found["files"][sign].items()
         ]
@@ -376,7 +376,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequenc
 
 def _text(value: Any) -> str:
     if value is None:
-        return _UNKNOWN
+        return UNKNOWN
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -394,11 +394,7 @@ def _change(a: Any, b: Any) -> str:
 
 
 def _points(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:+.1f}"
-
-
-def _percent(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:.1f} %"
+    return UNKNOWN if share is None else f"{100 * share:+.1f}"
 
 
 def _size(size: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
+from evertune.cli.inputs import input_of, missing_in
 from evertune.registry.aliases import ALIASES
 from evertune.registry.registry import RegistryError
 from evertune.utils.files import write_atomically
@@ -80,9 +81,7 @@ def _choose(known: argparse.Namespace) -> int:
     if known.queue.exists():
         raise ValueError(f"{known.queue} exists, and its labels would be lost: take them first, or name another file")
     served = load(opened(known.registry), known.version)
-    schema = served.version.manifest.config.get("schema")
-    text = known.text or (schema.get("text", "text") if isinstance(schema, Mapping) else "text")
-    fields = [text] if isinstance(text, str) else list(text)
+    fields = known.text or served.version.text_fields
     counts = {"read": 0, "bad": 0}
     usable = _usable(read_records(known.input), fields, counts)
     found = heapq.nsmallest(known.n, _judged(served, usable, fields, known), key=lambda line: line["sureness"])
@@ -107,7 +106,7 @@ def _usable(records: Iterator[Any], fields: Sequence[str], counts: dict[str, int
     seen = set()
     for record in records:
         counts["read"] += 1
-        if record.value is None or any(record.value.get(name) in (None, "", []) for name in fields):
+        if record.value is None or missing_in(record.value, fields) is not None:
             counts["bad"] += 1
             continue
         key = json.dumps([record.value[name] for name in fields])
@@ -122,8 +121,7 @@ def _judged(
     """The records with what the version says of them, and how sure it is."""
     several = bool(getattr(served.module, "multi_label", False))
     while chunk := list(islice(records, known.batch_size)):
-        values = [[record[name] for name in fields] for record in chunk]
-        inputs = [one[0] if len(one) == 1 else tuple(one) for one in values]
+        inputs = [input_of(record, fields) for record in chunk]
         for record, answer in zip(chunk, served.predict(inputs, batch_size=len(inputs)), strict=True):
             label, sureness = sureness_of(answer, several)
             added = {"suggested": label, "sureness": round(sureness, 6), "version": served.version.number}
@@ -145,11 +143,13 @@ def sureness_of(answer: Any, several: bool = False) -> tuple[Any, float]:
         >>> sureness_of({"sport": 0.75, "law": 0.375}, several=True)
         (['sport'], 0.25)
     """
+    from evertune.tasks.predicting import are_probabilities
+
     if isinstance(answer, list) and all(isinstance(one, dict) and "score" in one for one in answer):
         return answer, min((one["score"] for one in answer), default=1.0)
     if isinstance(answer, dict) and "probability" in answer:
         return {name: value for name, value in answer.items() if name != "probability"}, answer["probability"]
-    if isinstance(answer, dict) and answer and all(isinstance(value, float) for value in answer.values()):
+    if are_probabilities(answer):
         if several:
             return [name for name, p in answer.items() if p > 0.5], 2 * min(abs(p - 0.5) for p in answer.values())
         first, *others = answer.values()

@@ -11,6 +11,7 @@ from evertune.explain.neighbours import Neighbour, memory_of, neighbours
 from evertune.explain.occlusion import Part, occlusion
 from evertune.registry.registry import Registry
 from evertune.registry.serving import load
+from evertune.tasks.predicting import are_probabilities
 
 _TOP = 5  # classes whose probability is kept
 
@@ -142,7 +143,7 @@ def _probabilities(module: Any, text: str) -> dict[str, float]:
         TypeError: If the module does not classify.
     """
     [answer] = module.predict([text])
-    if not (isinstance(answer, dict) and answer and all(isinstance(value, float) for value in answer.values())):
+    if not are_probabilities(answer):
         raise TypeError(
             f"{type(module).__name__} does not classify texts, and only probabilities of classes can be explained"
         )

@@ -35,10 +35,14 @@ class Neighbour:
 
 
 def memory_of(version: Version) -> MemoryView | None:
-    """The replay memory of a version; None if it has none."""
-    manifest = next((version.folder() / "learning").glob("*/memory.json"), None)
-    if manifest is None:
+    """The replay memory of a version; None if it has none.
+
+    Raises:
+        RegistryError: If a file of its learning state is damaged.
+    """
+    if not any(name.startswith("learning/") and name.endswith("/memory.json") for name in version.manifest.files):
         return None
+    manifest = next((version.verified_folder("learning") / "learning").glob("*/memory.json"))
     return MemoryView.open(manifest.parent / Path(json.loads(manifest.read_bytes())["file"]).name)
 
 

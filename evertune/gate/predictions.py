@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +106,16 @@ class Predictions:
     def log_loss(self) -> float:
         """The mean of ``-log p(label)`` with p at least 1e-6; NaN without records."""
         return float(-np.log(np.maximum(self.label_probability, 1e-6)).mean()) if self.ids else math.nan
+
+    def class_counts(self) -> tuple[Counter[str], Counter[str], Counter[str]]:
+        """For each class the records with that label, those with that answer, and those with both."""
+        labels, answers, both = Counter[str](), Counter[str](), Counter[str]()
+        for label, answer in zip(self.labels, self.predicted, strict=True):
+            true, given = names_of(label), names_of(answer)
+            labels.update(true)
+            answers.update(given)
+            both.update(true & given)
+        return labels, answers, both
 
     def pick(self, rows: Sequence[int]) -> Predictions:
         """The predictions at these positions, in this order."""

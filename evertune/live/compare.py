@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from evertune.gate.comparison import PairedTest
-from evertune.gate.predictions import Label, Predictions, names_of
+from evertune.gate.predictions import Label, Predictions
 from evertune.live.evaluation import evaluate
 from evertune.live.slices import load_slice
 from evertune.registry.registry import Registry
@@ -215,8 +215,7 @@ class _Fields:
         schema, data = (
             part if isinstance(part, Mapping) else {} for part in (config.get("schema"), config.get("data"))
         )
-        chosen = text if text is not None else schema.get("text", "text")
-        several = [chosen] if isinstance(chosen, str) else list(chosen)
+        several = version.text_fields if text is None else [text] if isinstance(text, str) else list(text)
         return cls(
             several if len(several) > 1 else several[0], label or schema.get("label", "label"), data.get("max_length")
         )
@@ -287,22 +286,14 @@ def _flip(row: Row, place: int, fields: _Fields, said: tuple[Predictions, Predic
 
 
 def _classes(said: tuple[Predictions, Predictions]) -> list[ClassChange]:
-    true: Counter[str] = Counter()
-    given: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    both: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    for label in said[0].labels:
-        true.update(names_of(label))
-    for side, one in enumerate(said):
-        for label, answer in zip(one.labels, one.predicted, strict=True):
-            given[side].update(names_of(answer))
-            both[side].update(names_of(label) & names_of(answer))
+    (true, given_before, both_before), (_, given_now, both_now) = said[0].class_counts(), said[1].class_counts()
 
     def change(name: str) -> ClassChange:
-        found = _share(both[0][name], true[name]), _share(both[1][name], true[name])
-        right = _share(both[0][name], given[0][name]), _share(both[1][name], given[1][name])
+        found = _share(both_before[name], true[name]), _share(both_now[name], true[name])
+        right = _share(both_before[name], given_before[name]), _share(both_now[name], given_now[name])
         return ClassChange(name, true[name], found, right)
 
-    classes = [change(name) for name in true | given[0] | given[1]]
+    classes = [change(name) for name in true | given_before | given_now]
     return sorted(classes, key=lambda one: (_lost(one.found), -one.records, one.name))
 
 

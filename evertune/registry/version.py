@@ -52,6 +52,13 @@ class Version:
         """Name of the experience that it learned."""
         return self.manifest.experience
 
+    @property
+    def text_fields(self) -> list[str]:
+        """Names of the fields with the text, or the two texts, that it was trained on."""
+        schema = self.manifest.config.get("schema")
+        field = schema.get("text", "text") if isinstance(schema, dict) else "text"
+        return [field] if isinstance(field, str) else list(field)
+
     def folder(self) -> Path:
         """Its files on this machine: the folder itself, or a verified copy if the registry is remote.
 

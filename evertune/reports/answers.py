@@ -176,11 +176,8 @@ def _wrong(said: dict[str, Predictions]) -> Iterator[Wrong]:
 def _by_class(said: Sequence[Predictions]) -> list[ClassAnswers]:
     labels, answers, both = Counter[str](), Counter[str](), Counter[str]()
     for one in said:
-        for label, predicted in zip(one.labels, one.predicted, strict=True):
-            true, given = _names(label), _names(predicted)
-            labels.update(true)
-            answers.update(given)
-            both.update(true & given)
+        for total, counts in zip((labels, answers, both), one.class_counts(), strict=True):
+            total.update(counts)
     classes = [
         ClassAnswers(name, labels[name], _share(both[name], labels[name]), _share(both[name], answers[name]))
         for name in labels | answers
@@ -190,9 +187,6 @@ def _by_class(said: Sequence[Predictions]) -> list[ClassAnswers]:
 
 def _texts(registry: Registry, version: Version, slices: set[str]) -> dict[tuple[str, str], str]:
     """The text of each record of some slices, by slice and id. A slice that cannot be read has none."""
-    schema = version.manifest.config.get("schema")
-    field = schema.get("text", "text") if isinstance(schema, dict) else "text"
-    fields = [field] if isinstance(field, str) else list(field)
     texts: dict[tuple[str, str], str] = {}
     try:
         entries = version.slices()
@@ -206,7 +200,7 @@ def _texts(registry: Registry, version: Version, slices: set[str]) -> dict[tuple
         except (OSError, ValueError):
             continue
         for row in rows:
-            parts = [str(row["record"].get(name, "")) for name in fields]
+            parts = [str(row["record"].get(name, "")) for name in version.text_fields]
             texts[entry.name, row["id"]] = " / ".join(part for part in parts if part)
     return texts
 

@@ -18,6 +18,7 @@ from evertune.serve.messages import length_of
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import BatchSettings
 from evertune.tasks.base import task_of
+from evertune.tasks.predicting import are_probabilities
 
 logger = logging.getLogger("evertune.serve")
 
@@ -189,5 +190,4 @@ def _gives_classes(served: Served | ServedExport) -> bool:
             f"{name} cannot be served: its predict() must return a list with an answer for each text, but returned "
             f"{type(found).__name__}"
         )
-    answer = found[0]
-    return isinstance(answer, dict) and bool(answer) and all(isinstance(value, float) for value in answer.values())
+    return are_probabilities(found[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor
 from evertune.gate.predictions import Label, Predictions
 from evertune.sources.base import Row
 from evertune.utils.batches import logits_in
+
+
+def are_probabilities(answer: Any) -> TypeGuard[dict[str, float]]:
+    """Whether the answer of a module's ``predict`` to a text is the probability of each class by name."""
+    return isinstance(answer, dict) and bool(answer) and all(isinstance(value, float) for value in answer.values())
 
 
 def columns_of(rows: Sequence[Row], text: str | Sequence[str]) -> list[list[str]]:

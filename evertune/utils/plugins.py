@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -9,6 +10,23 @@ from evertune.utils.terminal import complain
 
 CLASSES = ("sources", "triggers", "methods")
 """Kinds of entry points that are classes, which YAML can name; the fourth kind is ``launchers``."""
+
+
+def class_at(path: str) -> Any:
+    """The class at an import path.
+
+    Raises:
+        ImportError, AttributeError: If there is none.
+        ValueError: If the path names no package.
+
+    Example:
+        >>> class_at("collections.Counter")
+        <class 'collections.Counter'>
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"a class is named by its import path, such as my_package.MyModule, got {path!r}")
+    return getattr(import_module(module), name)
 
 
 def plugins(kind: str) -> dict[str, EntryPoint]:
