@@ -87,9 +87,10 @@ def _names(module: str) -> Iterable[str]:
 
 
 def _arguments(path: str) -> list[str]:
-    """The arguments of a class, given its import path."""
+    """The arguments of a class and of those that it derives from, given its import path."""
     module, _, name = path.rpartition(".")
     try:
-        return list(signature(getattr(import_module(module), name)).parameters)
+        found = getattr(import_module(module), name)
+        return [argument for base in found.__mro__[:-1] for argument in signature(base).parameters]
     except Exception:  # only for a suggestion
         return []

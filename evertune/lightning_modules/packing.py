@@ -45,8 +45,8 @@ def packed_logits(run: Callable[..., Any], input_ids: Tensor, attention_mask: Te
     """The logits of a padded batch, computed in packed rows.
 
     A packed row is as long as the longest text. The positions of each text start at 0 again, by which transformers
-    recognises packed texts and masks the attention between them: but only without a mask of padding and without a cache
-    of keys and values, which its models make even in training unless they are told not to. With one, texts see those
+    recognises packed texts and masks the attention between them: but only without a padding mask and without a
+    key-value cache, which its models make even in training unless they are told not to. With one, texts see those
     before them, and nothing reports it (transformers 5.24).
 
     Args:

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evertune._lightning import rank_zero_warn
-from evertune.lightning_modules.backbone import Attention
 from evertune.lightning_modules.heads import LinearHead
 from evertune.lightning_modules.named_classes import NamedClassesModule
 from evertune.lightning_modules.saving import gathered
-from evertune.lightning_modules.schedule import Schedule
 from evertune.lightning_modules.sequence_classification import HEAD_DROPOUT
 from evertune.metrics.entities import OUTSIDE, EntityScores, Scheme, entities_in
 from evertune.tasks.base import IGNORED
@@ -59,21 +57,8 @@ class TokenClassificationModule(NamedClassesModule):
         classes: Types of entities known so far, in the order of the head's rows. Default: none.
         scheme: What the tags of records are: ``IOB2`` (default) or ``BIOES``. The model's own tags are IOB2.
         n_classes_ahead: Number of types for which rows are allocated from the start. Default: None.
-        learning_rate: Peak learning rate of AdamW; None (default) chooses it by the size of the transformer, see
-            :class:`TransformerModule`.
-        head_learning_rate: Peak learning rate of the head. None (default): the same.
-        weight_decay: Weight decay of AdamW; biases and norms are exempt. Default: 0.01.
-        warmup_ratio: Share of an update's steps used for the warm-up. Default: 0.1.
-        schedule: ``linear`` (default), ``cosine``, ``infinite`` or ``constant``, see :class:`TransformerModule`.
-        final_ratio: Share of the peak at which an update ends, and from which the next one warms up. Default: 0.
-        cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
-        layer_decay: Factor of the learning rate from each layer of the transformer to the one below it. Default: 1.
-        freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
-            the head.
-        freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
-        dropout: Replaces every dropout probability, including the head's (0.1); None (default) keeps them.
-        attention: ``auto`` (default), ``sdpa`` or ``eager``, see :class:`TransformerModule`.
-        peft: Adapters to train instead of the transformer, see :class:`TransformerModule`. Default: None, none.
+        **settings: Those of :class:`TransformerModule`, such as ``learning_rate``. ``dropout`` is also the head's (by
+            default 0.1).
 
     Raises:
         ValueError: If an argument is out of range; the message names the allowed values.
@@ -95,36 +80,9 @@ class TokenClassificationModule(NamedClassesModule):
         classes: Sequence[str] = (),
         scheme: Scheme = "IOB2",
         n_classes_ahead: int | None = None,
-        learning_rate: float | None = None,
-        head_learning_rate: float | None = None,
-        weight_decay: float = 0.01,
-        warmup_ratio: float = 0.1,
-        schedule: Schedule = "linear",
-        final_ratio: float = 0.0,
-        cooldown_ratio: float = 0.2,
-        freeze_layers: int = 0,
-        layer_decay: float = 1.0,
-        freeze_word_embeddings: bool = False,
-        dropout: float | None = None,
-        attention: Attention = "auto",
-        peft: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            learning_rate=learning_rate,
-            head_learning_rate=head_learning_rate,
-            weight_decay=weight_decay,
-            warmup_ratio=warmup_ratio,
-            schedule=schedule,
-            final_ratio=final_ratio,
-            cooldown_ratio=cooldown_ratio,
-            freeze_layers=freeze_layers,
-            layer_decay=layer_decay,
-            freeze_word_embeddings=freeze_word_embeddings,
-            dropout=dropout,
-            attention=attention,
-            peft=peft,
-        )
+        super().__init__(model_name_or_path, **settings)
         self.task = TokenClassificationTask(scheme)
         self._counts: dict[str, Tensor] = {}
         self._start_classes(classes, n_classes_ahead)
