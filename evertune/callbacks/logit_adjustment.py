@@ -12,9 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from evertune._lightning import pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.state import load_state, save_state
-from evertune.callbacks.training_data import TrainingData, class_counts
+from evertune.callbacks.training_data import TrainingData, class_counts, same_length
 
 _STATE = "logit_adjustment.json"
 _ABSENT = -50.0
@@ -86,23 +85,12 @@ class LogitAdjustment(ContinualCallback):
         data = TrainingData(trainer, type(self).__name__)
         targets = data.targets()
         self._new, self._n_new = class_counts(targets), len(targets)
-        adjustment = self._adjustment(trainer, data, several=targets.ndim == 2)
+        adjustment = self._adjustment(data, several=targets.ndim == 2)
         self._hook = head.register_forward_hook(_Adjust(adjustment.float().to(pl_module.device)))
 
-    def _adjustment(self, trainer: pl.Trainer, data: TrainingData, several: bool) -> Tensor:
+    def _adjustment(self, data: TrainingData, several: bool) -> Tensor:
         """What is added to the logit of each class, float64 ``[classes]``."""
-        replay = Replay.of(trainer)
-        if replay is not None and replay.extra is not None:
-            raise ValueError(
-                "LogitAdjustment counts the new and the replayed examples of each class, not those of "
-                "Replay(extra=...); leave one of them out"
-            )
-        replayed, n_replayed, share = torch.zeros(0, dtype=torch.float64), 1, 0.0
-        if replay is not None and len(replay.memory):
-            replayed, n_replayed = class_counts(data.targets(replay.memory.view)), len(replay.memory)
-            share = replay.replay_ratio / (1 + replay.replay_ratio)
-        seen, new, replayed = _same_length(self.counts, self._new, replayed)
-        in_batch = (1 - share) * new / self._n_new + share * replayed / n_replayed
+        in_batch, seen, new = same_length(data.class_shares(), self.counts, self._new)
         in_all = (seen + new) / (self.n_seen + self._n_new)
         shift = torch.logit(in_batch) - torch.logit(in_all) if several else in_batch.log() - in_all.log()
         # nan_to_num: a class of every example has infinite odds in both.
@@ -110,7 +98,7 @@ class LogitAdjustment(ContinualCallback):
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Add the classes of this fit to those seen."""
-        seen, new = _same_length(self.counts, self._new)
+        seen, new = same_length(self.counts, self._new)
         self.counts, self.n_seen = seen + new, self.n_seen + self._n_new
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,8 +155,3 @@ class _Adjust:
         if n_ahead:
             self._adjustment = nn.functional.pad(self._adjustment, (0, n_ahead), value=_ABSENT)
         return logits + self._adjustment.to(logits.dtype)
-
-
-def _same_length(*counts: Tensor) -> list[Tensor]:
-    longest = max(len(one) for one in counts)
-    return [nn.functional.pad(one, (0, longest - len(one))) for one in counts]

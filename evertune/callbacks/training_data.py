@@ -7,15 +7,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from evertune._lightning import isolate_rng, pl
+from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.trained import reads_by_index
 from evertune.utils.batches import targets_of, to_device
 
 _CHUNK = 256
-_ADVICE = "leave the callback out, or train from a DataLoader over a map-style dataset"
+_ADVICE = "leave it out, or train from a DataLoader over a map-style dataset"
 _TARGETS: WeakKeyDictionary[Any, tuple[Any, Tensor]] = WeakKeyDictionary()
 """The training loader of each trainer, and the targets of its examples."""
 
@@ -75,6 +76,35 @@ class TrainingData:
             _TARGETS[self._trainer] = self._loader, targets
         return targets
 
+    def class_shares(self) -> Tensor:
+        """The expected share of each class in a batch of this fit, new and replayed examples together.
+
+        Returns:
+            float64 ``[classes]``, up to the last class that the training data or the memory has; with several labels
+            per example, the share of the examples that have each.
+
+        Raises:
+            ValueError: If the targets are not classes, or examples join a batch whose classes are not counted
+                (``Replay(extra=...)``, :class:`MIR`).
+        """
+        replay, targets = Replay.of(self._trainer), self.targets()
+        if replay is not None and replay.extra is not None:
+            raise ValueError(
+                f"{self._who} counts the new and the replayed examples of each class, not those of "
+                "Replay(extra=...); leave one of them out"
+            )
+        if replay is not None and replay.candidates > 1:
+            raise ValueError(
+                f"{self._who} needs to know how often each class is replayed, and MIR replays some more often than "
+                "others; use Replay"
+            )
+        in_new = class_counts(targets) / len(targets)
+        if replay is None or not len(replay.memory) or not replay.replay_ratio:
+            return in_new
+        in_memory = class_counts(self.targets(replay.memory.view)) / len(replay.memory)
+        in_new, in_memory = same_length(in_new, in_memory)
+        return (in_new + replay.replay_ratio * in_memory) / (1 + replay.replay_ratio)
+
     def _targets(self, data: Any) -> Tensor:
         chunks = []
         for start in range(0, len(data), _CHUNK):
@@ -112,3 +142,9 @@ def class_counts(targets: Tensor, n_classes: int = 0) -> Tensor:
         counts = targets.double().sum(0)
         return torch.cat([counts, counts.new_zeros(max(0, n_classes - len(counts)))])
     return torch.bincount(targets, minlength=n_classes).double()
+
+
+def same_length(*counts: Tensor) -> list[Tensor]:
+    """Numbers of classes, filled up with zeros to the length of the longest."""
+    longest = max(len(one) for one in counts)
+    return [nn.functional.pad(one, (0, longest - len(one))) for one in counts]

@@ -9,8 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evertune._lightning import rank_zero_warn
+from evertune.callbacks.logit_adjustment import LogitAdjustment
+from evertune.callbacks.training_data import TrainingData
 from evertune.lightning_modules.backbone import POOLINGS, Attention, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
+from evertune.lightning_modules.imbalance import (
+    ClassWeights,
+    Loss,
+    balanced_weights,
+    check_imbalance,
+    weighted_losses,
+)
 from evertune.lightning_modules.named_classes import NamedClassesModule
 from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.schedule import Schedule
@@ -55,6 +65,14 @@ class SequenceClassificationModule(NamedClassesModule):
             False.
         label_smoothing: Share of the target, in [0, 1), that is spread over all classes (Szegedy et al., 2016).
             Default: 0.
+        loss: ``cross_entropy`` (default), or ``focal``: examples that the model is sure of count less (Lin et al.
+            2017), see :func:`~evertune.lightning_modules.imbalance.weighted_losses`. Only in training: ``val_loss`` and
+            ``test_loss`` are always cross-entropy without weights, so that they compare.
+        focal_gamma: Exponent of the focal loss, positive. Default: 2, as in the paper.
+        class_weights: Weights of the classes in the training loss: ``balanced``, with which all classes count alike
+            however often the batches of an update have them, new and replayed examples together; or a mapping of names
+            to positive weights, 1 for the others. With ``multi_label``, those of texts that have the label. Default:
+            None.
         pooling: ``mean`` over the tokens, ``cls`` (the first one) or ``last``. ``auto`` (default) is ``last`` for a
             model that only reads left to right, and ``mean`` for the others.
         n_classes_ahead: Number of rows allocated from the start, so that the head keeps its shape until there are more
@@ -77,7 +95,9 @@ class SequenceClassificationModule(NamedClassesModule):
             :class:`TransformerModule`. Default: None, none.
 
     Raises:
-        ValueError: If an argument is out of range; the message names the allowed values.
+        ValueError: If an argument is out of range; the message names the allowed values. When ``fit`` starts, if there
+            are ``class_weights`` and a :class:`~evertune.callbacks.LogitAdjustment`, which corrects for the same; with
+            ``balanced``, if the classes of the training data are not known before training.
 
     Example::
 
@@ -96,6 +116,9 @@ class SequenceClassificationModule(NamedClassesModule):
         head: HeadKind = "linear",
         multi_label: bool = False,
         label_smoothing: float = 0.0,
+        loss: Loss = "cross_entropy",
+        focal_gamma: float = 2.0,
+        class_weights: ClassWeights | None = None,
         pooling: Pooling = "auto",
         n_classes_ahead: int | None = None,
         learning_rate: float | None = None,
@@ -118,6 +141,7 @@ class SequenceClassificationModule(NamedClassesModule):
             raise ValueError(f"pooling must be one of {list(POOLINGS)}, got {pooling!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        check_imbalance(loss, focal_gamma, class_weights)
         super().__init__(
             model_name_or_path,
             learning_rate=learning_rate,
@@ -139,6 +163,10 @@ class SequenceClassificationModule(NamedClassesModule):
         self.multi_label = multi_label
         self.task = SequenceClassificationTask(multi_label)
         self.label_smoothing = label_smoothing
+        self.loss_kind = loss
+        self.focal_gamma = focal_gamma
+        self.class_weights = class_weights
+        self._weights: Tensor | None = None  # of the classes, in this fit
         self.pooling = pooling
         self._start_classes(classes, n_classes_ahead)
 
@@ -224,10 +252,53 @@ class SequenceClassificationModule(NamedClassesModule):
         smooth = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits.float(), smooth)
 
+    def training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch to train on: :meth:`loss`, focal or with weights if the settings say so."""
+        focal = self.loss_kind == "focal"
+        if not focal and self._weights is None:
+            return self.loss(logits, targets)
+        return weighted_losses(
+            logits,
+            targets,
+            weights=self._weights,
+            gamma=self.focal_gamma if focal else 0.0,
+            label_smoothing=self.label_smoothing,
+        ).mean()
+
+    def setup(self, stage: str) -> None:
+        """Add the classes of the datamodule's experience, and check that nothing is corrected twice."""
+        super().setup(stage)
+        adjusted = any(isinstance(one, LogitAdjustment) for one in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if stage == "fit" and self.class_weights is not None and adjusted:
+            raise ValueError(
+                "class_weights and LogitAdjustment both correct for the numbers of examples of the classes; use one of "
+                "them"
+            )
+
+    def on_train_start(self) -> None:
+        """Weigh the classes of this fit."""
+        super().on_train_start()
+        self._weights = self._weights_of_classes()
+
+    def _weights_of_classes(self) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        weights = torch.ones(len(self._classes), dtype=torch.float64)
+        if isinstance(self.class_weights, Mapping):
+            if unknown := [name for name in self.class_weights if name not in self._classes]:
+                rank_zero_warn(f"class_weights has {unknown}, which are not among the classes yet: {self._classes}")
+            weights = torch.tensor([float(self.class_weights.get(name, 1.0)) for name in self._classes])
+        else:
+            balanced = balanced_weights(
+                TrainingData(self.trainer, "class_weights='balanced'").class_shares(), self.multi_label
+            )
+            weights[: len(balanced)] = balanced
+        return weights.float().to(self.device)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as ``train_loss``."""
         targets = targets_of(batch)
-        loss = self.loss(self(**_inputs(batch)).logits, targets)
+        loss = self.training_loss(self(**_inputs(batch)).logits, targets)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
         return loss
 
