@@ -1,4 +1,4 @@
-"""``evertune keys``: the API keys of ``evertune serve``."""
+"""``evertune keys``: the API keys of ``evertune serve`` and ``evertune ui``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="evertune keys",
-        description="API keys of `evertune serve`, in a file with their hashes.",
+        description="API keys of `evertune serve` and `evertune ui`, in a file with their hashes.",
         epilog=_EXAMPLES,
         formatter_class=plain,
     )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
-from evertune.live.backlog import Backlog
+from evertune.live.backlog import by_origin, pending_segments
 from evertune.registry.journal import Journal
 from evertune.registry.registry import RegistryError
 from evertune.registry.segments import Segment
@@ -39,8 +37,8 @@ def pending(arguments: Sequence[str]) -> int:
         journal = Journal(registry.store, registry.check_lease)
         if known.action == "drop":
             with registry.lease("evertune pending drop"):
-                return _drop(journal, _segments(known), known)
-        return (_list if known.action == "list" else _show)(journal, _segments(known), known)
+                return _drop(journal, pending_segments(registry), known)
+        return (_list if known.action == "list" else _show)(journal, pending_segments(registry), known)
     except (RegistryError, OSError, ValueError) as error:
         complain(f"evertune pending {known.action}", error)
         return 1
@@ -67,12 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _segments(known: argparse.Namespace) -> list[Segment]:
-    registry = opened(known.registry)
-    backlog = Backlog(registry, Journal(registry.store), Path(), "")
-    return backlog.pending(registry.production)
-
-
 def _chosen(journal: Journal, segments: Sequence[Segment], known: argparse.Namespace) -> list[Row]:
     return [
         row
@@ -85,7 +77,7 @@ def _chosen(journal: Journal, segments: Sequence[Segment], known: argparse.Names
 
 def _list(journal: Journal, segments: Sequence[Segment], known: argparse.Namespace) -> int:
     rows = _chosen(journal, segments, known)
-    found = Counter((row["segment"], row["origin"].rpartition(":")[0] or row["origin"]) for row in rows)
+    found = by_origin(rows)
     if known.json:
         print(
             json.dumps(

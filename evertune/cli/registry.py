@@ -121,9 +121,7 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> int:
         aliases = registry.aliases
     except RegistryError as error:  # when the aliases are damaged, the list of versions is what helps to repair them
         problem, aliases = str(error), {}
-    with warnings.catch_warnings(action="ignore"):  # damaged ones have their own lines
-        versions = registry.versions()
-    damaged = registry.damaged()
+    versions, damaged = registry.survey()
     parents: dict[int | None, Version] = {version.number: version for version in versions}
     found: dict[str, Any] = {
         "registry": registry.store.root,
@@ -252,7 +250,7 @@ def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
     version = registry.rollback(arguments.reason, discard=arguments.discard)
     event = registry.events[-1]
     words = f"version {version.number} is in production again, in place of {event['from']}"
-    records = _unlearned(registry, version, event["from"])
+    records = registry.unlearned(version, event["from"])
     if records:
         fate = (
             "go to quarantine before the next update"
@@ -262,18 +260,6 @@ def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
         words += f"; the {records:,} records that it had not learned {fate}"
     _print(arguments, {"aliases": registry.aliases, "event": event, "records": records}, lambda: [words])
     return 0
-
-
-def _unlearned(registry: Registry, version: Version, left: int) -> int:
-    """The number of records that the version rolled back from had learned, and the one now in production has not."""
-    from evertune.registry.journal import Journal
-
-    try:
-        learned = registry.version(left).manifest.consumed
-    except RegistryError:  # it was rolled back from because it is damaged
-        return 0
-    segments = Journal(registry.store).segments(after=version.manifest.consumed)
-    return sum(segment.records for segment in segments if segment.number <= learned)
 
 
 def _diff(registry: Registry, arguments: argparse.Namespace) -> int:

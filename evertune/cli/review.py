@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
 from evertune.cli.inputs import input_of, missing_in
+from evertune.live.review import is_labelled, read_queue, sureness_of, without_suggestion, write_queue
 from evertune.registry.aliases import ALIASES
 from evertune.registry.registry import RegistryError
-from evertune.utils.files import write_atomically
 from evertune.utils.terminal import complain, console
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _EXAMPLES = """examples:
 
 In between, somebody fills in `label` in the lines of the queue; `suggested` is what the version says.
 exit codes: 0 done, 3 no such record, 1 an error, 2 a wrong argument"""
-_ADDED = ("suggested", "sureness", "version")
 
 
 def review(arguments: Sequence[str]) -> int:
@@ -88,7 +87,7 @@ def _choose(known: argparse.Namespace) -> int:
     if not found:
         complain("evertune review choose", f"{counts['read']:,} records were read, and none has {', '.join(fields)}")
         return NOTHING
-    _write(known.queue, found)
+    write_queue(known.queue, found)
     if known.json:
         print(json.dumps({"queue": str(known.queue), "chosen": len(found), **counts}))
         return 0
@@ -128,50 +127,19 @@ def _judged(
             yield {**record, **added, known.label: None}
 
 
-def sureness_of(answer: Any, several: bool = False) -> tuple[Any, float]:
-    """The label that an answer suggests, and how sure the model is of it, from 0 to 1.
-
-    Of one class among others, the margin to the second (Scheffer et al. 2001); of several labels, the least distance
-    from one half; of entities, the least score (1 if there are none); otherwise the probability.
-
-    Raises:
-        TypeError: If the answer has no probability, as a text that was written.
-
-    Example:
-        >>> sureness_of({"sport": 0.625, "law": 0.25, "film": 0.125})
-        ('sport', 0.375)
-        >>> sureness_of({"sport": 0.75, "law": 0.375}, several=True)
-        (['sport'], 0.25)
-    """
-    from evertune.tasks.predicting import are_probabilities
-
-    if isinstance(answer, list) and all(isinstance(one, dict) and "score" in one for one in answer):
-        return answer, min((one["score"] for one in answer), default=1.0)
-    if isinstance(answer, dict) and "probability" in answer:
-        return {name: value for name, value in answer.items() if name != "probability"}, answer["probability"]
-    if are_probabilities(answer):
-        if several:
-            return [name for name, p in answer.items() if p > 0.5], 2 * min(abs(p - 0.5) for p in answer.values())
-        first, *others = answer.values()
-        return next(iter(answer)), first - max(others, default=0.0)
-    raise TypeError("only answers with probabilities can be reviewed: of classes, entities, relations or spans")
-
-
 def _take(known: argparse.Namespace) -> int:
-    from evertune.sources.json import json_object
-
     if known.output.exists():
         raise ValueError(f"{known.output} exists: name a new file, since a source may have read it already")
-    lines = [json_object(line) for line in known.queue.read_bytes().splitlines() if line.strip()]
-    labelled = [line for line in lines if line.get(known.label) not in (None, "", [])]
-    waiting = [line for line in lines if line not in labelled]
+    lines = read_queue(known.queue)
+    labelled = [line for line in lines if is_labelled(line, known.label)]
+    waiting = [line for line in lines if not is_labelled(line, known.label)]
     if not labelled:
         complain(
             "evertune review take", f"none of the {len(lines):,} records of {known.queue} has a {known.label!r} yet"
         )
         return NOTHING
-    _write(known.output, [{name: value for name, value in line.items() if name not in _ADDED} for line in labelled])
-    _write(known.queue, waiting)
+    write_queue(known.output, [without_suggestion(line) for line in labelled])
+    write_queue(known.queue, waiting)
     agree = sum(line[known.label] == line.get("suggested") for line in labelled)
     if known.json:
         print(json.dumps({"taken": len(labelled), "waiting": len(waiting), "as_suggested": agree}))
@@ -179,8 +147,3 @@ def _take(known: argparse.Namespace) -> int:
     words = f"{len(labelled):,} records are in {known.output}, {agree:,} of them labelled as suggested"
     console().print(f"{words}; {len(waiting):,} wait in {known.queue}", soft_wrap=True)
     return 0
-
-
-def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())

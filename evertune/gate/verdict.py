@@ -71,6 +71,12 @@ class Check:
             return "not applicable"
         return "cannot tell" if self.passed is None else "passed" if self.passed else "refused"
 
+    @property
+    def figures(self) -> tuple[str, str, str, str]:
+        """The values of production and of the new version, the limit and the p-value, as tables show them."""
+        chance = "" if self.p_value is None else probability(self.p_value).removeprefix("p ").removeprefix("= ")
+        return figure(self.champion, self.unit), figure(self.challenger, self.unit), _limit(self), chance
+
     @classmethod
     def of_records(cls, name: str, share: float, limit: float, words: str) -> Check:
         """A check of the records before training: a share and its upper limit."""
@@ -168,11 +174,7 @@ class Verdict:
                 passed[check.name] = -1
                 table.add_row(foreign(check.name), f"{n} of them", "", "", "", "", verdict)
             elif check.state != "passed" or passed[check.name] >= 0:
-                values = (figure(check.champion, check.unit), figure(check.challenger, check.unit), _limit(check))
-                p_value = (
-                    "" if check.p_value is None else probability(check.p_value).removeprefix("p ").removeprefix("= ")
-                )
-                table.add_row(foreign(check.name), foreign(check.slice), *values, p_value, verdict)
+                table.add_row(foreign(check.name), foreign(check.slice), *check.figures, verdict)
         return table
 
     def to_dict(self) -> dict[str, Any]:

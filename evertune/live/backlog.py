@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,29 @@ class _Mark:
     created: str
     config: str
     tried: bool = True
+
+
+def pending_segments(registry: Registry) -> list[Segment]:
+    """The segments with records that wait for the next update of a registry, whatever its settings.
+
+    Raises:
+        RegistryError: If the version in production cannot be read.
+        ValueError: If the journal is damaged.
+    """
+    return Backlog(registry, Journal(registry.store), Path(), "").pending(registry.production)
+
+
+def by_origin(rows: Iterable[Row]) -> Counter[tuple[int, str]]:
+    """The number of records by their segment and the place that they come from, such as a file.
+
+    Args:
+        rows: Records of the journal, with the number of their segment.
+
+    Example:
+        >>> by_origin({"segment": 1, "origin": f"a.jsonl:{line}"} for line in (1, 2))
+        Counter({(1, 'a.jsonl'): 2})
+    """
+    return Counter((row["segment"], row["origin"].rpartition(":")[0] or row["origin"]) for row in rows)
 
 
 class Backlog:

@@ -19,14 +19,14 @@ from evertune.live.no_training import measure_untrained, pretrained
 from evertune.live.planning import PlannedUpdate
 from evertune.live.setup import Setup, as_json
 from evertune.live.slices import draw, thin
-from evertune.live.training import MODEL, VERSION, remembered
-from evertune.live.versions import EVALUATION
+from evertune.live.staging import VERSION
+from evertune.live.training import MODEL, remembered
+from evertune.live.versions import EVALUATION, VERDICT
 from evertune.registry.version import Version
 from evertune.sources.base import Row
 from evertune.utils.files import write_atomically
 from evertune.utils.typed_json import decode, foreign, to_json
 
-VERDICT = "verdict.json"
 _SHOWN = "trained on"
 _ENOUGH = 500
 """Number of records in which wrong labels are looked for: the held-out ones, and as many trained-on ones as needed."""

@@ -128,7 +128,7 @@ class Planner:
 
     def to_be_trained(self, plan: Plan) -> bool:
         """Whether the training of an update is not finished."""
-        from evertune.live.training import trained
+        from evertune.live.staging import trained
 
         return not self._setup.is_published(plan) and trained(self._setup.staging, plan) is None
 

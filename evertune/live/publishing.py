@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evertune.gate.evaluation import Evaluation
 from evertune.gate.verdict import Verdict
-from evertune.live.judging import VERDICT, parsed
+from evertune.live.judging import parsed
 from evertune.live.no_training import UNTRAINED, words_of
 from evertune.live.outcome import Outcome, Status, reasons_of
 from evertune.live.plan import Plan, clear
@@ -18,8 +18,8 @@ from evertune.live.planning import PlannedUpdate
 from evertune.live.seconds import with_breakdown
 from evertune.live.setup import Setup
 from evertune.live.slices import save_slice
-from evertune.live.training import VERSION, results
-from evertune.live.versions import EVALUATION
+from evertune.live.staging import VERSION, results
+from evertune.live.versions import EVALUATION, VERDICT
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
 from evertune.registry.version import Version
 from evertune.sources.base import Source, SourceError

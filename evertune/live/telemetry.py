@@ -45,7 +45,13 @@ class Telemetry:
         self._readings: dict[str, Any] = {}
         self._last_beat = time.monotonic()
         self._errors = 0  # updates that failed in a row
-        self._facts: dict[str, Any] = {"production": None, "pending": 0, "updating": False, "source": "ok"}
+        self._facts: dict[str, Any] = {
+            "production": None,
+            "pending": 0,
+            "updating": False,
+            "source": "ok",
+            "readings": {},
+        }
         self._server: ThreadingHTTPServer | None = None
 
         def gauge(name: str, text: str) -> Any:
@@ -127,6 +133,7 @@ class Telemetry:
                 text = "As the trigger has last measured it"
                 self._readings[name] = self._gauge(f"evertune_{name}", text, registry=self.registry)
             self._readings[name].set(value)
+        self._facts["readings"] = {name: value for name, value in readings.items() if math.isfinite(value)}
 
     def updating(self, under_way: bool) -> None:
         """Report whether an update is in progress."""
@@ -158,7 +165,8 @@ class Telemetry:
 
     @property
     def health(self) -> dict[str, Any]:
-        """The state as JSON: ``{"healthy": bool, "why": [message], "production", "pending", "updating", "source"}``."""
+        """The state as JSON: ``healthy``, ``why`` not (messages), ``production``, ``pending``, ``updating``,
+        ``source``, and the ``readings`` of the trigger."""
         why = self._why_unhealthy()
         return {"healthy": not why, "why": why, **self._facts}
 

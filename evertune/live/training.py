@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,8 @@ from torch.utils.data import ConcatDataset
 from evertune._lightning import pl
 from evertune.callbacks.base import named_callbacks
 from evertune.live.plan import Plan
+from evertune.live.staging import CHECKPOINTS, VERSION, claim, finish
+from evertune.live.steps import Steps
 from evertune.memory.memory import MemoryView
 from evertune.registry.manifest import Manifest
 from evertune.registry.store import MANIFEST
@@ -30,53 +29,16 @@ from evertune.training.checkpoint import UpdateCheckpoint, latest
 from evertune.training.heartbeat import Heartbeat
 from evertune.training.preemption import Preemption
 from evertune.training.trainer import ContinualTrainer
-from evertune.utils.files import delete, write_atomically
+from evertune.utils.files import delete
 from evertune.utils.ranks import barrier, is_writer
-from evertune.utils.typed_json import decode, foreign, read_json
+from evertune.utils.typed_json import decode, foreign
 
 MODEL = "model"
 LEARNING = "learning"
-CHECKPOINTS = "checkpoints"
-VERSION = "version"
-_TRAINED = "trained.json"
-_STARTED = "started.json"
 
 
 class Interrupted(RuntimeError):  # noqa: N818
     """A fit that a signal has interrupted; it resumes from its last checkpoint."""
-
-
-logger = logging.getLogger("evertune.live")
-
-
-@dataclass
-class _Trained:
-    """The content of the file that says that an update is trained."""
-
-    plan: str
-    steps: int
-    classes: list[str]
-    seconds: dict[str, float]
-
-
-def trained(staging: Path, plan: Plan) -> dict[str, Any] | None:
-    """The results that :func:`train` wrote when it finished this plan; None if it has not."""
-    path = staging / _TRAINED
-    if not path.is_file():
-        return None
-    try:
-        found = read_json(_Trained, path.read_bytes())
-    except ValueError as error:
-        logger.warning("%s is damaged (%s): update %d is trained again", path, error, plan.version)
-        return None
-    return asdict(found) if found.plan == plan.identity else None
-
-
-def results(staging: Path, plan: Plan) -> dict[str, Any]:
-    """The results of :func:`train`, which has finished this plan."""
-    found = trained(staging, plan)
-    assert found is not None
-    return found
 
 
 def train(
@@ -112,10 +74,13 @@ def train(
     """
     start = time.perf_counter()
     if is_writer():
-        _claim(staging, plan)
+        claim(staging, plan)
     barrier()
     checkpoints = staging / CHECKPOINTS
-    callbacks: list[pl.Callback] = [UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps)]
+    callbacks: list[pl.Callback] = [
+        UpdateCheckpoint(checkpoints, every_n_steps=checkpoint_every_n_steps),
+        Steps(staging),
+    ]
     if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher supervises this process
         callbacks += [Preemption(), Heartbeat()]
     learner = trainer.anew(
@@ -148,24 +113,8 @@ def train(
     for name, callback in named_callbacks(learner):
         callback.save(version / LEARNING / name)
     if is_writer():
-        content = {
-            "plan": plan.identity,
-            "steps": learner.global_step,
-            "classes": list(getattr(module, "classes", [])),
-            "seconds": {"fit": fit_seconds, "train": time.perf_counter() - start, **spent},
-        }
-        # Written last: its existence says that weights and learning state are complete.
-        write_atomically(staging / _TRAINED, json.dumps(content).encode())
-
-
-def _claim(staging: Path, plan: Plan) -> None:
-    """Delete what an update of another plan has left in the folder, and mark it as this one's."""
-    mark = staging / _STARTED
-    content = json.dumps({"plan": plan.identity}).encode()
-    if not mark.is_file() or mark.read_bytes() != content:
-        for name in (_TRAINED, VERSION, CHECKPOINTS):
-            delete(staging / name)
-        write_atomically(mark, content)
+        spent = {"fit": fit_seconds, "train": time.perf_counter() - start, **spent}
+        finish(staging, plan, learner.global_step, list(getattr(module, "classes", [])), spent)
 
 
 def untrained(

@@ -260,7 +260,7 @@ class Updater:
         from evertune.live.judging import judge, parsed
         from evertune.live.no_training import UNTRAINED, words_of
         from evertune.live.publishing import finish, publish
-        from evertune.live.training import VERSION, results
+        from evertune.live.staging import VERSION, results
 
         plan, setup = update.plan, self._setup
         logger.info("update %d: %s", plan.version, plan.reason, extra={"event": "training", "version": plan.version})
@@ -283,7 +283,8 @@ class Updater:
             return finish(setup, plan, version, self.source, self.mirror, seconds)
 
     def _train(self, update: PlannedUpdate) -> None:
-        from evertune.live.training import train, trained
+        from evertune.live.staging import trained
+        from evertune.live.training import train
 
         plan, setup, parent = update.plan, self._setup, update.records.parent
         if trained(setup.staging, plan):

@@ -12,6 +12,7 @@ from evertune.sources.base import Row
 from evertune.utils.typed_json import decode, foreign
 
 EVALUATION = "evaluation.json"
+VERDICT = "verdict.json"
 
 
 class Versions:

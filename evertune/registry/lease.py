@@ -146,7 +146,7 @@ class Lease:
             LeaseLost: If one has; this process must not write any more.
             OSError: If the registry cannot be read, so that the state is unknown.
         """
-        number, content = self._newest()
+        number, content = _newest(self._store)
         record = _parsed(content)
         if not self.held or number != self.number or record.get("token") != self.token or record.get("released"):
             raise LeaseLost(
@@ -156,7 +156,7 @@ class Lease:
 
     def _join(self, token: str) -> None:
         """Work under the lease of the parent process."""
-        self.number, content = self._newest()
+        self.number, content = _newest(self._store)
         self.token = token
         if _parsed(content).get("token") != token:
             self.number = 0
@@ -172,7 +172,7 @@ class Lease:
         since = 0.0
         while True:
             now = time.monotonic()  # before reading: a pause in between must not look like missed heartbeats
-            seen = self._newest()
+            seen = _newest(self._store)
             record = _parsed(seen[1])
             if seen[0] == 0 or record.get("released") or _is_dead(record):
                 if self._take(seen):
@@ -206,18 +206,18 @@ class Lease:
             "released": False,
         }
         with self._store.locked():
-            if self._newest() != seen:
+            if _newest(self._store) != seen:
                 return False
             try:
                 self._store.create(_name(number), json.dumps(record).encode())
             except FileExistsError:
                 return False
-            if self._newest()[0] != number:  # others took later leases and deleted this number meanwhile
+            if _newest(self._store)[0] != number:  # others took later leases and deleted this number meanwhile
                 self._store.delete(_name(number))
                 return False
         self.number, self._mine = number, record
         # The old files are deleted only now: until the new one exists, the newest of them is the lease.
-        for older in self._numbers():
+        for older in _numbers(self._store):
             if older < number:
                 self._store.delete(_name(older))
         return True
@@ -244,30 +244,59 @@ class Lease:
             self._mine |= changes
             self._store.write(_name(self.number), json.dumps(self._mine).encode())
 
-    def _newest(self) -> tuple[int, bytes]:
-        """The highest number and the content of its file; 0 if there has never been a lease."""
-        # The next holder may delete a file between listing and reading: then the list is read again.
-        numbers: list[int] = []
-        for _ in range(_TRIES):
-            numbers = self._numbers()
-            if not numbers:
-                return 0, b""
-            found = self._store.read_all([_name(numbers[-1])])
-            if found:
-                return numbers[-1], found[_name(numbers[-1])]
-            time.sleep(0.001)
-        address = self._store.address(_name(numbers[-1]))
-        raise RegistryError(f"{address} is listed but cannot be read: delete it if no other process is writing")
-
-    def _numbers(self) -> list[int]:
-        # Names that a lease would not write, such as 007.json, are not its files.
-        stems = (name.removesuffix(".json") for name in self._store.list(_FOLDER) if name.endswith(".json"))
-        return sorted(int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem)
-
     def _patience(self, record: dict[str, Any]) -> float:
         """Seconds without a heartbeat after which the holder counts as gone, whatever its file says."""
         ttl = float(record.get("ttl", self.ttl))
         return min(ttl, max(self.ttl, _MOST_TTL)) if ttl > 0 else self.ttl
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the lease of a registry.
+
+    Args:
+        words: Who it is, as a message.
+        since: When it took the lease (ISO 8601).
+    """
+
+    words: str
+    since: str
+
+
+def holder(store: Store) -> Holder | None:
+    """Who holds the lease of a registry; None if it is free, or its holder was a process of this machine that has
+    ended.
+
+    Raises:
+        OSError: If the registry cannot be read.
+    """
+    number, content = _newest(store)
+    record = _parsed(content)
+    if number == 0 or record.get("released") or _is_dead(record):
+        return None
+    return Holder(_holder(record), str(record.get("since", "an unknown time")))
+
+
+def _newest(store: Store) -> tuple[int, bytes]:
+    """The highest number of a lease, and the content of its file; 0 if there has never been a lease."""
+    # The next holder may delete a file between listing and reading: then the list is read again.
+    numbers: list[int] = []
+    for _ in range(_TRIES):
+        numbers = _numbers(store)
+        if not numbers:
+            return 0, b""
+        found = store.read_all([_name(numbers[-1])])
+        if found:
+            return numbers[-1], found[_name(numbers[-1])]
+        time.sleep(0.001)
+    address = store.address(_name(numbers[-1]))
+    raise RegistryError(f"{address} is listed but cannot be read: delete it if no other process is writing")
+
+
+def _numbers(store: Store) -> list[int]:
+    # Names that a lease would not write, such as 007.json, are not its files.
+    stems = (name.removesuffix(".json") for name in store.list(_FOLDER) if name.endswith(".json"))
+    return sorted(int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem)
 
 
 def _name(number: int) -> str:

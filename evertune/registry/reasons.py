@@ -44,7 +44,7 @@ class Reasons:
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Count more rows, each with a ``kind``, a ``reason`` and an ``origin``."""
         for row in rows:
-            key = row["kind"], _VARYING.sub(lambda match: match[1] or "#", row["reason"])
+            key = reason_of(row)
             known = self._found.get(key)
             first = known or Reason(row["kind"], row["reason"], 0, row["origin"])
             self._found[key] = Reason(first.kind, first.words, first.count + 1, first.origin)
@@ -82,3 +82,13 @@ class Reasons:
             f"{self.total} of {n_read} records went to quarantine: {self.words()}. "
             f"To see them: evertune quarantine list --registry {registry}"
         )
+
+
+def reason_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of a row, and its reason without numbers and quoted values: what rows with one reason share.
+
+    Example:
+        >>> reason_of({"kind": "refused", "reason": "field 'text': 7 is not a text"})
+        ('refused', "field 'text': # is not a text")
+    """
+    return row["kind"], _VARYING.sub(lambda match: match[1] or "#", row["reason"])

@@ -74,27 +74,29 @@ class Registry:
 
         Each manifest is read once in the lifetime of this object.
         """
-        versions, damaged = self._survey()
+        versions, damaged = self.survey()
         for words in damaged.values():
             warnings.warn(f"left out: {words}", stacklevel=2)
         return versions
 
     def damaged(self) -> dict[int, str]:
         """Why the manifests of versions cannot be read, by number; empty if all can."""
-        return self._survey()[1]
+        return self.survey()[1]
 
-    def _survey(self) -> tuple[list[Version], dict[int, str]]:
-        numbers, damaged = self._numbers(), dict[int, str]()
+    def survey(self) -> tuple[list[Version], dict[int, str]]:
+        """What :meth:`versions` and :meth:`damaged` return, without a warning. Threads may share it."""
+        numbers, damaged, before = self._numbers(), dict[int, str](), self._known
         # A version that was deleted is forgotten, since the number of one that was never whole is used again.
-        self._known = {number: self._known[number] for number in numbers if number in self._known}
-        new = [manifest_name(number) for number in numbers if number not in self._known]
+        known = {number: before[number] for number in numbers if number in before}
+        new = [manifest_name(number) for number in numbers if number not in known]
         for name, content in self.store.read_all(new).items():
             number = int(name.split("/")[1])
             try:
-                self._known[number] = self._parsed(number, content)
+                known[number] = self._parsed(number, content)
             except RegistryError as error:
                 damaged[number] = str(error)
-        return [self._known[number] for number in sorted(self._known)], damaged
+        self._known = known
+        return [known[number] for number in sorted(known)], damaged
 
     def version(self, which: int | str) -> Version:
         """A version by its number or an alias.
@@ -277,7 +279,14 @@ class Registry:
                 state.events.append(event("refused", now, version.number, reason, by))
         return version
 
-    def rollback(self, reason: str = "", *, discard: bool = False, by: str | None = None) -> Version:
+    def rollback(
+        self,
+        reason: str = "",
+        expected: int | EllipsisType = ...,
+        *,
+        discard: bool = False,
+        by: str | None = None,
+    ) -> Version:
         """Put ``previous`` back into production, at once: one small file changes, and nothing is copied or hashed.
 
         ``previous`` then becomes the version that the new production was trained from, so that a second rollback goes
@@ -286,6 +295,8 @@ class Registry:
 
         Args:
             reason: The reason, for the events.
+            expected: Number of the version that must be in production now, so that a decision that was sent twice goes
+                back once. By default not checked.
             discard: Ask the next update not to learn the records of the abandoned version again, which would be pending
                 otherwise. This is only recorded, for the updater; see :attr:`given_up`.
             by: Who rolls back, for the events. Default: ``user@host``.
@@ -294,10 +305,13 @@ class Registry:
             The version that is in production now.
 
         Raises:
-            RegistryError: If there is no previous version, or files of it are missing.
+            RegistryError: If there is no previous version, files of it are missing, or another version than
+                ``expected`` is in production. Nothing has changed then.
         """
         with self._aliases.changing() as state:
             now, back = state.aliases.get("production"), state.aliases.get("previous")
+            if expected is not ... and expected != now:
+                raise RegistryError(f"nothing is rolled back: version {now} is in production by now, not {expected}")
             if now is None or back is None:
                 raise RegistryError(
                     f"there is no previous version of {self.store.root} to go back to: promote one by its number, "
@@ -318,6 +332,24 @@ class Registry:
             change = event("rollback", now, back, reason, by)
             state.events.append(change | ({"discard": now} if discard else {}))
         return version
+
+    def unlearned(self, version: Version, left: int) -> int:
+        """The number of records that another version has learned and this one has not: after a rollback, they are
+        pending again.
+
+        Args:
+            version: The version that is in production then.
+            left: Number of the version that was rolled back from.
+
+        Raises:
+            ValueError: If the journal is damaged.
+        """
+        try:
+            learned = self.version(left).manifest.consumed
+        except RegistryError:  # it was rolled back from because it is damaged
+            return 0
+        segments = Journal(self.store).segments(after=version.manifest.consumed)
+        return sum(segment.records for segment in segments if segment.number <= learned)
 
     # --- checking and comparing
 
@@ -377,7 +409,7 @@ class Registry:
             LeaseHeld: If another process is writing.
         """
         with self._leased("evertune registry repair"):
-            digests = {version.manifest.slices_digest for version in self._survey()[0]}
+            digests = {version.manifest.slices_digest for version in self.survey()[0]}
             return repair_slices(self.store, digests, self.check_lease) + repair(Journal(self.store, self.check_lease))
 
     def diff(self, a: int | str, b: int | str) -> dict[str, Any]:

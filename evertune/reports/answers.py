@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evertune.gate.evaluation import Evaluation
 from evertune.gate.predictions import Label, Predictions
 from evertune.live.slices import load_slice
+from evertune.live.versions import EVALUATION
 from evertune.registry.registry import RegistryError
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ MAX_CONFUSIONS = 12
 MAX_WORST = 10
 MAX_TEXT = 300  # characters of a text on the page
 
-_EVALUATION = "evaluation.json"
 _UNSURE = 0.25
 """Quantile of the confidence of right answers; a wrong answer above it contradicts the label with confidence."""
 
@@ -102,13 +103,9 @@ def answers_of(registry: Registry, version: Version) -> Answers | None:
     Raises:
         RegistryError: If the file with its predictions is damaged.
     """
-    if _EVALUATION not in version.manifest.files:
+    said = predictions_of(version)
+    if said is None:
         return None
-    try:
-        slices = json.loads(version.read(_EVALUATION))["slices"]
-        said = {str(name): Predictions.from_dict(values) for name, values in slices.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RegistryError(f"{_EVALUATION} of version {version.number} cannot be read: {error}") from error
     with_classes = [one for one in said.values() if one.has_classes]
     wrong = sorted(_wrong(said), key=lambda one: (-one.confidence if one.confidence == one.confidence else 0, one.id))
     texts = _texts(registry, version, {one.slice for one in wrong})
@@ -126,6 +123,20 @@ def answers_of(registry: Registry, version: Version) -> Answers | None:
         else [],
         [replace(one, text=texts.get((one.slice, one.id), "")) for one in wrong],
     )
+
+
+def predictions_of(version: Version) -> dict[str, Predictions] | None:
+    """The predictions of a version by the name of their slice; None if they were not kept.
+
+    Raises:
+        RegistryError: If the file with them is damaged.
+    """
+    if EVALUATION not in version.manifest.files:
+        return None
+    try:
+        return dict(Evaluation.from_dict(json.loads(version.read(EVALUATION))).slices)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RegistryError(f"{EVALUATION} of version {version.number} cannot be read: {error}") from error
 
 
 def write_suspects(registry: Registry | str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
@@ -203,10 +214,6 @@ def _texts(registry: Registry, version: Version, slices: set[str]) -> dict[tuple
             parts = [str(row["record"].get(name, "")) for name in version.text_fields]
             texts[entry.name, row["id"]] = " / ".join(part for part in parts if part)
     return texts
-
-
-def _names(label: Any) -> set[str]:
-    return {label} if isinstance(label, str) else set(label)
 
 
 def _share(part: int, whole: int) -> float:

@@ -7,8 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from evertune.reports.summary import duration, percent
+from evertune.utils.terminal import visible
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 _BREAKS = re.compile(r"(?<=[-_/:])(?=\w)|(?<=\.)(?=[a-z])|(?<=[a-z])(?=[A-Z])")
@@ -25,20 +27,38 @@ def fill(template: str, **values: Any) -> str:
         ImportError: If jinja2 is not installed.
         jinja2.UndefinedError: If a variable has no value, so that no page is ever incomplete.
     """
+    return environment("reports").get_template(template).render(version=version("evertune"), **values)
+
+
+def environment(*rooms: str) -> Environment:
+    """Templates of rooms of evertune, in whose pages no foreign text can become markup or a control character.
+
+    Args:
+        rooms: Names of the rooms, in the order in which a template is looked for.
+
+    Raises:
+        ImportError: If jinja2 is not installed.
+    """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise ImportError("the HTML report needs jinja2: pip install 'evertune[reports]'") from error
 
-    environment = Environment(
-        loader=PackageLoader("evertune", "reports"),
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader("evertune", room) for room in rooms]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "breakable": breakable}
-    return environment.get_template(template).render(version=version("evertune"), **values)
+    made.filters |= {"percent": percent, "duration": duration, "breakable": breakable}
+    return made
+
+
+def _shown(value: Any) -> Any:
+    """A value as a page shows it: control characters, and what UTF-8 cannot encode, become their escapes."""
+    return visible(value) if type(value) is str else value  # not Markup, which may be a whole page
 
 
 def breakable(text: str) -> Markup:
@@ -50,4 +70,4 @@ def breakable(text: str) -> Markup:
     """
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(str(text)))
+    return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(visible(text)))

@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from evertune.metrics.history import History
 from evertune.registry.registry import Registry, RegistryError
-from evertune.registry.version import Version
 from evertune.reports.answers import MAX_CLASSES, MAX_CONFUSIONS, MAX_TEXT, MAX_WORST, Answers, answers_of
 from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin, ticks
-from evertune.reports.listing import Listing, brief
+from evertune.reports.listing import Listing
 from evertune.reports.page import fill
-from evertune.reports.stream import NBSP, Bar
-from evertune.reports.summary import UNKNOWN, percent
+from evertune.reports.stream import Bar
+from evertune.reports.summary import percent
+from evertune.reports.versions import (
+    COLORS,
+    MAX_SHOWN,
+    MOMENT,
+    PRODUCTION,
+    PROMOTED,
+    REFUSED,
+    ROLLED_BACK,
+    WAITING,
+    Survey,
+    VersionView,
+    accuracy_of,
+    as_registry,
+    details_of,
+    facts,
+    headline,
+    held_slices,
+    line_to,
+    mean,
+    name_of,
+    origins_of,
+    records_of,
+    slices_of,
+    timeline,
+    version_views,
+)
 from evertune.utils.clock import PARTS
 from evertune.utils.terminal import foreign
 
-MAX_SHOWN = 40
-"""Number of versions and of slices drawn, the newest of a longer list. The timeline names all versions."""
 MAX_OPEN_PANELS = 9  # charts of slices that are shown without unfolding
 MAX_OPEN_ENTRIES = 12  # entries of the timeline that are shown without unfolding
 
-PRODUCTION, PROMOTED, ROLLED_BACK, REFUSED, WAITING = (
-    "in production",
-    "promoted",
-    "rolled back",
-    "refused",
-    "not promoted",
-)
-COLORS = {
-    PRODUCTION: "var(--bar)",
-    PROMOTED: "var(--bar)",
-    ROLLED_BACK: "var(--run-0)",
-    REFUSED: "var(--alarm)",
-    WAITING: "var(--reference)",
-}
-MOMENT = "%Y-%m-%d %H:%M"
 STAGES = ("plan", "train", "evaluate")
 MARKS = (PROMOTED, ROLLED_BACK, REFUSED, WAITING)
 
@@ -69,8 +75,8 @@ def write_versions_report(
     Raises:
         ImportError: If jinja2 is not installed.
     """
-    registry = _as_registry(registry)
-    page = _page(registry, title or f"Registry {_name(registry)}")
+    registry = as_registry(registry)
+    page = _page(registry, title or f"Registry {name_of(registry)}")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -91,11 +97,11 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     Raises:
         ValueError: If nothing is in production, or no version in that line was measured.
     """
-    registry = _as_registry(registry)
-    line = _line(registry.versions(), registry.production)
+    registry = as_registry(registry)
+    line = line_to(registry.versions(), registry.production)
     if not line:
-        raise ValueError(f"{_name(registry)} has no version in production yet, so there is no history")
-    slices = _slices(line)
+        raise ValueError(f"{name_of(registry)} has no version in production yet, so there is no history")
+    slices = slices_of(line)
     if not slices:
         raise ValueError(f"no version that led to version {line[-1].number} was measured on a held-out slice")
     seconds = sum(version.manifest.seconds.get(stage, 0.0) for version in line for stage in STAGES)
@@ -103,9 +109,9 @@ def history_of(registry: Registry | str | os.PathLike[str]) -> History:
     breakdown = {part: sum(time[part] for time in times) for part in PARTS if all(part in time for time in times)}
     return History(
         slices,
-        [[_accuracy(version).get(name, math.nan) for name in slices] for version in line],
+        [[accuracy_of(version).get(name, math.nan) for name in slices] for version in line],
         seconds,
-        examples=sum(_records(version)["train"] for version in line),
+        examples=sum(records_of(version)["train"] for version in line),
         breakdown=breakdown,
     )
 
@@ -123,7 +129,7 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Listing:
 
     styles = {PRODUCTION: "bold green", REFUSED: "red", ROLLED_BACK: "yellow"}
     rows = []
-    for view in _views(_as_registry(registry)):
+    for view in version_views(_survey(as_registry(registry))):
         words = foreign(view.status, styles.get(view.status, ""))
         if view.words:
             words = Text.assemble(words, foreign(f": {'; '.join(view.words.splitlines())}"))
@@ -131,91 +137,6 @@ def versions_table(registry: Registry | str | os.PathLike[str]) -> Listing:
         rows.append([*map(foreign, cells), Text(percent(view.change, signed=True)), words])
     columns = ["version", "created", "learned", "records", "accuracy", "change", "status"]
     return Listing(columns, rows, right=["version", "records", "accuracy", "change"])
-
-
-@dataclass
-class VersionView:
-    """One version as the page shows it.
-
-    Args:
-        version: The version.
-        status: What became of it, one of the keys of :data:`COLORS`.
-        aliases: Its aliases that ``status`` does not already name.
-        change: Mean difference of its accuracies to those of its parent, over the slices of both; NaN without any.
-    """
-
-    version: Version
-    status: str
-    aliases: list[str]
-    number: int = field(init=False)
-    name: str = field(init=False)
-    created: str = field(init=False)
-    kind: str = field(init=False)
-    cause: str = field(init=False)
-    words: str = field(init=False)
-    accuracy: dict[str, float] = field(init=False)
-    average: float = field(init=False)
-    records: dict[str, int] = field(init=False)
-    color: str = field(init=False)
-    change: float = math.nan
-
-    def __post_init__(self) -> None:
-        manifest = self.version.manifest
-        self.number, self.name = self.version.number, self.version.experience
-        self.created, self.kind = f"{self.version.created:{MOMENT}}", manifest.kind or "update"
-        self.cause = manifest.reason
-        self.words = manifest.summary.removeprefix("refused: ").replace("; ", "\n") if self.status == REFUSED else ""
-        self.accuracy, self.records = _accuracy(self.version), _records(self.version)
-        self.average = _mean(list(self.accuracy.values()))
-        self.color = COLORS[self.status]
-
-    @property
-    def served(self) -> bool:
-        """Whether it is in production, or led to the version that is."""
-        return self.status in (PRODUCTION, PROMOTED)
-
-    @property
-    def weakest(self) -> float:
-        """The accuracy on its worst slice."""
-        return min(self.accuracy.values(), default=math.nan)
-
-
-@dataclass
-class Entry:
-    """One entry of the timeline: a version, or a change of production by hand.
-
-    Args:
-        at: When it happened.
-        color: CSS colour of the entry.
-        text: What happened; empty for a version.
-        reason: Why, in lines of text.
-        view: The version; None for a change by hand.
-    """
-
-    at: datetime
-    color: str
-    text: str = ""
-    reason: str = ""
-    view: VersionView | None = None
-
-
-@dataclass
-class SliceView:
-    """One held-out slice and production's accuracy on it.
-
-    Args:
-        name: Name of the slice.
-        number: Version with which the slice came; None if it is unknown.
-        examples: Number of examples.
-        accuracy: Accuracy of production.
-        change: Difference to the best version before production; NaN if there is none.
-    """
-
-    name: str
-    number: int | None
-    examples: int
-    accuracy: float
-    change: float
 
 
 @dataclass
@@ -236,18 +157,19 @@ class Column:
 
 
 def _page(registry: Registry, title: str) -> str:
-    views = _views(registry)
+    survey = _survey(registry)
+    views = version_views(survey)
     line = [view for view in views if view.served]
     production = line[-1] if line else None
-    slices = _slices([view.version for view in line])
-    origins = _origins(slices, [view.version for view in views])
+    slices = slices_of([view.version for view in line])
+    origins = origins_of(slices, [view.version for view in views])
     shown, drawn = views[-MAX_SHOWN:], {name: origins[name] for name in slices[-MAX_SHOWN:]}
     answers, no_answers = None, ""
     try:
         answers = answers_of(registry, production.version) if production else None
     except RegistryError as error:
         no_answers = str(error)
-    low = _floor([value for view in shown for value in [*view.accuracy.values(), view.average]])
+    low = floor_of([value for view in shown for value in [*view.accuracy.values(), view.average]])
     return fill(
         "versions.html",
         title=title,
@@ -256,18 +178,18 @@ def _page(registry: Registry, title: str) -> str:
         slices=drawn,
         n_slices=len(slices),
         production=production,
-        headline=_headline(line),
-        facts=_facts(registry, views, line),
-        details=_details(production) if production else [],
-        held=_held(line, origins),
+        headline=headline(line),
+        facts=facts(registry, views, line),
+        details=details_of(production) if production else [],
+        held=held_slices(line, origins),
         answers=answers,
         no_answers=no_answers,
         worst=answers.wrong[:MAX_WORST] if answers else [],
-        confusions=_confusions(answers) if answers else [],
+        confusions=confusion_bars(answers) if answers else [],
         max_classes=MAX_CLASSES,
         max_text=MAX_TEXT,
         kinds=[(status, COLORS[status]) for status in MARKS if any(view.status == status for view in shown)],
-        overview=_overview(shown, low),
+        overview=overview_chart(shown, low),
         panels=[(number, name, _panel(name, shown, low)) for name, number in drawn.items()],
         max_panels=MAX_OPEN_PANELS,
         heat=Axis(low, 1),
@@ -275,190 +197,38 @@ def _page(registry: Registry, title: str) -> str:
         low=low,
         columns=_columns(shown),
         counts=_counts(shown),
-        timeline=_timeline(views, registry),
+        timeline=timeline(views, survey.events),
         max_entries=MAX_OPEN_ENTRIES,
         moment=MOMENT,
     )
 
 
-# --- what the registry says
+def _survey(registry: Registry) -> Survey:
+    """The versions. If the one in production cannot be read, that is an error here: the page would mislead."""
+    return Survey(registry.versions(), registry.production, registry.aliases, registry.events)
 
 
-def _as_registry(registry: Registry | str | os.PathLike[str]) -> Registry:
-    return registry if isinstance(registry, Registry) else Registry(os.fspath(registry))
-
-
-def _name(registry: Registry) -> str:
-    return str(registry.store.root).rstrip("/").rsplit("/", 1)[-1]
-
-
-def _views(registry: Registry) -> list[VersionView]:
-    """All versions, oldest first, each with its status."""
-    versions, production, aliases = registry.versions(), registry.production, registry.aliases
-    line = {version.number for version in _line(versions, production)}
-    # Versions that have left production. Those of them that did not lead to the current one were rolled back.
-    left = {event["from"] for event in registry.events if event["action"] in ("promote", "rollback")}
-    views = []
-    for version in versions:
-        if version.number in line:
-            status = PRODUCTION if version == production else PROMOTED
-        elif version.number in left:
-            status = ROLLED_BACK
-        else:
-            status = WAITING if version.passed else REFUSED
-        names = [name for name, number in aliases.items() if number == version.number and name not in status]
-        views.append(VersionView(version, status, names))
-    by_number = {view.number: view for view in views}
-    for view in views:
-        if (parent := by_number.get(view.version.parent or 0)) is not None:
-            change = view.version.manifest.metrics.change_from(parent.version.manifest.metrics)
-            view.change = math.nan if change is None else change
-    return views
-
-
-def _line(versions: Sequence[Version], last: Version | None) -> list[Version]:
-    """A version and its parents as far back as they are kept, oldest first."""
-    by_number = {version.number: version for version in versions}
-    line = []
-    while last is not None:
-        line.append(last)
-        # `pop`, so that parents that form a circle in damaged manifests end the loop.
-        last = by_number.pop(last.parent, None) if last.parent is not None else None
-    return line[::-1]
-
-
-def _slices(line: Sequence[Version]) -> list[str]:
-    """The slices that versions were measured on, oldest first."""
-    return list(dict.fromkeys(name for version in line for name in _accuracy(version)))
-
-
-def _origins(slices: Sequence[str], versions: Sequence[Version]) -> dict[str, int | None]:
-    """The version that each slice came with; None if it is unknown.
-
-    That of a deleted version is in the name that updates give to their experiences: ``update-7``.
-    """
-    kept = {version.experience: version.number for version in reversed(versions)}
-    named = {name: re.fullmatch(r"update-(\d+)", name) for name in slices}
-    return {name: kept.get(name) or (int(match[1]) if (match := named[name]) else None) for name in slices}
-
-
-def _accuracy(version: Version) -> dict[str, float]:
-    return {name: value for name, value in version.manifest.metrics.accuracy.items() if value is not None}
-
-
-def _records(version: Version) -> dict[str, int]:
-    return {kind: version.manifest.records.get(kind, 0) for kind in ("train", "held_out", "quarantined")}
-
-
-# --- what the page says
-
-
-def _headline(line: Sequence[VersionView]) -> str:
-    if not line:
-        return "No version is in production yet."
-    production = line[-1]
-    text = f"Version {production.number} is in production"
-    if math.isnan(production.average):
-        return f"{text}."
-    count = len(production.accuracy)
-    text += f": {percent(production.average)}{NBSP}% right on average over {count} held-out slice{'s' * (count > 1)}"
-    before = next((view for view in line if view.number == production.version.parent), None)
-    if before is None or math.isnan(production.change):
-        return f"{text}."
-    common = len(production.accuracy.keys() & before.accuracy.keys())
-    on = "it" if common == count == 1 else f"the {common} that both were measured on" if common < count else "them"
-    how = f"{percent(abs(production.change))}{NBSP}points {'below' if production.change < 0 else 'above'}"
-    return f"{text}, {how} version {before.number} on {on}."
-
-
-def _change(name: str, line: Sequence[VersionView]) -> float:
-    """Production's accuracy on a slice, less that of the best version before it; NaN if no other was measured on it."""
-    before = [view.accuracy[name] for view in line[:-1] if name in view.accuracy]
-    return line[-1].accuracy[name] - max(before) if before else math.nan
-
-
-def _facts(registry: Registry, views: Sequence[VersionView], line: Sequence[VersionView]) -> list[tuple[str, str, str]]:
-    """The figures at the head of the page, each as its name, its value and the details below it."""
-    counts = {status: sum(view.status == status for view in views) for status in (REFUSED, ROLLED_BACK)}
-    promoted = sum(view.served for view in views)
-    parts = [f"{promoted} promoted", *(f"{count} {status}" for status, count in counts.items() if count)]
-    total = {kind: sum(view.records[kind] for view in line) for kind in ("train", "held_out", "quarantined")}
-    kept = f"{total['held_out']:,} held out, {total['quarantined']:,} in quarantine"
-    facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learned", f"{total['train']:,}", kept)]
-    return [*facts, *_pending(registry, line[-1].version.manifest.consumed if line else 0)]
-
-
-def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
-    """The number of records in the journal that production has not learned, as a figure; empty without a journal."""
-    from evertune.registry.journal import Journal
-
-    journal = Journal(registry.store)
-    try:
-        if journal.last is None:
-            return []
-        count = sum(segment.records for segment in journal.segments(after=consumed))
-    except ValueError as error:
-        return [("Records pending", "?", str(error))]
-    return [("Records pending", f"{count:,}", "wait for the next update")]
-
-
-def _details(view: VersionView) -> list[tuple[str, str]]:
-    manifest = view.version.manifest
-    digest = next((value for name, value in manifest.files.items() if name.endswith(".safetensors")), "")
-    offset = manifest.offset
-    details = [
-        ("Created", view.created),
-        ("Learned", view.name),
-        ("Because", view.cause),
-        ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
-        ("Module", manifest.module or UNKNOWN),
-        ("Classes", _listed(manifest.classes)),
-        ("Source offset", brief(offset) if offset else ""),
-        ("Written by", manifest.code or UNKNOWN),
-        ("Weights, sha256", digest[:16]),
-    ]
-    return [(name, value) for name, value in details if value]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The number of names and the names themselves; empty if there are none.
-
-    Example:
-        >>> _listed(["sport", "tech"])
-        '2: sport, tech'
-    """
-    return f"{len(names)}: {', '.join(names[:MAX_SHOWN])}{', …' * (len(names) > MAX_SHOWN)}" if names else ""
-
-
-def _held(line: Sequence[VersionView], slices: dict[str, int | None]) -> list[SliceView]:
-    """The slices that production was measured on, oldest first; of more than fit, those that lost the most."""
-    if not line:
-        return []
-    production = line[-1]
-    examples = {entry.name: entry.examples for entry in production.version.slices()}
-    held = [
-        SliceView(name, number, examples.get(name, 0), production.accuracy[name], _change(name, line))
-        for name, number in slices.items()
-        if name in production.accuracy
-    ]
-    lost = sorted(held, key=lambda slice_: (math.isnan(slice_.change), slice_.change))
-    return held if len(held) <= MAX_SHOWN else lost[:MAX_SHOWN]
-
-
-def _confusions(answers: Answers) -> list[Bar]:
+def confusion_bars(answers: Answers) -> list[Bar]:
+    """The most frequent confusions as bars."""
     most = answers.confusions[:MAX_CONFUSIONS]
     return [Bar(f"{label} → {said}", n, 100 * n / most[0][2]) for label, said, n in most]
 
 
-def _floor(values: Sequence[float]) -> float:
+def floor_of(values: Sequence[float]) -> float:
     """Where the scale of accuracies starts: the lowest, rounded down to a tenth, or 0 if that is below a half."""
     lowest = min((value for value in values if not math.isnan(value)), default=0.0)
     low = min(math.floor(10 * lowest) / 10, 0.9)
     return low if low >= 0.5 else 0.0
 
 
-def _overview(views: Sequence[VersionView], low: float) -> Chart:
-    chart, across, up = _empty_chart("Average accuracy of each version", views, low)
+def overview_chart(views: Sequence[VersionView], low: float) -> Chart:
+    """The average accuracy and that of the weakest slice, over versions.
+
+    Args:
+        views: The versions to draw, oldest first.
+        low: Where the scale starts; see :func:`floor_of`.
+    """
+    chart, across, up = version_chart("Average accuracy of each version", views, low)
     served = [view for view in views if view.served]
     for name, color, values, points in (
         ("average", "var(--bar)", [view.average for view in served], _like_with_like(served)),
@@ -489,7 +259,7 @@ def _like_with_like(line: Sequence[VersionView]) -> list[tuple[int, float]]:
     points = [(line[0].number, line[0].average)] if line else []
     for old, new in pairwise(line):
         both = old.accuracy.keys() & new.accuracy.keys()
-        before, after = (_mean([view.accuracy[name] for name in both]) for view in (old, new))
+        before, after = (mean([view.accuracy[name] for name in both]) for view in (old, new))
         if before != points[-1][1]:
             points += [(old.number, math.nan), (old.number, before)]
         points.append((new.number, after))
@@ -497,7 +267,7 @@ def _like_with_like(line: Sequence[VersionView]) -> list[tuple[int, float]]:
 
 
 def _panel(name: str, views: Sequence[VersionView], low: float) -> Chart:
-    chart, across, up = _empty_chart(f"Accuracy on {name} of each version", views, low)
+    chart, across, up = version_chart(f"Accuracy on {name} of each version", views, low)
     values = {view.number: view.accuracy.get(name, math.nan) for view in views}
     served = [view.number for view in views if view.served]
     ys = [up(values[number]) for number in served]
@@ -512,7 +282,7 @@ def _panel(name: str, views: Sequence[VersionView], low: float) -> Chart:
     return chart
 
 
-def _empty_chart(summary: str, views: Sequence[VersionView], low: float) -> tuple[Chart, Axis, Axis]:
+def version_chart(summary: str, views: Sequence[VersionView], low: float) -> tuple[Chart, Axis, Axis]:
     """A chart over version numbers with its ticks, and its horizontal and vertical axes."""
     first, last = (views[0].number, views[-1].number) if views else (0, 0)
     across, up = Axis(first, last, 4, 96), Axis(low, 1, 100, 0)
@@ -559,29 +329,3 @@ def _columns(views: Sequence[VersionView]) -> list[Column]:
         label = str(view.number) if view.number in labelled else ""
         columns.append(Column(label, tip, heights, faint=not view.served))
     return columns
-
-
-def _timeline(views: Sequence[VersionView], registry: Registry) -> list[Entry]:
-    """The versions and the changes of production by hand, newest first."""
-    entries = [Entry(view.version.created, view.color, reason=view.words, view=view) for view in views]
-    versions = {view.number: view.version for view in views}
-    been: set[int] = set()  # versions that were in production before
-    for event in registry.events:
-        old, new, rolled_back = event["from"], event["to"], event["action"] == "rollback"
-        version = versions.get(new)
-        # The gate promotes a version that passes once, in the place of its parent. Any other promotion is the decision
-        # of a person.
-        passed = version is None or (version.passed and version.parent == old)
-        by_hand = event["action"] == "promote" and (new in been or not passed or (old is not None and new < old))
-        if event["action"] in ("promote", "rollback"):
-            been |= {new} if old is None else {old, new}
-        if rolled_back or by_hand:
-            text = f"Rolled back from version {old} to {new}" if rolled_back else f"Version {new} promoted by hand"
-            reason = "\n".join(str(event[name]) for name in ("reason", "by") if event.get(name))
-            color = COLORS[ROLLED_BACK if rolled_back else PROMOTED]
-            entries.append(Entry(datetime.fromisoformat(event["time"]), color, text, reason))
-    return sorted(entries, key=lambda entry: entry.at)[::-1]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,15 +21,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evertune.serve.access import Access, Client, DeniedError
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import NotReadyError
+from evertune.serve.hosts import LOOPBACK, is_for
 from evertune.serve.messages import FEEDBACK, PREDICT, Accepted, Answers, Error, Feedback, Many, One, Problem
 from evertune.serve.openapi import page, specification
 from evertune.serve.service import Service
 from evertune.serve.settings import AccessSettings
+from evertune.utils.traces import trace
 
 T = TypeVar("T")
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _MOST_PROBLEMS = 20
 _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 _UNREAD = {"connection": "close"}  # what is left of the body would be taken for the next request
@@ -166,7 +166,7 @@ class _Endpoints:
                 )
 
 
-def application(service: Service, access: Access | None = None, hosts: tuple[str, ...] | None = _LOOPBACK) -> Starlette:
+def application(service: Service, access: Access | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> Starlette:
     """The service as an ASGI application, for ``evertune serve`` or a server of your own.
 
     ``POST /predict`` and ``/feedback``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The
@@ -230,13 +230,14 @@ class _Guard:
             await send(message)
 
         try:
-            self._check_host(scope)
+            if not is_for(self._hosts, scope["headers"]):
+                raise RefusedError(421, "this server does not answer for the host of the request", reason="host")
             await self._app(scope, receive, send_on)
         except ClientDisconnect:
             status = 499  # as nginx counts it; nobody reads it
         except Exception as error:
             if status:  # the answer had begun
-                logger.error("an answer broke off: %s", _trace(error), extra={"event": "error"})
+                logger.error("an answer broke off: %s", trace(error), extra={"event": "error"})
             else:
                 await self._answer_to(error)(scope, receive, send_on)
         finally:
@@ -247,19 +248,11 @@ class _Guard:
         headers = {**_HEADERS, "connection": "close"} if self._service.draining else _HEADERS
         return [(name.encode(), value.encode()) for name, value in headers.items()]
 
-    def _check_host(self, scope: Scope) -> None:
-        if self._hosts is None:
-            return
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        name = given if given.endswith("]") else given.rpartition(":")[0] or given
-        if name.lower() not in self._hosts:
-            raise RefusedError(421, "this server does not answer for the host of the request", reason="host")
-
     def _answer_to(self, error: Exception) -> Response:
         refused = _as_refused(error)
         self._service.metrics.refused(refused.reason)
         if refused.status == 500:
-            logger.error("a request failed: %s", _trace(error), extra={"event": "error"})
+            logger.error("a request failed: %s", trace(error), extra={"event": "error"})
         body = Error.model_construct(error=refused.error, problems=refused.problems)
         return _json(body, refused.status, refused.headers)
 
@@ -316,9 +309,3 @@ def _endpoint(scope: Mapping[str, Any]) -> str:
     """The path of the route, never that of the request: anyone could fill the metrics with paths."""
     route = scope.get("endpoint")
     return "/" + getattr(route, "__name__", "other").replace("openapi", "openapi.json")
-
-
-def _trace(error: Exception) -> str:
-    """Where an error arose, without its message, which may quote a text."""
-    places = traceback.extract_tb(error.__traceback__)[-5:]
-    return f"{type(error).__name__} at " + " < ".join(f"{p.name} ({p.filename}:{p.lineno})" for p in reversed(places))

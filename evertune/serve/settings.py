@@ -193,7 +193,8 @@ class AccessSettings:
             then accepted, beside API keys.
         issuer: Issuer that a token must name; needed with ``jwks``.
         audience: Audience that a token must name; needed with ``jwks``.
-        scope_claim: Claim of a token that lists its scopes: ``predict``, ``feedback``, ``metrics``. Default: ``scope``.
+        scope_claim: Claim of a token that lists its scopes: ``predict``, ``feedback``, ``metrics``; ``view``,
+            ``change`` for ``evertune ui``. Default: ``scope``.
 
     Raises:
         ValueError: If settings do not fit together.

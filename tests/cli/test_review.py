@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from evertune.cli.main import main
-from evertune.cli.review import sureness_of
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.review import sureness_of
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from tests.helpers.lightning_modules import TEXTS, tiny_bert

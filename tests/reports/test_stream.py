@@ -14,7 +14,7 @@ from evertune.metrics import History, save_history
 from evertune.reports import save_plots, summary_table, write_report
 from evertune.reports.chart import MAX_POINTS, keep_peaks, spread
 
-VOID = {"meta", "link", "br", "wbr", "img", "polyline"}
+VOID = {"input", "meta", "link", "br", "wbr", "img", "polyline"}
 EXPERIENCES = ["business + entertainment", "politics + sport", "tech"]
 
 
