@@ -165,7 +165,7 @@ def configured(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 WITH_PARSER = ["compare", "drift", "export", "forget", "keys", "pending", "plan", "predict", "quarantine", "serve"]
-WITH_PARSER += ["explain", "review", "tune"]
+WITH_PARSER += ["explain", "review", "tune", "ui"]
 """Commands whose parser is that of their module."""
 
 

@@ -18,7 +18,7 @@ import evertune
 # A room imports from its own line and from lines below it. Whoever adds a room says here where it belongs.
 LAYERS = [
     {"cli", "__main__"},
-    {"explain", "launch", "serve", "export"},
+    {"explain", "launch", "serve", "export", "ui"},
     {"reports"},
     {"live"},
     {"training", "registry", "presets"},

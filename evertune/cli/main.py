@@ -21,6 +21,7 @@ _OWN_PARSER = {
     "watch": "keep on updating as records arrive: --config FILE, --help",
     "predict": "the answers to the records of a file: REGISTRY --input FILE --output FILE",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
+    "ui": "a web page over a registry: versions, updates, quarantine, review: --registry R, --help",
     "export": "write a version as ONNX, torch.export or safetensors, and check it: REGISTRY VERSION --output DIR",
     "keys": "API keys of the server: add, list, rotate, revoke",
     "compare": "whether a version answers better than another, and where: REGISTRY A B --data FILE",
