@@ -56,7 +56,8 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
 }
 """ZeRO stage and offloading of each strategy, fastest first: those that communicate least."""
 
-MODULES = ("SequenceClassificationModule", "TokenClassificationModule")
+_MATCHING = "TextMatchingModule"
+MODULES = ("SequenceClassificationModule", "TokenClassificationModule", _MATCHING)
 """The modules of :mod:`evertune.lightning_modules` whose size is known without their weights."""
 
 RESERVE = 0.1
@@ -234,18 +235,22 @@ def read_request(options: argparse.Namespace) -> Request:
     estimating = [method for method in methods if method.estimates]
     replaying = [method for method in methods if "replay_ratio" in method.arguments]
     n_classes = options.classes or max(len(model.get("classes") or ()), model.get("n_classes_ahead") or 0)
-    if not n_classes:
+    if not n_classes and module != _MATCHING:
         n_classes = 10
         notes.append("the number of classes is not known: 10 are assumed (--classes)")
+    n_texts, n_estimated = _texts_of_example(module, model)
+    if n_texts > 1:
+        notes.append(f"an example has {n_texts} texts in training, and batch sizes below count texts")
     gpus = _first(options.gpus, launch.get("processes_per_node"), trainer.get("devices"), 1)
     training = Training(
         stage=0,
         precision=_precision(_first(options.precision, trainer.get("precision"), "32-true")),
-        batch_size=_first(options.batch_size, data.get("batch_size"), 32),
+        batch_size=_first(options.batch_size, data.get("batch_size"), 32) * n_texts,
         seq_length=_first(options.seq_length, data.get("max_length"), 128),
         accumulation=_first(options.accumulate_grad_batches, trainer.get("accumulate_grad_batches"), 1),
         method_bytes=sum(method.bytes_per_weight or 0 for method in methods),
-        estimation_batch_size=_first(options.estimation_batch_size, _argument(estimating, "batch_size", None), 0)
+        estimation_batch_size=n_estimated
+        * _first(options.estimation_batch_size, _argument(estimating, "batch_size", None), 0)
         if estimating
         else 0,
         replay_ratio=_first(options.replay_ratio, _argument(replaying, "replay_ratio", 0.0)) if replaying else 0.0,
@@ -289,8 +294,8 @@ def shape_of(settings: Mapping[str, Any], n_classes: int, module_class: str = MO
     from evertune.lightning_modules.adapters import add_adapters
     from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
 
-    classes = [str(number) for number in range(n_classes)]
-    module: Any = getattr(import_module("evertune.lightning_modules"), module_class)(**{**settings, "classes": classes})
+    classes = {} if module_class == _MATCHING else {"classes": [str(number) for number in range(n_classes)]}
+    module: Any = getattr(import_module("evertune.lightning_modules"), module_class)(**{**settings, **classes})
     name = module.model_name_or_path
     with quiet_transformers():
         config = load_config(name)
@@ -335,6 +340,16 @@ def shape_of(settings: Mapping[str, Any], n_classes: int, module_class: str = MO
         dropout=any(isinstance(part, nn.Dropout) and part.p > 0 for part in layers.modules()),
         eager_attention=getattr(text, "_attn_implementation", None) == "eager",
     )
+
+
+def _texts_of_example(module_class: str, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """How many texts the model reads of an example in training, and where its importance is estimated."""
+    if module_class != _MATCHING:
+        return 1, 1
+    n_negatives = int(settings.get("n_negatives", 7))
+    if settings.get("architecture") == "cross_encoder":
+        return 1 + n_negatives, 1 + n_negatives
+    return 2 + n_negatives if settings.get("negatives") else 2, 2 + n_negatives
 
 
 def rows_of(shape: ModelShape, request: Request) -> list[Row]:

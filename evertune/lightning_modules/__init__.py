@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.causal_lm import CausalLMModule as CausalLMModule
     from evertune.lightning_modules.heads import CosineHead as CosineHead
     from evertune.lightning_modules.heads import LinearHead as LinearHead
+    from evertune.lightning_modules.item_index import ItemIndex as ItemIndex
     from evertune.lightning_modules.question_answering import QuestionAnsweringModule as QuestionAnsweringModule
     from evertune.lightning_modules.question_answering import SpanOutput as SpanOutput
     from evertune.lightning_modules.relation_extraction import RelationExtractionModule as RelationExtractionModule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.sequence_classification import (
         SequenceClassificationModule as SequenceClassificationModule,
     )
+    from evertune.lightning_modules.text_matching import TextMatchingModule as TextMatchingModule
     from evertune.lightning_modules.token_classification import TokenClassificationModule as TokenClassificationModule
     from evertune.lightning_modules.transformer import TransformerModule as TransformerModule
 
@@ -34,6 +36,8 @@ __all__, __getattr__, __dir__ = face(
         "evertune.lightning_modules.seq2seq": "Seq2SeqModule",
         "evertune.lightning_modules.relation_extraction": "RelationExtractionModule",
         "evertune.lightning_modules.sequence_classification": "ClassifierOutput SequenceClassificationModule",
+        "evertune.lightning_modules.item_index": "ItemIndex",
+        "evertune.lightning_modules.text_matching": "TextMatchingModule",
         "evertune.lightning_modules.token_classification": "TokenClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
     },

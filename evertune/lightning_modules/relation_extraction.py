@@ -171,7 +171,7 @@ class RelationExtractionModule(SequenceClassificationModule):
             if missing := [name for name in checks if name not in record]:
                 raise ValueError(f"it has no {', '.join(missing)}")
             checked = {name: check(record[name]) for name, check in checks.items()}
-            self.task.check_fields([checked["text"]], checked)
+            self.task.check_fields([checked["text"]], None, checked)
         except ValueError as error:
             raise ValueError(f"records[{number}]: {error}") from None
         head, tail = self.task.entities

@@ -333,10 +333,14 @@ class TransformerModule(LightningModule):
             if rest:
                 save_file(rest, folder / REST)
             self._save_tokenizer(folder)
+            self.save_more(folder)
             settings = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             settings.pop("model_name_or_path")  # replaced by the folder when it is loaded
             write_manifest(folder, type(self).__name__, settings)
         barrier()
+
+    def save_more(self, folder: Path) -> None:
+        """Write further files of a saved module, safetensors or JSON, on the writing rank. By default, none."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, lazy: bool = False, **settings: Any) -> Self:

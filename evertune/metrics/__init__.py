@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from evertune.metrics.modules import Intransigence as Intransigence
     from evertune.metrics.modules import NegativeFlipRate as NegativeFlipRate
     from evertune.metrics.modules import Perplexity as Perplexity
+    from evertune.metrics.ranking import RankingScores as RankingScores
+    from evertune.metrics.ranking import ranking_scores as ranking_scores
+    from evertune.metrics.ranking import reciprocal_ranks as reciprocal_ranks
     from evertune.metrics.relations import RelationCounts as RelationCounts
     from evertune.metrics.relations import relation_counts as relation_counts
     from evertune.metrics.relations import relation_f1 as relation_f1
@@ -54,6 +57,7 @@ __all__, __getattr__, __dir__ = face(
             "AccuracyMatrix AverageAccuracy BackwardTransfer Forgetting ForgettingFirstMinusLast "
             "ForwardTransfer Intransigence NegativeFlipRate Perplexity"
         ),
+        "evertune.metrics.ranking": "RankingScores ranking_scores reciprocal_ranks",
         "evertune.metrics.relations": "RelationCounts relation_counts relation_f1",
         "evertune.metrics.texts": "chrf corpus_scores rouge_l",
     },

@@ -101,7 +101,7 @@ class Checks(Protocol):
     @property
     def fields(self) -> Mapping[str, Callable[[Any], Any]]: ...
 
-    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None: ...
+    def check_fields(self, texts: Sequence[str], label: Any, fields: Mapping[str, Any]) -> None: ...
 
     def label_names(self, value: Any) -> list[str]: ...
 
@@ -120,7 +120,7 @@ class _AnyTask:
 
     fields: Mapping[str, Callable[[Any], Any]] = {}
 
-    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None:
+    def check_fields(self, texts: Sequence[str], label: Any, fields: Mapping[str, Any]) -> None:
         pass
 
     def label_names(self, value: Any) -> list[str]:
@@ -273,7 +273,8 @@ class RecordSchema:
                 record[field] = self._checked(check, record[field])
             if self._task.fields:
                 values = {name: record[name] for name in self._task.fields}
-                self._checked(self._task.check_fields, [record[name] for name in self.texts], values)
+                label = None if self.label is None else record[self.label]
+                self._checked(self._task.check_fields, [record[name] for name in self.texts], label, values)
             if self.id is not None and record[self.id] is not None:
                 field = self.id
                 record[field] = id_value(record[field])

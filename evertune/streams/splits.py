@@ -283,7 +283,8 @@ class _Data:
             if label is not None and texts:
                 task.check_record([row[column] for column in texts], row[label])
             if task.fields:
-                task.check_fields([row[column] for column in texts], {name: row[name] for name in task.fields})
+                found = {name: row[name] for name in task.fields}
+                task.check_fields([row[column] for column in texts], row[label] if label else None, found)
 
         rows = read_rows(
             source,

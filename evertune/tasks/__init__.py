@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evertune.tasks.relation_extraction import RelationExtractionTask as RelationExtractionTask
     from evertune.tasks.seq2seq import Seq2SeqTask as Seq2SeqTask
     from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
+    from evertune.tasks.text_matching import TextMatchingTask as TextMatchingTask
     from evertune.tasks.token_classification import TokenClassificationTask as TokenClassificationTask
 
 __all__, __getattr__, __dir__ = face(
@@ -26,6 +27,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.tasks.seq2seq": "Seq2SeqTask",
         "evertune.tasks.relation_extraction": "RelationExtractionTask",
         "evertune.tasks.sequence_classification": "SequenceClassificationTask",
+        "evertune.tasks.text_matching": "TextMatchingTask",
         "evertune.tasks.token_classification": "TokenClassificationTask",
     },
 )

@@ -232,11 +232,12 @@ class Task:
         """
         return {}
 
-    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None:
-        """Check that the further :attr:`fields` of a record fit its text. By default, any do.
+    def check_fields(self, texts: Sequence[str], label: Any, fields: Mapping[str, Any]) -> None:
+        """Check that the further :attr:`fields` of a record fit its text and its label. By default, any do.
 
         Args:
             texts: The text, or the two texts of a pair, as returned by :meth:`check_text`.
+            label: The label, as returned by :meth:`check_label`; None for a record without one.
             fields: The checked value of each field.
 
         Raises:

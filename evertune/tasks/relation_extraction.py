@@ -79,7 +79,7 @@ class RelationExtractionTask(SequenceClassificationTask):
             raise ValueError(f"the text holds {marker!r}, which marks entities: remove it")
         return text
 
-    def check_fields(self, texts: Sequence[str], fields: Mapping[str, Any]) -> None:
+    def check_fields(self, texts: Sequence[str], label: Any, fields: Mapping[str, Any]) -> None:
         """Check that head and tail are in the text.
 
         Raises:

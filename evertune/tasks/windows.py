@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evertune.tasks.parts import tokens_at
 from evertune.tasks.texts import LENGTHS, PadCollator, TokenizedDataset
 from evertune.tasks.token_cache import TokenCache
 from evertune.utils.examples import Examples, column_of
@@ -217,13 +218,7 @@ def unstacked(batch: Mapping[str, Any], first: bool = False) -> tuple[dict[str, 
     here = torch.stack(present, 1).flatten(0, 1)
     rows = torch.arange(len(windows), device=windows.device).repeat_interleave(len(present))
     here, rows = here[here.any(1)], rows[here.any(1)]
-    lengths = here.sum(1)
-    longest = torch.arange(int(lengths.max()), device=windows.device)
-    place = (here.float().argmax(1)[:, None] + longest).clamp(max=windows.shape[1] - 1)
-    mask = longest < lengths[:, None]
-    kinds = [kind for kind in ("input_ids", *KINDS) if kind in batch]
-    tokens = {kind: torch.where(mask, batch[kind][rows[:, None], place], 0) for kind in kinds}
-    return {**tokens, "attention_mask": mask.long()}, rows
+    return tokens_at(batch, here, rows, ("input_ids", *KINDS)), rows
 
 
 def _check_questions(questions: Sequence[str], tokenizer: Any, max_length: int, stride: int) -> None:

@@ -13,6 +13,7 @@ from evertune.lightning_modules import (
     RelationExtractionModule,
     Seq2SeqModule,
     SequenceClassificationModule,
+    TextMatchingModule,
     TokenClassificationModule,
 )
 from evertune.sources.schema import RecordSchema
@@ -68,6 +69,21 @@ def related(text: str, name: str) -> dict[str, Any]:
 SENTENCES = [(text, name) for name in ("business", "sport") for text in TEXTS[name]] * 2
 
 ASKED = [*records("colours"), *records("sizes")]
+
+
+ITEMS = [text for texts in TEXTS.values() for text in texts]
+
+
+def asked_for(text: str, *negatives: str) -> dict[str, Any]:
+    """A query, its last word, and the text that it is from."""
+    return {"query": text.rsplit(maxsplit=1)[-1], "positive": text, "negatives": list(negatives)}
+
+
+def with_items(folder: str, **settings: Any) -> TextMatchingModule:
+    """A module that ranks all texts."""
+    module = TextMatchingModule(folder, n_negatives=4, dropout=0.0, **settings)
+    module.set_items(ITEMS)
+    return module
 
 
 def entity(start: int, end: int) -> dict[str, Any]:
@@ -205,5 +221,31 @@ ROWS: dict[str, TaskRow] = {
         ],
         plan=False,
         served=False,
+    ),
+    "text matching": TaskRow(
+        module=lambda folder: with_items(folder, negatives="negatives"),
+        schema={
+            "text": "query",
+            "label": "positive",
+            "fields": {"query": "str", "positive": "str", "negatives": "list[str] | None"},
+        },
+        records=[asked_for(text, *ITEMS[6 : 6 + number % 4]) for number, (text, _) in enumerate(SENTENCES)],
+        refused=[
+            (asked_for("the bank") | {"query": " "}, "field 'query': the text is empty"),
+            (asked_for("the bank") | {"positive": ""}, "field 'positive': the text is empty"),
+            (asked_for("the bank") | {"positive": ["the", "bank"]}, "the text is a list, not a string"),
+            (asked_for("the bank", "a law", " "), "field 'negatives': negative 2 of 2: the text is empty"),
+            (asked_for("the bank", "a law", "the bank"), "the positive 'the bank' is among the negatives"),
+        ],
+    ),
+    "recommendation": TaskRow(
+        module=lambda folder: with_items(folder, architecture="cross_encoder"),
+        schema={"text": "history", "label": "clicked", "fields": {"history": "list[str]", "clicked": "str"}},
+        records=[{"history": text.split(), "clicked": text} for text, _ in SENTENCES],
+        refused=[
+            ({"history": [], "clicked": "a law"}, "field 'history': the history is empty: leave out users who have"),
+            ({"history": ["a law", ""], "clicked": "a law"}, "field 'history': item 2 of 2: the text is empty"),
+            ({"history": ["a law"], "clicked": " "}, "field 'clicked': the text is empty"),
+        ],
     ),
 }
