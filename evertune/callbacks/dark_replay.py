@@ -176,8 +176,8 @@ class DarkReplay(LogitsMethod, Replay):
             module,
             missing,
             lambda slots: self.batch_of(trainer, [view[slot] for slot in slots]),
-            self.batch_size or 32,
             type(self).__name__,
+            lengths=None if view.lengths is None else view.lengths[missing].tolist(),
             top_k=self.top_k,
         )
         self.set_logits(trainer, missing, logits)

@@ -187,26 +187,29 @@ class Distillation(LogitsMethod):
                 return self._rows(features=step.features_of(module, batch))
             return self._rows(task_of(module).outputs(module, batch))
 
-        def ask(examples: Any) -> pa.StructArray:
+        def ask(examples: Any, lengths: Any) -> pa.StructArray:
             return logits_of_examples(
                 trainer,
                 module,
                 range(len(examples)),
                 lambda indices: data.batch_of([examples[index] for index in indices]),
-                trainer.train_dataloader.batch_size or 32,  # type: ignore[union-attr]
                 type(self).__name__,
+                lengths=lengths,
                 top_k=self.top_k,
                 temperature=self.temperature,
                 rows=rows,
             )
 
         if self.examples != "replayed":
-            places, new = self._places, data.dataset
-            self._tables["new"] = ask(new if places is None else Subset(new, torch.where(places >= 0)[0].tolist()))
+            new, lengths = data.dataset, getattr(data.dataset, "lengths", None)
+            if self._places is not None:
+                asked = torch.where(self._places >= 0)[0].tolist()
+                new, lengths = Subset(new, asked), None if lengths is None else [lengths[index] for index in asked]
+            self._tables["new"] = ask(new, lengths)
         if self.examples != "new":
             assert self._replay is not None
             view: MemoryView = self._replay.memory.view
-            self._tables["replayed"] = ask(view)
+            self._tables["replayed"] = ask(view, view.lengths)
 
     def _rows(
         self, outputs: Outputs | None = None, features: Tensor | None = None, chosen: Any = slice(None)

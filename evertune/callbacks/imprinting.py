@@ -118,7 +118,8 @@ class Imprinting(ContinualCallback):
         Args:
             chosen: Which examples count for which class, bool ``[examples, classes]``.
         """
-        size = trainer.train_dataloader.batch_size or 32  # type: ignore[union-attr]
+        used = chosen.any(1).nonzero().flatten().tolist()
+        lengths = getattr(data.dataset, "lengths", None)
         sums: Tensor | None = None
         what = f"Imprinting cannot compute the features of {type(module).__name__}"
         with (
@@ -126,7 +127,7 @@ class Imprinting(ContinualCallback):
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for indices, counts in rounds(chosen.any(1).nonzero().flatten().tolist(), size, trainer):
+            for indices, counts in rounds(used, trainer, None if lengths is None else [lengths[one] for one in used]):
                 features = F.normalize(self.features(module, data.batch(indices)).detach().double(), dim=-1)
                 if features.ndim != 2:
                     raise ValueError(f"features must have the shape [batch, d], got {list(features.shape)}")

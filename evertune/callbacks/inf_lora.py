@@ -118,14 +118,13 @@ class InfLoRA(AdapterMethod):
         data = TrainingData(trainer, name, "the inputs of the adapted layers for the training data")
         chance = np.random.default_rng((self.seed, self.experience_index))
         chosen = np.sort(chance.permutation(len(data.dataset))[: self.n_examples]).tolist()
-        size = trainer.train_dataloader.batch_size or 32  # type: ignore[union-attr]
         sums: dict[str, Tensor] = {}
         with (
             trial(f"{name} cannot run {type(module).__name__}", "give the module a task, a Task whose outputs() does"),
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for indices, counts in rounds(chosen, size, trainer):
+            for indices, counts in rounds(chosen, trainer):
                 batch = data.batch(indices)
                 with self._inputs(module, batch) as inputs:
                     task_of(module).outputs(module, batch)

@@ -126,7 +126,6 @@ class PseudoLabels(LogitsMethod):
         self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainingData, examples: Any
     ) -> list[tuple[str, list[Entity], list[Entity]]]:
         """For each example its digest, the entities that it labels, and those that the old model is sure of."""
-        size = trainer.train_dataloader.batch_size or 32  # type: ignore[union-attr]
         mine: list[Any] = []
         advice = "give the module a task whose outputs() returns logits [batch, tokens, tags] and their targets"
         with (
@@ -134,7 +133,7 @@ class PseudoLabels(LogitsMethod):
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for indices, counts in rounds(range(len(examples)), size, trainer):
+            for indices, counts in rounds(range(len(examples)), trainer):
                 found = list(self._read_batch(module, data.batch_of([examples[index] for index in indices])))
                 mine += found if counts else []
         if is_deepspeed(trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from evertune.callbacks.step_logits import counted_rows
 from evertune.memory.logits import LOGITS, StoredLogits, from_bytes, to_bytes
 from evertune.shards.opened import shards_of
 from evertune.shards.support import is_deepspeed
+from evertune.streams.sampler import longest_first
 from evertune.tasks.base import Outputs, task_of
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
@@ -21,11 +23,25 @@ from evertune.utils.evaluation import evaluation_mode, trial
 _ADVICE = "give the module a task, a Task whose outputs() returns them"
 
 
-def rounds(indices: Sequence[int], size: int, trainer: pl.Trainer) -> Iterator[tuple[list[int], bool]]:
+def batch_size(trainer: pl.Trainer) -> int:
+    """Examples in a batch of which no gradients are needed: twice those of a training batch, in the same memory."""
+    return 2 * (getattr(trainer.train_dataloader, "batch_size", None) or 32)
+
+
+def rounds(
+    indices: Sequence[int], trainer: pl.Trainer, lengths: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], bool]]:
     """Batches of this rank, equally many on all ranks; False with one that is too many.
 
     Whole batches go to the ranks in turn, so that an example is padded as on one process.
+
+    Args:
+        indices: Numbers of the examples.
+        lengths: Length of each of these examples, for batches with little padding. Default: as they come.
     """
+    size = batch_size(trainer)
+    if lengths is not None:
+        indices = [indices[place] for place in longest_first(lengths)]
     batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
     for start in range(0, len(batches), trainer.world_size):
         mine = start + trainer.global_rank
@@ -37,9 +53,9 @@ def logits_of_examples(
     module: pl.LightningModule,
     indices: Sequence[int],
     batch_of: Callable[[list[int]], Any],
-    size: int,
     who: str,
     *,
+    lengths: Sequence[int] | None = None,
     top_k: int | None = None,
     temperature: float = 1.0,
     rows: Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]] | None = None,
@@ -49,8 +65,8 @@ def logits_of_examples(
     Args:
         indices: Numbers of the examples.
         batch_of: The batch of some of them, on the device.
-        size: Examples in a batch.
         who: Name of the callback, for the error message.
+        lengths: Length of each of them, if known.
         top_k: Number of logits to keep of each row; None for all.
         temperature: At which the others are summed up.
         rows: Function ``(module, batch) -> rows [R, classes], number of rows of each example``. By default those of
@@ -59,7 +75,7 @@ def logits_of_examples(
     parts, rows = [pa.array([], LOGITS)], rows or logit_rows
     what = f"{who} cannot compute the logits of {type(module).__name__}"
     with trial(what, _ADVICE), evaluation_mode(module), trainer.precision_plugin.val_step_context():
-        for chosen, counts in rounds(indices, size, trainer):
+        for chosen, counts in rounds(indices, trainer, lengths):
             stored = StoredLogits.of(*rows(module, batch_of(chosen)), top_k, temperature)
             if counts:
                 parts.append(stored.to_arrow())
@@ -67,12 +83,14 @@ def logits_of_examples(
         shards_of(trainer).release()
     everyones = [from_bytes(part) for part in gather_bytes(to_bytes(pa.concat_arrays(parts)), trainer)]
     # Batch b is on rank b % world_size, as number b // world_size there.
-    n_batches, world = -(-len(indices) // size), trainer.world_size
+    size, world = batch_size(trainer), trainer.world_size
+    n_batches = -(-len(indices) // size)
     ordered = [
         everyones[number % world].slice(number // world * size, size if number < n_batches - 1 else None)
         for number in range(n_batches)
     ]
-    return pa.concat_arrays(ordered or [pa.array([], LOGITS)])
+    together = pa.concat_arrays(ordered or [pa.array([], LOGITS)])
+    return together if lengths is None else together.take(pa.array(np.argsort(longest_first(lengths))))
 
 
 def outputs_of(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, who: str) -> Outputs:

@@ -139,7 +139,6 @@ class WiSEFT(AveragingMethod):
         shards: ParameterShards,
     ) -> float:
         """The weighted sum of the scores of all examples, over all ranks."""
-        size = trainer.train_dataloader.batch_size or 32  # type: ignore[union-attr]
         total = torch.zeros(1, device=module.device)
         what = f"WiSEFT cannot score the examples of {type(module).__name__}"
         with (
@@ -147,7 +146,7 @@ class WiSEFT(AveragingMethod):
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for chosen, counts in rounds(range(len(examples)), size, trainer):
+            for chosen, counts in rounds(range(len(examples)), trainer):
                 scores = task_of(module).score(module, data.batch_of([examples[index] for index in chosen]))
                 if counts:
                     weight = torch.tensor([weights[index] for index in chosen], device=module.device)
