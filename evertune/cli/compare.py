@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.actions import REGISTRY, opened
-from evertune.cli.tables import percent, print_part
+from evertune.cli.tables import print_part
 from evertune.registry.aliases import ALIASES
 from evertune.utils.plugins import class_at
+from evertune.utils.shares import percent
 from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:

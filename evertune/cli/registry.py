@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evertune.cli.actions import REGISTRY, opened
-from evertune.cli.tables import UNKNOWN, percent
 from evertune.registry.aliases import ALIASES
 from evertune.registry.registry import LeaseHeld, Registry, RegistryError
 from evertune.registry.version import Version
+from evertune.utils.shares import UNKNOWN, percent
 from evertune.utils.terminal import complain, console, foreign
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""What commands print of versions: titled tables, and shares."""
+"""What commands print of versions: titled tables."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from evertune.utils.terminal import foreign
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNKNOWN = "\N{EN DASH}"
 _LEFT = ("answer", "class", "experience", "label", "record", "text", "word")  # columns of words; others are numbers
 
 
@@ -40,13 +38,3 @@ def print_part(
     screen.print(table)
     if most is not None and len(rows) > most:
         screen.print(f"and {len(rows) - most:,} more: --json, --out")
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage; an en dash for None and NaN.
-
-    Example:
-        >>> percent(0.956), percent(None), percent(float("nan"))
-        ('95.6 %', '–', '–')
-    """
-    return UNKNOWN if share is None or math.isnan(share) else f"{100 * share:.1f} %"

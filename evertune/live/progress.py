@@ -50,6 +50,13 @@ def progress_of(staging: Path) -> Progress | None:
     Example:
         >>> progress_of(Path("there/is/none"))
     """
+    try:
+        return _progress(staging)
+    except FileNotFoundError:  # it has ended between two looks
+        return None
+
+
+def _progress(staging: Path) -> Progress | None:
     plan = Plan.load(staging)
     if plan is None:
         return None

@@ -12,6 +12,8 @@ from typing import Any
 
 from evertune.metrics import functional
 from evertune.utils.clock import PARTS
+from evertune.utils.notebooks import MAX_ROWS, table
+from evertune.utils.shares import percent
 from evertune.utils.typed_json import decode
 
 _EXTRAS = ("drift", "memory", "examples", "breakdown", "untrained")
@@ -66,6 +68,14 @@ class History:
             raise ValueError(f"examples must be a count or None, got {self.examples!r}")
         self.breakdown = _breakdown(_of_type(self.breakdown, Mapping, "breakdown"))
         self.untrained = _untrained(_of_type(self.untrained, Mapping, "untrained"), self.experiences)
+
+    def _repr_html_(self) -> str:
+        """The accuracy matrix, as a notebook shows it: the newest updates and experiences of a long one."""
+        last, names = self.accuracy_matrix[-MAX_ROWS:], self.experiences[-MAX_ROWS:]
+        first = len(self.accuracy_matrix) - len(last) + 1
+        words = f"average accuracy {percent(self.average_accuracy)}, forgetting {percent(self.forgetting)}"
+        rows = [[first + t, *map(percent, row[-MAX_ROWS:])] for t, row in enumerate(last)]
+        return table(words, ["after update", *names], rows)
 
     @property
     def average_accuracy(self) -> float:

@@ -24,6 +24,8 @@ from evertune.registry.slice_index import repair as repair_slices
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.registry.version import VERSIONS, Version, manifest_name, version_folder
 from evertune.utils.files import sha256, write_atomically
+from evertune.utils.notebooks import MAX_ROWS, table
+from evertune.utils.shares import percent
 
 __all__ = ["LeaseHeld", "LeaseLost", "Manifest", "Registry", "RegistryError"]
 
@@ -66,6 +68,24 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"Registry({self.store.root!r})"
+
+    def _repr_html_(self) -> str:
+        """The newest versions, as a notebook shows them. What cannot be read has a line that says why."""
+        versions, damaged = self.survey()
+        try:
+            aliases, title = self.aliases, self.store.root
+        except RegistryError as error:
+            aliases, title = {}, str(error)
+        rows: list[list[object]] = [[number, *[None] * 5, words] for number, words in damaged.items()]
+        for version in versions[-MAX_ROWS:]:
+            manifest, number = version.manifest, version.number
+            names = " ".join(alias for alias, behind in aliases.items() if behind == number)
+            average = percent(manifest.metrics.average_accuracy)
+            words = f"{'passed' if version.passed else 'refused'}: {manifest.summary}".rstrip(": ")
+            cells = [number, names, f"{version.created:%Y-%m-%d %H:%M}", version.experience]
+            rows.append([*cells, manifest.records.get("train"), average, words])
+        columns = ["version", "alias", "created", "experience", "records", "accuracy", "verdict"]
+        return table(title, columns, sorted(rows, key=lambda row: int(str(row[0]))))
 
     # --- reading
 

@@ -11,6 +11,8 @@ from evertune.registry.manifest import Manifest
 from evertune.registry.slice_index import SliceEntry, SliceIndex
 from evertune.registry.store import MANIFEST, RegistryError, Store
 from evertune.utils.files import sha256
+from evertune.utils.notebooks import table
+from evertune.utils.shares import percent
 
 VERSIONS = "versions"
 
@@ -26,6 +28,22 @@ class Version:
 
     manifest: Manifest
     store: Store = field(repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        """What it is and how accurate, as a notebook shows it."""
+        manifest = self.manifest
+        words = f"version {self.number}, {'passed' if self.passed else 'refused'}: {manifest.summary}".rstrip(": ")
+        facts = {
+            "created": f"{self.created:%Y-%m-%d %H:%M}",
+            "parent": self.parent,
+            "because": manifest.reason,
+            "module": manifest.module,
+            "classes": ", ".join(manifest.classes),
+            **{f"{kind} records".replace("_", " "): n for kind, n in manifest.records.items()},
+            "average accuracy": percent(manifest.metrics.average_accuracy),
+            **{f"accuracy on {name}": percent(value) for name, value in manifest.metrics.accuracy.items()},
+        }
+        return table(words, ["", ""], [[name, value] for name, value in facts.items() if value not in (None, "")])
 
     @property
     def number(self) -> int:

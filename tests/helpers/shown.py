@@ -11,6 +11,7 @@ import numpy as np
 
 from evertune.gate.predictions import Predictions
 from evertune.gate.verdict import Check, Verdict
+from evertune.live.outcome import reasons_of
 from evertune.live.slices import save_slice
 from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
@@ -94,7 +95,7 @@ def _publish(
         module="SequenceClassificationModule",
         classes=CLASSES,
         records={"train": 100 * number, "held_out": len(said), "quarantined": 1},
-        verdict=VerdictSummary(verdict.passed, verdict.words()),
+        verdict=VerdictSummary(verdict.passed, reasons_of(verdict)),
         metrics=Metrics(dict(accuracy), sum(accuracy.values()) / len(accuracy)),
         seconds={"plan": 1.0, "train": 10.0, "fit": 8.0, "evaluate": 2.0},
         config={"schema": {"text": "text", "label": "label"}},

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evertune.drift.explain.attribution import Attribution
+from evertune.utils.notebooks import table
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,15 @@ class Comparison:
     topic_examples: list[tuple[Example | None, Example | None]]
     projection: tuple[list[list[float]], list[list[float]]]
 
+    def _repr_html_(self) -> str:
+        """What each detector found, as a notebook shows it."""
+        words = f"{self.current} against {self.reference}: {'drift' if self.drift_detected else 'no drift'}"
+        rows = [
+            [scan.of, scan.detector, scan.n_records, scan.n_tests, len(scan.alarms), *_first(scan)]
+            for scan in self.scans
+        ]
+        return table(words, ["of", "detector", "records", "tests", "alarms", "first at", "score", "threshold"], rows)
+
     @property
     def drift_detected(self) -> bool:
         """Whether any detector raised an alarm."""
@@ -156,3 +166,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def _first(scan: Scan) -> list[str]:
+    """The place, the score and the threshold of the first alarm; empty without any."""
+    if not scan.alarms:
+        return ["", "", ""]
+    alarm = scan.alarms[0]
+    return [f"{alarm.record:,} ({alarm.origin})", f"{alarm.score:.3g}", f"{alarm.threshold:.3g}"]
