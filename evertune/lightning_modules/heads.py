@@ -12,6 +12,8 @@ from evertune.lightning_modules.saving import whole
 
 INITIAL_STD = 0.02
 """Standard deviation of a new row's weights, as in BERT's own heads."""
+_LEAST_STEP = 1e-3
+"""Least distance of two thresholds between classes, so that no class has the probability 0."""
 
 
 def initial_rows(start: int, stop: int, in_features: int) -> Tensor:
@@ -89,6 +91,41 @@ class CosineHead(nn.Module):
         """Append rows until there are ``n_rows``. Call on every rank."""
         self.weight = with_rows(self.weight, initial_rows(self.out_features, n_rows, self.in_features))
         self.out_features = n_rows
+
+
+class OrdinalHead(nn.Module):
+    """Log-probabilities of classes in an order, from one number per text and thresholds between the classes.
+
+    The probability of at most class ``k`` is ``sigmoid(t_k - w x)``: one direction ``w`` for all classes, so that the
+    model cannot find the middle class likely and both of its neighbours unlikely (cumulative logits, McCullagh 1980;
+    CORAL of Cao, Mirjalili & Raschka 2020 shares ``w`` in the same way). The thresholds ``t_k`` rise by construction,
+    and start where all classes are equally likely for ``w x = 0``.
+
+    Args:
+        in_features: Size of the features.
+        out_features: Number of classes, at least 2.
+
+    >>> head = OrdinalHead(4, 3)
+    >>> head(torch.zeros(1, 4)).exp()
+    tensor([[0.3333, 0.3333, 0.3333]], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(initial_rows(0, 1, in_features).to(torch.get_default_dtype()))
+        start = torch.logit(torch.arange(1, out_features) / out_features)
+        # The first threshold, and for each of the others the number of whose softplus it lies above the one below it.
+        self.steps = nn.Parameter(torch.cat([start[:1], start.diff().expm1().log()]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-probabilities [batch, classes] of features [batch, in_features], in fp32."""
+        steps = self.steps.float()
+        thresholds = torch.cat([steps[:1], F.softplus(steps[1:]) + _LEAST_STEP]).cumsum(0)
+        below = thresholds - F.linear(features, self.weight).float()  # log-odds of at most each class but the last
+        # The probability between two thresholds a < b: sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)).
+        between = F.logsigmoid(below[:, 1:]) + F.logsigmoid(-below[:, :-1]) + (-(-thresholds.diff()).expm1()).log()
+        return torch.cat([F.logsigmoid(below[:, :1]), between, F.logsigmoid(-below[:, -1:])], 1)
 
 
 HeadKind = Literal["linear", "cosine"]

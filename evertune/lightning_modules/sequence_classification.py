@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evertune._lightning import rank_zero_warn
 from evertune.callbacks.logit_adjustment import LogitAdjustment
 from evertune.callbacks.training_data import TrainingData
+from evertune.lightning_modules.answering import answers_to
 from evertune.lightning_modules.backbone import POOLINGS, Attention, Pooling, pool, resolve_pooling
 from evertune.lightning_modules.heads import HEADS, HeadKind
 from evertune.lightning_modules.imbalance import (
@@ -22,12 +23,9 @@ from evertune.lightning_modules.imbalance import (
     weighted_losses,
 )
 from evertune.lightning_modules.named_classes import NamedClassesModule
-from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.schedule import Schedule
 from evertune.tasks.sequence_classification import SequenceClassificationTask
-from evertune.tasks.texts import checked_texts, longest_text, padded_tokens, truncation_length
-from evertune.utils.batches import TARGET_KEYS, targets_of
-from evertune.utils.evaluation import evaluation_mode
+from evertune.utils.batches import TARGET_KEYS, targets_of, without_targets
 
 HEAD_DROPOUT = 0.1
 
@@ -204,7 +202,7 @@ class SequenceClassificationModule(NamedClassesModule):
 
     def features(self, batch: Mapping[str, Any]) -> Tensor:
         """The pooled texts of a batch [batch, features], used by herding and drift detectors."""
-        output: ClassifierOutput = self(**_inputs(batch))
+        output: ClassifierOutput = self(**without_targets(batch))
         return output.features
 
     # --- labels
@@ -298,7 +296,7 @@ class SequenceClassificationModule(NamedClassesModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as ``train_loss``."""
         targets = targets_of(batch)
-        loss = self.training_loss(self(**_inputs(batch)).logits, targets)
+        loss = self.training_loss(self(**without_targets(batch)).logits, targets)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
         return loss
 
@@ -312,7 +310,7 @@ class SequenceClassificationModule(NamedClassesModule):
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         targets = targets_of(batch)
-        logits = self(**_inputs(batch)).logits
+        logits = self(**without_targets(batch)).logits
         right = ((logits > 0) == targets.bool()).all(1) if self.multi_label else logits.argmax(1) == targets
         values = {f"{stage}_loss": self.loss(logits, targets), f"{stage}_accuracy": right.float().mean()}
         self.log_dict(values, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(targets))
@@ -321,7 +319,7 @@ class SequenceClassificationModule(NamedClassesModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, float]]:
         """The probability of each class for each text, most probable first."""
-        logits = self(**_inputs(batch)).logits.float()
+        logits = self(**without_targets(batch)).logits.float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
         return [
             dict(sorted(zip(self._classes, row, strict=True), key=lambda item: -item[1]))
@@ -346,16 +344,4 @@ class SequenceClassificationModule(NamedClassesModule):
             ValueError: If ``max_length`` is more than the model takes, or a text has no tokens, or holds half of a
                 surrogate pair.
         """
-        texts = checked_texts(texts)
-        self.configure_model()
-        length = truncation_length(max_length or longest_text(self.tokenizer), self.tokenizer, self)
-        predictions: list[dict[str, float]] = []
-        with evaluation_mode(self), gathered(self), torch.inference_mode():
-            for start in range(0, len(texts), batch_size):
-                batch = padded_tokens(self.tokenizer, texts[start : start + batch_size], length, first=start)
-                predictions += self.predict_step(batch.to(self.device), start)
-        return predictions
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+        return answers_to(self, texts, batch_size, max_length)

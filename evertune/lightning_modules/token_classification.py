@@ -19,7 +19,7 @@ from evertune.tasks.base import IGNORED
 from evertune.tasks.texts import longest_text, truncation_length
 from evertune.tasks.token_classification import TokenClassificationTask, entities_of_batch
 from evertune.tasks.words import Span, first_pieces, tags_of_words, words_between_spaces, words_in
-from evertune.utils.batches import TARGET_KEYS, targets_of
+from evertune.utils.batches import TARGET_KEYS, targets_of, without_targets
 from evertune.utils.evaluation import evaluation_mode
 
 
@@ -158,7 +158,7 @@ class TokenClassificationModule(NamedClassesModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as ``train_loss``."""
         targets = targets_of(batch)
-        loss = self.loss(self(**_inputs(batch)).logits, targets)
+        loss = self.loss(self(**without_targets(batch)).logits, targets)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
         return loss
 
@@ -180,7 +180,7 @@ class TokenClassificationModule(NamedClassesModule):
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         targets = targets_of(batch)
-        logits = self(**_inputs(batch)).logits
+        logits = self(**without_targets(batch)).logits
         loss = self.loss(logits, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(targets))
         gold, said = (
@@ -275,7 +275,3 @@ class TokenClassificationModule(NamedClassesModule):
                 {"start": start, "end": end, "label": entity.type, "text": text[start:end], "score": min(sure)}
             )
         return found
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key not in TARGET_KEYS}

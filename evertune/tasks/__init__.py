@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from evertune.tasks.causal_lm import CausalLMTask as CausalLMTask
     from evertune.tasks.generation import GenerationTask as GenerationTask
     from evertune.tasks.question_answering import QuestionAnsweringTask as QuestionAnsweringTask
+    from evertune.tasks.regression import RegressionTask as RegressionTask
     from evertune.tasks.relation_extraction import RelationExtractionTask as RelationExtractionTask
     from evertune.tasks.seq2seq import Seq2SeqTask as Seq2SeqTask
+    from evertune.tasks.sequence_classification import OrdinalTask as OrdinalTask
     from evertune.tasks.sequence_classification import SequenceClassificationTask as SequenceClassificationTask
     from evertune.tasks.text_matching import TextMatchingTask as TextMatchingTask
     from evertune.tasks.token_classification import TokenClassificationTask as TokenClassificationTask
@@ -26,8 +28,9 @@ __all__, __getattr__, __dir__ = face(
         "evertune.tasks.generation": "GenerationTask",
         "evertune.tasks.seq2seq": "Seq2SeqTask",
         "evertune.tasks.relation_extraction": "RelationExtractionTask",
-        "evertune.tasks.sequence_classification": "SequenceClassificationTask",
         "evertune.tasks.text_matching": "TextMatchingTask",
+        "evertune.tasks.sequence_classification": "OrdinalTask SequenceClassificationTask",
+        "evertune.tasks.regression": "RegressionTask",
         "evertune.tasks.token_classification": "TokenClassificationTask",
     },
 )

@@ -1,7 +1,8 @@
-"""Text classification with exactly one label per text, or any number of them."""
+"""Text classification with exactly one label per text, any number of them, or one of an order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from evertune.tasks.base import Task
@@ -37,3 +38,33 @@ class SequenceClassificationTask(Task):
         if not self.multi_label and isinstance(label, list):
             raise ValueError(f"one label is expected, got the list {label!r}; multi_label=True learns lists")
         return label
+
+
+class OrdinalTask(SequenceClassificationTask):
+    """Texts with exactly one of some classes that have an order, all of them known from the start.
+
+    Args:
+        classes: Names of the classes, lowest first.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.classes = list(classes)
+
+    def check_label(self, value: Any) -> str:
+        """One of the names.
+
+        Raises:
+            ValueError: If the label is another one.
+
+        Example:
+            >>> OrdinalTask(["1", "2", "3"]).check_label(3)
+            '3'
+            >>> OrdinalTask(["bad", "good"]).check_label("fair")
+            Traceback (most recent call last):
+            ValueError: the label 'fair' is none of the classes ['bad', 'good'], whose order is fixed
+        """
+        label = super().check_label(value)
+        if label not in self.classes:
+            raise ValueError(f"the label {label!r} is none of the classes {self.classes}, whose order is fixed")
+        return str(label)

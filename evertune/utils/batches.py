@@ -97,6 +97,11 @@ def targets_of(batch: Any) -> Any:
     raise TypeError(f"cannot find targets in a {type(batch).__name__}")
 
 
+def without_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs in a batch: all but what is under one of ``TARGET_KEYS``."""
+    return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+
+
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
     """A collated batch after the module's transfer hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)

@@ -9,11 +9,13 @@ from typing import Any
 
 from evertune.lightning_modules import (
     CausalLMModule,
+    OrdinalClassificationModule,
     QuestionAnsweringModule,
     RelationExtractionModule,
     Seq2SeqModule,
     SequenceClassificationModule,
     TextMatchingModule,
+    SequenceRegressionModule,
     TokenClassificationModule,
 )
 from evertune.sources.schema import RecordSchema
@@ -104,6 +106,45 @@ ROWS: dict[str, TaskRow] = {
         module=lambda folder: SequenceClassificationModule(folder, multi_label=True),
         records=[{"text": text, "label": [name, "news"][: 1 + len(text) % 2]} for text, name in SENTENCES],
         refused=[({"text": "the bank", "label": "sport"}, "multi_label=True expects a list of names, got 'sport'")],
+    ),
+    "pairs of texts": TaskRow(
+        module=SequenceClassificationModule,
+        schema={"text": ["first", "second"]},
+        records=[{"first": text, "second": "the law of a goal", "label": name} for text, name in SENTENCES],
+        refused=[
+            ({"first": "the bank", "second": "", "label": "sport"}, "field 'second': the text is empty"),
+            ({"first": "the bank", "label": "sport"}, "field 'second' is missing"),
+        ],
+    ),
+    "an order of classes": TaskRow(
+        module=lambda folder: OrdinalClassificationModule(folder, classes=["1", "2", "3"]),
+        records=[{"text": text, "label": 1 + len(text) % 3} for text, _ in SENTENCES],
+        refused=[
+            ({"text": "the bank", "label": 4}, "the label '4' is none of the classes ['1', '2', '3'], whose order is"),
+            ({"text": "the bank", "label": ["1"]}, "one label is expected, got the list ['1']"),
+        ],
+    ),
+    "a number": TaskRow(
+        module=lambda folder: SequenceRegressionModule(folder, mean=12.0, scale=7.0),
+        schema={"fields": {"text": "str", "label": "float"}},
+        records=[{"text": text, "label": len(text)} for text, _ in SENTENCES],
+        refused=[
+            ({"text": "the bank", "label": "good"}, "field 'label' must be a number"),
+            ({"text": "the bank", "label": float("nan")}, "field 'label': no label, or NaN"),
+            ({"text": "the bank", "label": float("inf")}, "field 'label': the label inf is not a finite number"),
+            ({"text": "the bank", "label": None}, "field 'label'"),
+        ],
+        plan=False,
+    ),
+    "several numbers": TaskRow(
+        module=lambda folder: SequenceRegressionModule(folder, n_targets=2, scale=[10.0, 2.0]),
+        schema={"text": ["text", "other"], "fields": {"text": "str", "other": "str", "label": "list[float]"}},
+        records=[{"text": text, "other": "a goal", "label": [len(text), 1.5]} for text, _ in SENTENCES],
+        refused=[
+            ({"text": "the bank", "other": "a goal", "label": [1.0]}, "a list of 2 numbers is expected, got [1.0]"),
+            ({"text": "the bank", "other": "a goal", "label": [1.0, float("nan")]}, "field 'label"),
+        ],
+        plan=False,
     ),
     "question answering": TaskRow(
         module=lambda folder: QuestionAnsweringModule(folder, stride=4),
