@@ -139,29 +139,26 @@ def freeze(backbone: nn.Module, n_layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def rate_factors(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
-    """The factor of the learning rate of each weight below the last layer; those that are not named have 1.
+def depths(backbone: nn.Module) -> dict[str, int]:
+    """How many layers are above each weight of a transformer: 0 for the last layer and for what is above it.
 
     Raises:
-        ValueError: If ``layer_decay`` is below 1 and the transformer has no stack of layers.
+        ValueError: If the transformer has no stack of layers.
 
     Example:
         >>> layers = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
-        >>> backbone = nn.ModuleDict({"embeddings": nn.Embedding(2, 1), "layers": layers})
-        >>> rate_factors(backbone, 0.5)
-        {'embeddings.weight': 0.25, 'layers.0.weight': 0.5, 'layers.1.weight': 1.0}
+        >>> depths(nn.ModuleDict({"embeddings": nn.Embedding(2, 1), "layers": layers, "norm": nn.LayerNorm(1)}))
+        {'embeddings.weight': 2, 'layers.0.weight': 1, 'layers.1.weight': 0, 'norm.weight': 0, 'norm.bias': 0}
     """
-    if layer_decay == 1:
-        return {}
     stack_name, stack = encoder_layers(backbone)
-    factors = {}
+    found = {}
     for name, _ in backbone.named_parameters():
         if name.startswith(f"{stack_name}."):
             layer = int(name.removeprefix(f"{stack_name}.").partition(".")[0])
-            factors[name] = layer_decay ** (len(stack) - 1 - layer)
-        elif "embed" in name:
-            factors[name] = layer_decay ** len(stack)
-    return factors
+            found[name] = len(stack) - 1 - layer
+        else:
+            found[name] = len(stack) if "embed" in name else 0
+    return found
 
 
 def accepted_inputs(backbone: nn.Module) -> frozenset[str]:

@@ -83,6 +83,8 @@ class SequenceClassificationModule(NamedClassesModule):
         schedule: ``linear`` (default), ``cosine``, ``infinite`` or ``constant``, see :class:`TransformerModule`.
         final_ratio: Share of the peak at which an update ends, and from which the next one warms up. Default: 0.
         cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
+        unfreeze_ratio: Share of an update's steps over which the layers join the training from top to bottom, see
+            :class:`TransformerModule`. Default: 0, all from the first step.
         layer_decay: Factor of the learning rate from each layer of the transformer to the one below it. Default: 1.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 everything but
             the head.
@@ -127,6 +129,7 @@ class SequenceClassificationModule(NamedClassesModule):
         final_ratio: float = 0.0,
         cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
+        unfreeze_ratio: float = 0.0,
         layer_decay: float = 1.0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
@@ -150,6 +153,7 @@ class SequenceClassificationModule(NamedClassesModule):
             final_ratio=final_ratio,
             cooldown_ratio=cooldown_ratio,
             freeze_layers=freeze_layers,
+            unfreeze_ratio=unfreeze_ratio,
             layer_decay=layer_decay,
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,

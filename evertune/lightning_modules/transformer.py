@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from evertune.lightning_modules.adapters import adapter_config, add_adapters
 from evertune.lightning_modules.backbone import (
     Attention,
     accepted_inputs,
+    depths,
     freeze,
     load_backbone,
-    rate_factors,
     skeleton,
 )
 from evertune.lightning_modules.saving import (
@@ -77,6 +77,11 @@ class TransformerModule(LightningModule):
         cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``, in (0, 1]. Default: 0.2.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers, -1 freezes the
             whole transformer and trains only the head.
+        unfreeze_ratio: Share of an update's steps over which the layers join the training from top to bottom, in [0, 1)
+            (gradual unfreezing, Howard & Ruder 2018): the layers on top from the first step, the embeddings last, at
+            equal distances. Until a layer joins, its learning rate is 0, which moves no weight on any strategy; it
+            costs what full training costs, and the optimizer's averages and the clipping know its gradients from the
+            first step. Each update starts again from the top. Default: 0, all from the first step.
         freeze_word_embeddings: Whether to freeze the word embeddings, which saves time and memory (half of MiniLM's
             weights) and keeps rare words as they are. Default: False.
         dropout: Replaces every dropout probability of the model; None (default) keeps the model's own.
@@ -110,6 +115,7 @@ class TransformerModule(LightningModule):
         final_ratio: float = 0.0,
         cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
+        unfreeze_ratio: float = 0.0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
         attention: Attention = "auto",
@@ -127,6 +133,10 @@ class TransformerModule(LightningModule):
         check_schedule(schedule, warmup_ratio, final_ratio, cooldown_ratio)
         if freeze_layers < -1:
             raise ValueError(f"freeze_layers must be -1 (all), 0 (none) or a number of layers, got {freeze_layers}")
+        if not 0 <= unfreeze_ratio < 1:
+            raise ValueError(f"unfreeze_ratio must be in [0, 1), got {unfreeze_ratio}")
+        if unfreeze_ratio and freeze_layers == -1:
+            raise ValueError(f"unfreeze_ratio={unfreeze_ratio} with freeze_layers=-1, which leaves no layers to join")
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if attention not in get_args(Attention):
@@ -149,6 +159,7 @@ class TransformerModule(LightningModule):
         self.final_ratio = final_ratio
         self.cooldown_ratio = cooldown_ratio
         self.freeze_layers = freeze_layers
+        self.unfreeze_ratio = unfreeze_ratio
         self.freeze_word_embeddings = freeze_word_embeddings
         self.dropout = dropout
         self.attention = attention
@@ -246,17 +257,18 @@ class TransformerModule(LightningModule):
         """
         rate = self.learning_rate or self.default_learning_rate()
         head_rate = rate if self.head_learning_rate is None else self.head_learning_rate
-        factors = rate_factors(self.backbone, self.layer_decay)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        depth_of = depths(self.backbone) if self.layer_decay < 1 or self.unfreeze_ratio else {}
+        groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}  # by depth, learning rate and decay
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 in_head = not name.startswith(BACKBONE)
                 decayed = _n_dimensions(parameter) > 1 and not (in_head and self._head_ignores_norms)
-                own_rate = head_rate if in_head else rate * factors.get(name.removeprefix(BACKBONE), 1.0)
-                group = own_rate, self.weight_decay if decayed else 0.0
+                depth = -1 if in_head else depth_of.get(name.removeprefix(BACKBONE), 0)
+                own_rate = head_rate if in_head else rate * self.layer_decay**depth
+                group = depth if self.unfreeze_ratio else 0, own_rate, self.weight_decay if decayed else 0.0
                 groups.setdefault(group, []).append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+            [{"params": params, "lr": lr, "weight_decay": decay} for (_, lr, decay), params in groups.items()],
             lr=rate,
             fused=self.device.type == "cpu",  # 5 times as fast; on CUDA, clipping in fp16 forbids it
         )
@@ -265,6 +277,10 @@ class TransformerModule(LightningModule):
             raise ValueError(
                 f"schedule={self.schedule!r} needs to know how long fit lasts: "
                 "pass max_steps to the Trainer, or use schedule='constant'"
+            )
+        if n_steps is None and self.unfreeze_ratio:
+            raise ValueError(
+                f"unfreeze_ratio={self.unfreeze_ratio} needs to know how long fit lasts: pass max_steps to the Trainer"
             )
         if n_steps is None and self.warmup_ratio > 0:
             rank_zero_warn(f"fit has no end, so warmup_ratio={self.warmup_ratio} is ignored")
@@ -277,7 +293,9 @@ class TransformerModule(LightningModule):
             final=self.final_ratio,
             n_cooldown=math.ceil(self.cooldown_ratio * (n_steps or 0)),
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        pause = self.unfreeze_ratio * (n_steps or 0) / (1 + max(depth_of.values(), default=0))  # until the next joins
+        joining = [partial(_from_step, math.ceil((1 + depth) * pause), factor) for depth, _, _ in groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, joining if self.unfreeze_ratio else factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -394,6 +412,11 @@ class TransformerModule(LightningModule):
             self.tokenizer.save_pretrained(folder)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"no tokenizer is saved: {error}")
+
+
+def _from_step(first: int, factor: Callable[[int], float], step: int) -> float:
+    """The factor of the learning rate at a step; 0 before the first."""
+    return factor(step) if step >= first else 0.0
 
 
 def _n_weights(parameter: nn.Parameter) -> int:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from evertune._lightning import pl
-from evertune.callbacks import Replay
+from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
 from evertune.streams import Experience, ExperienceDataModule
 from tests.helpers.distributed import run_ranks
@@ -67,6 +67,41 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path, strategy, head):
         for key, value in expected.items():
             assert torch.allclose(found[key], value, rtol=1e-4, atol=2e-5), key
     assert load_file(tmp_path / "two/head.safetensors")["head.weight"].shape == (3, 32)
+
+
+def unfreeze(folder, out, strategies, devices):
+    """One update under each strategy, in which the layers join one after another, with EWC from the second on."""
+    for strategy in strategies:
+        pl.seed_everything(3)
+        module = SequenceClassificationModule(
+            folder, classes=["business", "sport"], dropout=0.0, learning_rate=1e-3, unfreeze_ratio=0.5
+        )
+        callbacks = [EWC(ewc_lambda=1.0, n_examples=4), Replay(memory_size=4)]
+        for _ in range(2):
+            settings = {"max_epochs": 4, "accelerator": "cpu", "devices": devices, "strategy": strategy}
+            batches = loader(folder, ["business", "sport"], batch_size=6 // devices)
+            pl.Trainer(**settings, **QUIET, callbacks=callbacks).fit(module, batches)
+        module.save_pretrained(f"{out}/{strategy}")
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ["ddp", "evertune_deepspeed_stage_2"],
+        pytest.param(
+            ["evertune_deepspeed_stage_1", "evertune_deepspeed_stage_3", "evertune_fsdp2"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_layers_join_on_every_strategy_as_on_one_process(tmp_path, strategies):
+    folder = tiny_bert(tmp_path / "model")
+    unfreeze(folder, str(tmp_path / "one"), ["auto"], 1)
+    run_ranks(f"{__name__}:unfreeze", 2, folder=folder, out=str(tmp_path), strategies=strategies, devices=2)
+    expected = load_file(tmp_path / "one/auto/model.safetensors")
+    for strategy in strategies:
+        found = load_file(tmp_path / strategy / "model.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=f"{strategy}: {name}")
 
 
 def learn_without_training(folder, out, strategies, devices):

@@ -57,6 +57,7 @@ class RecordRates(pl.Callback):
         ({"learning_rate": 0}, "learning_rate must be positive, got 0"),
         ({"head_learning_rate": -1}, "head_learning_rate must not be negative, got -1"),
         ({"layer_decay": 0}, r"layer_decay must be in \(0, 1\], got 0"),
+        ({"unfreeze_ratio": 1.0}, r"unfreeze_ratio must be in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
         ({"final_ratio": 1.0}, r"final_ratio must be in \[0, 1\), got 1.0"),
@@ -225,6 +226,41 @@ def test_lower_layers_have_smaller_learning_rates(model):
         expected = 1e-3 if name.startswith("head") else 1e-4 * 0.5 ** (2 if layer is None else 1 - layer)
         assert rates[id(parameter)] == pytest.approx(expected), name
     assert len(set(rates.values())) == 4
+
+
+class WhenChanged(pl.Callback):
+    """Notes the step at which each weight first changes."""
+
+    def __init__(self):
+        self.step = {}
+
+    def on_train_start(self, trainer, module):
+        self.before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        for name, value in module.state_dict().items():
+            if not torch.equal(value, self.before[name]):
+                self.step.setdefault(name, trainer.global_step)
+
+
+@pytest.mark.parametrize("update", [1, 2])
+def test_layers_join_from_top_to_bottom(model, update):
+    module = build(model, unfreeze_ratio=0.5, learning_rate=1e-3, layer_decay=0.9, schedule="constant")
+    for _ in range(update):
+        changes = WhenChanged()
+        trainer(callbacks=[changes]).fit(module, loader(model, module.classes, batch_size=2, repeat=4))  # 12 steps
+    for name, step in changes.step.items():
+        part = next(part for part in ("head", "layer.1.", "layer.0.", "embeddings") if part in name)
+        assert step == {"head": 1, "layer.1.": 3, "layer.0.": 5, "embeddings": 7}[part], name
+    assert changes.step.keys() == {name for name, _ in module.named_parameters()}
+
+
+def test_what_cannot_join_is_refused(model):
+    with pytest.raises(ValueError, match=r"unfreeze_ratio=0.5 with freeze_layers=-1, which leaves no layers to join"):
+        SequenceClassificationModule(model, unfreeze_ratio=0.5, freeze_layers=-1)
+    module = build(model, unfreeze_ratio=0.5, schedule="constant", warmup_ratio=0.0)
+    with pytest.raises(ValueError, match=r"unfreeze_ratio=0.5 needs to know how long fit lasts"):
+        trainer(max_epochs=-1).fit(module, loader(model, module.classes))
 
 
 def test_head_only_training_changes_the_head_only(model):
