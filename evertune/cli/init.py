@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean, pstdev
 from textwrap import indent
 from typing import Any, Literal
 
@@ -122,7 +124,22 @@ def _chosen(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Roles,
     chosen = preset("text_classification", memory_size=memory_size, stream=stream, model=known.model)
     if roles.multi_label:
         chosen.module["multi_label"] = True
-    return chosen
+    return _of_numbers(chosen, roles.numbers) if roles.numbers else chosen
+
+
+def _of_numbers(chosen: Any, numbers: Sequence[float]) -> Any:
+    """The same for labels that are numbers, without what is for classes."""
+    methods = [one for one in chosen.methods if one["class_path"].endswith((".Replay", ".UpdateLength"))]
+    for one in methods:
+        one["init_args"].pop("policy", None)
+    spread = {"mean": round(mean(numbers), 4), "scale": round(pstdev(numbers), 4) or 1.0}
+    return replace(
+        chosen,
+        module_class="evertune.lightning_modules.SequenceRegressionModule",
+        module={**spread, "freeze_word_embeddings": True},
+        methods=methods,
+        trainer={"max_epochs": 3, "gradient_clip_val": 1.0},
+    )
 
 
 def _stream_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Roles, target: Path) -> str:
@@ -165,7 +182,8 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
         for method in config["trainer"]["callbacks"]:
             if method["class_path"].endswith(".Replay"):
                 method["init_args"]["id"] = "id"  # so that examples can be erased by it
-    fields = {roles.text: "str", roles.label: "list[str]" if roles.multi_label else "str"}
+    kind = "float" if roles.numbers else "list[str]" if roles.multi_label else "str"
+    fields = {roles.text: "str", roles.label: kind}
     schema: dict[str, Any] = {"fields": fields, "text": roles.text, "label": roles.label}
     if roles.id:
         fields[roles.id] = "str"
@@ -226,6 +244,9 @@ def _zoneless(value: Any) -> bool:
 
 def _what(rows: list[dict[str, Any]], roles: Roles) -> str:
     seen = f"{len(rows)} records" if len(rows) < _LOOKED_AT else f"the first {len(rows)} records"
+    if roles.numbers:
+        low, high = min(roles.numbers), max(roles.numbers)
+        return f"{seen}, text in {roles.text!r}, label in {roles.label!r} (numbers from {low:g} to {high:g})"
     (most, n_most), (least, n_least) = roles.classes.most_common()[0], roles.classes.most_common()[-1]
     return (
         f"{seen}, text in {roles.text!r}, label in {roles.label!r} ({len(roles.classes)} classes, from {n_most} of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ _LABEL = _words(
     "etiqueta clase categoría categoria tema sentimiento classe catégorie étiquette klasse kategorie thema "
     "метка класс категория 标签 类别 分类 ラベル カテゴリ 레이블 분류 تصنيف"
 )
+_NUMBER = _words("score rating stars grade price value y label target")
 _ID = _words("id uid uuid guid key identifier")
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test"}
 _CODE = re.compile(r"[!-~]*\d[!-~]*")
@@ -43,6 +45,7 @@ class Roles:
         split: Column with the name of the split, or None.
         multi_label: Whether a label is a list of names.
         classes: Number of records of each class.
+        numbers: The labels, if they are numbers and not classes.
         others: The remaining columns.
     """
 
@@ -53,6 +56,7 @@ class Roles:
     split: str | None = None
     multi_label: bool = False
     classes: Counter[str] = field(default_factory=Counter)
+    numbers: list[float] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
@@ -99,8 +103,12 @@ def find_roles(rows: Sequence[Mapping[str, Any]], text: str | None = None, label
         labels = [name for name, values in left.items() if _is_label(values)]
         numbered = [name for name in labels if isinstance(left[name][0], int)]
         label = take([name for name in labels if name not in numbered] + numbered, _LABEL)
+    if label is None:
+        label = take([name for name, values in left.items() if name.lower() in _NUMBER and _numbers(values)])
     roles = Roles(text, label, id_, time, split, others=list(left))
     if label is not None:
+        roles.numbers = _numbers(columns[label])
+    if label is not None and not roles.numbers:
         names = [label_value(value) for value in columns[label] if _names_a_class(value)]
         roles.multi_label = any(isinstance(one, list) for one in names)
         roles.classes = Counter(name for one in names for name in (one if isinstance(one, list) else [one]))
@@ -144,6 +152,15 @@ def _is_label(values: Sequence[Any]) -> bool:
         return False
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     return 1 < len(set(map(str, names))) <= max(2, len(names) / 2)
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """The values as numbers, also those of a CSV file; none if one is not, or if all are whole, as classes may be."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        return []
+    return found if all(map(math.isfinite, found)) and not all(one.is_integer() for one in found) else []
 
 
 def _names_a_class(value: Any) -> bool:

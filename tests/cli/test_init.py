@@ -109,6 +109,25 @@ def test_update_runs_as_it_is(write: Callable[[Path], Path], here: Path, bert: s
     assert list((here / "inbox-registry" / "versions").iterdir())
 
 
+def test_numbers_are_learned_as_numbers(here: Path, bert: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "inbox").mkdir()
+    with (here / "inbox" / "reviews.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["nr", "review", "stars"])
+        writer.writerows((f"r-{i}", f"it broke after {i} days", 1 + i % 8 / 2) for i in range(64))
+    assert run("update", "--init", "inbox", "--model", bert, "--memory_size", "12") == 0
+    assert "label in 'stars' (numbers from 1 to 4.5)" in capsys.readouterr().out
+    config = yaml.safe_load((here / "live.yaml").read_text())
+    assert config["model"]["class_path"].endswith(".SequenceRegressionModule")
+    settings = config["model"]["init_args"]
+    assert (settings["mean"], settings["scale"]) == (2.75, pytest.approx(1.1456))
+    code = run("update", "--config", "live.yaml", "--trigger.init_args.min_records", "20")
+    assert code in (0, 4)
+    assert run("fit", "--init", "inbox/reviews.csv", "--model", bert, "--memory_size", "12") == 0
+    assert run("fit", "--config", "stream.yaml", "--data.n_experiences", "2") == 0
+    assert (here / "evertune-run" / "report.html").is_file()
+
+
 def test_what_exists_is_not_overwritten_and_what_is_missing_is_said(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
