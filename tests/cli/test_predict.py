@@ -103,7 +103,7 @@ def test_a_run_goes_on_where_it_was(registry: Registry, tmp_path: Path, capsys: 
         line["prediction"]["label"] for line in lines(whole)
     ]
     assert predict(registry, source, out, "--version", "2") == 2
-    assert "was begun with version 1, now it is 2" in capsys.readouterr().err
+    assert "was begun with version 1, now it is version 2" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", [*ROWS[:6], {"text": "another", "n": 6}])
     assert predict(registry, other, out) == 2
     assert "has the answers to other records" in capsys.readouterr().err
@@ -125,3 +125,49 @@ def test_refused(
     assert predict(registry, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("evertune predict: ") and words in error and "Traceback" not in error
+
+
+def test_versions_answer_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three versions, of which the first does not know the last class."""
+    registry, backbone = Registry(tmp_path / "registry"), tiny_bert(tmp_path / "bert")
+    for number, classes in enumerate(
+        [["business", "sport"], ["business", "sport", "law"], ["business", "sport", "law"]], 1
+    ):
+        torch.manual_seed(number)
+        module = SequenceClassificationModule(backbone, classes=classes)
+        module.configure_model()
+        module.save_pretrained(tmp_path / "staging" / "model")
+        about = {"module": "SequenceClassificationModule", "config": {"schema": {"text": "text"}}}
+        registry.publish(tmp_path / "staging", Manifest(version=number, parent=number - 1 or None, **about))
+    registry.promote(3)
+    each = [
+        SequenceClassificationModule.from_pretrained(registry.version(number).folder() / "model").predict(
+            ["the goal 0"]
+        )
+        for number in (3, 2, 1)
+    ]
+    source, out = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    assert predict(registry, source, out, "--last", "3", "--top", "3") == 0
+    assert "7 answered by versions 3, 2, 1" in capsys.readouterr().out
+    first = lines(out)[0]
+    assert first["version"] == [3, 2, 1]
+    means = {name: sum(p := [one[name] for [one] in each if name in one]) / len(p) for name in module.classes}
+    expected = {name: pytest.approx(p / sum(means.values()), abs=1e-5) for name, p in means.items()}
+    assert first["prediction"]["probabilities"] == expected
+
+    assert predict(registry, source, out, "--versions", "3", "2", "1", "--top", "3") == 0  # goes on where it was
+    assert predict(registry, source, out, "--versions", "3", "2") == 2
+    assert "was begun with versions 3, 2, 1, now it is versions 3, 2" in capsys.readouterr().err
+    for arguments, words in (
+        (["--last", "4"], "version 3 has 2 versions before it, not 3"),
+        (["--versions", "3", "3"], "--versions has 3 twice"),
+        (["--last", "0"], "--last must be positive, got 0"),
+    ):
+        assert predict(registry, source, tmp_path / "other.jsonl", *arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_versions_that_do_not_answer_the_same(registry: Registry, tmp_path: Path, capsys: Any) -> None:
+    source = write(tmp_path / "in.jsonl", ROWS)
+    assert predict(registry, source, tmp_path / "out.jsonl", "--versions", "1", "2") == 2
+    assert "versions 1 and 2 do not answer the same" in capsys.readouterr().err
