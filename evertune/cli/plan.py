@@ -58,6 +58,7 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
 
 _MATCHING = "TextMatchingModule"
 MODULES = ("SequenceClassificationModule", "TokenClassificationModule", _MATCHING)
+MODULES = ("SequenceClassificationModule", "OrdinalClassificationModule", "TokenClassificationModule")
 """The modules of :mod:`evertune.lightning_modules` whose size is known without their weights."""
 
 RESERVE = 0.1
@@ -291,7 +292,6 @@ def shape_of(settings: Mapping[str, Any], n_classes: int, module_class: str = MO
     from torch import nn
     from transformers import AutoModel
 
-    from evertune.lightning_modules.adapters import add_adapters
     from evertune.lightning_modules.backbone import encoder_layers, freeze, override_dropout, quiet_transformers
 
     classes = {} if module_class == _MATCHING else {"classes": [str(number) for number in range(n_classes)]}
@@ -310,8 +310,7 @@ def shape_of(settings: Mapping[str, Any], n_classes: int, module_class: str = MO
             module.backbone.pooler = None
         freeze(module.backbone, module.freeze_layers)
         module.configure_head()
-        if module.peft is not None:
-            add_adapters(module.backbone, module.peft)
+        module.configure_adapters()
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     # The module's optimizer has two groups: matrices, which decay, and vectors, which do not.
@@ -546,7 +545,7 @@ def _model_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name = path.rpartition(".")[2]
     if name not in MODULES:
         raise ValueError(
-            f"the model is a {path}, of which only its own code knows the size; plan knows {' and '.join(MODULES)} of "
+            f"the model is a {path}, of which only its own code knows the size; plan knows {', '.join(MODULES)} of "
             "evertune.lightning_modules: name the transformer in it with --model"
         )
     return name, dict(model.get("init_args") or {})

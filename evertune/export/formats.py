@@ -13,12 +13,14 @@ from evertune.export.graph import input_names, traced
 from evertune.export.manifest import Format, Quantize
 from evertune.lightning_modules.adapters import merge_adapters
 from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
+from evertune.lightning_modules.ordinal_classification import OrdinalClassificationModule
 from evertune.lightning_modules.saving import read_manifest
 from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
 
 _KINDS: dict[str, type[SequenceClassificationModule]] = {
     "SequenceClassificationModule": SequenceClassificationModule,
     "AnalyticClassificationModule": AnalyticClassificationModule,
+    "OrdinalClassificationModule": OrdinalClassificationModule,
 }
 """Modules that can be exported. Looked up by name, and never imported by one: a file must not be able to run code."""
 
@@ -61,6 +63,11 @@ def loaded(folder: Path) -> SequenceClassificationModule:
 def merged(folder: Path) -> SequenceClassificationModule:
     """The same with its adapters, if it has any, merged into the weights."""
     module = loaded(folder)
+    if module.prompt is not None:
+        raise ValueError(
+            f"virtual tokens of {module.prompt.method} cannot be merged into the weights, so this version cannot be "
+            "exported; `evertune serve` answers with it as it is"
+        )
     if module.peft is not None:
         merge_adapters(module.backbone)
         module.peft = module.hparams["peft"] = None

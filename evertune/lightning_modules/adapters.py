@@ -12,32 +12,68 @@ from torch import nn
 
 from evertune.utils.extras import library
 
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 SETTINGS = {
     "lora": (
         "r",
         "lora_alpha",
         "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
+        *_PLACES,
         "rank_pattern",
         "alpha_pattern",
         "use_rslora",
         "use_dora",
         "init_lora_weights",
     ),
+    "adalora": (
+        "init_r",
+        "target_r",
+        "lora_alpha",
+        "lora_dropout",
+        *_PLACES,
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+    ),
     "ia3": ("target_modules", "exclude_modules", "feedforward_modules"),
+    "prompt_tuning": ("num_virtual_tokens",),
+    "p_tuning": (
+        "num_virtual_tokens",
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+    ),
+    "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
 }
-"""The settings of PEFT's ``LoraConfig`` and ``IA3Config`` that may be given, by method; the others train or replace
-weights beside the adapters."""
-_CONFIGS = {"lora": "LoraConfig", "ia3": "IA3Config"}
+"""The settings of PEFT's configurations that may be given, by method; the others train or replace weights beside the
+adapters."""
+PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+"""The methods that train virtual tokens, see :class:`~evertune.lightning_modules.prompts.Prompt`."""
+_CONFIGS = {
+    "lora": "LoraConfig",
+    "adalora": "AdaLoraConfig",
+    "ia3": "IA3Config",
+    "prompt_tuning": "PromptTuningConfig",
+    "p_tuning": "PromptEncoderConfig",
+    "prefix_tuning": "PrefixTuningConfig",
+}
+_N_VIRTUAL = 20
+_ENDLESS = 2**31
 
 
-def adapter_config(peft: Mapping[str, Any]) -> Any:
+def adapter_config(peft: Mapping[str, Any], n_steps: int = _ENDLESS) -> Any:
     """The configuration of PEFT for ``{"method": "lora", "r": 8, ...}``.
 
-    Methods are ``lora`` (Hu et al. 2022; with ``use_dora``, DoRA of Liu et al. 2024) and ``ia3`` (Liu et al. 2022).
+    Methods are ``lora`` (Hu et al. 2022; with ``use_dora``, DoRA of Liu et al. 2024), ``adalora`` (Zhang et al. 2023),
+    ``ia3`` (Liu et al. 2022), and those of :data:`PROMPTS`, with 20 virtual tokens by default.
+
+    Args:
+        peft: The method and its settings.
+        n_steps: Number of steps of an update, for ``adalora``. Default: more than any has.
 
     Raises:
         ModuleNotFoundError: If PEFT is not installed.
@@ -54,8 +90,18 @@ def adapter_config(peft: Mapping[str, Any]) -> Any:
             f"peft: init_lora_weights must be True or 'gaussian', got {settings['init_lora_weights']!r}: adapters must "
             "start without changing the transformer"
         )
-    if settings.get("r", 8) < 1:
-        raise ValueError(f"peft: r must be positive, got {settings['r']}")
+    for name in ("r", "init_r", "target_r", "num_virtual_tokens", "deltaT"):
+        if settings.get(name, 1) < 1:
+            raise ValueError(f"peft: {name} must be positive, got {settings[name]}")
+    if method in PROMPTS:
+        settings = {"num_virtual_tokens": _N_VIRTUAL, **settings}
+    if method == "adalora":
+        settings["total_step"] = n_steps
+        if settings.get("target_r", 8) >= settings.get("init_r", 12):
+            raise ValueError(
+                f"peft: target_r={settings.get('target_r', 8)} must be below init_r={settings.get('init_r', 12)}, or "
+                "no rank is taken away"
+            )
     return getattr(library("peft", "peft"), _CONFIGS[method])(**settings)
 
 
@@ -93,19 +139,23 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If PEFT knows no ``target_modules`` for the transformer, or it has none of the given ones; if they
-            are DoRA's and ZeRO-3 has partitioned the weights.
+            are those of DoRA or AdaLoRA and ZeRO-3 has partitioned the weights.
     """
     config = adapter_config(peft)
-    if getattr(config, "use_dora", False) and any(hasattr(weight, "ds_id") for weight in backbone.parameters()):
+    refused = "use_dora" if getattr(config, "use_dora", False) else "adalora" if peft["method"] == "adalora" else None
+    if refused and any(hasattr(weight, "ds_id") for weight in backbone.parameters()):
         raise ValueError(
-            "peft: use_dora needs the norms of whole weights, which ZeRO-3 has partitioned; use plain LoRA, or the "
-            "strategy 'evertune_fsdp2'"
+            f"peft: {refused} needs whole weights, which ZeRO-3 has partitioned; use plain LoRA, or "
+            f"{'one device or ddp' if refused == 'adalora' else 'the strategy evertune_fsdp2'}"
         )
     library("peft", "peft").inject_adapter_in_model(config, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         for layer in backbone.modules():
             for name in layer.lora_A if hasattr(layer, "reset_lora_parameters") else ():
+                if refused == "adalora":
+                    layer.reset_lora_parameters(name)
+                    continue
                 with _whole([layer.lora_A[name].weight, layer.lora_B[name].weight]):
                     layer.reset_lora_parameters(name, config.init_lora_weights)
 

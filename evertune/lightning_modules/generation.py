@@ -45,6 +45,7 @@ class GenerationModule(TransformerModule):
     """
 
     task: GenerationTask
+    takes_prompts = False
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(

@@ -22,7 +22,8 @@ MANIFEST = "evertune.json"
 BACKBONE = "backbone."
 WEIGHTS = "model.safetensors"
 REST = "head.safetensors"
-_ADAPTERS = (".lora_", ".ia3_")  # in the names of an adapter's weights
+PROMPT = "prompt."
+_ADAPTERS = (".lora_", ".ia3_", ".ranknum.")  # in the names of an adapter's weights
 FORMAT = 1
 
 
@@ -116,7 +117,7 @@ def load_rest(module: nn.Module, folder: Path) -> None:
 
 
 def holds_adapters(folder: Path) -> bool:
-    """Whether the module saved in a folder has adapters."""
+    """Whether the module saved in a folder has adapters, or a prompt."""
     from safetensors import safe_open
 
     if not (folder / REST).is_file():
@@ -126,7 +127,7 @@ def holds_adapters(folder: Path) -> bool:
 
 
 def _is_of_adapter(name: str) -> bool:
-    return any(part in name for part in _ADAPTERS)
+    return name.startswith(PROMPT) or any(part in name for part in _ADAPTERS)
 
 
 def _copy_into(own: dict[str, Tensor], path: Path) -> None:

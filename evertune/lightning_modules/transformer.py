@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from evertune._lightning import LightningModule, clip_in_bf16, either, rank_zero_warn
-from evertune.lightning_modules.adapters import adapter_config, add_adapters
+from evertune.callbacks.base import ContinualCallback
+from evertune.lightning_modules.adapters import PROMPTS, adapter_config, add_adapters
 from evertune.lightning_modules.backbone import (
     Attention,
     accepted_inputs,
@@ -22,6 +23,8 @@ from evertune.lightning_modules.backbone import (
     load_backbone,
     skeleton,
 )
+from evertune.lightning_modules.prompts import Prompt
+from evertune.lightning_modules.rank_allocation import RankAllocation
 from evertune.lightning_modules.saving import (
     BACKBONE,
     REST,
@@ -89,9 +92,12 @@ class TransformerModule(LightningModule):
             fastest on the machine with :class:`~evertune.callbacks.Fastest`, which
             ``ContinualTrainer(precision="auto")`` adds.
         peft: Adapters to train instead of the transformer, as settings of PEFT: ``{"method": "lora", "r": 8,
-            "target_modules": ["query", "value"]}``, with ``"use_dora": True`` for DoRA, or ``{"method": "ia3"}``; for
-            ``target_modules``, PEFT knows defaults for many transformers. The layers on top are trained in full.
-            Default: None, none.
+            "target_modules": ["query", "value"]}``, with ``"use_dora": True`` for DoRA, ``{"method": "adalora"}``
+            (:class:`~evertune.lightning_modules.rank_allocation.RankAllocation`) or ``{"method": "ia3"}``; for
+            ``target_modules``, PEFT knows defaults for many transformers. Or virtual tokens: ``{"method":
+            "prompt_tuning", "num_virtual_tokens": 20}``, ``p_tuning``, ``prefix_tuning``
+            (:class:`~evertune.lightning_modules.prompts.Prompt`). The layers on top are trained in full. Default:
+            None, none.
 
     Raises:
         ModuleNotFoundError: If ``peft`` is given and PEFT is not installed.
@@ -100,6 +106,10 @@ class TransformerModule(LightningModule):
 
     backbone: Any
     """The transformer, without a head; None until ``configure_model``."""
+    prompt: Prompt | None
+    """Virtual tokens that are trained instead of the transformer, if ``peft`` says so."""
+    takes_prompts = True
+    """Whether virtual tokens may be put before the texts."""
     _head_ignores_norms = False  # weight decay would then only make its steps larger
 
     def __init__(
@@ -143,6 +153,11 @@ class TransformerModule(LightningModule):
             raise ValueError(f"attention must be one of {list(get_args(Attention))}, got {attention!r}")
         if peft is not None:
             adapter_config(peft)
+            if peft["method"] in PROMPTS and not self.takes_prompts:
+                raise ValueError(
+                    f"peft: {peft['method']} puts virtual tokens before a text, and {type(self).__name__} generates "
+                    "texts, which is not supported; use lora, adalora or ia3"
+                )
             if freeze_layers:
                 raise ValueError(
                     f"freeze_layers={freeze_layers} with peft, which freezes the whole transformer: leave it out, or "
@@ -165,6 +180,7 @@ class TransformerModule(LightningModule):
         self.attention = attention
         self.peft = None if peft is None else dict(peft)
         self.backbone = None
+        self.prompt = None
         self._tokenizer: Any = None
         self._saved: Path | None = None
 
@@ -182,12 +198,26 @@ class TransformerModule(LightningModule):
         self._inputs = accepted_inputs(self.backbone)
         self.configure_head()
         saved_with = self._saved is not None and holds_adapters(self._saved)
-        if self.peft is not None and saved_with:
-            add_adapters(self.backbone, self.peft)
+        if saved_with:
+            self.configure_adapters()
         if self._saved is not None:
             load_rest(self, self._saved)
-        if self.peft is not None and not saved_with:
+        if not saved_with:
+            self.configure_adapters()
+
+    def configure_adapters(self) -> None:
+        """Freeze the transformer and add what is trained in its place, if ``peft`` says so."""
+        if self.peft is None:
+            return
+        if self.peft["method"] in PROMPTS:
+            self.backbone.requires_grad_(False)
+            self.prompt = Prompt(self.backbone, self.peft)
+        else:
             add_adapters(self.backbone, self.peft)
+
+    def configure_callbacks(self) -> list[ContinualCallback]:
+        """The callback that allocates the ranks of AdaLoRA, if ``peft`` says so."""
+        return [RankAllocation(self.peft)] if self.peft is not None and self.peft["method"] == "adalora" else []
 
     def load_backbone(self) -> Any:
         """The pretrained transformer, in training mode. By default one without a head."""
@@ -211,12 +241,19 @@ class TransformerModule(LightningModule):
                 f"a batch has texts of {tokens.shape[1]} tokens, but {type(self.backbone).__name__} takes at most "
                 f"{self.max_tokens}: tokenize with truncation=True, max_length={self.max_tokens}"
             )
-        return self.backbone(**{name: value for name, value in inputs.items() if name in self._inputs})
+        accepted = {name: value for name, value in inputs.items() if name in self._inputs}
+        return self.backbone(**accepted) if self.prompt is None else self.prompt(self.backbone, accepted)
 
     @cached_property
     def max_tokens(self) -> int | None:
-        """The maximum number of tokens of a text, special tokens included; None if the transformer has no maximum."""
-        return max_tokens(skeleton(self.model_name_or_path) if self.backbone is None else self.backbone)
+        """The maximum number of tokens of a text, special tokens included; None if the transformer has no maximum.
+
+        Virtual tokens leave less room.
+        """
+        most = max_tokens(skeleton(self.model_name_or_path) if self.backbone is None else self.backbone)
+        if most is None or self.peft is None or self.peft["method"] not in PROMPTS:
+            return most
+        return most - int(adapter_config(self.peft).num_virtual_tokens)
 
     @property
     def tokenizer(self) -> Any:

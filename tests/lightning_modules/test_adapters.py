@@ -195,8 +195,8 @@ trainer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft": {"r": 2}}, "peft: method must be one of lora, ia3, got None"),
-        ({"peft": {"method": "prefix_tuning"}}, "peft: method must be one of lora, ia3, got 'prefix_tuning'"),
+        ({"peft": {"r": 2}}, "peft: method must be one of lora, adalora, ia3, prompt_tuning, p_tuning, .*, got None"),
+        ({"peft": {"method": "bottleneck"}}, "peft: method must be one of lora, .*, got 'bottleneck'"),
         ({"peft": {"method": "lora", "rank": 2}}, "peft: 'rank' is not supported; use r, lora_alpha"),
         ({"peft": {"method": "ia3", "r": 2}}, "peft: 'r' is not supported; use target_modules"),
         ({"peft": {"method": "lora", "r": 0}}, "peft: r must be positive, got 0"),
