@@ -119,7 +119,7 @@ class AnalyticClassificationModule(SequenceClassificationModule):
 
     # --- learning
 
-    def configure_callbacks(self) -> list[pl.Callback]:
+    def configure_callbacks(self) -> list[Callback]:
         """A callback that puts the head back when a fit fails, of which a module is not notified."""
         return [_PutBack(self)]
 

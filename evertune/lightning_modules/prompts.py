@@ -74,9 +74,10 @@ class Prompt(nn.Module):
         virtual = self.encoder(torch.arange(self.n_tokens, device=device).expand(1, -1))
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(tokens) if mask is None else mask
-        changed = {**inputs, "attention_mask": torch.cat([mask.new_ones(size, self.n_tokens), mask], 1)}
+        changed: dict[str, Any] = {**inputs, "attention_mask": torch.cat([mask.new_ones(size, self.n_tokens), mask], 1)}
         if self.is_prefix:
-            return backbone(**{**changed, self._cache: self._keys_and_values(virtual, size)})
+            assert self._cache is not None
+            return backbone(**changed, **{self._cache: self._keys_and_values(virtual, size)})
         embeddings = backbone.get_input_embeddings()(tokens)
         virtual = virtual.to(embeddings.dtype).expand(size, -1, -1)
         changed["inputs_embeds"] = torch.cat([virtual, embeddings], 1)

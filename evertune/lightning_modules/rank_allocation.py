@@ -94,7 +94,8 @@ class RankAllocation(ContinualCallback):
     def loss_term(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
         """How far the rows of ``A`` and the columns of ``B`` are from orthogonal, a mean over all of them."""
         far = [torch.linalg.matrix_norm(one @ one.T - torch.eye(len(one), device=one.device)) for one in _sides(module)]
-        return self._allocator.peft_config.orth_reg_weight * torch.stack(far).mean()
+        weight: float = self._allocator.peft_config.orth_reg_weight
+        return weight * torch.stack(far).mean()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric
-
     from evertune._lightning import LightningModule
 
 
@@ -16,10 +14,10 @@ class StageScores(nn.ModuleDict):
     """Metrics of a module for ``val`` and ``test``: over all batches of an epoch and all ranks, then from 0 again.
 
     Args:
-        metrics: The metrics by name, logged as ``val_NAME`` and ``test_NAME``.
+        metrics: The metrics (of torchmetrics) by name, logged as ``val_NAME`` and ``test_NAME``.
     """
 
-    def __init__(self, metrics: dict[str, Metric]) -> None:
+    def __init__(self, metrics: dict[str, Any]) -> None:
         from torchmetrics import MetricCollection
 
         super().__init__({stage: MetricCollection(metrics).clone(prefix=f"{stage}_") for stage in ("val", "test")})

@@ -12,8 +12,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
-from evertune._lightning import LightningModule, clip_in_bf16, either, rank_zero_warn
-from evertune.callbacks.base import ContinualCallback
+from evertune._lightning import Callback, LightningModule, clip_in_bf16, either, rank_zero_warn
 from evertune.lightning_modules.adapters import PROMPTS, adapter_config, add_adapters
 from evertune.lightning_modules.backbone import (
     Attention,
@@ -215,7 +214,7 @@ class TransformerModule(LightningModule):
         else:
             add_adapters(self.backbone, self.peft)
 
-    def configure_callbacks(self) -> list[ContinualCallback]:
+    def configure_callbacks(self) -> list[Callback]:
         """The callback that allocates the ranks of AdaLoRA, if ``peft`` says so."""
         return [RankAllocation(self.peft)] if self.peft is not None and self.peft["method"] == "adalora" else []
 
@@ -331,8 +330,10 @@ class TransformerModule(LightningModule):
             n_cooldown=math.ceil(self.cooldown_ratio * (n_steps or 0)),
         )
         pause = self.unfreeze_ratio * (n_steps or 0) / (1 + max(depth_of.values(), default=0))  # until the next joins
-        joining = [partial(_from_step, math.ceil((1 + depth) * pause), factor) for depth, _, _ in groups]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, joining if self.unfreeze_ratio else factor)
+        joining: list[Callable[[int], float]] = [
+            partial(_from_step, math.ceil((1 + depth) * pause), factor) for depth, _, _ in groups
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, joining)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
