@@ -51,6 +51,8 @@ class Seq2SeqModule(GenerationModule):
         cooldown_ratio: Share of an update's steps used for the cool-down of ``infinite``. Default: 0.2.
         layer_decay: Factor of the learning rate from each layer of the transformer to the one below it. Default: 1.
         freeze_layers: 0 (default) trains everything, n freezes the embeddings and the first n layers of the encoder.
+        unfreeze_ratio: Share of an update's steps over which the layers of the encoder join from top to bottom, see
+            :class:`TransformerModule`. Default: 0.
         freeze_word_embeddings: Whether to freeze the word embeddings. Default: False.
         dropout: Replaces every dropout probability; None (default) keeps them.
         attention: ``auto`` (default), ``sdpa`` or ``eager``, see :class:`TransformerModule`.
@@ -89,6 +91,7 @@ class Seq2SeqModule(GenerationModule):
         final_ratio: float = 0.0,
         cooldown_ratio: float = 0.2,
         freeze_layers: int = 0,
+        unfreeze_ratio: float = 0.0,
         layer_decay: float = 1.0,
         freeze_word_embeddings: bool = False,
         dropout: float | None = None,
@@ -107,6 +110,7 @@ class Seq2SeqModule(GenerationModule):
             final_ratio=final_ratio,
             cooldown_ratio=cooldown_ratio,
             freeze_layers=freeze_layers,
+            unfreeze_ratio=unfreeze_ratio,
             layer_decay=layer_decay,
             freeze_word_embeddings=freeze_word_embeddings,
             dropout=dropout,

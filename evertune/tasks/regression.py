@@ -76,7 +76,7 @@ class RegressionTask(Task):
 
 def _number(value: Any) -> float:
     if absent(value):
-        raise ValueError("no label, or NaN")
+        raise ValueError("no label, or a number that is not finite")
     shown = reprlib.repr(value)
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise ValueError(f"the label {shown} is not a number")

@@ -130,8 +130,8 @@ ROWS: dict[str, TaskRow] = {
         records=[{"text": text, "label": len(text)} for text, _ in SENTENCES],
         refused=[
             ({"text": "the bank", "label": "good"}, "field 'label': the label 'good' is not a number"),
-            ({"text": "the bank", "label": float("nan")}, "field 'label': no label, or NaN"),
-            ({"text": "the bank", "label": float("inf")}, "field 'label': the label inf is not a finite number"),
+            ({"text": "the bank", "label": float("nan")}, "field 'label': no label, or a number that is not finite"),
+            ({"text": "the bank", "label": float("inf")}, "field 'label': no label, or a number that is not finite"),
             ({"text": "the bank", "label": None}, "field 'label'"),
         ],
         plan=False,
