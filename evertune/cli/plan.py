@@ -57,8 +57,7 @@ STRATEGIES: dict[str, tuple[int, bool]] = {
 """ZeRO stage and offloading of each strategy, fastest first: those that communicate least."""
 
 _MATCHING = "TextMatchingModule"
-MODULES = ("SequenceClassificationModule", "TokenClassificationModule", _MATCHING)
-MODULES = ("SequenceClassificationModule", "OrdinalClassificationModule", "TokenClassificationModule")
+MODULES = ("SequenceClassificationModule", "OrdinalClassificationModule", "TokenClassificationModule", _MATCHING)
 """The modules of :mod:`evertune.lightning_modules` whose size is known without their weights."""
 
 RESERVE = 0.1

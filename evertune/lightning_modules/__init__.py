@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.causal_lm import CausalLMModule as CausalLMModule
     from evertune.lightning_modules.heads import CosineHead as CosineHead
     from evertune.lightning_modules.heads import LinearHead as LinearHead
-    from evertune.lightning_modules.item_index import ItemIndex as ItemIndex
     from evertune.lightning_modules.heads import OrdinalHead as OrdinalHead
+    from evertune.lightning_modules.item_index import ItemIndex as ItemIndex
     from evertune.lightning_modules.ordinal_classification import (
         OrdinalClassificationModule as OrdinalClassificationModule,
     )
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.sequence_classification import (
         SequenceClassificationModule as SequenceClassificationModule,
     )
-    from evertune.lightning_modules.text_matching import TextMatchingModule as TextMatchingModule
     from evertune.lightning_modules.sequence_regression import RegressionOutput as RegressionOutput
     from evertune.lightning_modules.sequence_regression import SequenceRegressionModule as SequenceRegressionModule
+    from evertune.lightning_modules.text_matching import TextMatchingModule as TextMatchingModule
     from evertune.lightning_modules.token_classification import TokenClassificationModule as TokenClassificationModule
     from evertune.lightning_modules.transformer import TransformerModule as TransformerModule
 

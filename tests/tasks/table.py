@@ -14,8 +14,8 @@ from evertune.lightning_modules import (
     RelationExtractionModule,
     Seq2SeqModule,
     SequenceClassificationModule,
-    TextMatchingModule,
     SequenceRegressionModule,
+    TextMatchingModule,
     TokenClassificationModule,
 )
 from evertune.sources.schema import RecordSchema
