@@ -75,11 +75,14 @@ def merged(folder: Path) -> SequenceClassificationModule:
 
 
 def write(module: SequenceClassificationModule, folder: Path, format: Format, quantize: Quantize | None) -> None:
-    """Write a module to a folder, with its tokenizer."""
+    """Write a module to a folder, with its tokenizer. In ONNX its attention becomes ``"eager"``."""
     if format == "safetensors":
         module.save_pretrained(folder)
         return
     folder.mkdir(parents=True)
+    if format == "onnx":
+        # ONNX Runtime has no kernel for fused attention as torch exports it; written out, eager attention has less to do.
+        module.backbone.set_attn_implementation("eager")
     program = traced(module)
     if format == "torch_export":
         from evertune.export.torch_program import write_program
