@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LIGHTNING := .venv-lightning
 AVALANCHE := .venv-avalanche
 
-.PHONY: install demo test test-all test-lightning test-avalanche lint format clean
+.PHONY: install demo test test-all test-lightning test-avalanche docs docs-links notebook lint format clean
 
 install: $(VENV)/.dev  ## the development environment in .venv
 
@@ -60,6 +60,22 @@ $(AVALANCHE)/.dev: $(VENV)/.dev
 
 test-avalanche: $(AVALANCHE)/.dev  ## side by side with Avalanche
 	OMP_NUM_THREADS=1 $(AVALANCHE)/bin/python -m pytest tests/avalanche
+
+# The environment of the tests, which import what the reference describes.
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+SPHINX := $(BIN)/python -m sphinx -W --keep-going -c docs .
+
+docs: $(VENV)/.docs  ## the documentation site, in build/docs
+	$(SPHINX) build/docs
+
+docs-links: $(VENV)/.docs  ## whether the pages that the documentation links to answer; needs a network
+	$(SPHINX) build/links -b linkcheck
+
+notebook: install  ## examples/tutorial.ipynb from docs/tutorial.md
+	$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --output examples/tutorial.ipynb docs/tutorial.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ class Preset:
         module: Arguments of the module, but for the name of the transformer.
         methods: The callbacks, as class paths and arguments: ``[{"class_path": ..., "init_args": {...}}]``.
         trainer: Arguments of the trainer, but for the callbacks.
-        data: Arguments of :meth:`ContinualTrainer.fit_stream` and of ``ExperienceDataModule``.
+        data: Arguments of :meth:`~evertune.ContinualTrainer.fit_stream` and of ``ExperienceDataModule``.
     """
 
     module_class: str

@@ -131,6 +131,7 @@ def stand_ins() -> dict[str, Any]:
 
 
 WITH_PYTHON = [name for name in DOCUMENTS if any(b.language == "python" and not not_run(b) for b in blocks(name))]
+WITH_PYTHON.remove("docs/tutorial.md")  # takes a minute, as a notebook: tests/test_tutorial.py
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON)

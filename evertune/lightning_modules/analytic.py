@@ -93,17 +93,17 @@ class AnalyticHead(nn.Module):
     The solution is a function of sums over the examples, so it is the same for any order of the examples, any division
     into experiences and any number of ranks, and nothing is forgotten. Known methods are settings of it:
 
-    ==================  ============  =========  ======================================================================
+    ==================  ============  ==========  =====================================================================
     method              ``features``  ``solver``
-    ==================  ============  =========  ======================================================================
-    nearest class mean  ``identity``  ``mean``   Mensink et al., 2013, "Distance-Based Image Classification"
-    SLDA                ``identity``  ``lda``    Hayes & Kanan, 2020, "Lifelong Machine Learning with Deep Streaming
-                                                 Linear Discriminant Analysis"
-    RanPAC              ``relu``      ``ridge``  McDonnell et al., 2023, "RanPAC: Random Projections and Pre-trained
-                                                 Models for Continual Learning"
-    KLDA                ``rff``       ``lda``    Momeni et al., 2025, "Continual Learning Using a Kernel-Based Method
-                                                 Over Foundation Models"
-    ==================  ============  =========  ======================================================================
+    ==================  ============  ==========  =====================================================================
+    nearest class mean  ``identity``  ``mean``    Mensink et al., 2013, "Distance-Based Image Classification"
+    SLDA                ``identity``  ``lda``     Hayes & Kanan, 2020, "Lifelong Machine Learning with Deep Streaming
+                                                  Linear Discriminant Analysis"
+    RanPAC              ``relu``      ``ridge``   McDonnell et al., 2023, "RanPAC: Random Projections and Pre-trained
+                                                  Models for Continual Learning"
+    KLDA                ``rff``       ``lda``     Momeni et al., 2025, "Continual Learning Using a Kernel-Based Method
+                                                  Over Foundation Models"
+    ==================  ============  ==========  =====================================================================
 
     Features are scaled to unit length first, and logits so that their softmax is about as sure as it is right. The sums
     are kept in float64 on the CPU, whatever the device and the precision of the model, and are part of the

@@ -23,7 +23,7 @@ class Drift(Trigger):
 
     The detector's reference is a sample of the known texts that production has learned; it then processes the pending
     records in order, up to the first alarm. Without a version in production, or with too few texts for the detector's
-    false-alarm rate, the trigger never fires, and :attr:`explanation` says why: combine it (``AnyOf``) with another
+    false-alarm rate, the trigger never fires, and ``explanation`` says why: combine it (``AnyOf``) with another
     trigger that starts the first updates.
 
     Similar records that arrive in bursts look like drift: use a detector with a ``block_size`` for them (see
