@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evertune.cli.parsing import command_parser
@@ -36,6 +38,15 @@ def serve(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 after SIGTERM or SIGINT; 1 if it cannot start.
     """
+    return _serve(arguments)
+
+
+def _serve(
+    arguments: Sequence[str],
+    listening: socket.socket | None = None,
+    on_start: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve in this process, or start the workers; a worker gets the socket that they share."""
     from evertune.live.telemetry import log_to
     from evertune.registry.store import RegistryError
 
@@ -49,13 +60,17 @@ def serve(arguments: Sequence[str]) -> int:
     if not made.check:
         log_to(as_json=None if made.server.log == "auto" else made.server.log == "json")
     try:
-        service = _service(made)
         made.access.check_for(made.server)
+        if made.workers != 1 and listening is None and not made.check:
+            from evertune.serve.workers import Workers
+
+            return Workers(partial(_serve, list(arguments)), made.workers).run(made.server)
+        service = _service(made)
         if made.check:
             return _check(service, made.access)
         from evertune.serve.server import run
 
-        run(service, made.server, made.access)
+        run(service, made.server, made.access, listening=listening, on_start=on_start)
     except (RegistryError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         if made.check:
             complain("evertune serve", error)
@@ -66,6 +81,8 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> LightningArgumentParser:
+    from jsonargparse.typing import PositiveInt
+
     from evertune._lightning import ActionConfigFile  # type: ignore[attr-defined]
     from evertune.registry.serving import Precision
     from evertune.serve.settings import (
@@ -92,6 +109,9 @@ def _parser() -> LightningArgumentParser:
     parser.add_argument("--wait", action="store_true", help="wait for the first version if there is none yet")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...: a GPU if there is one")
     parser.add_argument("--precision", type=Precision, default="32", help="32, or bf16 where the processor has it")
+    parser.add_argument(
+        "--workers", type=PositiveInt, default=1, help="processes that share the port, each with its own model"
+    )
     parser.add_argument("--launch", type=dict[str, Any], default={}, help="settings of `evertune launch`")
     parser.add_argument("--check", action="store_true", help="load everything, answer one text, and end")
     parser.add_class_arguments(ServerSettings, "server")

@@ -61,6 +61,7 @@ class Batcher:
         predict: Answers texts. Called in the batcher's thread.
         settings: See :class:`BatchSettings`.
         on_batch: Called with the number of records and the seconds of each batch.
+        on_queue: Called with the number of records that wait whenever it changes.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Batcher:
         predict: Callable[[list[Any]], Predicted],
         settings: BatchSettings,
         on_batch: Callable[[int, float], None] | None = None,
+        on_queue: Callable[[int], None] | None = None,
     ) -> None:
         self.settings = settings
-        self._predict, self._on_batch = predict, on_batch
+        self._predict, self._on_batch, self._on_queue = predict, on_batch, on_queue
         self._waiting: deque[_Request] = deque()
         self._arrived = asyncio.Event()
         self._last = 1  # records of the last batch
@@ -111,7 +113,7 @@ class Batcher:
             raise OverloadedError(self.queued * self._per_record)
         request = _Request(list(texts), asyncio.get_running_loop().create_future())
         self._waiting.append(request)
-        self.queued += len(texts)
+        self._count(len(texts))
         self._arrived.set()
         try:
             return await request.answered
@@ -156,14 +158,19 @@ class Batcher:
         while self._waiting and (not taken or size + len(self._waiting[0].texts) <= self.settings.max_batch):
             taken.append(self._waiting.popleft())
             size += len(taken[-1].texts)
-        self.queued -= size
+        self._count(-size)
         return taken
 
     def _withdraw(self, request: _Request) -> None:
         """Make room for others at once, if the request has not become part of a batch yet."""
         with suppress(ValueError):
             self._waiting.remove(request)
-            self.queued -= len(request.texts)
+            self._count(-len(request.texts))
+
+    def _count(self, change: int) -> None:
+        self.queued += change
+        if self._on_queue is not None:
+            self._on_queue(self.queued)
 
     async def _answer(self, requests: list[_Request]) -> None:
         loop = asyncio.get_running_loop()

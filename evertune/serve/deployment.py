@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ class Deployment:
         self._reason = "the version is being loaded"
         self.classifies = True
         """Whether answers are probabilities of classes; known once a version is loaded."""
-        self.batcher = Batcher(self._predict, batching, lambda n, seconds: metrics.batch(role, n, seconds))
-        metrics.queued.labels(role).set_function(lambda: self.batcher.queued)
+        metrics.queued(role, 0)
+        self.batcher = Batcher(self._predict, batching, partial(metrics.batch, role), partial(metrics.queued, role))
 
     @property
     def version(self) -> int | None:

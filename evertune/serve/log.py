@@ -167,8 +167,9 @@ class RequestLog:
         if self.settings.keep_days is None:
             return
         for path in self._folder.glob("*.jsonl"):
-            if path.stat().st_mtime < time.time() - self.settings.keep_days * _DAY:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process deletes them, too
+                if path.stat().st_mtime < time.time() - self.settings.keep_days * _DAY:
+                    path.unlink()
 
     def _count(self, result: str, lines: int = 1) -> None:
         if self._metrics is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from evertune.serve.messages import Answer, TaskAnswer
 from evertune.utils.extras import library
@@ -10,12 +12,17 @@ from evertune.utils.extras import library
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TENTHS = tuple(n / 10 for n in range(1, 11))
+OF_ALL_PROCESSES = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable with the folder in which the processes of a server share their counts."""
 _MOST_CLASSES = 200
 """Classes that get a time series of their own; the rest is ``other``, so that a large head does not fill Prometheus."""
 
 
 class ServeMetrics:
     """What happens in the server: requests, batches and answers.
+
+    Where several processes share a port, with :data:`OF_ALL_PROCESSES` set, the page of each has the counts of all:
+    sums, and ``evertune_serve_version`` with the ``pid`` of each process.
 
     Raises:
         ModuleNotFoundError: If the extra ``serve`` is not installed.
@@ -45,7 +52,8 @@ class ServeMetrics:
             "evertune_serve_confidence", "Confidence of answers", ("role",), buckets=_TENTHS, **own
         )
         self._answers = counter("evertune_serve_answers_total", "Answers by class", ("role", "label"), **own)
-        self._version = gauge("evertune_serve_version", "Number of the version that answers", ("role",), **own)
+        text = "Number of the version that answers"
+        self._version = gauge("evertune_serve_version", text, ("role",), multiprocess_mode="liveall", **own)
         self._swaps = counter("evertune_serve_swaps_total", "Versions swapped in while serving", ("role",), **own)
         self._compared = counter(
             "evertune_serve_shadow_total", "Answers of the shadow compared with those given", ("result",), **own
@@ -57,10 +65,10 @@ class ServeMetrics:
             **own,
         )
         text = "1 once the answers of a version have changed since its first ones"
-        self._drift = gauge("evertune_serve_drift", text, ("signal",), **own)
+        self._drift = gauge("evertune_serve_drift", text, ("signal",), multiprocess_mode="livemax", **own)
         self._log = counter("evertune_serve_log_lines_total", "Lines of the request log", ("result",), **own)
-        self.queued = gauge("evertune_serve_queued_records", "Records that wait for their turn", ("role",), **own)
-        """Records that wait for their turn, by role."""
+        text = "Records that wait for their turn"
+        self._queued = gauge("evertune_serve_queued_records", text, ("role",), multiprocess_mode="livesum", **own)
         self._classes: set[str] = set()
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
@@ -76,6 +84,10 @@ class ServeMetrics:
         """Count a batch of a role's model."""
         self._batch.labels(role).observe(n_records)
         self._forward.labels(role).observe(seconds)
+
+    def queued(self, role: str, n_records: int) -> None:
+        """Report how many records wait for their turn."""
+        self._queued.labels(role).set(n_records)
 
     def answered(self, role: str, answers: Sequence[Answer | TaskAnswer]) -> None:
         """Count the answers of a role's model by class and confidence; those of other tasks have neither."""
@@ -124,4 +136,11 @@ class ServeMetrics:
             accept: The header of that name.
         """
         encode, kind = self._exposition.choose_encoder(accept)
-        return encode(self.registry), kind
+        return encode(self._of_all_processes()), kind
+
+    def _of_all_processes(self) -> Any:
+        if OF_ALL_PROCESSES not in os.environ:
+            return self.registry
+        registry = library("prometheus_client", "serve").CollectorRegistry()
+        library("prometheus_client.multiprocess", "serve").MultiProcessCollector(registry)
+        return registry

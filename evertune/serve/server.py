@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -18,13 +19,22 @@ from evertune.serve.settings import AccessSettings, ServerSettings
 logger = logging.getLogger("evertune.serve")
 
 
-def run(service: Service, settings: ServerSettings, access: AccessSettings | None = None) -> None:
+def run(
+    service: Service,
+    settings: ServerSettings,
+    access: AccessSettings | None = None,
+    *,
+    listening: socket.socket | None = None,
+    on_start: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM or SIGINT. A second signal ends the requests under way.
 
     Args:
         service: What answers.
         settings: Where to listen.
         access: Who may send requests. Default: anyone on this machine.
+        listening: A socket that listens already, which several processes may share. Default: one as ``settings`` say.
+        on_start: Called once requests are accepted.
 
     Raises:
         OSError: If the port is taken, or the file of a key or certificate cannot be read.
@@ -34,16 +44,23 @@ def run(service: Service, settings: ServerSettings, access: AccessSettings | Non
     """
     access = access or AccessSettings()
     access.check_for(settings)
-    with listen(settings) as listening:
-        asyncio.run(_run(service, settings, Access(access), listening))
+    with listening or listen(settings) as accepting:
+        asyncio.run(_run(service, settings, Access(access), accepting, on_start))
 
 
-async def _run(service: Service, settings: ServerSettings, access: Access, listening: socket.socket) -> None:
+async def _run(
+    service: Service,
+    settings: ServerSettings,
+    access: Access,
+    listening: socket.socket,
+    on_start: Callable[[], None],
+) -> None:
     config = config_of(application(service, access, own_names(settings)), settings, service.limits.read_timeout)
     try:
         # Not in the application's lifespan, where an error would end in a traceback.
         await service.start()
         announce(listening, settings, logger)
+        on_start()
         await _Server(config, service, settings.drain).serve([listening])
     finally:
         await service.close()
