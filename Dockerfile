@@ -4,7 +4,7 @@
 #   docker build -t evertune .
 #   docker run --gpus all --shm-size 16g -v "$PWD:/work" evertune fit --config stream.yaml
 #
-#   --build-arg EXTRAS=lightning,deepspeed,live,s3   what of evertune's extras is in it
+#   --build-arg EXTRAS=lightning,deepspeed,live,serve,s3   what of evertune's extras is in it
 #   --build-arg PIP_EXTRA_INDEX_URL=...           where else pip looks, for example for torch without CUDA
 ARG PYTHON_VERSION=3.12
 
@@ -19,7 +19,7 @@ RUN apt-get update \
 
 # Gigabytes that change with pyproject.toml only: a package without code asks for all of them.
 FROM base AS dependencies
-ARG EXTRAS=lightning,deepspeed,live,reports
+ARG EXTRAS=lightning,deepspeed,live,serve,reports
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /source

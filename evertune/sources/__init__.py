@@ -7,6 +7,7 @@ from evertune.utils.lazy import face
 if TYPE_CHECKING:
     from evertune.sources.base import Source as Source
     from evertune.sources.base import SourceError as SourceError
+    from evertune.sources.combined import CombinedSource as CombinedSource
     from evertune.sources.folder import FolderSource as FolderSource
     from evertune.sources.kafka import KafkaSource as KafkaSource
     from evertune.sources.labels import LabelJoin as LabelJoin
@@ -22,6 +23,7 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.sources.base": "Source SourceError",
+        "evertune.sources.combined": "CombinedSource",
         "evertune.sources.folder": "FolderSource",
         "evertune.sources.kafka": "KafkaSource",
         "evertune.sources.labels": "LabelJoin",
