@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -21,6 +21,14 @@ from tests.helpers.serving import PATIENCE, Running, ask, two_versions
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     return two_versions(tmp_path_factory.mktemp("versions"))
+
+
+@pytest.fixture
+def server(registry: Registry, tmp_path: Path) -> Iterator[Running]:
+    running = Running(registry.store.root, tmp_path, "--workers", "2", "--log.path", "requests")
+    yield running
+    if running.command.process.is_alive():  # a test that failed has left it
+        running.end()
 
 
 def until(condition: Callable[[], bool], server: Running) -> None:
@@ -44,9 +52,8 @@ def counted(server: Running) -> int:
 
 
 def test_two_workers_answer_through_a_promotion_and_one_that_is_killed_is_replaced(
-    registry: Registry, tmp_path: Path
+    server: Running, registry: Registry, tmp_path: Path
 ) -> None:
-    server = Running(registry.store.root, tmp_path, "--workers", "2", "--log.path", "requests")
     until(lambda: len(versions(server)) == 2, server)
     assert set(versions(server).values()) == {1}
 
