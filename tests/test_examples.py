@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import random
 import re
@@ -16,10 +17,11 @@ import yaml
 from evertune.cli import main as cli
 from evertune.cli.update import updater_from
 from evertune.launch.settings import read_settings
+from evertune.lightning_modules.item_index import read_items
 from evertune.metrics.history import load_history
 from evertune.presets import preset
 from evertune.streams import domain_incremental
-from evertune.tasks import CausalLMTask, TokenClassificationTask
+from evertune.tasks import CausalLMTask, TextMatchingTask, TokenClassificationTask
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.texts import WORDS
 
@@ -175,3 +177,39 @@ def test_the_demo_runs_to_its_end(
     assert [len(one.accuracy_matrix) for one in runs.values()] == [3, 3, 3, 1]
     assert "forgetting" in (tmp_path / "out" / "report.html").read_text().lower()
     assert "report: " in capsys.readouterr().out
+
+
+def test_the_recommendation_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model and made-up headlines: with the real ones it takes minutes."""
+    news = example("applications/recommendation")
+    for theme, words in news.THEMES.items():
+        folder = tmp_path / "texts" / theme
+        folder.mkdir(parents=True)
+        for number in range(20):
+            title = " ".join(random.Random(f"{theme} {number}").choices(WORDS, k=4))
+            (folder / f"{number}.txt").write_text(f"{title} {theme} {number}\n\n{words} " * 3)
+    settings = {"MODEL": tiny_bert(tmp_path / "model"), "TEXTS": str(tmp_path / "texts"), "LENGTH": 16, "ASKED": 4}
+    for name, value in settings.items():
+        monkeypatch.setattr(news, name, value)
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["recommendation.py", "--out", str(out), "--weeks", "2", "--clicks", "12"])
+    news.main()
+    ways = json.loads((out / "recommendation.json").read_text())
+    assert [way["name"] for way in ways] == ["frozen", "evertune", "from scratch"]
+    assert all(0 <= value <= 1 for way in ways for values in way["scores"].values() for value in values)
+    first = [[values[0] for values in way["scores"].values()] for way in ways]
+    assert first[0] == first[1] == first[2]  # all have learned the same clicks then
+    page = (out / "recommendation.html").read_text()
+    assert "The clicks are simulated" in page and "from scratch" in page
+
+
+def test_the_articles_of_the_matching_example_are_its_items() -> None:
+    data = yaml.safe_load((EXAMPLES / "text_matching.yaml").read_text())["data"]
+    columns = {name: data[name] for name in ("domain", "text", "label", "split_column")}
+    stream = domain_incremental(str(EXAMPLES.parent / data["source"]), task=TextMatchingTask(), **columns)
+    assert [(one.name, len(one.train), len(one.test)) for one in stream] == [
+        ("washing machine", 48, 24),
+        ("coffee machine", 48, 24),
+    ]
+    items = read_items(EXAMPLES / "text_matching_items.txt")
+    assert set(items) == {row[data["label"]] for one in stream for row in one.train}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evertune._lightning import rank_zero_warn
 from evertune.lightning_modules.backbone import pool
 from evertune.lightning_modules.heads import LinearHead
 from evertune.lightning_modules.in_batch import in_batch_loss, keys_of, of_all_ranks
@@ -74,7 +75,8 @@ class TextMatchingModule(TransformerModule):
     Example::
 
         module = TextMatchingModule("sentence-transformers/all-MiniLM-L6-v2", items="items.jsonl")
-        stream = time_incremental("clicks.jsonl", date="day", period="week", text="query", label="positive")
+        columns = {"text": "query", "label": "positive", "task": module.task}
+        stream = time_incremental("clicks.jsonl", date="day", period="week", **columns)
         ContinualTrainer(max_epochs=2, callbacks=[Replay(memory_size=500)]).fit_stream(module, stream)
         module.predict(["a lamp for the desk"], top=2)
         # [[{"item": "desk lamp, LED", "score": 0.81}, {"item": "clip-on lamp", "score": 0.72}]]
@@ -115,13 +117,20 @@ class TextMatchingModule(TransformerModule):
     # --- the model
 
     def configure_model(self) -> None:
-        """Load the transformer, and the index of items that was saved with it. Later calls have no effect."""
+        """Load the transformer, and the items that were saved with it. Later calls have no effect."""
         if self.backbone is not None:
             return
         super().configure_model()
         index = None if self._saved is None else ItemIndex.load(self._saved)
-        if index is not None:
-            self.use_index(index)
+        if index is None:
+            return
+        self.set_items(index.items)
+        if index.fingerprint == self.fingerprint():
+            self.index = index
+        else:  # weights of another precision, or with new adapters
+            rank_zero_warn(
+                f"the vectors of the {len(index.items)} items in {self._saved} are of other weights: new ones are made"
+            )
 
     def configure_head(self) -> None:
         """Build the head of a cross-encoder; two towers have none."""

@@ -162,7 +162,7 @@ class TextMatchingTask(Task):
         max_length: int,
         cache: TokenCache | None = None,
     ) -> Dataset[dict[str, Any]]:
-        """The examples of a split, each with its candidates; how many have none is reported.
+        """The examples of a split, each with its candidates; how many have none or too many is reported.
 
         Raises:
             ValueError: If there is no label, or a record cannot be learned, with its position.
@@ -171,6 +171,11 @@ class TextMatchingTask(Task):
             raise ValueError("a query needs the item that fits it: pass label=, the name of the column that holds it")
         queries, positives, given = self._checked(data, _one_field(text), label)
         candidates = drawn_candidates(queries, positives, given, self.n_negatives)
+        if longer := sum(len(some) > self.n_negatives for some in given):
+            rank_zero_warn(
+                f"{longer} of {len(queries)} records bring more than n_negatives={self.n_negatives} negatives: the rest "
+                "is left out"
+            )
         if alone := sum(len(items) == 1 for items, _ in candidates):
             rank_zero_warn(
                 f"{alone} of {len(queries)} records have nothing that their positive could be compared with, and count "

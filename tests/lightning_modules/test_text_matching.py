@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from evertune._lightning import pl
-from evertune.callbacks import Distillation, Replay
+from evertune.callbacks import EWC, Distillation, Replay
 from evertune.gate.gate import Gate
 from evertune.lightning_modules import ItemIndex, TextMatchingModule
 from evertune.lightning_modules.in_batch import in_batch_loss
@@ -166,7 +166,10 @@ def test_candidates_depend_neither_on_the_order_nor_on_other_positives_of_a_quer
     assert "w" not in found[0][0] and "x" not in found[3][0]
 
 
-def test_a_record_with_nothing_to_compare_with_is_reported(folder: str) -> None:
+def test_records_with_no_or_too_many_candidates_are_reported(folder: str) -> None:
+    module = build(folder, negatives="negatives", n_negatives=2)
+    with pytest.warns(UserWarning, match="1 of 2 records bring more than n_negatives=2 negatives"):
+        module.task.dataset([row(0), row(1)], module.tokenizer, **COLUMNS, id_column=None, max_length=LENGTH)
     module = build(folder)
     with pytest.warns(UserWarning, match="1 of 1 records have nothing that their positive could be compared with"):
         module.task.dataset([row(0)], module.tokenizer, **COLUMNS, id_column=None, max_length=LENGTH)
@@ -247,6 +250,11 @@ def test_an_index_of_other_weights_is_refused_and_training_makes_it_again(folder
     module.save_pretrained(tmp_path / "saved")
     again = TextMatchingModule.from_pretrained(tmp_path / "saved")
     assert again.index is not None and (again.index.vectors == module.index.vectors).all()
+    adapted = build(folder, peft={"method": "lora", "r": 2})
+    adapted.start_from(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="the vectors of the 6 items in .* are of other weights: new ones are made"):
+        adapted.configure_model()
+    assert adapted.index is None and adapted.refresh().items == ITEMS
 
 
 def test_items_of_files(tmp_path: Path) -> None:
@@ -347,7 +355,7 @@ def learn(folder: str, out: str, strategy: str, devices: int, loss: str) -> dict
         devices=devices,
         strategy=strategy,
         enable_checkpointing=False,
-        callbacks=[Replay(memory_size=6)],
+        callbacks=[Replay(memory_size=6), EWC(ewc_lambda=10.0, n_examples=8, batch_size=3)],
         **QUIET,
     )
     history = trainer.fit_stream(
@@ -361,7 +369,7 @@ def learn(folder: str, out: str, strategy: str, devices: int, loss: str) -> dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["listwise", "binary"])
-@pytest.mark.parametrize("strategy", ["ddp", "evertune_deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["ddp", "evertune_deepspeed_stage_3", "evertune_fsdp2"])
 def test_two_ranks_learn_what_one_process_learns(folder: str, tmp_path: Path, loss: str, strategy: str) -> None:
     """Two towers, for which the negatives of a query are the items of all ranks, and a cross-encoder."""
     alone = learn(folder, str(tmp_path / "one"), "auto", 1, loss)

@@ -1,0 +1,110 @@
+"""Ways to keep a model, compared over periods such as weeks, as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, thin
+from evertune.reports.page import fill
+from evertune.reports.summary import percent
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to keep a model.
+
+    Args:
+        name: Its name.
+        about: What it does, in half a sentence.
+        scores: By the name of a measure, its value in [0, 1] for each period.
+        seconds: How long its training took in all.
+    """
+
+    name: str
+    about: str
+    scores: Mapping[str, Sequence[float]]
+    seconds: float
+
+    def mean(self, measure: str) -> float:
+        """The mean of a measure over the periods."""
+        return fmean(self.scores[measure])
+
+
+def write_periods(
+    title: str,
+    headline: str,
+    ways: Sequence[Way],
+    periods: Sequence[str],
+    notes: Sequence[str],
+    changes: Mapping[int, str] | None = None,
+    out: str | os.PathLike[str] = "periods.html",
+) -> Path:
+    """Write the comparison as one page: no network, no script. Needs the extra ``evertune[reports]``.
+
+    Args:
+        title: Title of the page.
+        headline: What was found, in a sentence.
+        ways: The ways, with the same measures.
+        periods: Names of the periods.
+        notes: How it was measured, a paragraph each.
+        changes: What changed in a period, by its position; marked in the charts.
+        out: File to write; its folders are created.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImportError: If jinja2 is not installed.
+        ValueError: If there are no ways, or a way has not one value of each measure for each period.
+    """
+    if not ways:
+        raise ValueError("there is nothing to compare: ways is empty")
+    measures = list(ways[0].scores)
+    for way in ways:
+        lengths = {name: len(values) for name, values in way.scores.items()}
+        if lengths != dict.fromkeys(measures, len(periods)):
+            raise ValueError(f"{way.name!r} must have {len(periods)} values of {', '.join(measures)}, got {lengths}")
+    colors = {way.name: f"var(--run-{number % 6})" for number, way in enumerate(ways)}
+    page = fill(
+        "periods.html",
+        title=title,
+        headline=headline,
+        ways=ways,
+        colors=colors,
+        measures=measures,
+        notes=notes,
+        changes=[f"{periods[place]}: {words}" for place, words in (changes or {}).items()],
+        charts=[(name, _chart(name, ways, colors, periods, changes or {})) for name in measures],
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _chart(
+    measure: str, ways: Sequence[Way], colors: Mapping[str, str], periods: Sequence[str], changes: Mapping[int, str]
+) -> Chart:
+    """A line for each way over the periods, and a vertical rule where something changed."""
+    across, up = Axis(0, len(periods) - 1, 4, 96), Axis(0, 1, 100, 0)
+    chart = Chart(f"{measure} in each of {len(periods)} periods")
+    chart.y_ticks = [Mark(0, up(value), f"{100 * value:.0f}") for value in (0, 0.25, 0.5, 0.75, 1)]
+    chart.x_ticks = [Mark(across(place), 100, str(place + 1), name=periods[place]) for place in thin(len(periods), 10)]
+    chart.alarms = [Mark(across(place), 0, f"{periods[place]}: {words}") for place, words in changes.items()]
+    for way in ways:
+        values, color = way.scores[measure], colors[way.name]
+        xs, ys = [across(place) for place in range(len(values))], [up(value) for value in values]
+        chart.lines.append(Line(polyline(xs, ys), color))
+        chart.dots += [
+            Mark(x, y, f"{way.name}, {name}: {percent(value)} %", color)
+            for x, y, name, value in zip(xs, ys, periods, values, strict=True)
+        ]
+        chart.ends.append(Mark(100, ys[-1], percent(values[-1]), color, way.name))
+        chart.summary += f"; {way.name} ends at {percent(values[-1])} %"
+    for mark, y in zip(chart.ends, spread([mark.y for mark in chart.ends], 8), strict=True):
+        mark.y = y
+    return chart
