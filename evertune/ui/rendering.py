@@ -22,6 +22,7 @@ NAVIGATION = (
     ("/pending", "Pending"),
     ("/review", "Review"),
 )
+_STYLES = (("reports", "style.css"), ("reports", "versions.css"), ("ui", "ui.css"))
 
 
 class Templates:
@@ -87,6 +88,3 @@ def stylesheet() -> str:
 def script() -> str:
     """The script of all pages: it keeps the progress of an update up to date."""
     return (files("evertune.ui") / "ui.js").read_text(encoding="utf-8")
-
-
-_STYLES = (("reports", "style.css"), ("reports", "versions.css"), ("ui", "ui.css"))
