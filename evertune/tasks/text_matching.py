@@ -173,8 +173,8 @@ class TextMatchingTask(Task):
         candidates = drawn_candidates(queries, positives, given, self.n_negatives)
         if longer := sum(len(some) > self.n_negatives for some in given):
             rank_zero_warn(
-                f"{longer} of {len(queries)} records bring more than n_negatives={self.n_negatives} negatives: the rest "
-                "is left out"
+                f"{longer} of {len(queries)} records bring more than n_negatives={self.n_negatives} negatives: "
+                "the others are left out"
             )
         if alone := sum(len(items) == 1 for items, _ in candidates):
             rank_zero_warn(
