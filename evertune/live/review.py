@@ -72,7 +72,8 @@ def sureness_of(answer: Any, several: bool = False) -> tuple[Any, float]:
     """The label that an answer suggests, and how sure the model is of it, from 0 to 1.
 
     Of one class among others, the margin to the second (Scheffer et al. 2001); of several labels, the least distance
-    from one half; of entities, the least score (1 if there are none); otherwise the probability.
+    from one half; of entities, the least score (1 if there are none); of ranked items, the lead of the first; otherwise
+    the probability.
 
     Raises:
         TypeError: If the answer has no probability, as a text that was written.
@@ -82,9 +83,13 @@ def sureness_of(answer: Any, several: bool = False) -> tuple[Any, float]:
         ('sport', 0.375)
         >>> sureness_of({"sport": 0.75, "law": 0.375}, several=True)
         (['sport'], 0.25)
+        >>> sureness_of([{"item": "a lamp", "score": 0.75}, {"item": "a desk", "score": 0.5}])
+        ('a lamp', 0.25)
     """
     from evertune.tasks.predicting import are_probabilities
 
+    if isinstance(answer, list) and answer and all(isinstance(one, dict) and "item" in one for one in answer):
+        return answer[0]["item"], answer[0]["score"] - max((one["score"] for one in answer[1:]), default=-1.0)
     if isinstance(answer, list) and all(isinstance(one, dict) and "score" in one for one in answer):
         return answer, min((one["score"] for one in answer), default=1.0)
     if isinstance(answer, dict) and "probability" in answer:
