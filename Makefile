@@ -24,9 +24,9 @@ $(VENV)/.demo: pyproject.toml
 demo: $(VENV)/.demo  ## learn BBC News without forgetting; see evertune-demo/report.html
 	$(BIN)/python examples/demo.py
 
-# A test that starts several processes has a core for each of two: so the quick tests run two files at a time, those
-# that take longest first (tests/conftest.py).
-PARALLEL := -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests wait for processes and servers a tenth of their time: so three files of quick tests run at a time on two cores,
+# those that take longest first (tests/conftest.py).
+PARALLEL := -m 'not slow' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
