@@ -81,7 +81,7 @@ def write(module: SequenceClassificationModule, folder: Path, format: Format, qu
         return
     folder.mkdir(parents=True)
     if format == "onnx":
-        # ONNX Runtime has no kernel for fused attention as torch exports it; written out, eager attention has less to do.
+        # ONNX Runtime has no kernel for the fused attention that torch exports: eager attention computes less there.
         module.backbone.set_attn_implementation("eager")
     program = traced(module)
     if format == "torch_export":
