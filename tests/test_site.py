@@ -23,6 +23,12 @@ def test_the_reference_has_every_package() -> None:
     assert listed == sorted(public - NOT_PUBLIC)
 
 
+def test_every_page_has_its_place_in_the_index() -> None:
+    placed = re.findall(r"^(\w+)$", (ROOT / "docs/index.md").read_text(), flags=re.MULTILINE)
+    pages = [path.stem for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".rst")]
+    assert sorted([*placed, "index"]) == sorted(pages)
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     for name in ("sphinx", "myst_parser", "furo"):
