@@ -75,7 +75,7 @@ class Workers:
                     library("prometheus_client.multiprocess", "serve").mark_process_dead(worker.pid)
                     if not (self._ending or self._started.is_set()):
                         self._end()
-                        return self._wait_for_others(worker.exitcode or 1)
+                        return self._wait_for_others(max(1, worker.exitcode or 1))
                     if not self._ending:
                         words = f"a worker ended with exit code {worker.exitcode} and is replaced"
                         logger.error(words, extra={"event": "worker", "pid": worker.pid})
