@@ -94,7 +94,8 @@ class Prompt(nn.Module):
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        parts = virtual.view(self.n_tokens, self._n_layers, 2, self._heads, -1)
-        for layer, (key, value) in enumerate(parts.permute(1, 2, 3, 0, 4)):
+        # One set for all texts, or one for each where importance is estimated per example.
+        parts = virtual.view(len(virtual), self.n_tokens, self._n_layers, 2, self._heads, -1)
+        for layer, (key, value) in enumerate(parts.permute(2, 3, 0, 4, 1, 5)):
             cache.update(key.expand(size, -1, -1, -1), value.expand(size, -1, -1, -1), layer)
         return cache

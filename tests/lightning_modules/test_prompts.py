@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel
 
 from evertune._lightning import pl
+from evertune.callbacks import EWC
 from evertune.export.formats import merged
 from evertune.lightning_modules import (
     CausalLMModule,
@@ -98,6 +99,18 @@ def test_a_prefix_of_words_gives_what_the_words_give(model: str) -> None:
     }
     expected = module.backbone(**with_words).last_hidden_state[:, 4:]
     torch.testing.assert_close(module.encode(**batch).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("peft", PROMPTS, ids=IDS)
+def test_their_importance_does_not_depend_on_the_batch(model: str, peft: dict[str, Any]) -> None:
+    found = []
+    for batch_size in (1, 3):
+        module = build(model, peft=peft, dropout=0.0, learning_rate=1e-9, head_learning_rate=1e-9)
+        ewc = EWC(ewc_lambda=1.0, batch_size=batch_size, n_examples=6)
+        trainer(callbacks=[ewc]).fit(module, loader(model, ["business", "sport"], batch_size=6))
+        found.append(ewc.tensors["importance"])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-8)
 
 
 def test_other_tasks_take_prompts(model: str) -> None:
