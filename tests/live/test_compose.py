@@ -122,7 +122,7 @@ def test_the_loop_closes(services: dict[str, Service], tmp_path: Path) -> None:
     server, updater = services["server"], services["updater"]
     http = httpx.Client(base_url=server.address(), timeout=60)
     until(lambda: http.get("/ready").status_code == 200, server)
-    assert Registry(tmp_path / "news-registry").production() is not None
+    assert Registry(tmp_path / "news-registry").production is not None
 
     text = "The striker scored twice, says ada@example.com."
     answer = http.post("/predict", json={"id": "from-a-user", "text": text}).json()
