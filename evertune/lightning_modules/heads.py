@@ -116,7 +116,7 @@ class OrdinalHead(nn.Module):
         self.weight = nn.Parameter(initial_rows(0, 1, in_features).to(torch.get_default_dtype()))
         start = torch.logit(torch.arange(1, out_features) / out_features)
         # The first threshold, and for each of the others the number of whose softplus it lies above the one below it.
-        self.steps = nn.Parameter(torch.cat([start[:1], start.diff().expm1().log()]))
+        self.steps = nn.Parameter(torch.cat([start[:1], (start.diff() - _LEAST_STEP).expm1().log()]))
 
     def forward(self, features: Tensor) -> Tensor:
         """Log-probabilities [batch, classes] of features [batch, in_features], in fp32."""

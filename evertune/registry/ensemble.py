@@ -71,8 +71,8 @@ def mean_answer(answers: Sequence[Any], one_label: bool = True) -> Any:
         ValueError: If the answers are of another kind.
 
     Example:
-        >>> mean_answer([{"law": 0.6, "sport": 0.4}, {"sport": 0.8, "law": 0.2}])
-        {'sport': 0.6, 'law': 0.4}
+        >>> mean_answer([{"law": 0.5, "sport": 0.5}, {"sport": 0.75, "law": 0.25}])
+        {'sport': 0.625, 'law': 0.375}
         >>> mean_answer([1.0, 2.0]), mean_answer([[1.0, 5.0], [2.0, 6.0]])
         (1.5, [1.5, 5.5])
     """
