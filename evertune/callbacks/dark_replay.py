@@ -177,7 +177,7 @@ class DarkReplay(LogitsMethod, Replay):
             missing,
             lambda slots: self.batch_of(trainer, [view[slot] for slot in slots]),
             type(self).__name__,
-            lengths=None if view.lengths is None else view.lengths[missing].tolist(),
+            lengths=view.lengths,
             top_k=self.top_k,
         )
         self.set_logits(trainer, missing, logits)

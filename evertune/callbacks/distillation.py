@@ -12,7 +12,6 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Subset
 
 from evertune._lightning import pl, return_method
 from evertune.callbacks.dark_replay import DarkReplay
@@ -187,29 +186,26 @@ class Distillation(LogitsMethod):
                 return self._rows(features=step.features_of(module, batch))
             return self._rows(task_of(module).outputs(module, batch))
 
-        def ask(examples: Any, lengths: Any) -> pa.StructArray:
+        def ask(examples: Any, indices: Sequence[int]) -> pa.StructArray:
             return logits_of_examples(
                 trainer,
                 module,
-                range(len(examples)),
-                lambda indices: data.batch_of([examples[index] for index in indices]),
+                indices,
+                lambda some: data.batch_of([examples[index] for index in some]),
                 type(self).__name__,
-                lengths=lengths,
+                lengths=getattr(examples, "lengths", None),
                 top_k=self.top_k,
                 temperature=self.temperature,
                 rows=rows,
             )
 
         if self.examples != "replayed":
-            new, lengths = data.dataset, getattr(data.dataset, "lengths", None)
-            if self._places is not None:
-                asked = torch.where(self._places >= 0)[0].tolist()
-                new, lengths = Subset(new, asked), None if lengths is None else [lengths[index] for index in asked]
-            self._tables["new"] = ask(new, lengths)
+            places = torch.arange(len(data.dataset)) if self._places is None else self._places
+            self._tables["new"] = ask(data.dataset, (places >= 0).nonzero().flatten().tolist())
         if self.examples != "new":
             assert self._replay is not None
             view: MemoryView = self._replay.memory.view
-            self._tables["replayed"] = ask(view, view.lengths)
+            self._tables["replayed"] = ask(view, range(len(view)))
 
     def _rows(
         self, outputs: Outputs | None = None, features: Tensor | None = None, chosen: Any = slice(None)

@@ -15,7 +15,7 @@ from evertune._lightning import n_started, pl
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.callback import default_features
 from evertune.callbacks.state import load_state, save_state
-from evertune.callbacks.teacher import rounds
+from evertune.callbacks.teacher import by_length, rounds
 from evertune.callbacks.training_data import TrainingData
 from evertune.shards.opened import shards_of
 from evertune.shards.shards import ParameterShards
@@ -118,8 +118,7 @@ class Imprinting(ContinualCallback):
         Args:
             chosen: Which examples count for which class, bool ``[examples, classes]``.
         """
-        used = chosen.any(1).nonzero().flatten().tolist()
-        lengths = getattr(data.dataset, "lengths", None)
+        used = by_length(chosen.any(1).nonzero().flatten().tolist(), getattr(data.dataset, "lengths", None))
         sums: Tensor | None = None
         what = f"Imprinting cannot compute the features of {type(module).__name__}"
         with (
@@ -127,7 +126,7 @@ class Imprinting(ContinualCallback):
             evaluation_mode(module),
             trainer.precision_plugin.val_step_context(),
         ):
-            for indices, counts in rounds(used, trainer, None if lengths is None else [lengths[one] for one in used]):
+            for indices, counts in rounds(used, trainer):
                 features = F.normalize(self.features(module, data.batch(indices)).detach().double(), dim=-1)
                 if features.ndim != 2:
                     raise ValueError(f"features must have the shape [batch, d], got {list(features.shape)}")

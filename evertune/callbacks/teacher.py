@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evertune._lightning import pl
@@ -20,6 +21,8 @@ from evertune.tasks.base import Outputs, task_of
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
 
+Lengths = Sequence[int] | NDArray[np.int64]
+
 _ADVICE = "give the module a task, a Task whose outputs() returns them"
 
 
@@ -28,20 +31,24 @@ def batch_size(trainer: pl.Trainer) -> int:
     return 2 * (getattr(trainer.train_dataloader, "batch_size", None) or 32)
 
 
-def rounds(
-    indices: Sequence[int], trainer: pl.Trainer, lengths: Sequence[int] | None = None
-) -> Iterator[tuple[list[int], bool]]:
+def by_length(indices: Sequence[int], lengths: Lengths | None) -> list[int]:
+    """The same examples, the longest first, so that a batch needs little padding; as they are without ``lengths``.
+
+    Example:
+        >>> by_length([2, 0, 3], [4, 9, 5, 7])
+        [3, 2, 0]
+    """
+    if lengths is None:
+        return list(indices)
+    return [indices[place] for place in longest_first([lengths[index] for index in indices])]
+
+
+def rounds(indices: Sequence[int], trainer: pl.Trainer) -> Iterator[tuple[list[int], bool]]:
     """Batches of this rank, equally many on all ranks; False with one that is too many.
 
     Whole batches go to the ranks in turn, so that an example is padded as on one process.
-
-    Args:
-        indices: Numbers of the examples.
-        lengths: Length of each of these examples, for batches with little padding. Default: as they come.
     """
     size = batch_size(trainer)
-    if lengths is not None:
-        indices = [indices[place] for place in longest_first(lengths)]
     batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
     for start in range(0, len(batches), trainer.world_size):
         mine = start + trainer.global_rank
@@ -55,7 +62,7 @@ def logits_of_examples(
     batch_of: Callable[[list[int]], Any],
     who: str,
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Lengths | None = None,
     top_k: int | None = None,
     temperature: float = 1.0,
     rows: Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]] | None = None,
@@ -66,16 +73,16 @@ def logits_of_examples(
         indices: Numbers of the examples.
         batch_of: The batch of some of them, on the device.
         who: Name of the callback, for the error message.
-        lengths: Length of each of them, if known.
+        lengths: Length of every example by its number, if known.
         top_k: Number of logits to keep of each row; None for all.
         temperature: At which the others are summed up.
         rows: Function ``(module, batch) -> rows [R, classes], number of rows of each example``. By default those of
             the module's task.
     """
-    parts, rows = [pa.array([], LOGITS)], rows or logit_rows
+    parts, rows, ordered = [pa.array([], LOGITS)], rows or logit_rows, by_length(indices, lengths)
     what = f"{who} cannot compute the logits of {type(module).__name__}"
     with trial(what, _ADVICE), evaluation_mode(module), trainer.precision_plugin.val_step_context():
-        for chosen, counts in rounds(indices, trainer, lengths):
+        for chosen, counts in rounds(ordered, trainer):
             stored = StoredLogits.of(*rows(module, batch_of(chosen)), top_k, temperature)
             if counts:
                 parts.append(stored.to_arrow())
@@ -85,12 +92,13 @@ def logits_of_examples(
     # Batch b is on rank b % world_size, as number b // world_size there.
     size, world = batch_size(trainer), trainer.world_size
     n_batches = -(-len(indices) // size)
-    ordered = [
+    answers = [
         everyones[number % world].slice(number // world * size, size if number < n_batches - 1 else None)
         for number in range(n_batches)
     ]
-    together = pa.concat_arrays(ordered or [pa.array([], LOGITS)])
-    return together if lengths is None else together.take(pa.array(np.argsort(longest_first(lengths))))
+    places = {index: place for place, index in enumerate(ordered)}
+    together = pa.concat_arrays(answers or [pa.array([], LOGITS)])
+    return together.take(pa.array([places[index] for index in indices], pa.int64()))
 
 
 def outputs_of(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, who: str) -> Outputs:

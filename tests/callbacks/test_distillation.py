@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from evertune._lightning import pl
 from evertune.callbacks import DarkReplay, Distillation, LogitAdjustment, Replay
@@ -78,7 +78,16 @@ def test_the_weights_are_those_of_the_paper(on: Any, growing: bool) -> None:
     assert distil.seen == {0, 1, 2, 3}
 
 
-def test_a_class_that_returns_is_learned_from_its_labels() -> None:
+class WithLengths(Subset[Any]):
+    """The same examples, said to be longer and shorter in turns, so that they are read in another order."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data, range(len(data)))
+        self.lengths = [index * 7 % 5 for index in range(len(data))]
+
+
+@pytest.mark.parametrize("examples_of", [lambda data: data, WithLengths])
+def test_a_class_that_returns_is_learned_from_its_labels(examples_of: Any) -> None:
     replay, distil, module = (
         Replay(5, replay_ratio=0.5),
         Distillation(1.5, 3.0, examples="all", unknown_only=True),
@@ -88,7 +97,7 @@ def test_a_class_that_returns_is_learned_from_its_labels() -> None:
     for data, seen in ((SECOND, [0, 1]), (THIRD, [0, 1, 2]), (FIRST, [0, 1, 2, 3])):
         before = copy_of(module)
         module.numbers.clear()
-        fit(module, DataLoader(data, batch_size=4, shuffle=True), distil, replay)
+        fit(module, DataLoader(examples_of(data), batch_size=4, shuffle=True), distil, replay)
         assert_same(module, paper(before, module.numbers, seen, 1.5, 3.0, "all", 0.5, unknown_only=True), rtol=1e-5)
 
 
