@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,13 +32,17 @@ def no_seed_is_left_behind() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-@pytest.fixture(autouse=True)
-def no_logger_is_left_silent() -> Iterator[None]:
-    """Benchmarks silence Lightning for their own run, and a later test would not see what it logs."""
-    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric", "lightning")}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Benchmarks and examples silence loggers for their own run, and a later test would not see what these log."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    before = [(logger, logger.level, logger.disabled, logger.propagate) for logger in loggers]
+    try:
+        return (yield)
+    finally:
+        for logger, level, disabled, propagate in before:
+            logger.setLevel(level)
+            logger.disabled, logger.propagate = disabled, propagate
 
 
 LONGEST = (

@@ -42,6 +42,32 @@ def test_a_gpu_may_be_missing(pytester: pytest.Pytester, monkeypatch: pytest.Mon
     assert "tests were skipped" not in done.stdout.str()
 
 
+SILENCING = """
+import logging
+import pytest
+
+logger = logging.getLogger("some.library")
+
+@pytest.fixture(scope="module")
+def silent():
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.disabled = True
+
+def test_that_silences_a_logger(silent):
+    pass
+
+def test_that_listens(caplog):
+    with caplog.at_level("INFO"):
+        logger.info("a step")
+    assert "a step" in caplog.text
+"""
+
+
+def test_a_logger_that_one_test_silences_speaks_in_the_next(pytester: pytest.Pytester) -> None:
+    run(pytester, SILENCING).assert_outcomes(passed=2)
+
+
 def run(pytester: pytest.Pytester, tests: str, *arguments: str) -> pytest.RunResult:
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
     pytester.makepyfile(tests)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.live.evaluation import evaluate, evaluate_examples, measure, size_in_bytes, without_training
+from evertune.live.evaluation import (
+    evaluate,
+    evaluate_examples,
+    measure,
+    size_in_bytes,
+    surely_slower,
+    without_training,
+)
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 
 
@@ -183,3 +190,12 @@ def test_costs_are_measured_side_by_side(folder: str) -> None:
     measure(champion, challenger, [("a goal", "a law")], repeats=1)
     with pytest.raises(ValueError, match="needs texts and at least one repeat, got 0 texts"):
         measure(champion, challenger, [])
+
+
+def test_other_load_does_not_make_an_equal_module_look_slow() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        before, after = 1 + 2 * (draw.random((2, 15)) < 0.4)  # two turns in five take three times as long
+        assert surely_slower(list(before), list(after)) <= 1.5
+    quiet = [surely_slower([1.0] * 15, list(2 * draw.normal(1, 0.05, 15))) for _ in range(100)]
+    assert min(quiet) > 1.5

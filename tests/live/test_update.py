@@ -585,7 +585,8 @@ def test_gate_of_its_own_refuses_flipped_labels(folder: Path) -> None:
     """The gate as it is, not the lenient one: half of the labels are of another class."""
     torch.manual_seed(0)  # else what tests before it have drawn decides how well a few steps learn
     feed(folder, "b", ["business", "sport"], n=400)
-    assert updater(folder, gate=Gate()).run().status == "promoted"
+    outcome = updater(folder, gate=Gate()).run()
+    assert outcome.status == "promoted", outcome.words
     feed(folder, "c", ["business", "sport"], n=400)
     lines = [json.loads(line) for line in (folder / "inbox/c.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):
