@@ -56,7 +56,30 @@ import pytorch_lightning as pl
 import torch
 
 from evertune import ContinualTrainer
-from evertune.callbacks import EWC, ContinualCallback, ContinualEvaluation, Imprinting, Replay
+from evertune.callbacks import (
+    AGEM,
+    EMA,
+    ERACE,
+    EWC,
+    L2SP,
+    MAS,
+    MIR,
+    OSFT,
+    SEQ,
+    ContinualCallback,
+    ContinualEvaluation,
+    DarkReplay,
+    Distillation,
+    Imprinting,
+    InfLoRA,
+    LogitAdjustment,
+    MergedAdapters,
+    OrthogonalLoRA,
+    Replay,
+    SynapticIntelligence,
+    VersionAveraging,
+    WiSEFT,
+)
 from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
 from evertune.presets import preset
 from evertune.streams import (
@@ -211,28 +234,34 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+Trains = Callable[[str, Settings, int, ExperienceStream], Run]
+"""Function ``(model, settings, seed, stream) -> Run``."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
     Args:
-        run: Function ``(model, settings, seed, stream) -> Run``.
+        run: What the method trains.
         grid: Function that returns the settings of each trial on a stream; one trial is none.
         memory: Examples in the memory, a number or a function of the stream and its number of training examples; they
             become the setting ``memory_size``. None if there is no memory.
         joint: Whether all data are learned at once.
         tuned_as: Name of the method whose trials these settings come from.
+        new_classes: Whether every experience must bring new classes: the method has no row on other streams.
     """
 
-    run: Callable[[str, Settings, int, ExperienceStream], Run]
+    run: Trains
     grid: Callable[[Stream], list[dict[str, Any]]]
     memory: Callable[[Stream, int], int] | None = None
     joint: bool = False
     tuned_as: str | None = None
+    new_classes: bool = False
 
 
-def _trained(model: str, settings: Settings, callbacks: list[pl.Callback]) -> Run:
-    module = SequenceClassificationModule(model, learning_rate=settings["learning_rate"])
+def _trained(model: str, settings: Settings, callbacks: list[pl.Callback], **module: Any) -> Run:
+    module = SequenceClassificationModule(model, learning_rate=settings["learning_rate"], **module)
     return Run(module, callbacks, {"max_epochs": settings["epochs"], "precision": "auto"})
 
 
@@ -246,6 +275,21 @@ def _replay(model: str, settings: Settings, seed: int, stream: ExperienceStream)
 
 def _ewc(model: str, settings: Settings, seed: int, stream: ExperienceStream) -> Run:
     return _trained(model, settings, [EWC(settings["ewc_lambda"], seed=seed)])
+
+
+def _with(name: str, make: Callable[[Settings, int], list[pl.Callback]], **module: Any) -> Trains:
+    """Training with the callbacks that ``make(settings, seed)`` returns; ``module`` are more settings of the module."""
+
+    def run(model: str, settings: Settings, seed: int, stream: ExperienceStream) -> Run:
+        return _trained(model, settings, make(settings, seed), **module)
+
+    run.__name__ = f"_{name}"  # names the cells
+    return run
+
+
+def _replay_with(name: str, make: Callable[[Settings, int], list[pl.Callback]]) -> Trains:
+    """As :func:`_with`, beside replay."""
+    return _with(name, lambda one, seed: [Replay(one["memory_size"], "class_balanced", seed=seed), *make(one, seed)])
 
 
 def _frozen(model: str, settings: Settings, seed: int, stream: ExperienceStream) -> Run:
@@ -270,9 +314,19 @@ def _rates(stream: Stream) -> list[dict[str, Any]]:
     return [{"learning_rate": rate, "epochs": epochs} for rate, epochs in pairs]
 
 
-def _rates_and_lambdas(stream: Stream) -> list[dict[str, Any]]:
-    strengths = (0.1, 0.3, 1.0, 0.03)
-    return [{**one, "ewc_lambda": strength} for one, strength in zip(_rates(stream), strengths, strict=True)]
+def _rates_and(name: str, low: Any, high: Any) -> Callable[[Stream], list[dict[str, Any]]]:
+    """Two learning rates, each with two strengths of the method."""
+    return lambda stream: [
+        {"learning_rate": rate, "epochs": stream.epochs[1], name: strength}
+        for rate in (2e-4, 5e-4)
+        for strength in (low, high)
+    ]
+
+
+def _adapter_rates(stream: Stream) -> list[dict[str, Any]]:
+    few, many = stream.epochs
+    pairs = [(5e-4, many), (1e-3, many), (2e-3, many), (2e-3, few)]
+    return [{"learning_rate": rate, "epochs": epochs} for rate, epochs in pairs]
 
 
 def _epochs(stream: Stream) -> list[dict[str, Any]]:
@@ -300,6 +354,7 @@ def _none(stream: Stream, n_train: int) -> int:
     return 0
 
 
+LORA: dict[str, Any] = {"peft": {"method": "lora", "r": 8}}
 METHODS = {
     "preset": Method(_preset, _untuned, _own),
     "NCM": Method(_frozen, _values("solver", ["mean"])),
@@ -309,7 +364,7 @@ METHODS = {
     "ER": Method(_replay, _rates, _own),
     "joint": Method(_naive, _rates, joint=True),
     "naive": Method(_naive, _rates),
-    "EWC": Method(_ewc, _rates_and_lambdas),
+    "EWC": Method(_ewc, _rates_and("ewc_lambda", 0.1, 1.0)),
     "preset, no memory": Method(_preset, _untuned, _none),
     "preset, 5 %": Method(_preset, _untuned, _share(0.05)),
     "ER, 5 %": Method(_replay, _rates, _share(0.05), tuned_as="ER"),
@@ -317,10 +372,49 @@ METHODS = {
     "preset, 10 %": Method(_preset, _untuned, _share(0.1)),
     "ER, 1 %": Method(_replay, _rates, _share(0.01), tuned_as="ER"),
     "ER, 10 %": Method(_replay, _rates, _share(0.1), tuned_as="ER"),
+    # with the memory of the stream
+    "ER + logit adjustment": Method(_replay_with("adjusted", lambda one, seed: [LogitAdjustment()]), _rates, _own),
+    "ER + distillation": Method(
+        _replay_with("distilled", lambda one, seed: [Distillation(one["strength"], examples="replayed")]),
+        _rates_and("strength", 1.0, 3.0),
+        _own,
+    ),
+    "DER++": Method(
+        _with(
+            "dark_replay",
+            lambda one, seed: [DarkReplay(one["memory_size"], one["alpha"], policy="class_balanced", seed=seed)],
+        ),
+        _rates_and("alpha", 0.1, 0.5),
+        _own,
+    ),
+    "MIR": Method(
+        _with("mir", lambda one, seed: [MIR(one["memory_size"], policy="class_balanced", seed=seed)]), _rates, _own
+    ),
+    "ER-ACE": Method(_replay_with("erace", lambda one, seed: [ERACE()]), _rates, _own, new_classes=True),
+    "ER + EMA": Method(
+        _replay_with("ema", lambda one, seed: [EMA(one["decay"])]), _rates_and("decay", 0.95, 0.99), _own
+    ),
+    "ER + WiSE-FT": Method(_replay_with("wise_ft", lambda one, seed: [WiSEFT(seed=seed)]), _rates, _own),
+    "A-GEM": Method(_replay_with("agem", lambda one, seed: [AGEM()]), _rates, _own),
+    # without
+    "SEQ*": Method(_with("seq", lambda one, seed: [SEQ(), Imprinting()], head="cosine"), _rates, new_classes=True),
+    "LwF": Method(_with("lwf", lambda one, seed: [Distillation(one["strength"])]), _rates_and("strength", 1.0, 3.0)),
+    "SI": Method(
+        _with("si", lambda one, seed: [SynapticIntelligence(one["strength"])]), _rates_and("strength", 0.1, 1.0)
+    ),
+    "MAS": Method(_with("mas", lambda one, seed: [MAS(one["strength"], seed=seed)]), _rates_and("strength", 0.1, 1.0)),
+    "L2-SP": Method(
+        _with("l2sp", lambda one, seed: [L2SP(one["strength"], to="previous")]), _rates_and("strength", 0.01, 0.1)
+    ),
+    "version averaging": Method(_with("averaged", lambda one, seed: [VersionAveraging()]), _rates),
+    "OSFT": Method(_with("osft", lambda one, seed: [OSFT()]), _rates),
+    "O-LoRA": Method(_with("o_lora", lambda one, seed: [OrthogonalLoRA(seed=seed)], **LORA), _adapter_rates),
+    "InfLoRA": Method(_with("inf_lora", lambda one, seed: [InfLoRA(seed=seed)], **LORA), _adapter_rates),
+    "MagMax": Method(_with("merged", lambda one, seed: [MergedAdapters(seed=seed)], **LORA), _adapter_rates),
 }
 FROZEN = ("NCM", "SLDA", "RanPAC")
 JOINT = ("joint", "joint, as the preset")
-WITHOUT_MEMORY = ("NCM", "SLDA", "RanPAC", "naive", "EWC", "preset, no memory")
+WITHOUT_MEMORY = tuple(name for name, one in METHODS.items() if name not in JOINT and one.memory in (None, _none))
 QUICK = ("preset", "NCM", "ER", "joint", "naive", "EWC")
 
 # --- one cell
@@ -451,7 +545,9 @@ class Job:
         return trials[best][0]
 
     def cells(self, stream: str, name: str) -> list[Cell]:
-        """The cells that can be done now: the trials, then the seeds."""
+        """The cells that can be done now: the trials, then the seeds. None where the method has no row."""
+        if METHODS[name].new_classes and STREAMS[stream].group != "label":
+            return []
         settings = self.chosen(stream, name)
         if settings is None:
             return [cell for _, cell in self.trials(stream, name)]
@@ -568,7 +664,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_SHOWN = ("learning_rate", "epochs", "ewc_lambda", "shrinkage", "penalty")
+_SHOWN = ("learning_rate", "epochs", "ewc_lambda", "strength", "alpha", "decay", "shrinkage", "penalty")
 
 
 def bars(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

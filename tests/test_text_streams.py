@@ -87,6 +87,24 @@ def test_quick_run_fills_the_table_and_a_second_one_trains_nothing(
     assert benchmark.main([*arguments, "--table"]) == report
 
 
+@pytest.mark.slow
+def test_every_method_learns(benchmark: ModuleType, data: Path, tmp_path: Path) -> None:
+    job = benchmark.Job(data, tmp_path, ("C20",), (), 1, True, tiny_bert(tmp_path / "bert"))
+    for name, method in benchmark.METHODS.items():
+        cell = job.cell("C20", name, job.trials("C20", name)[0][0], 0, "test")
+        figures = benchmark.learn(cell, method, data)
+        assert 0 <= figures["accuracy"] <= 1, name
+        assert (figures["bytes_kept"] > 0) == (name not in ("naive", "joint")), name
+
+
+def test_methods_of_new_classes_have_no_row_where_classes_return(
+    benchmark: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    job = benchmark.Job(data, tmp_path, ("C20", "vader4"), ("SEQ*",), 1, False, "model")
+    assert len(job.cells("C20", "SEQ*")) == 4
+    assert job.cells("vader4", "SEQ*") == []
+
+
 def test_a_cell_is_done_by_one_process_and_given_back_when_it_fails(
     benchmark: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
