@@ -23,7 +23,7 @@ from evertune.callbacks.teacher import logits_of_examples, outputs_of, sum_over_
 from evertune.callbacks.trained import record_batches, recorded_batches
 from evertune.callbacks.training_data import TrainingData, class_counts
 from evertune.memory.logits import StoredLogits, from_bytes, to_bytes
-from evertune.memory.memory import MemoryView
+from evertune.memory.view import MemoryView
 from evertune.shards.support import check_strategy
 from evertune.tasks.base import Likelihood, Outputs, task_of
 

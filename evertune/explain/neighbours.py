@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evertune.memory.memory import MemoryView
+from evertune.memory.view import MemoryView
 from evertune.registry.version import Version
 from evertune.tasks.base import task_of
 

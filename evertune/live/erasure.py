@@ -14,7 +14,8 @@ from typing import Any
 
 from evertune.gate.evaluation import Evaluation
 from evertune.live.versions import EVALUATION
-from evertune.memory.memory import MemoryView, forget_saved
+from evertune.memory.memory import forget_saved
+from evertune.memory.view import MemoryView
 from evertune.registry.journal import Journal
 from evertune.registry.manifest import Manifest
 from evertune.registry.quarantine import RELEASED, WITHDRAWN

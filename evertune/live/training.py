@@ -16,7 +16,7 @@ from evertune.callbacks.base import named_callbacks
 from evertune.live.plan import Plan
 from evertune.live.staging import CHECKPOINTS, VERSION, claim, finish
 from evertune.live.steps import Steps
-from evertune.memory.memory import MemoryView
+from evertune.memory.view import MemoryView
 from evertune.registry.manifest import Manifest
 from evertune.registry.store import MANIFEST
 from evertune.sources.base import Row

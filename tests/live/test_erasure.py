@@ -11,7 +11,7 @@ import pytest
 
 from evertune.cli import main as cli
 from evertune.live.erasure import _Edits, erase, finish
-from evertune.memory.memory import MemoryView
+from evertune.memory.view import MemoryView
 from evertune.registry.journal import Journal
 from evertune.registry.registry import Registry
 from evertune.sources.masking import Masker, masked_id

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from evertune.callbacks import Replay
 from evertune.live.slices import load_slice
 from evertune.live.update import Updater
-from evertune.memory.memory import MemoryView
+from evertune.memory.view import MemoryView
 from evertune.registry.rows import latest
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema

@@ -15,7 +15,8 @@ from evertune.callbacks.replay.lengths import StepLengths
 from evertune.callbacks.replay.spool import Capture, Spool
 from evertune.memory.codec import StorableCheck
 from evertune.memory.draws import Draws
-from evertune.memory.memory import MemoryView, working_file
+from evertune.memory.memory import working_file
+from evertune.memory.view import MemoryView
 
 _NEVER = 1 << 62
 UNSTORABLE = "Replay cannot store example {} of batch {}"
