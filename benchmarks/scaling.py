@@ -36,8 +36,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import Dataset
 
 from evertune.callbacks import EWC, Replay
-from evertune.cli.footprint import ModelShape, Training, activations, collectives, consolidation, footprint
-from evertune.cli.plan import GIB, STRATEGIES, shape_of
+from evertune.cli.plan.gpus import GIB
+from evertune.cli.plan.memory import activations, footprint
+from evertune.cli.plan.shape import ModelShape, shape_of
+from evertune.cli.plan.traffic import collectives, consolidation
+from evertune.cli.plan.training import STRATEGIES, Training
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards.support import is_step_boundary
 from evertune.strategies.masters import LiveMasters, masters_of

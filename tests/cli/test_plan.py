@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
-from evertune.cli.footprint import Collective, ModelShape, Training, activations, collectives, consolidation, footprint
-from evertune.cli.plan import STRATEGIES, plan, shape_of
+from evertune.cli.plan import plan
+from evertune.cli.plan.memory import activations, footprint
+from evertune.cli.plan.shape import ModelShape, shape_of
+from evertune.cli.plan.traffic import Collective, collectives, consolidation
+from evertune.cli.plan.training import STRATEGIES, Training
 from evertune.utils.locate import locate
 
 TINY = ModelShape(

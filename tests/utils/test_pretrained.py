@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evertune
-from evertune.cli.plan import shape_of
+from evertune.cli.plan.shape import shape_of
 from evertune.drift.featurisers import FrozenEncoder
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.utils.files import sha256
