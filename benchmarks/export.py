@@ -91,7 +91,7 @@ def main() -> None:
     module, held_out = classifier(rows[:n_train]), rows[n_train:]
     with tempfile.TemporaryDirectory() as folder:
         made = {
-            name: export(module, Path(folder) / name, quantize=quantize, data=held_out, max_accuracy_drop=1.0)
+            name: export(module, Path(folder) / name, quantize=quantize, data=held_out, max_score_drop=1.0)
             for name, quantize in (("ORT fp32", None), ("ORT int8", "int8"))
         }
         in_bf16 = SequenceClassificationModule.from_pretrained(_saved(module, Path(folder) / "module"))
@@ -110,10 +110,10 @@ def main() -> None:
     for name in runners:
         line = f"{name:<14}{1000 * median(seconds[1][name]):>12.1f}{1000 * median(seconds[32][name]):>14.1f}"
         if (check := checks.get(name)) is not None:
-            line += f"{check.cost.size_bytes / 1e6:>8.1f}{check.accuracy:>10.1%}{check.agreement:>11.1%}"
+            line += f"{check.cost.size_bytes / 1e6:>8.1f}{check.score:>10.1%}{check.agreement:>11.1%}"
         elif name == "torch fp32":
             source = checks["ORT int8"]
-            line += f"{source.source_cost.size_bytes / 1e6:>8.1f}{source.source_accuracy:>10.1%}"
+            line += f"{source.source_cost.size_bytes / 1e6:>8.1f}{source.source_score:>10.1%}"
         print(line)
     for n in (1, 32):
         used = ", ".join(f"{name} {1000 * median(processor[n][name]):.1f}" for name in runners)
@@ -123,11 +123,11 @@ def main() -> None:
         "one text": _speedup(seconds[1]),
         "32 texts": _speedup(seconds[32]),
         "size": int8.cost.size_bytes / int8.source_cost.size_bytes,
-        "points lost": 100 * (int8.source_accuracy - int8.accuracy),
+        "points lost": 100 * (int8.source_score - int8.score),
     }
     results = {f"{name}, {n} texts, ms": 1000 * median(seconds[n][name]) for n in seconds for name in runners}
     results |= {f"speedup by processor time, {n} texts": _speedup(processor[n]) for n in processor}
-    results |= {"agreement": int8.agreement, "accuracy": int8.accuracy, "source accuracy": int8.source_accuracy}
+    results |= {"agreement": int8.agreement, "accuracy": int8.score, "source accuracy": int8.source_score}
     bars = {
         name: {
             "value": round(value, 3),

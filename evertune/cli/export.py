@@ -53,7 +53,7 @@ def export(arguments: Sequence[str]) -> int:
                 label=known.label,
                 max_records=known.max_records,
                 min_agreement=known.min_agreement,
-                max_accuracy_drop=known.max_accuracy_drop / 100,
+                max_score_drop=known.max_score_drop / 100,
             )
     except RefusedExportError as error:
         _show(known, error.check, None)
@@ -94,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the records that it must answer like its version (default: 0.95)",
     )
     add(
-        "--max_accuracy_drop",
+        "--max_score_drop",
         type=float,
         default=0.5,
         metavar="POINTS",
-        help="percentage points of accuracy that it may lose (default: 0.5)",
+        help="percentage points of its score that it may lose; that of a classifier is its accuracy (default: 0.5)",
     )
     add("--json", action="store_true", help="print JSON, for machines")
     return parser
@@ -113,8 +113,8 @@ def _show(known: argparse.Namespace, check: Check, manifest: ExportManifest | No
 
     kind = known.format if known.quantize is None else f"{known.format}-{known.quantize}"
     table = Table("", f"version {known.version}", kind, box=None, pad_edge=False, header_style="dim")
-    if check.accuracy is not None and check.source_accuracy is not None:
-        table.add_row("accuracy", f"{check.source_accuracy:.1%}", f"{check.accuracy:.1%}")
+    if check.score is not None and check.source_score is not None:
+        table.add_row("score", f"{check.source_score:.1%}", f"{check.score:.1%}")
     old, new = check.source_cost, check.cost
     table.add_row("size, MB", f"{old.size_bytes / 1e6:.1f}", f"{new.size_bytes / 1e6:.1f}")
     table.add_row("one text, ms", f"{old.latency_ms:.1f}", f"{new.latency_ms:.1f}")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
-
-import numpy as np
+from typing import Any, Self
 
 from evertune.export.manifest import MODEL, ExportManifest, read_manifest
-from evertune.tasks.sequence_classification import SequenceClassificationTask
-from evertune.tasks.texts import checked_texts, padded_tokens, truncation_length
-from evertune.utils.pretrained import load_tokenizer
-
-Runner = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-"""Computes logits ``[batch, classes]`` from tokens ``[batch, tokens]`` by the name of the input."""
 
 
 class ExportedModel:
-    """An export, which answers texts as the module that it was made from does.
+    """An export, which answers as the module that it was made from does.
 
     Args:
         folder: Folder of the model.
@@ -32,9 +24,8 @@ class ExportedModel:
 
     def __init__(self, folder: Path, manifest: ExportManifest) -> None:
         self.manifest = manifest
-        self.tokenizer = load_tokenizer(str(folder))
-        self.task = SequenceClassificationTask(manifest.multi_label)
-        self._run = _runner(folder, manifest)
+        self.module = _module(folder, manifest)
+        """A module of the same class, whose logits the export computes. It has no weights, and cannot be trained."""
 
     def __repr__(self) -> str:
         version = self.manifest.origin.version
@@ -65,65 +56,38 @@ class ExportedModel:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, in the order of the logits."""
+        """The names of the classes."""
         return list(self.manifest.classes)
 
-    @property
-    def multi_label(self) -> bool:
-        """Whether a text has any number of labels."""
-        return self.manifest.multi_label
-
-    def predict(
-        self, texts: Sequence[str] | Sequence[tuple[str, str]], batch_size: int = 32, max_length: int | None = None
-    ) -> list[dict[str, float]]:
-        """The probability of each class for each text, most probable first.
+    def predict(self, texts: Sequence[Any], batch_size: int = 32, max_length: int | None = None) -> list[Any]:
+        """The answer to each text, as ``predict`` of the module gives it: for a classifier, probabilities by class.
 
         Args:
-            texts: Texts, or pairs of texts.
+            texts: What the module's ``predict`` takes: texts, or pairs of texts.
             batch_size: Number of texts per forward pass. Default: 32.
-            max_length: Maximum number of tokens; longer texts are truncated. None (default) is the model's maximum.
+            max_length: Maximum number of tokens; longer texts are truncated. None (default) is the module's default.
 
         Raises:
-            TypeError: If ``texts`` is a single string, or one of them is not a text or a pair of texts.
-            ValueError: If ``max_length`` is more than the model takes, or a text has no tokens, or holds half of a
-                surrogate pair.
+            TypeError: If ``texts`` is a single string, or one of them is not what the module takes.
+            ValueError: If ``max_length`` is more than the model takes, or a text has no tokens.
         """
-        texts = checked_texts(texts)
-        length = truncation_length(max_length or self.manifest.max_length, self.tokenizer, self)
-        predictions: list[dict[str, float]] = []
-        for start in range(0, len(texts), batch_size):
-            some = texts[start : start + batch_size]
-            batch = padded_tokens(self.tokenizer, some, length, first=start, tensors="np")
-            tokens = {name: batch[name].astype(np.int64) for name in self.manifest.inputs}
-            predictions += self._answers(self._run(tokens).astype(np.float64))
-        return predictions
-
-    @property
-    def max_tokens(self) -> int:
-        """The maximum number of tokens of a text."""
-        return self.manifest.max_length
-
-    def _answers(self, logits: np.ndarray) -> list[dict[str, float]]:
-        if self.multi_label:
-            probabilities = 1 / (1 + np.exp(-logits))
-        else:
-            exponentials = np.exp(logits - logits.max(1, keepdims=True))
-            probabilities = exponentials / exponentials.sum(1, keepdims=True)
-        return [
-            dict(sorted(zip(self.manifest.classes, row, strict=True), key=lambda item: -item[1]))
-            for row in probabilities.tolist()
-        ]
+        found: list[Any] = self.module.predict(texts, batch_size, max_length)
+        return found
 
 
-def _runner(folder: Path, manifest: ExportManifest) -> Runner:
+def _module(folder: Path, manifest: ExportManifest) -> Any:
+    if manifest.format == "safetensors":
+        from evertune.export.formats import loaded
+
+        return loaded(folder)
+    from evertune.export.kinds import answering
+
     if manifest.format == "onnx":
         from evertune.export.onnx_runtime import OnnxRunner
 
-        return OnnxRunner(folder)
-    if manifest.format == "torch_export":
+        run: Any = OnnxRunner(folder)
+    else:
         from evertune.export.torch_program import ProgramRunner
 
-        return ProgramRunner(folder, manifest.inputs)
-    from evertune.export.formats import ModuleRunner
-
-    return ModuleRunner(folder)
+        run = ProgramRunner(folder, manifest.inputs)
+    return answering(manifest.module, manifest.settings, folder, manifest.inputs, run)

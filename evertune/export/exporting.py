@@ -13,7 +13,7 @@ from typing import Any
 from evertune.export.checking import check
 from evertune.export.exported import ExportedModel
 from evertune.export.formats import LIBRARIES, check_format, loaded, merged, weights_size, write
-from evertune.export.graph import input_names
+from evertune.export.kinds import input_names
 from evertune.export.manifest import (
     MODEL,
     Check,
@@ -25,11 +25,11 @@ from evertune.export.manifest import (
     write_manifest,
 )
 from evertune.lightning_modules.saving import MANIFEST as SAVED
-from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
+from evertune.lightning_modules.transformer import TransformerModule
 from evertune.live.slices import load_slice, thin
 from evertune.registry.serving import MODEL as SAVED_MODEL
 from evertune.registry.version import Version
-from evertune.sources.values import text_value
+from evertune.sources.base import Row
 from evertune.streams.tables import read_rows
 from evertune.tasks.texts import longest_text
 from evertune.utils.files import delete, sha256, sync_folder, sync_tree
@@ -50,7 +50,7 @@ class RefusedExportError(RuntimeError):
 
 
 def export(
-    source: Version | SequenceClassificationModule,
+    source: Version | TransformerModule,
     output: str | Path,
     *,
     format: Format = "onnx",
@@ -60,9 +60,9 @@ def export(
     label: str | None = None,
     max_records: int = 1_000,
     min_agreement: float = 0.95,
-    max_accuracy_drop: float = 0.005,
+    max_score_drop: float = 0.005,
 ) -> ExportedModel:
-    """Export a classifier, and compare it with its source on held-out records.
+    """Export a version or a module, and compare it with its source on held-out records.
 
     The folder gets ``export.json`` and a subfolder ``model`` with the tokenizer and the weights: ``model.onnx``,
     ``model.pt2``, or what ``save_pretrained`` writes, with adapters merged. It appears as a whole, after the check.
@@ -79,7 +79,8 @@ def export(
         label: Field with the label. Default: that of the version, or ``label``.
         max_records: Maximum number of held-out records to check it on, alike from all updates. Default: 1,000.
         min_agreement: Share of the records that it must answer like its source. Default: 0.95.
-        max_accuracy_drop: Most accuracy that it may lose. Default: 0.005, half a point.
+        max_score_drop: Most of its score that it may lose; the score of a classifier is its accuracy. Default: 0.005,
+            half a point.
 
     Returns:
         The export, loaded.
@@ -98,7 +99,7 @@ def export(
         model.manifest.check.agreement  # 0.987
     """
     check_format(format, quantize)
-    for name, share in (("min_agreement", min_agreement), ("max_accuracy_drop", max_accuracy_drop)):
+    for name, share in (("min_agreement", min_agreement), ("max_score_drop", max_score_drop)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {share}")
     if max_records < 1:
@@ -110,15 +111,15 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         folder = _saved(source, Path(scratch))
         original = loaded(folder)
-        texts, labels = _records(source, original, data, text, label, max_records)
+        rows, text, labelled = _records(source, original, data, text, label, max_records)
         draft = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
         try:
             module = merged(folder)
             write(module, draft / MODEL, format, quantize)
             manifest = _manifest(source, folder, module, format, quantize)
             sizes = weights_size(draft / MODEL), weights_size(folder)
-            found = check(ExportedModel(draft / MODEL, manifest), original, texts, labels, module.multi_label, sizes)
-            if reason := _shortcoming(found, min_agreement, max_accuracy_drop):
+            found = check(ExportedModel(draft / MODEL, manifest).module, original, rows, text, labelled, sizes)
+            if reason := _shortcoming(found, min_agreement, max_score_drop):
                 raise RefusedExportError(reason, found)
             write_manifest(draft, replace(manifest, check=found, files=hashes(draft)))
             sync_tree(draft)
@@ -129,7 +130,7 @@ def export(
     return ExportedModel.load(output, trusted=True)
 
 
-def _saved(source: Version | SequenceClassificationModule, scratch: Path) -> Path:
+def _saved(source: Version | TransformerModule, scratch: Path) -> Path:
     """The folder of a version's model, verified; or that to which a module was saved, which is not changed then."""
     if isinstance(source, Version):
         return source.verified_folder(SAVED_MODEL) / SAVED_MODEL
@@ -138,18 +139,19 @@ def _saved(source: Version | SequenceClassificationModule, scratch: Path) -> Pat
 
 
 def _records(
-    source: Version | SequenceClassificationModule,
-    module: SequenceClassificationModule,
+    source: Version | TransformerModule,
+    module: TransformerModule,
     data: Any,
     text: str | Sequence[str] | None,
     label: str | None,
     max_records: int,
-) -> tuple[list[Any], list[Any] | None]:
-    """The texts to check an export on, with their labels if they have any."""
+) -> tuple[list[Row], str | Sequence[str], str | None]:
+    """The records to check an export on, the fields of their texts, and that of their labels if they have any."""
     schema = source.manifest.config.get("schema") if isinstance(source, Version) else None
     schema = schema if isinstance(schema, dict) else {}
     text, label = text or schema.get("text") or "text", label or schema.get("label") or "label"
-    columns = [text] if isinstance(text, str) else list(text)
+    task: Any = module.task
+    columns: dict[str, Any] = dict.fromkeys([text] if isinstance(text, str) else text, task.check_text) | task.fields
     if data is None:
         if not isinstance(source, Version):
             raise ValueError("a module has no held-out records to check its export on: pass data=")
@@ -158,18 +160,17 @@ def _records(
         data = [{name: record.get(name) for name in (*columns, label)} for record in kept]
         if not data:
             raise ValueError(f"version {source.number} has no held-out records to check its export on: pass data")
-    checks: dict[str, Any] = dict.fromkeys(columns, text_value)
-    if label in read_rows(data, checks).dataset.column_names:
-        checks[label] = module.task.check_label
-    values = read_rows(data, checks).values
-    texts = [values[column] for column in columns]
-    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)), values.get(label)
+    labelled = label in read_rows(data, columns).dataset.column_names
+    values = read_rows(data, columns | {label: task.check_label} if labelled else columns).values
+    records = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
+    rows: list[Row] = [{"id": str(number), "record": record} for number, record in enumerate(records)]
+    return rows, text, label if labelled else None
 
 
 def _manifest(
-    source: Version | SequenceClassificationModule,
+    source: Version | TransformerModule,
     folder: Path,
-    module: SequenceClassificationModule,
+    module: TransformerModule,
     format: Format,
     quantize: Quantize | None,
 ) -> ExportManifest:
@@ -178,8 +179,8 @@ def _manifest(
         format=format,
         quantize=quantize,
         module=type(module).__name__,
-        classes=module.classes,
-        multi_label=module.multi_label,
+        settings={name: value for name, value in module.hparams.items() if not name.startswith("_")},
+        classes=list(getattr(module, "classes", ())),
         inputs=input_names(module),
         max_length=longest_text(module.tokenizer),
         origin=Origin(
@@ -191,26 +192,26 @@ def _manifest(
     )
 
 
-def _shortcoming(found: Check, min_agreement: float, max_accuracy_drop: float) -> str:
+def _shortcoming(found: Check, min_agreement: float, max_score_drop: float) -> str:
     """Which bar an export misses; empty if it passes."""
     if found.agreement < min_agreement:
         return (
             f"it agrees with its source on {found.agreement:.1%} of {found.records} records, and must on "
             f"{min_agreement:.1%}"
         )
-    if found.accuracy is not None and found.source_accuracy is not None:
-        drop = found.source_accuracy - found.accuracy
-        if drop > max_accuracy_drop + 1e-9:
+    if found.score is not None and found.source_score is not None:
+        drop = found.source_score - found.score
+        if drop > max_score_drop + 1e-9:
             return (
-                f"it is right on {found.accuracy:.1%} of {found.records} records and its source on "
-                f"{found.source_accuracy:.1%}: it loses {100 * drop:.2f} points, and {100 * max_accuracy_drop:.2f} are "
-                f"allowed{_hint(found.records, max_accuracy_drop)}"
+                f"its score on {found.records} records is {found.score:.1%}, and that of its source "
+                f"{found.source_score:.1%}: it loses {100 * drop:.2f} points, and {100 * max_score_drop:.2f} are "
+                f"allowed{_hint(found.records, max_score_drop)}"
             )
     return ""
 
 
-def _hint(records: int, max_accuracy_drop: float) -> str:
+def _hint(records: int, max_score_drop: float) -> str:
     """What to do if there are so few records that a single answer decides."""
-    if records * max_accuracy_drop >= 1:
+    if records * max_score_drop >= 1:
         return ""
     return f"; one answer of {records} is {100 / records:.2f} points: check it on more records (data), or allow more"

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
-import torch
-
-from evertune.export.graph import input_names, traced
+from evertune.export.graph import traced
+from evertune.export.kinds import input_names, kind
 from evertune.export.manifest import Format, Quantize
 from evertune.lightning_modules.adapters import merge_adapters
-from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
-from evertune.lightning_modules.ordinal_classification import OrdinalClassificationModule
 from evertune.lightning_modules.saving import read_manifest
-from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
-
-_KINDS: dict[str, type[SequenceClassificationModule]] = {
-    "SequenceClassificationModule": SequenceClassificationModule,
-    "AnalyticClassificationModule": AnalyticClassificationModule,
-    "OrdinalClassificationModule": OrdinalClassificationModule,
-}
-"""Modules that can be exported. Looked up by name, and never imported by one: a file must not be able to run code."""
+from evertune.lightning_modules.transformer import TransformerModule
 
 LIBRARIES: dict[Format, tuple[str, ...]] = {
     "safetensors": ("evertune", "torch", "transformers", "safetensors"),
@@ -46,21 +34,18 @@ def check_format(format: Format, quantize: Quantize | None) -> None:
         raise ValueError(f"{format} is not quantized: quantize={quantize!r} goes with format='onnx'")
 
 
-def loaded(folder: Path) -> SequenceClassificationModule:
+def loaded(folder: Path) -> TransformerModule:
     """The module saved in a folder, in evaluation mode.
 
     Raises:
         ValueError: If its class cannot be exported.
     """
-    name = read_manifest(folder).module
-    if name not in _KINDS:
-        raise ValueError(f"{name} cannot be exported: it must be one of {', '.join(_KINDS)}")
-    module = _KINDS[name].from_pretrained(folder)
+    module = kind(read_manifest(folder).module).from_pretrained(folder)
     module.requires_grad_(False).eval()
     return module
 
 
-def merged(folder: Path) -> SequenceClassificationModule:
+def merged(folder: Path) -> TransformerModule:
     """The same with its adapters, if it has any, merged into the weights."""
     module = loaded(folder)
     if module.prompt is not None:
@@ -74,7 +59,7 @@ def merged(folder: Path) -> SequenceClassificationModule:
     return module
 
 
-def write(module: SequenceClassificationModule, folder: Path, format: Format, quantize: Quantize | None) -> None:
+def write(module: TransformerModule, folder: Path, format: Format, quantize: Quantize | None) -> None:
     """Write a module to a folder, with its tokenizer. In ONNX its attention becomes ``"eager"``."""
     if format == "safetensors":
         module.save_pretrained(folder)
@@ -102,21 +87,3 @@ def weights_size(folder: Path) -> int:
     """Bytes of the files with weights in a folder."""
     suffixes = (".safetensors", ".pt2", ".onnx", ".data")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in suffixes)
-
-
-class ModuleRunner:
-    """Runs a saved module by torch, on the CPU.
-
-    Args:
-        folder: Folder that ``save_pretrained`` wrote.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._module = loaded(folder)
-
-    def __call__(self, tokens: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The logits ``[batch, classes]`` of tokens ``[batch, tokens]`` by the name of the input."""
-        inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in tokens.items()}
-        with torch.inference_mode():
-            logits: torch.Tensor = self._module(**inputs).logits
-        return logits.numpy()

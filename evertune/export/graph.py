@@ -1,4 +1,4 @@
-"""The computation that is exported: the tokens of texts in, the logits of classes out, for any number of both."""
+"""The computation that is exported: the tokens of texts in, logits out, for any number of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evertune.lightning_modules.backbone import accepted_inputs
+from evertune.export.kinds import input_names
 
 _TOKENS = 7  # of the example; neither 0, 1 nor the number of texts, which torch.export would take for constants
 
@@ -25,12 +25,6 @@ class _Graph(nn.Module):
         return logits
 
 
-def input_names(module: Any) -> list[str]:
-    """The names of a module's inputs: what its tokenizer gives and its transformer takes."""
-    accepted = accepted_inputs(module.backbone) | {"attention_mask"}  # which the pooling needs in any case
-    return [name for name in module.tokenizer.model_input_names if name in accepted]
-
-
 def example(names: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, ...]:
     """The tokens of two texts, by which a module is traced."""
     shape = 2, min(_TOKENS, max_tokens or _TOKENS)
@@ -42,7 +36,7 @@ def traced(module: Any) -> torch.export.ExportedProgram:
     """A module as a program of ``torch.export``, with any number of texts and tokens.
 
     Args:
-        module: A classifier with its weights, in evaluation mode.
+        module: A module with its weights, in evaluation mode.
 
     Raises:
         ValueError: If its computation cannot be exported; the reason of torch follows.

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from evertune.gate.predictions import Cost
 from evertune.utils.files import sha256, write_atomically
@@ -28,9 +28,10 @@ class Check:
     Args:
         records: Number of records.
         agreement: Share of the records with the same answer.
-        accuracy: Share of the records that the export answers correctly; None if they have no labels.
-        source_accuracy: The same of the source.
-        largest_change: Largest difference in the probability of a class.
+        score: Mean score of the export's answers, as the gate scores them: for a classifier, the share of the records
+            that it answers correctly. None if the records have no labels.
+        source_score: The same of the source.
+        largest_change: Largest difference in a probability; for a regression, in a number, as a multiple of ``scale``.
         cost: Time of the export's answers, tokenisation included, and size of its weights.
         source_cost: The same of the source in fp32, measured in turns with the export.
         threads: Number of threads of both.
@@ -38,8 +39,8 @@ class Check:
 
     records: int
     agreement: float
-    accuracy: float | None
-    source_accuracy: float | None
+    score: float | None
+    source_score: float | None
     largest_change: float
     cost: Cost
     source_cost: Cost
@@ -69,8 +70,9 @@ class ExportManifest:
         format: ``onnx``, ``torch_export`` or ``safetensors``.
         quantize: ``int8``, or None for fp32.
         module: Name of the module's class.
-        classes: Names of the classes, in the order of the logits.
-        multi_label: Whether a text has any number of labels: probabilities are then sigmoids, and not a softmax.
+        settings: Arguments of its constructor.
+        classes: Names of the classes, in the order of the logits, where there is one for each; those of entities
+            without the prefixes of their tags; none for other tasks.
         inputs: Names of the inputs, in their order; each is int64 ``[batch, tokens]``.
         max_length: Number of tokens after which texts are truncated.
         origin: What it was made from.
@@ -84,8 +86,8 @@ class ExportManifest:
     format: Format
     quantize: Quantize | None
     module: str
+    settings: dict[str, Any]
     classes: list[str]
-    multi_label: bool
     inputs: list[str]
     max_length: int
     origin: Origin

@@ -95,7 +95,7 @@ class RelationExtractionModule(SequenceClassificationModule):
 
     def pooled(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The hidden states of the two opening markers [batch, features]; of the first token without a marker."""
-        rows = torch.arange(len(hidden), device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)  # len() would be a constant of an exported program
         places = [(inputs["input_ids"] == token).int().argmax(1) for token in self._openings]
         return torch.cat([hidden[rows, place] for place in places], 1)
 

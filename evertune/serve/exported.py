@@ -37,8 +37,9 @@ class ServedExport:
     problem = None
 
     def __init__(self, folder: Path) -> None:
-        self.module = ExportedModel.load(folder)
-        self.version = ExportedVersion(self.module.manifest.origin.version or 0)
+        model = ExportedModel.load(folder)
+        self.module = model.module
+        self.version = ExportedVersion(model.manifest.origin.version or 0)
         self._turn = Lock()
 
     @property
@@ -46,10 +47,11 @@ class ServedExport:
         """The model with its version: itself."""
         return self
 
-    def predict(self, texts: Sequence[Any]) -> list[dict[str, float]]:
-        """The probability of each class for each text. One thread at a time, as the tokenizer requires."""
+    def predict(self, texts: Sequence[Any]) -> list[Any]:
+        """The answer to each text. One thread at a time, as the tokenizer requires."""
         with self._turn:
-            return self.module.predict(texts)
+            answers: list[Any] = self.module.predict(texts)
+            return answers
 
     def close(self) -> None:
         """Nothing is followed, so that there is nothing to end."""

@@ -31,7 +31,7 @@ def features_of(module: Any, columns: Sequence[Sequence[str]], batch_size: int, 
     for places in batches_by_length(columns, batch_size):
         texts = [[column[row] for row in places] for column in columns]
         tokens = module.tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        features = module.features(tokens.to(next(module.parameters()).device)).double().cpu().numpy()
+        features = module.features(tokens.to(module.device)).double().cpu().numpy()
         for row, one in zip(places, features, strict=True):
             found[row] = one
     return np.stack(found)
@@ -42,7 +42,7 @@ def answers(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> T
     tokens = module.tokenizer(
         *map(list, columns), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
     )
-    output = module(**tokens.to(next(module.parameters()).device))
+    output = module(**tokens.to(module.device))
     return logits_in(output, module).double().cpu()
 
 
@@ -98,7 +98,7 @@ def scores_of(task: Any, module: Any, examples: Sequence[Any]) -> np.ndarray:
 def batch_of(task: Any, module: Any, examples: Sequence[Any]) -> Any:
     """A batch of examples on the module's device: collated and moved as Lightning does it."""
     batch = module.on_before_batch_transfer(task.collator(module.tokenizer)(list(examples)), 0)
-    batch = module.transfer_batch_to_device(batch, next(module.parameters()).device, 0)
+    batch = module.transfer_batch_to_device(batch, module.device, 0)
     return module.on_after_batch_transfer(batch, 0)
 
 

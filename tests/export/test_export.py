@@ -11,14 +11,15 @@ import torch
 
 from evertune.cli.main import main
 from evertune.export import ExportedModel, RefusedExportError, export
-from evertune.export.formats import ModuleRunner
-from evertune.export.graph import input_names, traced
+from evertune.export.graph import traced
+from evertune.export.kinds import input_names
 from evertune.export.torch_program import check_program, write_program
 from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
 from evertune.live.slices import save_slice
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.tasks.table import ROWS, TaskRow
 
 WORDS = [text for texts in TEXTS.values() for text in texts]
 RECORDS = [{"text": text, "label": "sport"} for text in WORDS]
@@ -53,9 +54,45 @@ def test_an_export_answers_like_its_module(module: Any, tmp_path: Path, format: 
     check = made.manifest.check
     assert check is not None
     assert (check.records, check.agreement) == (len(WORDS), 1.0)
-    assert check.accuracy == check.source_accuracy
+    assert check.score == check.source_score
     assert check.largest_change < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def made_of(row: TaskRow, folder: str) -> Any:
+    """The module of a task, with the classes of its records."""
+    row.pretrained(folder)
+    module = row.module(folder)
+    label = row.schema_for(module).label
+    names = [module.task.label_names(module.task.check_label(one[label])) for one in row.records if label in one]
+    if found := sorted({name for some in names for name in some}):
+        module.add_classes(found)
+    module.configure_model()
+    return module.eval()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.exported])
+def test_every_task_of_the_table_is_exported(tmp_path: Path, name: str, format: Any) -> None:
+    if format == "onnx":
+        needs_onnx()
+    module = made_of(ROWS[name], str(tmp_path / "model"))
+    schema = ROWS[name].schema_for(module)
+    records = list(ROWS[name].records)
+    made = export(module, tmp_path / "out", format=format, data=records, text=schema.text, label=schema.label)
+    check = made.manifest.check
+    assert check is not None
+    assert (check.records, check.agreement) == (len(records), 1.0)
+    assert check.score == pytest.approx(check.source_score, abs=1e-6)
+    assert check.largest_change < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if not row.exported])
+def test_other_tasks_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    module = made_of(ROWS[name], str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=f"{type(module).__name__} cannot be exported: it must be one of Sequence"):
+        export(module, tmp_path / "out", data=RECORDS)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("pooling", "head"), [("cls", "linear"), ("last", "cosine")])
@@ -102,7 +139,7 @@ def test_adapters_are_merged(module: Any, tmp_path: Path) -> None:
                 weight.normal_()
     made = export(adapted, tmp_path / "out", format="safetensors", data=[{"text": text} for text in WORDS])
     assert close(made.predict(WORDS), adapted.predict(WORDS))
-    assert made.manifest.check is not None and made.manifest.check.accuracy is None
+    assert made.manifest.check is not None and made.manifest.check.score is None
     plain = SequenceClassificationModule.from_pretrained(tmp_path / "out" / "model")
     assert plain.peft is None
     assert not any("lora" in name for name in plain.state_dict())
@@ -110,7 +147,7 @@ def test_adapters_are_merged(module: Any, tmp_path: Path) -> None:
 
 def test_int8_is_smaller_and_close(module: Any, tmp_path: Path) -> None:
     needs_onnx()
-    made = export(module, tmp_path / "out", quantize="int8", data=RECORDS, min_agreement=0.5, max_accuracy_drop=1.0)
+    made = export(module, tmp_path / "out", quantize="int8", data=RECORDS, min_agreement=0.5, max_score_drop=1.0)
     check = made.manifest.check
     assert check is not None and 1e-7 < check.largest_change < 0.2
     assert made.manifest.kind == "onnx-int8"
@@ -139,24 +176,22 @@ def test_a_folder_that_exists_is_left_alone(module: Any, tmp_path: Path) -> None
         export(module, tmp_path, format="safetensors", data=RECORDS)
 
 
-class Wrong:
-    """Runs a model, and turns its answers around."""
+class Wrong(ExportedModel):
+    """An export whose answers are turned around."""
 
-    def __init__(self, folder: Path) -> None:
-        self.run = ModuleRunner(folder)
-
-    def __call__(self, tokens: Any) -> Any:
-        return -self.run(tokens)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.module.head.register_forward_hook(lambda head, inputs, logits: -logits)
 
 
 def test_an_export_that_answers_worse_is_refused(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evertune.export.formats.ModuleRunner", Wrong)
+    monkeypatch.setattr("evertune.export.exporting.ExportedModel", Wrong)
     labelled = [{"text": text, "label": next(iter(module.predict([text])[0]))} for text in WORDS]
     few = "100.00 points, and 0.50 are allowed; one answer of 9 is 11.11 points"
     for bars, reason in (({}, "it agrees with its source on 0.0% of 9"), ({"min_agreement": 0.0}, few)):
         with pytest.raises(RefusedExportError, match=reason) as refused:
             export(module, tmp_path / "out", format="safetensors", data=labelled, **bars)
-        assert refused.value.check.accuracy == 0.0
+        assert refused.value.check.score == 0.0
         assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +254,7 @@ def test_a_version_is_exported_on_its_held_out_records(
         main(command)
     assert ended.value.code == 1
     assert "exists already" in capsys.readouterr().err
-    monkeypatch.setattr("evertune.export.formats.ModuleRunner", Wrong)
+    monkeypatch.setattr("evertune.export.exporting.ExportedModel", Wrong)
     with pytest.raises(SystemExit) as ended:
         main([*command[:-1], str(tmp_path / "other")])
     assert ended.value.code == 4

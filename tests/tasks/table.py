@@ -38,6 +38,7 @@ class TaskRow:
         pretrained: Writes the pretrained transformer to a folder. Default: a tiny BERT.
         plan: Whether `evertune plan` knows the size of the module. Default: True.
         served: Whether the texts of a record are all that a prediction needs. Default: True.
+        exported: Whether the module can be exported. Default: True.
     """
 
     module: Callable[[str], Any]
@@ -47,6 +48,7 @@ class TaskRow:
     pretrained: Callable[[str], Any] = tiny_bert
     plan: bool = True
     served: bool = True
+    exported: bool = True
 
     def schema_for(self, module: Any) -> RecordSchema:
         """The schema of the records, with the checks of the module's task."""
@@ -173,6 +175,7 @@ ROWS: dict[str, TaskRow] = {
             ({"prompt": "what", "answer": ["big"]}, "there is no answer to learn: the text is a list"),
         ],
         plan=False,
+        exported=False,
     ),
     "dialogues": TaskRow(
         module=lambda folder: CausalLMModule(folder, packing=True, score="exact_match"),
@@ -186,6 +189,7 @@ ROWS: dict[str, TaskRow] = {
             ({"messages": ["what", "big"]}, "message 1 is a str, not a mapping with role and content"),
         ],
         plan=False,
+        exported=False,
     ),
     "plain texts": TaskRow(
         module=CausalLMModule,
@@ -194,6 +198,7 @@ ROWS: dict[str, TaskRow] = {
         pretrained=tiny_llama,
         refused=[({"text": " "}, "field 'text': the text is empty")],
         plan=False,
+        exported=False,
     ),
     "sequence to sequence": TaskRow(
         module=lambda folder: Seq2SeqModule(folder, generation={"max_new_tokens": 3}),
@@ -202,6 +207,7 @@ ROWS: dict[str, TaskRow] = {
         pretrained=tiny_t5,
         refused=[({"prompt": "what", "answer": ""}, "field 'answer': there is no answer to learn: the text is empty")],
         plan=False,
+        exported=False,
     ),
     "tags of words": TaskRow(
         module=TokenClassificationModule,
@@ -278,6 +284,7 @@ ROWS: dict[str, TaskRow] = {
             (asked_for("the bank", "a law", " "), "field 'negatives': negative 2 of 2: the text is empty"),
             (asked_for("the bank", "a law", "the bank"), "the positive 'the bank' is among the negatives"),
         ],
+        exported=False,
     ),
     "recommendation": TaskRow(
         module=lambda folder: with_items(folder, architecture="cross_encoder"),
@@ -288,5 +295,6 @@ ROWS: dict[str, TaskRow] = {
             ({"history": ["a law", ""], "clicked": "a law"}, "field 'history': item 2 of 2: the text is empty"),
             ({"history": ["a law"], "clicked": " "}, "field 'clicked': the text is empty"),
         ],
+        exported=False,
     ),
 }
