@@ -42,7 +42,8 @@ class StepLogits:
         return _of.setdefault(trainer, cls())
 
     def __init__(self) -> None:
-        self._module: pl.LightningModule | None = None
+        # Only the name of the module's class: it holds its trainer, which the entry in _of must not keep alive.
+        self._kind = ""
         self._name = ""  # of the output layer
         self.n_classes = 0
         """Number of logits that the output layer gives, rows allocated ahead included."""
@@ -80,7 +81,7 @@ class StepLogits:
                 f"{who} reads logits where the model computes them, and there packing=True puts several texts into a "
                 "row: leave packing out"
             )
-        self._module = module
+        self._kind = type(module).__name__
         with trial(f"{who} cannot find the logits of {type(module).__name__}", _ADVICE):
             with trainer.precision_plugin.val_step_context():
                 self._find(module, batch, head)
@@ -229,9 +230,7 @@ class StepLogits:
         if len(self._seen) != 1:
             times = f"{len(self._seen)} times" if self._seen else "never"
             where = f"its output layer {self._name!r}" if self._name else "itself"
-            raise ValueError(
-                f"training_step of {type(self._module).__name__} called {where} {times}, not once; {_ADVICE}"
-            )
+            raise ValueError(f"training_step of {self._kind} called {where} {times}, not once; {_ADVICE}")
         return self._seen[0]
 
     def logits(self, batch: Any) -> Outputs:

@@ -17,8 +17,8 @@ from evertune.utils.batches import targets_of, to_device
 
 _CHUNK = 256
 _ADVICE = "leave it out, or train from a DataLoader over a map-style dataset"
-_TARGETS: WeakKeyDictionary[Any, tuple[Any, Tensor]] = WeakKeyDictionary()
-"""The training loader of each trainer, and the targets of its examples."""
+_TARGETS: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+"""The targets of the examples of each training loader."""
 
 
 class TrainingData:
@@ -70,11 +70,9 @@ class TrainingData:
         """
         if examples is not None:
             return self._targets(examples)
-        loader, targets = _TARGETS.get(self._trainer, (None, torch.empty(0)))
-        if loader is not self._loader:
-            targets = self._targets(self.dataset)
-            _TARGETS[self._trainer] = self._loader, targets
-        return targets
+        if self._loader not in _TARGETS:
+            _TARGETS[self._loader] = self._targets(self.dataset)
+        return _TARGETS[self._loader]
 
     def class_shares(self) -> Tensor:
         """The expected share of each class in a batch of this fit, new and replayed examples together.

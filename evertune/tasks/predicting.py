@@ -31,7 +31,7 @@ def features_of(module: Any, columns: Sequence[Sequence[str]], batch_size: int, 
     for places in batches_by_length(columns, batch_size):
         texts = [[column[row] for row in places] for column in columns]
         tokens = module.tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        features = module.features(tokens.to(module.device)).double().cpu().numpy()
+        features = module.features(tokens.to(device_of(module))).double().cpu().numpy()
         for row, one in zip(places, features, strict=True):
             found[row] = one
     return np.stack(found)
@@ -42,7 +42,7 @@ def answers(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> T
     tokens = module.tokenizer(
         *map(list, columns), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
     )
-    output = module(**tokens.to(module.device))
+    output = module(**tokens.to(device_of(module)))
     return logits_in(output, module).double().cpu()
 
 
@@ -98,8 +98,14 @@ def scores_of(task: Any, module: Any, examples: Sequence[Any]) -> np.ndarray:
 def batch_of(task: Any, module: Any, examples: Sequence[Any]) -> Any:
     """A batch of examples on the module's device: collated and moved as Lightning does it."""
     batch = module.on_before_batch_transfer(task.collator(module.tokenizer)(list(examples)), 0)
-    batch = module.transfer_batch_to_device(batch, module.device, 0)
+    batch = module.transfer_batch_to_device(batch, device_of(module), 0)
     return module.on_after_batch_transfer(batch, 0)
+
+
+def device_of(module: Any) -> torch.device:
+    """The device of a module; that of its weights if it does not say, as one that is not of Lightning."""
+    device: torch.device = module.device if hasattr(module, "device") else next(module.parameters()).device
+    return device
 
 
 def batches_by_length(columns: Sequence[Sequence[str]], batch_size: int) -> Iterator[list[int]]:
