@@ -272,7 +272,7 @@ def test_opinion_monitoring_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.
     found = json.loads((out / "opinion_monitoring.json").read_text())
     assert [way["name"] for way in found["ways"]] == ["frozen", "naive", "evertune"]
     assert len(found["days"]) == 10 and all(len(way["scores"]["Right topic"]) == 10 for way in found["ways"])
-    assert found["surge"]["watched"] == 144 and found["surge"]["false_alarms"] == 0 and found["surge"]["delay"] < 80
+    assert found["surge"]["watched"] == 144 and found["surge"]["alarms_before"] == 0 and found["surge"]["delay"] < 80
     assert not found["days"][9]["surges"] and set(found["right_in_the_end"]["naive"]) == set(monitor.TOPICS)
     page = (out / "opinion_monitoring.html").read_text()
     assert "was noticed after" in page and "<td>cancel</td>" in page and "The most typical complaints" in page

