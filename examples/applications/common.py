@@ -18,6 +18,7 @@ from rich.console import Console
 
 from evertune import ContinualTrainer
 from evertune.callbacks import Imprinting, UpdateLength
+from evertune.gate import Gate
 from evertune.live import Updater
 from evertune.live.review import write_queue
 from evertune.live.triggers import Volume
@@ -157,6 +158,7 @@ def updater_of(folder: Path) -> Updater:
         schema=RecordSchema(id="id"),
         data={**chosen.data, "max_length": LENGTH},
         trigger=Volume(min_records=1),
+        gate=Gate(max_label_noise=None),  # a person labels what the model is unsure of, and mostly contradicts it
     )
 
 
