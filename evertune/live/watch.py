@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from evertune.live.alerts import Alert
+from evertune.live.alerts.base import Alert
 from evertune.live.telemetry import Telemetry
 from evertune.live.triggers import Situation, Trigger
 from evertune.sources.base import SourceError
