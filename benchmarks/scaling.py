@@ -1,11 +1,12 @@
 """The formulas behind ``evertune plan`` against real ranks: bytes that tensors hold, and bytes on the wire.
 
 A BERT with random weights learns two experiences with Replay and EWC (the second has a past) on 1, 2 and 4 ranks over
-gloo, under DDP and ZeRO-1, 2 and 3, in fp32 and bf16, two micro-batches to a step. In the second experience each rank
-counts the storages of its weights, optimizer, gradients and methods, and the first rank the bytes over the
-loopback device: all runs in a separate network namespace, where nothing else is sent. Activations are counted by
-autograd's hooks on saved tensors. Then the formulas predict what 8, 64 and 1,024 GPUs would need and send: predictions,
-which nobody has measured. Needs Linux, ``pip install evertune[deepspeed]`` and about 4 GB of memory.
+gloo, under DDP, ZeRO-1, 2 and 3 and FSDP2, in fp32 and bf16, two micro-batches to a step, on 2 ranks also LoRA adapters
+and OSFT. In the second experience each rank counts the storages of its weights, optimizer, gradients and methods, and
+the first rank the bytes over the loopback device: all runs in a separate network namespace, where nothing else is sent.
+Activations are counted by autograd's hooks on saved tensors. Then the formulas predict what 8, 64 and 1,024 GPUs would
+need and send: predictions, which nobody has measured. Needs Linux, ``pip install evertune[deepspeed]`` and about 4 GB
+of memory.
 
     python benchmarks/scaling.py            # about 10 minutes on 2 cores
     python benchmarks/scaling.py --quick    # about 1 minute
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import Dataset
 
-from evertune.callbacks import EWC, Replay
+from evertune.callbacks import EWC, OSFT, Replay
 from evertune.cli.plan.gpus import GIB
 from evertune.cli.plan.memory import activations, footprint
 from evertune.cli.plan.shape import ModelShape, shape_of
@@ -46,9 +47,12 @@ from evertune.shards.support import is_step_boundary
 from evertune.strategies.masters import LiveMasters, masters_of
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.texts import PadCollator
+from evertune.utils.sharding import is_sharded
 
 BATCH, TOKENS, ACCUMULATION, STEPS = 2, 16, 2, 4
 CLASSES = ["a", "b"]
+LORA = {"method": "lora", "r": 8, "target_modules": ["query", "value"]}
+RATIO = 0.5  # of the directions that OSFT protects
 PARTS = ("weights", "gradients", "optimizer", "methods")
 LIMITS = {"memory_error": 0.1, "wire_error": 0.1, "activation_error": 0.1}
 NAMESPACE = "EVERTUNE_BENCHMARK_NAMESPACE"
@@ -81,9 +85,14 @@ class Sentences(Dataset[dict[str, Any]]):
 # --- on each rank
 
 
+def own(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def tensors_in(thing: Any) -> Iterator[Tensor]:
     if isinstance(thing, Tensor):
-        yield thing
+        yield own(thing)
     elif isinstance(thing, dict):
         for value in thing.values():
             yield from tensors_in(value)
@@ -101,8 +110,8 @@ def loopback() -> int:
 class Census(pl.Callback):
     """What this rank holds: the most of each part, between two micro-batches and right before a step."""
 
-    def __init__(self, ewc: EWC) -> None:
-        self.ewc = ewc
+    def __init__(self, method: EWC | OSFT) -> None:
+        self.method = method
         self.held: dict[str, int] = {}
         self.resident = 0
         self.carried: list[int] = []
@@ -145,20 +154,24 @@ class Census(pl.Callback):
             *getattr(optimizer, "fp32_partitioned_groups_flat", []),
         ]
         left = masters_of(module)
+        matrices = getattr(getattr(self.method, "_subspaces", None), "_matrices", {})
         gradients = ["averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer"]
         return {
             "weights": [
-                *(p.data for p in parameters if not hasattr(p, "ds_id") or p.ds_persist),
+                *(own(p.data) for p in parameters if not hasattr(p, "ds_id") or p.ds_persist),
                 *(p.ds_tensor for p in parameters if hasattr(p, "ds_id")),
             ],
-            "methods": [value for values in self.ewc.tensors.values() for value in values],
+            "methods": [
+                *(value for values in self.method.tensors.values() for value in values),
+                *(basis for one in matrices.values() for basis in (one.left, one._right)),
+            ],
             "optimizer": [
                 *(master.data for master in masters),
                 *tensors_in(dict(optimizer.state)),
                 *(left.tensors if isinstance(left, LiveMasters) else ()),
             ],
             "gradients": [
-                *(p.grad for p in (*parameters, *masters) if p.grad is not None),
+                *(own(p.grad) for p in (*parameters, *masters) if p.grad is not None),
                 *(tensor for name in gradients for tensor in tensors_in(getattr(optimizer, name, None))),
             ],
         }
@@ -176,9 +189,10 @@ def worker(job: dict[str, Any]) -> None:
     for case in job["cases"]:
         pl.seed_everything(0, verbose=False)
         module = SequenceClassificationModule(
-            job["folder"], classes=CLASSES, dropout=0.0, freeze_layers=case["freeze_layers"]
+            job["folder"], classes=CLASSES, dropout=0.0, freeze_layers=case["freeze_layers"], peft=case.get("peft")
         )
-        ewc, replay = EWC(ewc_lambda=1.0, n_examples=8, batch_size=4), Replay(memory_size=20)
+        ewc: EWC | OSFT = OSFT(RATIO) if "osft" in case else EWC(ewc_lambda=1.0, n_examples=8, batch_size=4)
+        replay = Replay(memory_size=20)
         for experience in ("first", "second"):
             census = Census(ewc)
             trainer = pl.Trainer(
@@ -224,15 +238,18 @@ def compare(world_size: int, folder: str, cases: list[dict[str, Any]], table: Ta
     """Rows of measured bytes over formula; the largest errors of memory and of the wire."""
     memory_error = wire_error = 0.0
     for case, ranks in zip(cases, reports(world_size, folder, cases), strict=True):
-        shape = shape_of({"model_name_or_path": folder, "freeze_layers": case["freeze_layers"], "dropout": 0.0}, 2)
+        settings = {"model_name_or_path": folder, "freeze_layers": case["freeze_layers"], "peft": case.get("peft")}
+        protects = OSFT(RATIO).matrices if "osft" in case else None
+        shape = shape_of({**settings, "dropout": 0.0}, 2, protects=protects)
         training = Training(
-            stage=STRATEGIES[case["strategy"]][0],
+            **STRATEGIES[case["strategy"]]._asdict(),
             world_size=world_size,
             precision=case["precision"],
             batch_size=BATCH,
             seq_length=TOKENS,
             accumulation=ACCUMULATION,
-            method_bytes=EWC.bytes_per_weight(),
+            method_bytes=0 if "osft" in case else EWC.bytes_per_weight(),
+            rank_ratio=RATIO if "osft" in case else 0.0,
             estimation_batch_size=4,
             replay_ratio=1.0,
             memory_size=20,
@@ -251,9 +268,11 @@ def compare(world_size: int, folder: str, cases: list[dict[str, Any]], table: Ta
             wire_error = max(wire_error, abs(measured_sent / sent - 1))
             wire = f"{measured_sent / 1e6:.2f} / {sent / 1e6:.2f}"
         resident = max(rank["resident"] for rank in ranks) / 1e6
-        name = case["strategy"].replace("evertune_deepspeed_stage_", "ZeRO-").replace("ddp", "DDP")
+        name = case["strategy"].replace("evertune_deepspeed_stage_", "ZeRO-").replace("evertune_fsdp2", "FSDP2")
+        name = name.replace("ddp", "DDP")
         name = "one device" if world_size == 1 and name == "DDP" else name
         frozen = f", {case['freeze_layers']} frozen" if case["freeze_layers"] else ""
+        frozen += ", LoRA" if "peft" in case else ", OSFT" if "osft" in case else ""
         table.add_row(str(world_size), name, f"{case['precision']}{frozen}", *cells, wire, f"{resident:.0f}")
     return memory_error, wire_error
 
@@ -423,8 +442,19 @@ def cases_of(world_size: int, quick: bool) -> list[dict[str, Any]]:
         for precision in ("32-true", "bf16-mixed")
         for strategy in strategies
     ]
+    if world_size == 2:
+        for strategy in ("evertune_deepspeed_stage_2", "evertune_fsdp2"):
+            cases += [
+                {"strategy": strategy, "precision": "32-true", "freeze_layers": 0, **more}
+                for more in ({"peft": LORA}, {"osft": True})
+            ]
     if quick:
-        return [case for case in cases if case["precision"] == "bf16-mixed" and case["strategy"] != strategies[1]]
+        return [
+            case
+            for case in cases
+            if case["strategy"] != strategies[1]
+            and (case["precision"] == "bf16-mixed" or case.keys() & {"peft", "osft"})
+        ]
     if world_size == 2:
         cases += [{"strategy": name, "precision": "bf16-mixed", "freeze_layers": 3} for name in strategies[2:]]
     return cases

@@ -142,10 +142,10 @@ class OSFT(WeightMethod):
                 )
 
     def _view(self, trainer: pl.Trainer, also: Collection[str] = ()) -> ParameterShards:
-        return super()._view(trainer, also).only(self._matrices(trainer.lightning_module))
+        return super()._view(trainer, also).only(self.matrices(trainer.lightning_module))
 
-    def _matrices(self, module: pl.LightningModule) -> list[str]:
-        """The names of the matrices that this method protects."""
+    def matrices(self, module: nn.Module) -> list[str]:
+        """The names of the matrices of a module that this method protects."""
         layers = list(module.named_modules())
         embeddings = {id(p) for _, layer in layers if isinstance(layer, nn.Embedding) for p in layer.parameters()}
         found = set(embeddings) if self.embeddings else set()

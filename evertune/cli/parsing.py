@@ -11,6 +11,7 @@ from importlib import import_module
 from inspect import isclass, signature
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from evertune.utils.plugins import class_at
 from evertune.utils.terminal import complain
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ def _names(module: str) -> Iterable[str]:
 
 def _arguments(path: str) -> list[str]:
     """The arguments of a class and of those that it derives from, given its import path."""
-    module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        found = class_at(path)
         return [argument for base in found.__mro__[:-1] for argument in signature(base).parameters]
     except Exception:  # only for a suggestion
         return []

@@ -40,14 +40,7 @@ def load_backbone(
     """
     from safetensors import SafetensorError
 
-    config = load_config(model_name_or_path)
-    if config.is_encoder_decoder and auto_class != "AutoModelForSeq2SeqLM":
-        raise ValueError(
-            f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which Seq2SeqModule trains and this "
-            "module does not"
-        )
-    if dropout is not None:
-        override_dropout(config, dropout)
+    config = _config(model_name_or_path, dropout, auto_class)
     try:
         with quiet_transformers():
             backbone, info = load_model(
@@ -74,12 +67,27 @@ def remove_pooler(backbone: Any) -> None:
             part.pooler = None
 
 
-def skeleton(model_name_or_path: str, auto_class: str = "AutoModel") -> Any:
-    """The transformer of a configuration without weights, on torch's meta device."""
+def skeleton(model_name_or_path: str, auto_class: str = "AutoModel", dropout: float | None = None) -> Any:
+    """The transformer of :func:`load_backbone` without weights, on torch's meta device."""
     import transformers
 
+    config = _config(model_name_or_path, dropout, auto_class)
     with torch.device("meta"):
-        return getattr(transformers, auto_class).from_config(load_config(model_name_or_path))
+        backbone = getattr(transformers, auto_class).from_config(config)
+    remove_pooler(backbone)
+    return backbone.train()
+
+
+def _config(model_name_or_path: str, dropout: float | None, auto_class: str) -> Any:
+    config = load_config(model_name_or_path)
+    if config.is_encoder_decoder and auto_class != "AutoModelForSeq2SeqLM":
+        raise ValueError(
+            f"{model_name_or_path} is an encoder-decoder ({config.model_type}), which Seq2SeqModule trains and this "
+            "module does not"
+        )
+    if dropout is not None:
+        override_dropout(config, dropout)
+    return config
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from evertune._lightning import rank_zero_info
 from evertune.lightning_modules.adapters import adapter_config, mlp_layers
-from evertune.lightning_modules.backbone import load_backbone, quiet_transformers
+from evertune.lightning_modules.backbone import load_backbone, quiet_transformers, skeleton
 from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.transformer import TransformerModule
 from evertune.metrics.modules import Perplexity
@@ -64,17 +64,20 @@ class GenerationModule(TransformerModule):
     # --- the model
 
     def load_backbone(self) -> Any:
-        """The pretrained transformer with its output layer; with ``peft="auto"`` its size decides about adapters.
+        """The pretrained transformer with its output layer."""
+        return load_backbone(self.model_name_or_path, self.dropout, self.attention, self._auto_class)
+
+    def skeleton(self) -> Any:
+        """The transformer of :meth:`load_backbone` without weights."""
+        return skeleton(self.model_name_or_path, self._auto_class, self.dropout)
+
+    def build(self, backbone: Any) -> None:
+        """Build the module; with ``peft="auto"`` the size of the transformer decides about adapters.
 
         Among settings with as many weights, LoRA on the MLPs alone learns more and forgets less than LoRA on attention
         (Llama-3.2-3B on MetaMathQA: 49.4 against 47.8 % right, and a rise of the loss on Wikipedia of 0.032 against
         0.050, in PEFT's comparison of methods; Schulman et al. 2025, "LoRA Without Regret", agree).
         """
-        backbone = load_backbone(self.model_name_or_path, self.dropout, self.attention, self._auto_class)
-        self._decide_adapters(backbone)
-        return backbone
-
-    def _decide_adapters(self, backbone: Any) -> None:
         n_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in backbone.parameters())
         if self._chooses_adapters and n_weights >= LARGE:
             self.peft = {"method": "lora", "r": _RANK, "lora_alpha": 2 * _RANK, "target_modules": mlp_layers(backbone)}
@@ -83,6 +86,7 @@ class GenerationModule(TransformerModule):
                 f"{n_weights / 1e9:.1f} billion weights: LoRA adapters on the MLPs are trained; pass peft=None to "
                 "train all weights"
             )
+        super().build(backbone)
 
     def default_learning_rate(self) -> float:
         """The peak learning rate where none was given; ten times the usual one for adapters (Schulman et al. 2025)."""

@@ -38,8 +38,8 @@ def initial_rows(start: int, stop: int, in_features: int) -> Tensor:
 
 def with_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
     """A parameter with ``rows`` appended; the old rows stay bit-identical."""
-    old = whole(parameter)
-    grown = torch.cat([old, rows.to(old.dtype)]).to(parameter.device)
+    old = parameter if parameter.is_meta else whole(parameter)
+    grown = torch.cat([old, rows.to(old)]).to(parameter.device)
     return nn.Parameter(grown, requires_grad=parameter.requires_grad)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from evertune.lightning_modules.backbone import Attention, skeleton
 from evertune.lightning_modules.generation import Adapters, GenerationModule
 from evertune.lightning_modules.schedule import Schedule
-from evertune.lightning_modules.warm_start import encoder_decoder
+from evertune.lightning_modules.warm_start import encoder_decoder, encoder_decoder_skeleton
 from evertune.metrics.texts import check_scorer, corpus_scores
 from evertune.tasks.base import IGNORED
 from evertune.tasks.prompts import text_of
@@ -124,12 +124,16 @@ class Seq2SeqModule(GenerationModule):
     # --- the model
 
     def load_backbone(self) -> Any:
-        """The encoder-decoder, or one made of an encoder; adapters as in :class:`GenerationModule`."""
+        """The encoder-decoder, or one made of an encoder."""
         if load_config(self.model_name_or_path).is_encoder_decoder:
             return super().load_backbone()
-        backbone = encoder_decoder(self.model_name_or_path, self.tokenizer, self.dropout, self.attention)
-        self._decide_adapters(backbone)
-        return backbone
+        return encoder_decoder(self.model_name_or_path, self.tokenizer, self.dropout, self.attention)
+
+    def skeleton(self) -> Any:
+        """The transformer of :meth:`load_backbone` without weights."""
+        if load_config(self.model_name_or_path).is_encoder_decoder:
+            return super().skeleton()
+        return encoder_decoder_skeleton(self.model_name_or_path, self.dropout)
 
     def configure_model(self) -> None:
         """Load the transformer. Later calls have no effect.

@@ -190,7 +190,12 @@ class TransformerModule(LightningModule):
         if self.backbone is not None:
             return
         with self._zero_3():
-            self.backbone = self.load_backbone()
+            backbone = self.load_backbone()
+        self.build(backbone)
+
+    def build(self, backbone: Any) -> None:
+        """Build the module around a transformer: freeze what is not trained, add the head and the adapters."""
+        self.backbone = backbone
         freeze(self.backbone, self.freeze_layers)
         if self.freeze_word_embeddings:
             self.backbone.get_input_embeddings().requires_grad_(False)
@@ -221,6 +226,10 @@ class TransformerModule(LightningModule):
     def load_backbone(self) -> Any:
         """The pretrained transformer, in training mode. By default one without a head."""
         return load_backbone(self.model_name_or_path, self.dropout, self.attention)
+
+    def skeleton(self) -> Any:
+        """The transformer of :meth:`load_backbone` without weights, on torch's meta device."""
+        return skeleton(self.model_name_or_path, dropout=self.dropout)
 
     def configure_head(self) -> None:
         """Build the layers on top of ``self.backbone``. By default there are none."""

@@ -35,11 +35,7 @@ def encoder_decoder(model_name_or_path: str, tokenizer: Any, dropout: float | No
             f"the tokenizer of {model_name_or_path} has no token that starts a text (cls, bos), or none that ends it "
             "(sep, eos), which a decoder needs: use a model that is an encoder-decoder itself"
         )
-    reader = load_config(model_name_or_path)
-    if dropout is not None:
-        override_dropout(reader, dropout)
-    writer = copy.deepcopy(reader)
-    writer.is_decoder = writer.add_cross_attention = True
+    reader, writer = _configs(model_name_or_path, dropout)
     given = {} if attention == "auto" else {"attn_implementation": attention}
     settings: dict[str, Any] = {"dtype": torch.get_default_dtype(), "output_loading_info": True, **given}
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -60,3 +56,24 @@ def encoder_decoder(model_name_or_path: str, tokenizer: Any, dropout: float | No
         f"{len(info['missing_keys'])} weights of the decoder, its attention to the encoder among them, are new"
     )
     return model.train()
+
+
+def encoder_decoder_skeleton(model_name_or_path: str, dropout: float | None) -> Any:
+    """The transformer of :func:`encoder_decoder` without weights, on torch's meta device."""
+    from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+    configs = _configs(model_name_or_path, dropout)
+    with quiet_transformers(), torch.device("meta"):
+        model: Any = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs))
+    remove_pooler(model)
+    return model.train()
+
+
+def _configs(model_name_or_path: str, dropout: float | None) -> tuple[Any, Any]:
+    """The configurations of the encoder, and of the decoder made of it."""
+    reader = load_config(model_name_or_path)
+    if dropout is not None:
+        override_dropout(reader, dropout)
+    writer = copy.deepcopy(reader)
+    writer.is_decoder = writer.add_cross_attention = True
+    return reader, writer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import reprlib
@@ -18,6 +17,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from evertune.sources.values import label_value, text_value
+from evertune.utils.plugins import class_at
 
 Record = dict[str, Any]
 """The fields of a record by name: JSON values only."""
@@ -524,9 +524,8 @@ def _parsed(text: str) -> datetime | float:
 def _import_model(model: type[BaseModel] | str) -> type[BaseModel]:
     found: Any = model
     if isinstance(model, str):
-        module, _, name = model.replace(":", ".").rpartition(".")
         try:
-            found = getattr(importlib.import_module(module), name)
+            found = class_at(model)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f'cannot import the model {model!r} ({error}); give it as "package.module.Name"'

@@ -13,7 +13,7 @@ CLASSES = ("sources", "triggers", "methods")
 
 
 def class_at(path: str) -> Any:
-    """The class at an import path.
+    """The class at an import path, ``package.module.Name`` or ``package.module:Name``.
 
     Raises:
         ImportError, AttributeError: If there is none.
@@ -23,7 +23,7 @@ def class_at(path: str) -> Any:
         >>> class_at("collections.Counter")
         <class 'collections.Counter'>
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = path.replace(":", ".").rpartition(".")
     if not module:
         raise ValueError(f"a class is named by its import path, such as my_package.MyModule, got {path!r}")
     return getattr(import_module(module), name)

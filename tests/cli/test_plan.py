@@ -17,7 +17,7 @@ from evertune.cli.plan import plan
 from evertune.cli.plan.memory import activations, footprint
 from evertune.cli.plan.shape import ModelShape, shape_of
 from evertune.cli.plan.traffic import Collective, collectives, consolidation
-from evertune.cli.plan.training import STRATEGIES, Training
+from evertune.cli.plan.training import ALL, STRATEGIES, Training
 from evertune.utils.locate import locate
 
 TINY = ModelShape(
@@ -147,11 +147,29 @@ def test_offloading_moves_the_optimizer_and_at_stage_3_the_weights_to_the_host()
         ({"stage": 1, "world_size": 0}, "world_size must be positive, got 0"),
         ({"stage": 1, "replay_ratio": -1.0}, "replay_ratio must not be negative, got -1.0"),
         ({"stage": 1, "offload": True}, "offload needs stage 2 or 3, got stage 1"),
+        ({"stage": 2, "fsdp2": True}, "fsdp2 needs stage 3 without offload, got stage 2, offload=False"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Training(**settings)
+
+
+def test_fsdp2_divides_rows_and_keeps_no_masters() -> None:
+    """Matrices of 5 x 2 and 7 x 1, and vectors of 3 and 5: four ranks hold 2 x 2, 2, 1 and 2 elements of them."""
+    model = replace(TINY, rows=(5, 7, 3, 5))
+    costs = footprint(model, training(3, fsdp2=True, **EWC))
+    assert (costs.weights, costs.gradients, costs.optimizer) == (4 * (4 + 2 + 1 + 2), 4 * 7, 8 * 7)
+    assert costs.methods == 2 * 4 * 7
+
+
+def test_what_osft_keeps_by_hand() -> None:
+    """Half of 4 directions of a matrix of 4 x 6: the start, and two columns of 4 and of 6; half of all on two ranks."""
+    model = replace(TINY, groups=((24,),), frozen=(), rows=(4,), protected=((4, 6),))
+    alone, divided = (footprint(model, training(stage, world_size=2, rank_ratio=0.5)).methods for stage in (0, 3))
+    assert (alone, divided) == (4 * (24 + 2 * (4 + 6)), 4 * (12 + 2 * (2 + 3)))
+    sent = collectives(model, training(3, world_size=2, rank_ratio=0.5))
+    assert sent[-1] == Collective("all_reduce", 4 * 2 * 2 * 6, 1, "protected directions")
 
 
 # --- the wire
@@ -218,6 +236,70 @@ def test_a_llama_is_gated_and_has_fewer_keys(tmp_path: Path) -> None:
     assert (shape.gated, shape.rms_norm, shape.dropout, shape.kv_heads) == (True, True, False, 2)
 
 
+def test_adapters_are_trained_and_gradients_go_through_the_frozen_layers_above_them(config_only: str) -> None:
+    def shape(**peft: Any) -> ModelShape:
+        return shape_of({"model_name_or_path": config_only, "peft": peft}, 5)
+
+    lora = shape(method="lora", r=8, target_modules=["query"])
+    assert (lora.trainable, lora.layers, lora.virtual_tokens) == (6 * 2 * 8 * 384 + 1925, 6, 0)
+    top = shape(method="lora", r=8, target_modules=["query"], layers_to_transform=[4])
+    assert (top.trainable, top.layers) == (2 * 8 * 384 + 1925, 2)
+    virtual = shape(method="prompt_tuning", num_virtual_tokens=10)
+    assert (virtual.trainable, virtual.layers, virtual.virtual_tokens) == (10 * 384 + 1925, 6, 10)
+    costs = footprint(virtual, training(0, world_size=1, seq_length=30))
+    assert costs.activations == footprint(virtual, training(0, world_size=1, seq_length=40)).activations * 40 // 50
+
+
+def test_stored_logits_take_the_bytes_of_the_formula(tmp_path: Path) -> None:
+    """Real columns of both kinds of rows, and of the largest logits alone."""
+    import torch
+
+    from evertune.cli.plan.memory import logit_bytes
+    from evertune.memory.logits import StoredLogits
+
+    n, tokens, classes = 50, 12, 9
+    for rows, kept in ((1, ALL), (1, 3), (0, ALL), (0, 3)):
+        each = rows or tokens
+        logits, n_rows = torch.randn(n * each, classes), torch.full((n,), each)
+        column = StoredLogits.of(logits, n_rows, None if kept == ALL else kept).to_arrow()
+        model = replace(TINY, logit_rows=rows, logit_width=classes)
+        assert n * logit_bytes(model, training(0, seq_length=tokens), kept) == pytest.approx(column.nbytes, rel=0.02)
+
+
+def test_the_logits_of_a_language_model_take_what_the_formula_says(tmp_path: Path) -> None:
+    """What autograd keeps of a loss over a large vocabulary, all of whose tokens count."""
+    import torch
+    from torch.autograd.graph import saved_tensors_hooks
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from evertune.lightning_modules import CausalLMModule
+    from evertune.tasks.generation import answer_sums
+
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    module, kept = CausalLMModule(str(tmp_path)), dict[int, int]()
+    module.configure_model()
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.ones(3, 20, dtype=torch.long)
+    batch = {"input_ids": tokens, "attention_mask": tokens, "labels": tokens}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, _ = answer_sums(module.task.outputs(module, batch))
+    assert total.requires_grad
+    shape = shape_of({"model_name_or_path": str(tmp_path)}, 0, "CausalLMModule")
+    assert (shape.outputs, shape.layers) == (4000, 2)
+    formula = activations(shape, Training(stage=0, seq_length=20), 3)
+    assert sum(kept.values()) == pytest.approx(formula, rel=0.1)
+
+
 # --- the command
 
 
@@ -245,7 +327,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], config_only: str) -> None
     assert code == 0
     assert "22.6 million parameters; 2 x 8 GPUs of 79.0 GiB; 32-true; 64 examples of 128 tokens" in out
     for strategy in STRATEGIES:
-        assert f"\n{strategy.removeprefix('evertune_deepspeed_')} " in out
+        assert f"\n{strategy.removeprefix('evertune_deepspeed_').removeprefix('evertune_')} " in out
     assert "It fits: ddp." in out
     assert "at the end of each experience" in out
     assert "10 are assumed (--classes)" in out
@@ -286,6 +368,30 @@ def test_a_method_of_ones_own_says_what_it_keeps(capsys: pytest.CaptureFixture[s
     assert told["strategies"][0]["methods"] == 4 * told["trainable"]
     both = json.loads(run(capsys, *options, "tests.helpers.l2sp.L2SP", "EWC")[1])
     assert (both["training"]["method_bytes"], both["training"]["estimation_batch_size"]) == (12, 16)
+
+
+def test_osft_and_stored_logits_in_a_configuration(capsys: pytest.CaptureFixture[str], config_only: str) -> None:
+    options = ("--model", config_only, "--gpu_memory", "80", "--classes", "5", "--json", "--method")
+    told = json.loads(run(capsys, *options, "osft", "darkreplay", "--memory_size", "100")[1])
+    assert told["training"]["rank_ratio"] == 0.7 and told["notes"] == []
+    matrices = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    directions = 6 * (4 * 268 * (384 + 384) + 2 * 268 * (384 + 1536))
+    assert told["strategies"][0]["methods"] == 4 * (matrices + directions)
+    plain = json.loads(run(capsys, *options, "replay", "--memory_size", "100")[1])
+    assert told["strategies"][0]["disk"] - plain["strategies"][0]["disk"] == 2 * 100 * (32 + 4 * 5)
+    distilling = json.loads(run(capsys, *options, "distillation", "--examples", "1000")[1])
+    assert distilling["strategies"][0]["host"] == 1000 * (32 + 4 * 5) and distilling["notes"] == []
+    unknown = json.loads(run(capsys, *options, "distillation", "gem")[1])
+    assert ["Distillation" in note for note in unknown["notes"]] == [False, True]
+    assert "what GEM needs is not counted" in unknown["notes"]
+
+
+def test_a_configuration_with_fsdp2(capsys: pytest.CaptureFixture[str], config_only: str, tmp_path: Path) -> None:
+    file = tmp_path / "stream.yaml"
+    for strategy in ("evertune_fsdp2", "{class_path: evertune.strategies.fsdp2.EvertuneFSDP2Strategy}"):
+        file.write_text(YAML.replace("FOLDER", config_only) + f"  strategy: {strategy}\n")
+        code, out, _ = run(capsys, "--config", str(file), "--gpu_memory", "80", "--method")
+        assert (code, "It fits: evertune_fsdp2." in out) == (0, True)
 
 
 def test_the_strategy_that_a_configuration_names_must_fit(
@@ -351,7 +457,7 @@ def test_configurations_without_an_answer(
     reason="ip is not installed (apt-get install iproute2)",
 )
 def test_real_ranks_hold_and_send_what_the_formulas_say() -> None:
-    """The benchmark's quick run: two ranks, DDP and ZeRO-1, 2 and 3."""
+    """The benchmark's quick run: two ranks, DDP, ZeRO-2 and 3, FSDP2, LoRA and OSFT."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "benchmarks" / "scaling.py"), "--quick"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -36,7 +36,6 @@ class TaskRow:
         refused: Records that the schema refuses, each with a part of the message.
         schema: Arguments of `RecordSchema`: the names and types of the fields.
         pretrained: Writes the pretrained transformer to a folder. Default: a tiny BERT.
-        plan: Whether `evertune plan` knows the size of the module. Default: True.
         served: Whether the texts of a record are all that a prediction needs. Default: True.
         exported: Whether the module can be exported. Default: True.
     """
@@ -46,7 +45,6 @@ class TaskRow:
     refused: Sequence[tuple[Record, str]]
     schema: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Callable[[str], Any] = tiny_bert
-    plan: bool = True
     served: bool = True
     exported: bool = True
 
@@ -136,7 +134,6 @@ ROWS: dict[str, TaskRow] = {
             ({"text": "the bank", "label": float("inf")}, "field 'label': no label, or a number that is not finite"),
             ({"text": "the bank", "label": None}, "field 'label'"),
         ],
-        plan=False,
     ),
     "several numbers": TaskRow(
         module=lambda folder: SequenceRegressionModule(folder, n_targets=2, scale=[10.0, 2.0]),
@@ -146,7 +143,6 @@ ROWS: dict[str, TaskRow] = {
             ({"text": "the bank", "other": "a goal", "label": [1.0]}, "a list of 2 numbers is expected, got [1.0]"),
             ({"text": "the bank", "other": "a goal", "label": [1.0, float("nan")]}, "field 'label"),
         ],
-        plan=False,
     ),
     "question answering": TaskRow(
         module=lambda folder: QuestionAnsweringModule(folder, stride=4),
@@ -163,7 +159,6 @@ ROWS: dict[str, TaskRow] = {
                 "the answer 'bank' is not in its context, which has ' ban' at answer_start=3; it is at 4",
             ),
         ],
-        plan=False,
     ),
     "answers to prompts": TaskRow(
         module=CausalLMModule,
@@ -174,7 +169,6 @@ ROWS: dict[str, TaskRow] = {
             ({"prompt": "what", "answer": " "}, "field 'answer': there is no answer to learn: the text is empty"),
             ({"prompt": "what", "answer": ["big"]}, "there is no answer to learn: the text is a list"),
         ],
-        plan=False,
         exported=False,
     ),
     "dialogues": TaskRow(
@@ -188,7 +182,6 @@ ROWS: dict[str, TaskRow] = {
             ({"messages": []}, "a conversation is a list of messages"),
             ({"messages": ["what", "big"]}, "message 1 is a str, not a mapping with role and content"),
         ],
-        plan=False,
         exported=False,
     ),
     "plain texts": TaskRow(
@@ -197,7 +190,6 @@ ROWS: dict[str, TaskRow] = {
         schema={"label": None},
         pretrained=tiny_llama,
         refused=[({"text": " "}, "field 'text': the text is empty")],
-        plan=False,
         exported=False,
     ),
     "sequence to sequence": TaskRow(
@@ -206,7 +198,6 @@ ROWS: dict[str, TaskRow] = {
         schema={"text": "prompt", "label": "answer"},
         pretrained=tiny_t5,
         refused=[({"prompt": "what", "answer": ""}, "field 'answer': there is no answer to learn: the text is empty")],
-        plan=False,
         exported=False,
     ),
     "tags of words": TaskRow(
@@ -266,7 +257,6 @@ ROWS: dict[str, TaskRow] = {
             (related("the [E1] bank", "sport"), "the text holds '[E1]', which marks entities"),
             (related("the bank", "sport") | {"tokens": ["the bank", "a"]}, "a word must be a text without spaces"),
         ],
-        plan=False,
         served=False,
     ),
     "text matching": TaskRow(

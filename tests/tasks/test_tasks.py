@@ -192,8 +192,6 @@ def test_a_saved_module_predicts_the_same(learned: Learned, tmp_path: Path) -> N
 
 
 def test_plan_knows_the_size(learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not learned.row.plan:
-        return
     settings = {name: value for name, value in learned.module.hparams.items() if not name.startswith("_")}
     model = {"class_path": f"evertune.lightning_modules.{type(learned.module).__name__}", "init_args": settings}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model}))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from evertune.cli.plan.gpus import GPUS
 from evertune.cli.plan.request import read_request
-from evertune.cli.plan.shape import shape_of
 from evertune.cli.plan.strategies import choose, rows_of, what_would_fit
 from evertune.cli.plan.table import as_json, print_plan
 from evertune.utils.terminal import complain
@@ -28,7 +27,7 @@ def plan(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         request = read_request(options)
-        shape = shape_of(request.model, request.n_classes, request.module)
+        shape = request.shape()
         rows = rows_of(shape, request)
     except (OSError, ValueError, TypeError) as error:
         complain("evertune plan", error)
@@ -66,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--freeze_layers", type=int, help="of the module: 0 trains all, -1 the head only")
     parser.add_argument("--classes", type=int, help="rows of the head")
     parser.add_argument("--memory_size", type=int, help="examples in the replay memory")
+    parser.add_argument("--examples", type=int, help="new examples of an update, of which Distillation keeps answers")
     parser.add_argument("--replay_ratio", type=float, help="old examples per new one, with replay (1)")
     parser.add_argument(
         "--estimation_batch_size", type=int, help="examples at a time when the importance is estimated (16 for ewc)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def parts(groups: Iterable[Iterable[int]], n: int) -> list[int]:
@@ -21,6 +21,15 @@ def pieces(sizes: Iterable[int], n: int) -> int:
     6
     """
     return sum(-(-size // n) for size in sizes)
+
+
+def rows_of(sizes: Sequence[int], rows: Sequence[int], n: int) -> int:
+    """Elements that one of ``n`` ranks holds of parameters of which FSDP2 divides the rows, padded to equal numbers.
+
+    >>> rows_of([10, 7, 3], rows=[5, 7, 1], n=4)  # 2 rows of 2, 2 of 1, and one of 3
+    9
+    """
+    return sum(-(-length // n) * (size // length) for size, length in zip(sizes, rows, strict=True))
 
 
 def touched(groups: Iterable[Iterable[int]], n: int) -> int:

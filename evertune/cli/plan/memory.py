@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evertune.cli.plan.cuts import parts, pieces, touched
+from evertune.cli.plan.cuts import parts, pieces, rows_of, touched
 from evertune.cli.plan.shape import ModelShape
-from evertune.cli.plan.training import Training, widths
+from evertune.cli.plan.training import Training
 
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 keeps a parameter whole on every rank (``stage3_param_persistence_threshold``)."""
@@ -19,6 +19,9 @@ GPU_BUCKET, CPU_BUCKET = 200_000_000, 10_000_000
 
 GPU_CHUNK, CPU_CHUNK = 1 << 24, 1 << 16
 """Elements of a weight that a penalty processes at a time."""
+
+LOGIT_RECORD = 32
+"""Numbers of an example beside its stored logits: those of its classes and rows, and where its values begin."""
 
 TOKEN_COLUMNS, RECORD = 2, 250
 """Numbers that the replay memory keeps for each token (its id and its type), and further bytes for each example."""
@@ -36,7 +39,8 @@ class Footprint:
         activations: What the forward pass of a micro-batch keeps for its backward pass.
         buffers: Everything else at the moment of peak use, see :func:`footprint`.
         total: Peak use of the device. Less than the sum of the above, which are not all held at the same time.
-        host: What offloading keeps in the host's memory instead, and the order in which the replay memory is drawn.
+        host: What offloading keeps in the host's memory instead, the order in which the replay memory is drawn, and
+            the answers of the model before the update, for Distillation.
         disk: Files of the replay memory on each node (not each rank): the current one and the one before it. They are
             mapped into memory, so that what is read of them is in the page cache once for all ranks of the node.
     """
@@ -80,7 +84,9 @@ def footprint(model: ModelShape, training: Training) -> Footprint:
         others = max(others, buffers["consolidation"])
     # Offloading moves what it concerns from `on_device` to `host`, so that it is counted once.
     on_device = {"weights": held.weights, "optimizer": held.optimizer, "methods": held.methods}
-    host = 8 * training.memory_size  # 8 bytes for each example: the order in which the memory is drawn
+    stored = logit_bytes(model, training, training.stored_logits)
+    # 8 bytes for each example: the order in which the memory is drawn.
+    host = 8 * training.memory_size + training.n_taught * logit_bytes(model, training, training.taught_logits)
     if training.offload:
         host += on_device.pop("optimizer") + on_device.pop("methods") + held.offloaded_gradients
         if training.stage == 3:
@@ -95,8 +101,24 @@ def footprint(model: ModelShape, training: Training) -> Footprint:
         buffers=others,
         total=sum(on_device.values()) + peak,
         host=host,
-        disk=2 * training.memory_size * (8 * TOKEN_COLUMNS * training.seq_length + RECORD),
+        disk=2 * training.memory_size * (8 * TOKEN_COLUMNS * training.seq_length + RECORD + stored),
     )
+
+
+def logit_bytes(model: ModelShape, training: Training, kept: int) -> int:
+    """Bytes of the stored logits of an example: of each row all, or those kept with their classes and the rest.
+
+    Args:
+        model: Sizes of the model.
+        training: How the model is trained.
+        kept: Number of logits of a row to keep, at most; 0 if none are stored.
+    """
+    if not kept:
+        return 0
+    rows = model.logit_rows or training.seq_length
+    width = model.logit_width or training.seq_length
+    row = 4 * width if kept >= width else 8 * kept + 4
+    return LOGIT_RECORD + rows * row
 
 
 def activations(model: ModelShape, training: Training, examples: int) -> int:
@@ -106,7 +128,8 @@ def activations(model: ModelShape, training: Training, examples: int) -> int:
     In 16 bits with dropout, ``intermediate = 4 h`` and the attention's scores kept, a layer takes their
     ``s b h (34 + 5 a s / h)`` bytes; fused attention keeps one number for each head and token instead. Beyond the
     paper: gated layers, fewer heads for keys and values, RMSNorm (an fp32 copy and its output) and autocast (norms in
-    fp32, a cast of each layer's input).
+    fp32, a cast of each layer's input), a decoder's attention to its encoder, with targets as long as the texts, and
+    the logits of every token, where all are of answers.
 
     Args:
         model: Sizes of the model.
@@ -124,7 +147,10 @@ def activations(model: ModelShape, training: Training, examples: int) -> int:
     per_token = features * model.hidden + inner * wide * model.intermediate
     pairs = (2 * wide + model.dropout) * training.seq_length if model.eager_attention else 4
     per_token += model.heads * pairs
-    return round(model.layers * examples * training.seq_length * per_token)
+    attention = (wide * (1 + heads) + norm) * model.hidden + model.heads * pairs
+    per_layer = model.layers * per_token + model.decoder_layers * (per_token + attention)
+    # A softmax over the vocabulary is in fp32.
+    return round(examples * (training.seq_length + model.virtual_tokens) * (per_layer + 4 * model.outputs))
 
 
 class _Held:
@@ -132,13 +158,17 @@ class _Held:
 
     def __init__(self, model: ModelShape, training: Training) -> None:
         self._model, self._training = model, training
-        self._width = width = widths(training.stage, training.precision)
+        self._width = width = training.widths
         n, stage = training.world_size, training.stage
         self.persistent = 0
         if stage == 0:
             self._parts = [sum(group) for group in model.groups]
             self.weights = width.weight * model.total
             self.gradients = width.gradient * model.trainable
+        elif training.fsdp2:
+            *self._parts, frozen = (rows_of(*group, n) for group in model.rows_by_group())
+            self.weights = width.weight * (sum(self._parts) + frozen)
+            self.gradients = width.gradient * sum(self._parts)
         elif stage < 3:
             self._parts = parts(model.groups, n)
             self.weights = width.weight * (n * sum(self._parts) + sum(model.frozen))
@@ -149,16 +179,31 @@ class _Held:
             self.weights = width.weight * pieces(model.sizes, n) + self.persistent
             self.gradients = width.gradient * sum(self._parts)
         # The fp32 masters of the last fit are kept beside the new ones, so that no rounding adds up over updates.
-        kept = 4 if training.later_fit and width.weight == 2 and stage > 0 else 0
+        kept = 4 if training.later_fit and width.weight == 2 and training.deepspeed else 0
         self.optimizer = (width.master + width.state + kept) * sum(self._parts)
         # Without the padding: methods hold tensors for weights only.
         owned = sum(min(part, sum(group)) for part, group in zip(self._parts, model.groups, strict=True))
-        self.methods = training.method_bytes * owned
+        self.methods = training.method_bytes * owned + self._protected(owned)
         self.activations = activations(model, training, training.examples)
         self.offloaded_gradients = (width.weight + 4) * sum(self._parts)
         if training.offload:  # they move to the host as the backward pass computes them
             self.gradients = 0
         self.standing_gradients = self.gradients if stage in (0, 3) else 0
+
+    def _protected(self, owned: int) -> int:
+        """What OSFT keeps: where the rank's part of the matrices started, and its part of their directions."""
+        model, training = self._model, self._training
+        if not training.rank_ratio:
+            return 0
+        n = 1 if training.stage == 0 else training.world_size
+        sizes = [rows * columns for rows, columns in model.protected]
+        start = pieces(sizes, n) if training.stage in (0, 3) else min(owned, sum(sizes))
+        share = start / max(sum(sizes), 1)
+        directions = 0.0
+        for rows, columns in model.protected:
+            rank = int(training.rank_ratio * min(rows, columns))
+            directions += rank * (rows * share + -(-columns // n))
+        return round(4 * (start + directions))
 
     def buffers(self) -> dict[str, int]:
         """Temporary memory: in the backward pass, in the step, and while methods consolidate."""
@@ -173,6 +218,8 @@ class _Held:
             return self._with_methods(
                 reducer + copies, reducer + width.weight * model.trainable * training.gpu, reducer
             )
+        if training.fsdp2:
+            return self._gathered(temporary)
         copies = 4 * largest_part + (width.gradient * largest_part if width.gradient == 2 else 0)
         copies = 0 if training.offload else copies + 4 * temporary
         if stage < 3:
@@ -183,6 +230,18 @@ class _Held:
             return self._with_methods(backward, copies, 0)
         gathered = width.weight * (2 * model.largest + min(PREFETCH, model.total))
         return self._with_methods(bucket + flat + gathered, bucket + copies, bucket + gathered)
+
+    def _gathered(self, temporary: int) -> dict[str, int]:
+        """Under FSDP2: what is outside of all blocks stays whole, and two blocks at a time are, in and behind use.
+
+        Their gradients are whole until they are divided, from a copy in order.
+        """
+        model, training, width = self._model, self._training, self._width
+        block, of_block = max(model.blocks, default=(0, 0))
+        root, of_root = model.root
+        whole = width.weight * (root + 2 * block) + (2 * (root + block) if training.autocast else 0)
+        gradients = width.gradient * 2 * max(of_root, 2 * of_block)
+        return self._with_methods(whole + gradients, width.weight * temporary, whole)
 
     def _with_methods(self, backward: int, step: int, others: int) -> dict[str, int]:
         """Add what methods need: in the step a few chunks, at the end a copy of their state.

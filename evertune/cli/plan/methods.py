@@ -6,7 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from evertune.utils.plugins import class_at
+
+if TYPE_CHECKING:
+    from evertune.callbacks.osft import OSFT
 
 
 def _callbacks() -> Any:
@@ -40,10 +45,9 @@ class Method:
         from evertune.callbacks.base import ContinualCallback
 
         callbacks = _callbacks()
-        module, _, attribute = name.rpartition(".")
         own = {one.lower(): one for one in callbacks.__all__}
         try:
-            found: Any = getattr(import_module(module), attribute) if module else getattr(callbacks, own[name.lower()])
+            found = class_at(name) if "." in name else getattr(callbacks, own[name.lower()])
         except (ImportError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"unknown method {name!r} ({error}); give one of {', '.join(sorted(own))} or the path of a class"
@@ -61,6 +65,18 @@ class Method:
         return size
 
     @property
+    def protects(self) -> OSFT | None:
+        """The method itself, if it is OSFT, whose state depends on the matrices of the module."""
+        from evertune.callbacks.osft import OSFT
+
+        return self.cls(**self.arguments) if issubclass(self.cls, OSFT) else None
+
+    @property
+    def counted(self) -> bool:
+        """Whether what it needs is known."""
+        return self.bytes_per_weight is not None or self.protects is not None
+
+    @property
     def estimates(self) -> bool:
         """Whether it goes over a sample of the experience at the experience's end, as EWC does."""
         # There is no declaration for this: methods that do it have these two arguments in common.
@@ -68,7 +84,7 @@ class Method:
 
 
 def methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
-    """The methods among the callbacks. Adds a note for each callback whose memory is not counted."""
+    """The methods among the callbacks. Adds a note for each callback of others, whose memory is not counted."""
     callbacks_of_evertune = _callbacks().__all__
     methods = []
     callbacks = trainer.get("callbacks") or []
@@ -79,9 +95,9 @@ def methods_of(trainer: Mapping[str, Any], notes: list[str]) -> list[Method]:
             method = Method.named(path, settings.get("init_args") or {})
         except ValueError:
             method = None
-        if method is not None and method.bytes_per_weight is not None:
+        if method is not None:
             methods.append(method)
-        elif method is not None or not (path.startswith("evertune.") or path in callbacks_of_evertune):
+        elif not (path.startswith("evertune.") or path in callbacks_of_evertune):
             notes.append(f"what {path.rpartition('.')[2]} needs is not counted")
     return methods
 

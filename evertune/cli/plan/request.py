@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import yaml
 
 from evertune.cli.plan.gpus import memory_of, n_devices, positive
 from evertune.cli.plan.methods import Method, argument, methods_of
-from evertune.cli.plan.shape import MATCHING, MODULES, texts_of_example
-from evertune.cli.plan.training import PRECISIONS, STRATEGIES, Training
+from evertune.cli.plan.shape import MODULES, ModelShape, has_classes, shape_of, texts_of_example
+from evertune.cli.plan.training import ALL, PRECISIONS, STRATEGIES, Training
 
 _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true", "auto": "bf16-mixed"}
 
@@ -33,6 +33,7 @@ class Request:
         strategy: Strategy that the configuration names; None if it leaves the choice open.
         notes: What the user should know about how the configuration was read, one sentence each.
         module: Name of the module's class, one of :data:`MODULES`.
+        protects: Names the matrices of a module of which OSFT protects directions; None without OSFT.
     """
 
     model: Mapping[str, Any]
@@ -45,6 +46,11 @@ class Request:
     strategy: str | None = None
     notes: tuple[str, ...] = ()
     module: str = MODULES[0]
+    protects: Callable[[Any], Collection[str]] | None = None
+
+    def shape(self, **settings: Any) -> ModelShape:
+        """The sizes of the model, with some of its settings replaced."""
+        return shape_of({**self.model, **settings}, self.n_classes, self.module, self.protects)
 
     @property
     def world_size(self) -> int:
@@ -77,16 +83,19 @@ def read_request(options: argparse.Namespace) -> Request:
         configured = {method.cls: method for method in methods}
         named = [Method.named(name) for name in options.method]
         methods = [configured.get(method.cls, method) for method in named]
+    notes += [f"what {method.cls.__name__} needs is not counted" for method in methods if not method.counted]
     estimating = [method for method in methods if method.estimates]
     replaying = [method for method in methods if "replay_ratio" in method.arguments]
     n_classes = options.classes or max(len(model.get("classes") or ()), model.get("n_classes_ahead") or 0)
-    if not n_classes and module != MATCHING:
+    if not n_classes and has_classes(module):
         n_classes = 10
         notes.append("the number of classes is not known: 10 are assumed (--classes)")
     n_texts, n_estimated = texts_of_example(module, model)
     if n_texts > 1:
         notes.append(f"an example has {n_texts} texts in training, and batch sizes below count texts")
+    protecting = next((found for method in methods if (found := method.protects) is not None), None)
     gpus = _first(options.gpus, launch.get("processes_per_node"), trainer.get("devices"), 1)
+    memory_size = _first(options.memory_size, argument(replaying, "memory_size", 0)) if replaying else 0
     training = Training(
         stage=0,
         precision=_precision(_first(options.precision, trainer.get("precision"), "32-true")),
@@ -94,12 +103,14 @@ def read_request(options: argparse.Namespace) -> Request:
         seq_length=_first(options.seq_length, data.get("max_length"), 128),
         accumulation=_first(options.accumulate_grad_batches, trainer.get("accumulate_grad_batches"), 1),
         method_bytes=sum(method.bytes_per_weight or 0 for method in methods),
+        rank_ratio=0.0 if protecting is None else max(protecting.rank_ratio),
         estimation_batch_size=n_estimated
         * _first(options.estimation_batch_size, argument(estimating, "batch_size", None), 0)
         if estimating
         else 0,
         replay_ratio=_first(options.replay_ratio, argument(replaying, "replay_ratio", 0.0)) if replaying else 0.0,
-        memory_size=_first(options.memory_size, argument(replaying, "memory_size", 0)) if replaying else 0,
+        memory_size=memory_size,
+        **_logits_of(methods, options.examples, memory_size, notes),
         preemption="launch" in config,  # launched runs have the callback Preemption
         later_fit="registry" not in config,  # each update of a registry is the first fit of its process
     )
@@ -114,7 +125,32 @@ def read_request(options: argparse.Namespace) -> Request:
         strategy=_strategy(trainer.get("strategy")),
         notes=tuple(notes),
         module=module,
+        protects=None if protecting is None else protecting.matrices,
     )
+
+
+def _logits_of(methods: Sequence[Method], n_new: int | None, memory_size: int, notes: list[str]) -> dict[str, Any]:
+    """How many logits methods store, and of how many examples. Adds a note for what is not counted."""
+    from evertune.callbacks.dark_replay import DarkReplay
+    from evertune.callbacks.distillation import Distillation
+
+    settings: dict[str, Any] = {}
+    for method in methods:
+        kept = _first(method.arguments.get("top_k"), ALL)
+        if issubclass(method.cls, DarkReplay):
+            settings["stored_logits"] = kept
+        if not issubclass(method.cls, Distillation):
+            continue
+        examples = method.arguments["examples"]
+        if method.arguments["of"] == "features" or (examples != "replayed" and n_new is None):
+            notes.append(
+                "the answers that Distillation keeps are not counted: they depend on the number of new examples of an "
+                "update (--examples) and, with of='features', on the module"
+            )
+            continue
+        n_taught = (0 if examples == "replayed" else n_new or 0) + (0 if examples == "new" else memory_size)
+        settings |= {"taught_logits": kept, "n_taught": n_taught}
+    return settings
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -158,7 +194,9 @@ def _strategy(value: Any) -> str | None:
     """The name in :data:`STRATEGIES` of a configured strategy: a name or a class with arguments; None for "auto"."""
     if value in (None, "auto"):
         return None
-    if isinstance(value, dict) and "DeepSpeedStrategy" in str(value.get("class_path")):
+    if isinstance(value, dict) and "FSDP2Strategy" in str(value.get("class_path")):
+        value = "evertune_fsdp2"
+    elif isinstance(value, dict) and "DeepSpeedStrategy" in str(value.get("class_path")):
         settings = value.get("init_args") or {}
         offload = "_offload" if settings.get("offload_optimizer") else ""
         value = f"evertune_deepspeed_stage_{settings.get('stage', 2)}{offload}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from evertune.cli.plan.gpus import in_gib
 from evertune.cli.plan.memory import Footprint, footprint
 from evertune.cli.plan.request import Request
-from evertune.cli.plan.shape import ModelShape, shape_of
+from evertune.cli.plan.shape import GENERATION, ModelShape
 from evertune.cli.plan.traffic import Collective, collectives
 from evertune.cli.plan.training import STRATEGIES
 
@@ -40,8 +40,8 @@ class Row:
 def rows_of(shape: ModelShape, request: Request) -> list[Row]:
     """The cost of each strategy, in the order of :data:`STRATEGIES`."""
     rows = []
-    for name, (stage, offload) in STRATEGIES.items():
-        training = replace(request.training, stage=stage, offload=offload, world_size=request.world_size)
+    for name, sharding in STRATEGIES.items():
+        training = replace(request.training, **sharding._asdict(), world_size=request.world_size)
         costs, moves = footprint(shape, training), collectives(shape, training)
         sent = sum(move.sent(request.world_size) for move in moves)
         rows.append(Row(name, costs, moves, sent, costs.total <= request.memory * (1 - RESERVE)))
@@ -83,9 +83,12 @@ def what_would_fit(shape: ModelShape, request: Request) -> list[str]:
             found.append(
                 f"batch_size 1 when the importance is estimated, {row.strategy}: {in_gib(row.footprint.total)}"
             )
-    for name, frozen in (("half of the layers frozen", shape.layers // 2), ("only the head trained", -1)):
-        if frozen and not request.model.get("freeze_layers"):
-            fewer = shape_of({**request.model, "freeze_layers": frozen}, request.n_classes, request.module)
+    frozen_parts = [("half of the layers frozen", shape.layers // 2)]
+    if request.module not in GENERATION:  # which have no head
+        frozen_parts.append(("only the head trained", -1))
+    for name, frozen in frozen_parts:
+        if frozen and not request.model.get("freeze_layers") and not shape.adapted:
+            fewer = request.shape(freeze_layers=frozen)
             row = choose(rows_of(fewer, request), request.strategy)
             if row is not None:
                 found.append(f"{name} (--freeze_layers {frozen}), {row.strategy}: {in_gib(row.footprint.total)}")

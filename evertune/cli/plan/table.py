@@ -29,7 +29,9 @@ def as_json(
         "gpus": request.gpus,
         "gpu_memory": round(request.memory),
         "training": {
-            name: value for name, value in asdict(request.training).items() if name not in ("stage", "world_size")
+            name: value
+            for name, value in asdict(request.training).items()
+            if name not in ("stage", "fsdp2", "world_size")
         },
         "strategies": [
             {
@@ -75,7 +77,9 @@ def print_plan(
         sizes = (*parts, costs.activations, costs.buffers, costs.total, costs.host, row.sent)
         style = "bold" if row is choice else None
         gib = (f"{size / GIB:.{2 if size < 100 * GIB else 0}f}" for size in sizes)
-        table.add_row(row.strategy.removeprefix(_PREFIX), *gib, "yes" if row.fits else "no", style=style)
+        table.add_row(
+            row.strategy.removeprefix(_PREFIX).removeprefix("evertune_"), *gib, "yes" if row.fits else "no", style=style
+        )
     screen.print(table)
     screen.print(
         f"In GiB. stage_N: strategy={_PREFIX}stage_N. peak: the fullest moment of a GPU, not all parts at once; a "
@@ -85,8 +89,8 @@ def print_plan(
     )
     # Without a choice, the last strategy stands in: the note should not disappear where nothing fits.
     if training.estimation_batch_size and request.world_size > 1:
-        stage, offload = STRATEGIES[(choice or rows[-1]).strategy]
-        own = replace(training, stage=stage, offload=offload, world_size=request.world_size)
+        sharding = STRATEGIES[(choice or rows[-1]).strategy]
+        own = replace(training, **sharding._asdict(), world_size=request.world_size)
         moves = consolidation(shape, own, n_classes=request.n_classes, n_examples=request.n_examples)
         once = sum(move.sent(request.world_size) for move in moves)
         screen.print(f"Estimating the importance sends {in_gib(once)} more at the end of each experience.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from evertune.cli.plan.cuts import parts, pieces
+from evertune.cli.plan.cuts import parts, pieces, rows_of
 from evertune.cli.plan.shape import ModelShape
-from evertune.cli.plan.training import Training, widths
+from evertune.cli.plan.training import Training
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
     - DDP all-reduces the gradients once, whatever the accumulation.
     - ZeRO-1 and 2 all-reduce the gradients (DeepSpeed's default ``use_multi_rank_bucket_allreduce``, where the paper
       has a reduce-scatter), at stage 2 in each micro-batch, and gather the weights after the step.
-    - ZeRO-3 gathers the weights in each forward and each backward pass (frozen ones in the forward pass only), and
-      reduce-scatters the gradients in each micro-batch.
+    - ZeRO-3 and FSDP2 gather the weights in each forward and each backward pass (ZeRO-3 frozen ones in the forward pass
+      only), and reduce-scatter the gradients in each micro-batch.
+    - OSFT all-reduces two matrices for each that it protects, where weights are divided.
 
     Methods communicate at the end of an experience instead: see :func:`consolidation`. Losses, norms and checks take a
     few bytes and are left out, except for what ``Preemption`` adds.
     """
-    width, n = widths(training.stage, training.precision), training.world_size
+    width, n = training.widths, training.world_size
     moves: list[Collective] = []
     if n > 1 and training.stage == 0:
         moves = [Collective("all_reduce", width.gradient * model.trainable, 1, "gradients")]
@@ -66,12 +67,22 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
             Collective("all_reduce", width.gradient * model.trainable, times, "gradients"),
             Collective("all_gather", width.weight * padded, 1, "weights"),
         ]
+    elif n > 1 and training.fsdp2:
+        *groups, frozen = (n * rows_of(*group, n) for group in model.rows_by_group())
+        trained = sum(groups)
+        moves = [
+            Collective("all_gather", 2 * width.weight * (trained + frozen), training.accumulation, "weights"),
+            Collective("reduce_scatter", width.gradient * trained, training.accumulation, "gradients"),
+        ]
     elif n > 1:
         trained, frozen = n * pieces(model.trainable_sizes, n), n * pieces(model.frozen, n)
         moves = [
             Collective("all_gather", width.weight * (2 * trained + frozen), training.accumulation, "weights"),
             Collective("reduce_scatter", width.gradient * trained, training.accumulation, "gradients"),
         ]
+    if n > 1 and training.stage > 0 and training.rank_ratio:
+        sent = sum(2 * int(training.rank_ratio * min(rows, columns)) * columns for rows, columns in model.protected)
+        moves.append(Collective("all_reduce", 4 * sent, 1, "protected directions"))
     if n > 1 and training.preemption:
         moves.append(Collective("all_reduce", 1, training.accumulation, "preemption"))
     return moves
@@ -99,6 +110,6 @@ def consolidation(model: ModelShape, training: Training, *, n_classes: int, n_ex
     times = passes * -(-n_examples // (training.estimation_batch_size * n))
     moves = [Collective("all_reduce", 4 * model.trainable, times, "importance")]
     if training.stage == 3:
-        width = widths(3, training.precision).weight
-        moves.append(Collective("all_gather", 2 * width * n * pieces(model.sizes, n), times, "weights"))
+        held = sum(rows_of(*group, n) for group in model.rows_by_group()) if training.fsdp2 else pieces(model.sizes, n)
+        moves.append(Collective("all_gather", 2 * training.widths.weight * n * held, times, "weights"))
     return moves
