@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evertune.lightning_modules.text_matching import TextMatchingModule as TextMatchingModule
     from evertune.lightning_modules.token_classification import TokenClassificationModule as TokenClassificationModule
     from evertune.lightning_modules.transformer import TransformerModule as TransformerModule
+    from evertune.lightning_modules.zero_shot import ZeroShotClassificationModule as ZeroShotClassificationModule
 
 __all__, __getattr__, __dir__ = face(
     __name__,
@@ -48,5 +49,6 @@ __all__, __getattr__, __dir__ = face(
         "evertune.lightning_modules.sequence_regression": "RegressionOutput SequenceRegressionModule",
         "evertune.lightning_modules.token_classification": "TokenClassificationModule",
         "evertune.lightning_modules.transformer": "TransformerModule",
+        "evertune.lightning_modules.zero_shot": "ZeroShotClassificationModule",
     },
 )
