@@ -1,4 +1,4 @@
-"""``evertune review``: the records that a version is least sure of, to be labelled, and the labelled ones back."""
+"""``evertune review``: the records that a version is least sure of, to be labelled; those it can label itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   evertune review choose --registry news --input unlabelled.jsonl --queue queue.jsonl --n 50
   evertune review take --queue queue.jsonl --output inbox/reviewed.jsonl
+  evertune review accept --registry news --input unlabelled.jsonl --output inbox/sure.jsonl --precision 0.97
 
 In between, somebody fills in `label` in the lines of the queue; `suggested` is what the version says.
 exit codes: 0 done, 3 no such record, 1 an error, 2 a wrong argument"""
@@ -41,7 +42,7 @@ def review(arguments: Sequence[str]) -> int:
 
     known = _parser().parse_args(list(arguments))
     try:
-        return (_choose if known.action == "choose" else _take)(known)
+        return {"choose": _choose, "take": _take, "accept": _accept}[known.action](known)
     except (RegistryError, OSError, ValueError, TypeError, ImportError, SourceError) as error:
         complain(f"evertune review {known.action}", error)
         return 1
@@ -55,18 +56,29 @@ def _parser() -> argparse.ArgumentParser:
         {
             "choose": "write the records that a version is least sure of, to be labelled",
             "take": "move the records of a queue that have a label to a file, from which an update learns them",
+            "accept": "write the records that a version is sure enough of, with the label that it gives them",
         },
     )
-    choose, take = actions["choose"], actions["take"]
-    choose.add_argument("--registry", required=True, help=REGISTRY)
-    choose.add_argument("--version", default="production", help=f"its number, or {', '.join(ALIASES)}")
-    choose.add_argument("--input", required=True, metavar="PATH", help="records without labels: a file or a folder")
+    choose, take, accept = actions["choose"], actions["take"], actions["accept"]
+    for action in (choose, accept):
+        action.add_argument("--registry", required=True, help=REGISTRY)
+        action.add_argument("--version", default="production", help=f"its number, or {', '.join(ALIASES)}")
+        action.add_argument("--input", required=True, metavar="PATH", help="records without labels: a file or a folder")
+        action.add_argument(
+            "--text", nargs="+", metavar="FIELD", help="fields that the task reads (default: as trained)"
+        )
+        action.add_argument("--batch_size", type=int, default=32, metavar="N", help="records per pass (default: 32)")
     choose.add_argument("--n", type=int, default=50, help="how many records (default: 50)")
-    choose.add_argument("--text", nargs="+", metavar="FIELD", help="fields that the task reads (default: as trained)")
-    choose.add_argument("--batch_size", type=int, default=32, metavar="N", help="records per pass (default: 32)")
-    take.add_argument("--output", required=True, type=Path, metavar="FILE", help="where labelled records go, .jsonl")
-    for action in actions.values():
+    accept.add_argument(
+        "--precision", type=float, default=0.95, help="share of the labels that must be right (default: 0.95)"
+    )
+    for action in (take, accept):
+        action.add_argument(
+            "--output", required=True, type=Path, metavar="FILE", help="where labelled records go, .jsonl"
+        )
+    for action in (choose, take):
         action.add_argument("--queue", required=True, type=Path, metavar="FILE", help="the records to label, .jsonl")
+    for action in actions.values():
         action.add_argument("--label", default="label", metavar="FIELD", help="the field of the label (default: label)")
     return parser
 
@@ -127,9 +139,38 @@ def _judged(
             yield {**record, **added, known.label: None}
 
 
+def _accept(known: argparse.Namespace) -> int:
+    from evertune.drift.comparison.records import read_records
+    from evertune.live.pseudo_labels import labeller_of
+
+    _check_is_new(known.output)
+    registry = opened(known.registry)
+    version = registry.version(known.version)
+    fields, counts = known.text or version.text_fields, {"read": 0, "bad": 0}
+    labeller = labeller_of(registry, version, fields, known.label, known.precision)
+    found = labeller.label(list(_usable(read_records(known.input), fields, counts)), known.batch_size)
+    if found.records:
+        write_queue(known.output, found.records)
+    if known.json:
+        print(json.dumps({"accepted": len(found.records), "abstained": found.abstained, **counts}))
+    else:
+        screen = console()
+        screen.print(labeller.threshold.words, soft_wrap=True)
+        screen.print(
+            f"{len(found.records):,} of {counts['read']:,} records are in {known.output}, {found.abstained:,} are not "
+            f"sure enough, {counts['bad']:,} cannot be read",
+            soft_wrap=True,
+        )
+    return 0 if found.records else NOTHING
+
+
+def _check_is_new(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"{output} exists: name a new file, since a source may have read it already")
+
+
 def _take(known: argparse.Namespace) -> int:
-    if known.output.exists():
-        raise ValueError(f"{known.output} exists: name a new file, since a source may have read it already")
+    _check_is_new(known.output)
     lines = read_queue(known.queue)
     labelled = [line for line in lines if is_labelled(line, known.label)]
     waiting = [line for line in lines if not is_labelled(line, known.label)]

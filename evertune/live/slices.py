@@ -13,6 +13,9 @@ from evertune.registry.store import Store
 from evertune.sources.base import Row
 from evertune.utils.typed_json import decode, foreign
 
+PSEUDO = "pseudo_label"
+"""The field that is true in a record whose label a model has given; no version is judged on it."""
+
 
 def draw(row: Row) -> str:
     """A number in [0, 1), in hexadecimal, that depends only on the record's id: the records with the lowest are held
@@ -30,7 +33,7 @@ def hold_out(
     """Split records into those to train on and those to hold out, in the same way in every attempt.
 
     The share applies to each class. Fractions lost to rounding are carried over to the next classes, and at least one
-    record of each class is trained on.
+    record of each class is trained on. Records whose label a model has given (:data:`PSEUDO`) are all trained on.
 
     Args:
         rows: All records of an update.
@@ -43,7 +46,7 @@ def hold_out(
         The records to train on and those held out, each in the order of ``rows``.
     """
     classes: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in (row for row in rows if not row["record"].get(PSEUDO)):
         classes[json.dumps(names(None if label is None else row["record"].get(label)))].append(row)
     share = min(share, at_most / len(rows)) if rows else share
     held: set[str] = set()
@@ -70,8 +73,8 @@ def sent_again(
         id: Name of the field with the id, as in the schema.
 
     Returns:
-        The other records; those with an id that was held out, but another content; and those with the same content,
-        each with a ``reason``. Neither of the latter two may be trained on.
+        The other records; those with an id that was held out, but another content; and those with the same content, or
+        a label that a model has given, each with a ``reason``. Neither of the latter two may be trained on.
     """
     held = {_identity(row, id): (name, row) for name, slice in before.items() for row in slice}
     new: list[Row] = []
@@ -81,7 +84,7 @@ def sent_again(
         name, older = held.get(_identity(row, id), ("", None))
         if older is None:
             new.append(row)
-        elif row["record"] != older["record"]:
+        elif row["record"] != older["record"] and not row["record"].get(PSEUDO):
             changed.append(row)
         else:
             same.append({**row, "reason": f"sent again, and held out already ({name})"})

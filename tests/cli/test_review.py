@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from evertune.cli.main import main
+from evertune.gate.evaluation import Evaluation
+from evertune.gate.predictions import Predictions
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.live.review import sureness_of
 from evertune.registry.manifest import Manifest
@@ -77,6 +80,36 @@ def test_the_least_sure_are_chosen_labelled_and_taken(registry: Registry, tmp_pa
     ):
         assert run(*words, "--queue", str(queue)) == 1
         assert "exists" in capsys.readouterr().err
+
+
+def test_what_a_version_is_sure_of_is_accepted(registry: Registry, tmp_path: Path, capsys: Any) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "sure.jsonl"
+    source.write_text("\n".join(map(json.dumps, ROWS)) + "\n{broken\n")
+    words = ["accept", "--registry", registry.store.root, "--input", str(source), "--output", str(out)]
+    assert run(*words) == 1
+    assert "declare pseudo_label: bool | None among the fields of the schema" in capsys.readouterr().err
+
+    module = SequenceClassificationModule.from_pretrained(registry.version(1).folder() / "model")
+    said = [next(iter(answer.items())) for answer in module.predict([row["text"] for row in ROWS])]
+    sure = np.tile([p for _, p in said], 40)
+    limit = float(np.median(sure))
+    right = ["sport" if p >= limit else "law" for p in sure]
+    evaluation = Evaluation(
+        {"1": Predictions(list(map(str, range(len(sure)))), ["sport"] * len(sure), right, sure, sure)}
+    )
+    staging = tmp_path / "staging"
+    module.save_pretrained(staging / "model")
+    (staging / "evaluation.json").write_text(json.dumps(evaluation.to_dict()))
+    schema = {"text": "text", "fields": {"text": "str", "label": "str", "pseudo_label": "bool | None"}}
+    about = {"module": "SequenceClassificationModule", "config": {"schema": schema}}
+    registry.publish(staging, Manifest(version=2, parent=1, **about))
+    assert run(*words, "--version", "2") == 0
+    printed = capsys.readouterr().out
+    accepted = {row["id"]: label for row, (label, p) in zip(ROWS, said, strict=True) if p >= limit - 1e-6}
+    assert {line["id"]: line["label"] for line in lines(out)} == accepted
+    assert f"{len(accepted)} of {len(ROWS) + 1} records are in" in printed and "1 cannot be read" in printed
+    assert f"{len(ROWS) - len(accepted)} are not sure enough" in printed
+    assert run(*words, "--version", "2") == 1 and "exists" in capsys.readouterr().err
 
 
 def test_how_sure_each_kind_of_answer_is() -> None:

@@ -57,6 +57,18 @@ def test_several_labels() -> None:
     assert Counter(len(row["record"]["label"]) for row in held_out) == {1: 4, 2: 4}
 
 
+def test_no_version_is_judged_on_labels_that_a_model_has_given() -> None:
+    some = rows({"a": 40})
+    for row in some[:30]:
+        row["record"]["pseudo_label"] = True
+    _, held_out = hold_out(some, "label", share=0.5, at_most=500)
+    assert len(held_out) == 5 and not any("pseudo_label" in row["record"] for row in held_out)
+    before = {"1": [{"id": "1", "record": {"id": "1", "text": "t", "label": "a"}}]}
+    again = {"id": "1", "record": {"id": "1", "text": "t", "label": "b", "pseudo_label": True}}
+    new, changed, put_aside = sent_again([again], before, "id")
+    assert not new and not changed and [row["record"] for row in put_aside] == [again["record"]]
+
+
 def test_what_was_held_out_is_recognised() -> None:
     def row(id: str, text: str, origin: str = "f:1") -> dict[str, Any]:
         return {"id": id, "origin": origin, "record": {"id": id, "text": text, "label": "a"}}
