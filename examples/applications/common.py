@@ -20,6 +20,7 @@ from evertune import ContinualTrainer
 from evertune.callbacks import Imprinting, UpdateLength
 from evertune.gate import Gate
 from evertune.live import Updater
+from evertune.live.outcome import Outcome
 from evertune.live.review import write_queue
 from evertune.live.triggers import Volume
 from evertune.presets import preset
@@ -160,6 +161,11 @@ def updater_of(folder: Path) -> Updater:
         trigger=Volume(min_records=1),
         gate=Gate(max_label_noise=None),  # a person labels what the model is unsure of, and mostly contradicts it
     )
+
+
+def result_of(outcome: Outcome) -> str:
+    """What became of an update, with the reason if it is not in production."""
+    return outcome.words.partition(":")[0] if outcome.status == "promoted" else outcome.words
 
 
 def deliver(folder: Path, name: str, records: Sequence[Record]) -> None:

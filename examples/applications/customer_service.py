@@ -36,6 +36,7 @@ from common import (
     deliver,
     notes_of,
     options_of,
+    result_of,
     tweets,
     updater_of,
     write_json,
@@ -112,8 +113,8 @@ INTENTS = {
 ASKED = 25  # messages of each intent that every way is asked for, and that never arrive
 SHOWN = 5  # messages of new and of known intents on the page
 WRITTEN = 60  # tokens of a written answer, at most
-SURE = 0.5  # probability from which on the reply of the intent is given
-ALL, FIRST = "Right intent, of all so far", "Right intent, of the first ones"
+SURE = 0.8  # probability from which on the reply of the intent is given
+ALL, FIRST = "Right intent", "Right among first intents"
 ABOUT = {
     "no training": "learns the same messages in closed form, over the pretrained encoder",
     "naive": "learns the messages of the week, without a memory",
@@ -281,7 +282,7 @@ class Desk:
                 fmean(unseen) if unseen else None,
                 len(self.records),
                 sum(outcome.seconds.values()),
-                outcome.words,
+                result_of(outcome),
             )
         )
 
@@ -310,8 +311,8 @@ def keep(desk: Desk) -> tuple[list[Way], list[dict[str, Any]]]:
             right = [label == record["label"] for label, record in zip(labels, asked, strict=True)]
             scores[name][ALL].append(fmean(right))
             scores[name][FIRST].append(fmean(right[:n_first]))
-        console.print(f"week {week + 1}: {desk.updates[-1].words.partition(':')[0]}")
-        console.print(f"{ALL}: " + ", ".join(f"{name} {100 * scores[name][ALL][-1]:.1f} %" for name in ABOUT))
+        console.print(f"week {week + 1}: {desk.updates[-1].words}")
+        console.print(f"{ALL} so far: " + ", ".join(f"{name} {100 * scores[name][ALL][-1]:.1f} %" for name in ABOUT))
     seconds = {name: other.seconds for name, other in others.items()} | {"evertune": desk.seconds}
     return [Way(name, about, scores[name], seconds[name]) for name, about in ABOUT.items()], answered
 
@@ -343,7 +344,16 @@ def parts_of(plan: Plan, updates: list[Update], answered: list[dict[str, Any]], 
         "Week by week",
         "Right replies are those on the day, before anything of the week was learned: for a new intent there is only "
         "the reply that is nearest by meaning. New versions took over while a client kept asking.",
-        columns=["Week", "New intents", "Messages", "Right replies", "New intents only", "Labelled", "Time", "Update"],
+        columns=[
+            "Week",
+            "New intents",
+            "Messages",
+            "Right replies, known intents",
+            "New intents",
+            "Labelled",
+            "Time",
+            "Update",
+        ],
         rows=[_row(one) for one in updates],
     )
     new = plan.groups[-1]
@@ -367,7 +377,7 @@ def parts_of(plan: Plan, updates: list[Update], answered: list[dict[str, Any]], 
 
 def _row(one: Update) -> list[str]:
     known, new = ("none" if share is None else f"{100 * share:.0f} %" for share in (one.right_known, one.right_new))
-    words = one.words.partition(":")[0]
+    words = one.words
     if one.swap is not None:
         words += f"; it answered {one.swap:.1f} s later; {one.requests} requests meanwhile, {one.failed} failed"
     return [

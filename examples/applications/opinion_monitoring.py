@@ -36,6 +36,7 @@ from common import (
     deliver,
     notes_of,
     options_of,
+    result_of,
     tweets,
     updater_of,
     write_json,
@@ -212,7 +213,7 @@ class Monitor:
         start = time.perf_counter()
         outcome = self.updater.run()
         seconds = time.perf_counter() - start
-        self.updates.append(Update(after, len(records), seconds, outcome.words.partition(":")[0]))
+        self.updates.append(Update(after, len(records), seconds, result_of(outcome)))
         self.model = load(self.folder / "registry")
         self.negatives = Watch(PageHinkley(arl=ARL, reference_size=REFERENCE))
         self.texts = Watch(MMD(arl=ARL, reference_size=REFERENCE))
