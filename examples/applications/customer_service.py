@@ -112,8 +112,21 @@ INTENTS = {
 }
 ASKED = 25  # messages of each intent that every way is asked for, and that never arrive
 SHOWN = 5  # messages of new and of known intents on the page
-WRITTEN = 60  # tokens of a written answer, at most
+WRITTEN = 45  # tokens of a written answer, at most
 SURE = 0.8  # probability from which on the reply of the intent is given
+PROMPT = """A customer writes, and the airline answers in its own words with what it knows.
+
+Customer: I left my jacket on the plane yesterday!
+What we know: Things that are found on board are kept for 30 days. Please fill in the form for lost property.
+Answer: We are sorry about your jacket! We keep what we find for 30 days: please fill in the form for lost property.
+
+Customer: can I take my dog on the flight to Boston?
+What we know: Small animals may travel in the cabin. Please book their place in advance.
+Answer: A small dog may travel with you in the cabin. Please book its place in advance, and have a good trip!
+
+Customer: {text}
+What we know: {reply}
+Answer:"""
 ALL, FIRST = "Right intent", "Right among first intents"
 ABOUT = {
     "no training": "learns the same messages in closed form, over the pretrained encoder",
@@ -318,10 +331,10 @@ def keep(desk: Desk) -> tuple[list[Way], list[dict[str, Any]]]:
 
 
 def written(folder: str, answered: list[dict[str, Any]]) -> list[str]:
-    """What a causal language model makes of the replies to a few messages."""
+    """What a causal language model makes of the replies to a few messages, after two examples."""
     writer = CausalLMModule(folder, generation={"max_new_tokens": WRITTEN})
-    asked = "A customer wrote: {text}\nAnswer the customer politely in two sentences. What you know: {reply}"
-    return writer.predict([asked.format(**one) for one in answered])
+    texts = writer.predict([PROMPT.format(**one) for one in answered], continue_texts=True)
+    return [text.strip().partition("\n")[0] for text in texts]
 
 
 def headline_of(ways: list[Way], updates: list[Update]) -> str:
@@ -387,7 +400,7 @@ def _row(one: Update) -> list[str]:
         known,
         new,
         str(one.labelled),
-        f"{one.seconds:.0f} s",
+        f"{one.seconds:.0f}\N{NO-BREAK SPACE}s",
         words,
     ]
 

@@ -329,9 +329,9 @@ def headline_of(made: Scene, monitor: Monitor, right: dict[str, dict[str, float]
     labelled = sum(one.labelled for one in monitor.updates[1:])
     return (
         f"The surge of complaints {surge.words}; in the {surge.watched:,} tweets before there was "
-        f"{surge.alarms_before or 'no'} alarm. A new topic {topic.words}: {labelled} labels take its sentiment from "
-        f"{frozen[1]:.0f} % right to {live[1]:.0f} %. The other topics were right in {frozen[0]:.0f} % and are in "
-        f"{live[0]:.0f} %; updated without a memory, in {naive[0]:.0f} %."
+        f"{surge.alarms_before or 'no'} alarm. A new topic {topic.words}. With {labelled} labels, its sentiment is "
+        f"right in {live[1]:.0f} % ({frozen[1]:.0f} % before), and that of the other topics in {live[0]:.0f} % "
+        f"({frozen[0]:.0f} % before); updated without a memory, in {naive[1]:.0f} % and {naive[0]:.0f} %."
     )
 
 
