@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -96,12 +97,20 @@ class TrainingData:
                 f"{self._who} needs to know how often each class is replayed, and MIR replays some more often than "
                 "others; use Replay"
             )
-        in_new = class_counts(targets) / len(targets)
+        in_new = self._drawn(targets)
         if replay is None or not len(replay.memory) or not replay.replay_ratio:
             return in_new
         in_memory = class_counts(self.targets(replay.memory.view)) / len(replay.memory)
         in_new, in_memory = same_length(in_new, in_memory)
         return (in_new + replay.replay_ratio * in_memory) / (1 + replay.replay_ratio)
+
+    def _drawn(self, targets: Tensor) -> Tensor:
+        """The share of each class among the new examples that are drawn, which a sampler may balance."""
+        weights = getattr(self._loader.sampler, "weights", None)
+        if not isinstance(weights, np.ndarray):
+            return class_counts(targets) / len(targets)
+        each = torch.from_numpy(weights / weights.sum())
+        return each @ targets.double() if targets.ndim == 2 else torch.bincount(targets, weights=each)
 
     def _targets(self, data: Any) -> Tensor:
         chunks = []

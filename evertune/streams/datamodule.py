@@ -45,6 +45,8 @@ class ExperienceDataModule(LightningDataModule):
         seed: Seed of the order of the training examples, the same on all ranks. Default: 0.
         collate_fn: Function that collates examples into a batch. By default the task's, or torch's without a tokenizer.
         bucketed: Whether to batch texts of similar length together, which saves padding. Default: True.
+        balanced: Whether to draw new examples of all classes equally often, however many each has; several labels of an
+            example together count as one class. An epoch keeps its length. Default: False.
         drop_last: Whether to leave out the training examples that do not fill a step, instead of filling the step with
             others. Default: False.
         id_column: Column kept in each tokenised example as ``id``, so that a memory can forget it by name. Default:
@@ -56,7 +58,7 @@ class ExperienceDataModule(LightningDataModule):
 
     Raises:
         ValueError: If a size is not positive, a column is missing, the tokenizer cannot pad, or ``max_length`` is more
-            than the module takes.
+            than the module takes. Before training, if an example has no class and ``balanced`` needs one.
 
     Example:
         >>> import torch
@@ -81,6 +83,7 @@ class ExperienceDataModule(LightningDataModule):
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         bucketed: bool = True,
+        balanced: bool = False,
         drop_last: bool = False,
         id_column: str | None = None,
         token_cache: str | Path | None = None,
@@ -102,6 +105,7 @@ class ExperienceDataModule(LightningDataModule):
         self.seed = seed
         self.collate_fn = collate_fn
         self.bucketed = bucketed
+        self.balanced = balanced
         self.drop_last = drop_last
         self.id_column = id_column
         self.token_cache = token_cache
@@ -153,6 +157,7 @@ class ExperienceDataModule(LightningDataModule):
             dataset,
             step_size=self.batch_size * ranks["num_replicas"] * accumulated,
             lengths=getattr(dataset, "lengths", None) if self.bucketed else None,
+            classes=self._classes_of(dataset) if self.balanced else None,
             seed=self.seed,
             drop_last=self.drop_last,
             num_replicas=ranks["num_replicas"],
@@ -166,6 +171,16 @@ class ExperienceDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _classes_of(self, dataset: Any) -> list[str]:
+        """The class of each example."""
+        classes = [self.task.label(dataset[index]) for index in range(len(dataset))]
+        if None in classes:
+            raise ValueError(
+                f"balanced=True draws the classes equally often, and example {classes.index(None)} of "
+                f"{self.experience.name!r} has none: leave it out"
+            )
+        return [str(name) for name in classes]
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Each example once; empty without validation data."""
@@ -224,6 +239,7 @@ class StreamDataModule(LightningDataModule):
             is less. More than it takes is an error.
         num_workers: Number of processes that load batches. Default: 0.
         bucketed: Whether to batch texts of similar length together. Default: True.
+        balanced: Whether to draw new examples of all classes equally often. Default: False.
         drop_last: Whether to leave out the training examples that do not fill a step. Default: False.
         id_column: Column kept in each example as ``id``. Default: None.
         token_cache: Folder in which tokens are kept for later runs. Default: None.
@@ -271,6 +287,7 @@ class StreamDataModule(LightningDataModule):
         max_length: int | None = None,
         num_workers: int = 0,
         bucketed: bool = True,
+        balanced: bool = False,
         drop_last: bool = False,
         id_column: str | None = None,
         token_cache: str | None = None,
@@ -316,6 +333,7 @@ class StreamDataModule(LightningDataModule):
             "max_length": max_length,
             "num_workers": num_workers,
             "bucketed": bucketed,
+            "balanced": balanced,
             "drop_last": drop_last,
             "id_column": id_column,
             "token_cache": token_cache,

@@ -18,12 +18,16 @@ class BucketSampler(DistributedSampler[Any]):
     the steps shuffled. Rank ``r`` of ``n`` takes ``sequence[r::n]``. For the same ``step_size``, the examples of a step
     are therefore the same on any number of ranks and at any accumulation, and all ranks get the same number of batches.
 
+    With ``classes``, an epoch has as many examples as without, and equally many of each class: those of a small class
+    are repeated, all equally often but for one time, and of a large one some are left for another epoch.
+
     It is a ``DistributedSampler``, so Lightning does not replace it and calls its ``set_epoch``.
 
     Args:
         dataset: Dataset to sample; only its length is used.
         step_size: Examples in one optimizer step: batch size x ranks x accumulated batches.
         lengths: Length of each example; None (default) only shuffles.
+        classes: Class of each example, to draw all classes equally often. None (default) draws all examples.
         num_replicas: Number of ranks. Default: 1.
         rank: Rank of this process. Default: 0.
         seed: Seed of the order, the same on all ranks. Default: 0.
@@ -57,6 +61,7 @@ class BucketSampler(DistributedSampler[Any]):
         rank: int = 0,
         seed: int = 0,
         drop_last: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
         if step_size < 1 or step_size % num_replicas:
@@ -64,6 +69,9 @@ class BucketSampler(DistributedSampler[Any]):
         self.step_size = step_size
         self.n_examples = len(dataset)
         self.lengths = None if lengths is None else np.asarray(lengths)
+        self._class_of = (
+            None if classes is None else np.unique(np.asarray(classes, dtype=object), return_inverse=True)[1]
+        )
         steps = self.n_examples // step_size if drop_last else -(-self.n_examples // step_size)
         if steps == 0:
             raise ValueError(
@@ -77,7 +85,7 @@ class BucketSampler(DistributedSampler[Any]):
     def sequence(self) -> np.ndarray:
         """The examples of the epoch in order, for all ranks together."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = np.resize(generator.permutation(self.n_examples), self.total_size)  # repeats or truncates
+        order = self._draws(generator)
         if self.lengths is None:
             return order
         chunk = self.chunk_steps * self.step_size
@@ -86,6 +94,25 @@ class BucketSampler(DistributedSampler[Any]):
         # epoch.
         steps = [part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.step_size) for part in chunks]
         return generator.permutation(np.concatenate(steps)).ravel()
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """How often each example is drawn in relation to the others, float64 ``[examples]``; None if all alike."""
+        if self._class_of is None:
+            return None
+        weights: np.ndarray = 1 / np.bincount(self._class_of)[self._class_of]
+        return weights
+
+    def _draws(self, generator: np.random.Generator) -> np.ndarray:
+        """The examples of the epoch, in random order."""
+        if self._class_of is None:
+            return np.resize(generator.permutation(self.n_examples), self.total_size)  # repeats or truncates
+        numbers = generator.permutation(self._class_of.max() + 1)  # which classes have one draw more is random
+        drawn = [
+            np.resize(generator.permutation(np.flatnonzero(self._class_of == number)), len(share))
+            for number, share in zip(numbers, np.array_split(np.empty(self.total_size), len(numbers)), strict=True)
+        ]
+        return generator.permutation(np.concatenate(drawn))
 
     def __iter__(self) -> Iterator[int]:
         """The rank's examples, starting with the one at index ``start``."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from evertune._lightning import pl
 from evertune.callbacks import Imprinting, LogitAdjustment
+from evertune.callbacks.training_data import TrainingData
+from evertune.streams import Experience, ExperienceDataModule
 
 
 class Counted(Dataset):
@@ -51,3 +54,17 @@ def test_the_targets_of_a_fit_are_read_once_for_all_callbacks() -> None:
         n_targets, n_imprinted, n_trained = 4, 2, 4
         assert data.n_read == n_targets + n_imprinted + n_trained
     assert callbacks[1].counts.tolist() == [3, 1, 2, 2]
+
+
+def test_shares_are_those_of_balanced_draws() -> None:
+    shares: dict[bool, list[float]] = {}
+
+    class Shares(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            shares[balanced] = TrainingData(trainer, "Shares").class_shares().tolist()
+
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for balanced in (False, True):
+        data = ExperienceDataModule(Experience("one", Counted([0] * 6 + [1] * 2)), batch_size=2, balanced=balanced)
+        pl.Trainer(max_epochs=1, callbacks=[Shares()], **settings).fit(Cosine(), data)
+    assert shares[False] == pytest.approx([0.75, 0.25]) and shares[True] == pytest.approx([0.5, 0.5])

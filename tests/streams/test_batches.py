@@ -56,6 +56,43 @@ def test_a_step_holds_the_same_examples_on_any_number_of_ranks(n, step, epoch, b
         assert set(seen) == set(range(n)) and len(seen) - n < step
 
 
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_balanced_epochs_have_all_classes_equally_often_on_any_number_of_ranks(bucketed):
+    classes = ["often"] * 90 + ["some"] * 20 + ["rare"] * 5
+    lengths = np.random.default_rng(0).integers(1, 100, len(classes)) if bucketed else None
+
+    def epoch_of(world, epoch):
+        ranks = [
+            BucketSampler(classes, 8, lengths, num_replicas=world, rank=rank, seed=3, classes=classes)
+            for rank in range(world)
+        ]
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        return np.stack([list(sampler) for sampler in ranks], 1).ravel()
+
+    first = epoch_of(1, 0)
+    assert (first == epoch_of(2, 0)).all() and (first == epoch_of(4, 0)).all()
+    drawn = np.bincount(first, minlength=len(classes))
+    assert [int(part.sum()) for part in np.split(drawn, [90, 110])] == [40, 40, 40]
+    assert set(drawn[:90]) == {0, 1} and set(drawn[90:110]) == {2} and set(drawn[110:]) == {8}
+    often = [set(epoch_of(1, epoch)[epoch_of(1, epoch) < 90]) for epoch in range(12)]
+    assert often[0] != often[1] and set.union(*often) == set(range(90))  # what one epoch leaves out comes in another
+    if bucketed:
+        steps = lengths[first].reshape(-1, 8)
+        assert np.ptp(steps, axis=1).mean() < np.ptp(lengths) / 4
+
+
+def test_a_datamodule_balances_by_the_labels_of_its_task():
+    rows = [{**row, "label": "rare" if number < 4 else "often"} for number, row in enumerate(text_rows(28))]
+    experience = Experience("one", rows, classes=["often", "rare"])
+    batches = ExperienceDataModule(experience, TOKENIZER, batch_size=7, balanced=True).train_dataloader()
+    labels = [label for batch in batches for label in batch["labels"]]
+    assert labels.count("often") == labels.count("rare") == 14
+    plain = ExperienceDataModule(Experience("one", [torch.ones(2)] * 4, classes=[]), balanced=True)
+    with pytest.raises(ValueError, match="example 0 of 'one' has none: leave it out"):
+        plain.train_dataloader()
+
+
 def test_epochs_differ_and_seeds_differ():
     def order(seed, epoch):
         sampler = BucketSampler(range(40), 4, list(range(40)), seed=seed)
