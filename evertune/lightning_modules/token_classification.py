@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evertune._lightning import rank_zero_warn
 from evertune.lightning_modules.heads import LinearHead
+from evertune.lightning_modules.imbalance import Loss, check_imbalance, weighted_losses
 from evertune.lightning_modules.named_classes import NamedClassesModule
 from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.sequence_classification import HEAD_DROPOUT
@@ -57,6 +58,12 @@ class TokenClassificationModule(NamedClassesModule):
         classes: Types of entities known so far, in the order of the head's rows. Default: none.
         scheme: What the tags of records are: ``IOB2`` (default) or ``BIOES``. The model's own tags are IOB2.
         n_classes_ahead: Number of types for which rows are allocated from the start. Default: None.
+        loss: ``cross_entropy`` (default), or ``focal``: words that the model is sure of, most of them ``O``, count less
+            (Lin et al. 2017), see :func:`~evertune.lightning_modules.imbalance.weighted_losses`. Only in training:
+            ``val_loss`` and ``test_loss`` are always cross-entropy without weights, so that they compare.
+        focal_gamma: Exponent of the focal loss, positive. Default: 2, as in the paper.
+        class_weights: Weights of the words of each type in the training loss, a mapping of types (and ``O``) to
+            positive numbers, 1 for the others. Default: None.
         **settings: Those of :class:`TransformerModule`, such as ``learning_rate``. ``dropout`` is also the head's (by
             default 0.1).
 
@@ -80,10 +87,21 @@ class TokenClassificationModule(NamedClassesModule):
         classes: Sequence[str] = (),
         scheme: Scheme = "IOB2",
         n_classes_ahead: int | None = None,
+        loss: Loss = "cross_entropy",
+        focal_gamma: float = 2.0,
+        class_weights: Mapping[str, float] | None = None,
         **settings: Any,
     ) -> None:
+        check_imbalance(loss, focal_gamma, class_weights)
+        if isinstance(class_weights, str):
+            raise ValueError(
+                f"class_weights={class_weights!r} counts the labels of whole texts: for the types of entities, give a "
+                "mapping of names to weights"
+            )
         super().__init__(model_name_or_path, **settings)
         self.task = TokenClassificationTask(scheme)
+        self.gamma = focal_gamma if loss == "focal" else 0.0
+        self.class_weights = class_weights
         self._counts: dict[str, Tensor] = {}
         self._start_classes(classes, n_classes_ahead)
 
@@ -153,12 +171,30 @@ class TokenClassificationModule(NamedClassesModule):
         ranks.
         """
         each = F.cross_entropy(logits.float().movedim(-1, 1), targets, ignore_index=IGNORED, reduction="none")
-        return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
+        return _mean_of_texts(each, targets)
+
+    def training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of the texts to train on: :meth:`loss`, focal or with weights if the settings say so."""
+        if not self.gamma and self.class_weights is None:
+            return self.loss(logits, targets)
+        given = self.class_weights or {}
+        types = [tag.partition("-")[2] or tag for tag in self.tags]
+        weights = torch.tensor([float(given.get(name, 1.0)) for name in types], device=logits.device)
+        counted = targets != IGNORED
+        each = torch.zeros(targets.shape, device=logits.device)
+        each[counted] = weighted_losses(logits[counted], targets[counted], weights=weights, gamma=self.gamma)
+        return _mean_of_texts(each, targets)
+
+    def on_train_start(self) -> None:
+        """Report weights of types that do not exist."""
+        super().on_train_start()
+        if unknown := [name for name in self.class_weights or {} if name not in (*self._classes, OUTSIDE)]:
+            rank_zero_warn(f"class_weights has {unknown}, which are not among the types yet: {self._classes}")
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as ``train_loss``."""
         targets = targets_of(batch)
-        loss = self.loss(self(**without_targets(batch)).logits, targets)
+        loss = self.training_loss(self(**without_targets(batch)).logits, targets)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(targets))
         return loss
 
@@ -275,3 +311,8 @@ class TokenClassificationModule(NamedClassesModule):
                 {"start": start, "end": end, "label": entity.type, "text": text[start:end], "score": min(sure)}
             )
         return found
+
+
+def _mean_of_texts(each: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the texts of the mean loss of the tokens of each that count."""
+    return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()

@@ -166,6 +166,47 @@ def test_the_scores_of_an_epoch_are_over_all_its_entities(bert: str) -> None:
     assert entity_scores([], []).f1 == 0
 
 
+def test_weights_and_focal_loss_are_those_of_each_word(bert: str) -> None:
+    settings: dict[str, Any] = {"classes": ["ORG", "TEAM"], "dropout": 0.0}
+    weighted = TokenClassificationModule(bert, loss="focal", class_weights={"O": 0.25, "TEAM": 3.0}, **settings)
+    plain = TokenClassificationModule(bert, **settings)
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.tensor([[-100, 0, 3, 4], [0, 1, -100, -100]])
+    by_hand = []
+    for row in range(2):
+        losses = []
+        for place in range(4):
+            if (target := int(targets[row, place])) != -100:
+                p = logits[row, place].softmax(-1)[target]
+                losses.append([0.25, 1.0, 1.0, 3.0, 3.0][target] * (1 - p) ** 2 * -p.log())
+        by_hand.append(sum(losses) / len(losses))
+    torch.testing.assert_close(weighted.training_loss(logits, targets), (by_hand[0] + by_hand[1]) / 2)
+    torch.testing.assert_close(weighted.loss(logits, targets), plain.training_loss(logits, targets))
+    weighted.training_loss(logits, torch.full((2, 4), -100)).backward()  # nothing counts: 0, not NaN
+    assert float(logits.grad.abs().sum()) == 0
+    with pytest.raises(ValueError, match="class_weights='balanced' counts the labels of whole texts"):
+        TokenClassificationModule(bert, class_weights="balanced")
+
+
+def test_a_rare_type_is_learned_sooner_with_a_weight(bert: str) -> None:
+    def loss_on_team(**settings: Any) -> float:
+        torch.manual_seed(0)
+        module = TokenClassificationModule(bert, dropout=0.0, learning_rate=1e-3, **settings)
+        some = experience("one", ["ORG", "TEAM"], ["ORG", "TEAM"])
+        data = ExperienceDataModule(some, module.tokenizer, task=module.task, batch_size=8)
+        pl.Trainer(**quiet(max_steps=12)).fit(module, data)
+        (batch,) = ExperienceDataModule(some, module.tokenizer, task=module.task).test_dataloader()
+        batch = module.on_before_batch_transfer(batch, 0)
+        targets = batch.pop("labels")
+        with torch.no_grad():
+            log_p = module.eval()(**batch).logits.log_softmax(-1)
+        return -float(log_p[targets == module.tags.index("B-TEAM")][:, module.tags.index("B-TEAM")].mean())
+
+    assert loss_on_team(class_weights={"TEAM": 10.0}) < 0.9 * loss_on_team()
+    with pytest.warns(UserWarning, match=r"class_weights has \['PER'\], which are not among the types yet"):
+        loss_on_team(class_weights={"PER": 2.0})
+
+
 def test_settings_and_records_that_cannot_work(bert: str) -> None:
     with pytest.raises(ValueError, match=r"scheme must be one of \['IOB2', 'BIOES'\], got 'IOB1'"):
         TokenClassificationModule(bert, scheme="IOB1")  # type: ignore[arg-type]
