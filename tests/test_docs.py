@@ -9,6 +9,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -184,8 +185,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         read_settings(words[2:at], words[at + 1 :], words[1])
         check(words[at + 1 :], monkeypatch, capsys)
     elif command in WITH_PARSER:
-        module = __import__(f"evertune.cli.{command}", fromlist=["_parser"])
-        module._parser().parse_args(arguments)
+        run = getattr(import_module(f"evertune.cli.{command}"), command)
+        import_module(run.__module__)._parser().parse_args(arguments)
     else:
         read: list[Namespace | Path] = []
         monkeypatch.setattr(cli, "run_registry", read.append)
