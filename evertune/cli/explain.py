@@ -32,6 +32,7 @@ example:
 """
 _WIDTH = 120  # characters after which the text of a neighbour is cut
 _N_PARTS = 8
+METHODS = ("occlusion", "integrated_gradients")
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -54,6 +55,7 @@ def explain(arguments: Sequence[str]) -> int:
                 options.version,
                 text=options.text,
                 label=options.label,
+                method=options.method,
                 against=options.against,
                 history=options.history,
                 n_neighbours=options.neighbours,
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("version", nargs="?", default="production", metavar="VERSION", help=f"{one_of} (default: production)")
     add("--text", required=True, help="the text")
     add("--label", metavar="NAME", help="the class to explain (default: the answer)")
+    add("--method", default="occlusion", choices=METHODS, help="how the effect of a word is found (default: occlusion)")
     add("--against", metavar="VERSION", help="another version whose answer is shown")
     add("--history", action="store_true", help="ask all earlier versions: which update changed the answer")
     add("--neighbours", type=int, default=5, metavar="N", help="nearest examples of the memory (default: 5)")
@@ -96,7 +99,9 @@ def show(found: Explanation, screen: Console) -> None:
     screen.print(_coloured(found))
 
     strongest = sorted(found.parts, key=lambda part: -abs(part.effect))[:_N_PARTS]
-    print_part(screen, "Words", ["word", "points"], [[part.text, f"{100 * part.effect:+.1f}"] for part in strongest])
+    unit, scale = ("points", 100.0) if found.method == "occlusion" else ("of the logit", 1.0)
+    effects = [[part.text, f"{scale * part.effect:+.{1 if scale > 1 else 2}f}"] for part in strongest]
+    print_part(screen, "Words", ["word", unit], effects)
     print_part(
         screen,
         "Nearest examples of the memory",

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
+    from evertune.explain.explainer import Explainer as Explainer
+    from evertune.explain.explainer import explain as explain
     from evertune.explain.explanation import Explanation as Explanation
-    from evertune.explain.explanation import explain as explain
 
-__all__, __getattr__, __dir__ = face(__name__, {"evertune.explain.explanation": "Explanation explain"})
+__all__, __getattr__, __dir__ = face(
+    __name__, {"evertune.explain.explanation": "Explanation", "evertune.explain.explainer": "Explainer explain"}
+)

@@ -46,38 +46,50 @@ def memory_of(version: Version) -> MemoryView | None:
     return MemoryView.open(manifest.parent / Path(json.loads(manifest.read_bytes())["file"]).name)
 
 
-def neighbours(module: Any, text: str, memory: MemoryView, n: int = 5, batch_size: int = 64) -> list[Neighbour]:
-    """The examples of a memory whose features are most similar to those of a text, the nearest first.
-
-    One forward pass over the memory, by the module as it is now.
+class Neighbours:
+    """The examples of a memory by their features, which the module as it is now computes once.
 
     Args:
         module: Module with a ``tokenizer`` and ``features(batch)``, which returns a tensor ``[examples, features]``.
-        text: The text.
         memory: The memory.
-        n: Number of examples. Default: 5.
         batch_size: Examples per forward pass. Default: 64.
     """
-    collate, device = task_of(module).collator(module.tokenizer), next(module.parameters()).device
-    found: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for start in range(0, len(memory), batch_size):
-            examples = [_tokens(memory[slot]) for slot in range(start, min(start + batch_size, len(memory)))]
-            batch = {name: value.to(device) for name, value in collate(examples).items()}
-            found.append(module.features(batch).float())
-        query = module.tokenizer(text, truncation=True, return_tensors="pt").to(device)
-        similar = F.cosine_similarity(torch.cat(found), module.features(query).float())
-    nearest = similar.topk(min(n, len(memory)))
-    return [
-        Neighbour(
-            memory.ids[slot],
-            module.tokenizer.decode(memory[slot]["input_ids"], skip_special_tokens=True),
-            memory.labels[slot],
-            memory.experiences[slot],
-            similarity,
-        )
-        for slot, similarity in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-    ]
+
+    def __init__(self, module: Any, memory: MemoryView, batch_size: int = 64) -> None:
+        self._module, self._memory = module, memory
+        collate, device = task_of(module).collator(module.tokenizer), next(module.parameters()).device
+        found: list[torch.Tensor] = []
+        with torch.inference_mode():
+            for start in range(0, len(memory), batch_size):
+                examples = [_tokens(memory[slot]) for slot in range(start, min(start + batch_size, len(memory)))]
+                batch = {name: value.to(device) for name, value in collate(examples).items()}
+                found.append(module.features(batch).float())
+        self._features = torch.cat(found) if found else None
+
+    def nearest(self, text: str, n: int = 5) -> list[Neighbour]:
+        """The examples whose features are most similar to those of a text, the nearest first.
+
+        Args:
+            text: The text.
+            n: Number of examples. Default: 5.
+        """
+        if self._features is None or n == 0:
+            return []
+        module, memory = self._module, self._memory
+        with torch.inference_mode():
+            query = module.tokenizer(text, truncation=True, return_tensors="pt").to(self._features.device)
+            similar = F.cosine_similarity(self._features, module.features(query).float())
+        nearest = similar.topk(min(n, len(memory)))
+        return [
+            Neighbour(
+                memory.ids[slot],
+                module.tokenizer.decode(memory[slot]["input_ids"], skip_special_tokens=True),
+                memory.labels[slot],
+                memory.experiences[slot],
+                similarity,
+            )
+            for slot, similarity in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+        ]
 
 
 def _tokens(example: Any) -> dict[str, Any]:

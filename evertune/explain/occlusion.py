@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from evertune.drift.scripts import places_of
-
-MOST_PARTS = 200
-"""Number of parts of a text that are hidden in turn; those of a longer text are of several words each."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a text.
-
-    Args:
-        start: First character.
-        end: Character after the last.
-        text: The part.
-        effect: Probability of the answer minus that without the part: positive if the part speaks for the answer.
-    """
-
-    start: int
-    end: int
-    text: str
-    effect: float
+from evertune.explain.parts import Part, parts_of
 
 
 def occlusion(module: Any, text: str, label: str, batch_size: int = 32) -> list[Part]:
@@ -49,21 +28,12 @@ def occlusion(module: Any, text: str, label: str, batch_size: int = 32) -> list[
     mask = module.tokenizer.mask_token or ""
     hidden = [f"{text[:start]}{mask}{text[end:]}" for start, end in spans]
     blank = [not one.strip() for one in hidden]  # the only word of a text cannot be left out
-    answers = iter(module.predict([text, *(one for one in hidden if one.strip())], batch_size=batch_size))
+    asked = [text, *(one for one in hidden if one.strip())]
+    # One batch a call, so that a server may answer others in between.
+    batches = [asked[first : first + batch_size] for first in range(0, len(asked), batch_size)]
+    answers = iter([answer for batch in batches for answer in module.predict(batch)])
     whole = next(answers)[label]
     return [
         Part(start, end, text[start:end], 0.0 if is_blank else whole - next(answers)[label])
         for (start, end), is_blank in zip(spans, blank, strict=True)
     ]
-
-
-def parts_of(text: str) -> list[tuple[int, int]]:
-    """Where the words of a text begin and end; of a long one, groups of words.
-
-    Example:
-        >>> parts_of("a good day"), len(parts_of("word " * 1_000))
-        ([(0, 1), (2, 6), (7, 10)], 200)
-    """
-    words = places_of(text)
-    size = max(1, -(-len(words) // MOST_PARTS))
-    return [(words[i][0], words[i : i + size][-1][1]) for i in range(0, len(words), size)]

@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
@@ -96,6 +97,11 @@ class Answering:
     version: Version
     module: Any
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def alone(self) -> AbstractContextManager[Any]:
+        """A context in which no other thread uses the module."""
+        return self._turn
 
     def predict(self, texts: Sequence[Any], **settings: Any) -> Any:
         """The result of ``module.predict``. One thread at a time: a tokenizer holds the settings of a single call."""

@@ -21,8 +21,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evertune.serve.access import Access, Client, DeniedError
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import NotReadyError
+from evertune.serve.explaining import cost_of
 from evertune.serve.hosts import LOOPBACK, is_for
-from evertune.serve.messages import FEEDBACK, PREDICT, Accepted, Answers, Error, Feedback, Many, One, Problem
+from evertune.serve.messages import (
+    EXPLAIN,
+    FEEDBACK,
+    PREDICT,
+    Accepted,
+    Answers,
+    Error,
+    Explained,
+    Feedback,
+    Many,
+    One,
+    Problem,
+)
 from evertune.serve.openapi import page, specification
 from evertune.serve.service import Service
 from evertune.serve.settings import AccessSettings
@@ -78,6 +91,17 @@ class _Endpoints:
         self.access.charge(client, 1 if isinstance(body, One) else len(body.records))
         answers = await self.service.predict(body)
         return _json(answers[0] if isinstance(body, One) else Answers.model_construct(answers=answers))
+
+    async def explain(self, request: Request) -> Response:
+        client = self._admit(request, "explain")
+        asked = await self._read(request, EXPLAIN)
+        self._check_length(len(asked.text), "text")
+        self.access.charge(client, cost_of(asked))
+        try:
+            found = await self.service.explain(asked)
+        except (TypeError, ValueError) as error:
+            raise RefusedError(422, str(error), reason="invalid") from None
+        return _json(Explained.model_validate(found.as_json()))
 
     async def feedback(self, request: Request) -> Response:
         self._admit(request, "feedback")
@@ -158,19 +182,20 @@ class _Endpoints:
             words = f"{len(records)} records, more than {limits.max_records} in a request"
             raise RefusedError(422, words, reason="invalid")
         for number, record in enumerate(records):
-            if record.characters > limits.max_characters:
-                at = "text" if isinstance(body, One) else f"records.{number}.text"
-                words = f"it has {record.characters:,} characters, more than {limits.max_characters:,}"
-                raise RefusedError(
-                    422, "a text is too long", problems=[Problem(at=at, problem=words)], reason="invalid"
-                )
+            self._check_length(record.characters, "text" if isinstance(body, One) else f"records.{number}.text")
+
+    def _check_length(self, n_characters: int, at: str) -> None:
+        most = self.service.limits.max_characters
+        if n_characters > most:
+            words = f"it has {n_characters:,} characters, more than {most:,}"
+            raise RefusedError(422, "a text is too long", problems=[Problem(at=at, problem=words)], reason="invalid")
 
 
 def application(service: Service, access: Access | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> Starlette:
     """The service as an ASGI application, for ``evertune serve`` or a server of your own.
 
-    ``POST /predict`` and ``/feedback``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and ``/docs``. The
-    service starts and ends with the application's lifespan.
+    ``POST /predict``, ``/explain`` and ``/feedback``, ``GET /health``, ``/ready``, ``/metrics``, ``/openapi.json`` and
+    ``/docs``. The service starts and ends with the application's lifespan.
 
     Args:
         service: What answers.
@@ -185,6 +210,7 @@ def application(service: Service, access: Access | None = None, hosts: tuple[str
     endpoints = _Endpoints(service, access or Access(AccessSettings()))
     routes = [
         Route("/predict", endpoints.predict, methods=["POST"]),
+        Route("/explain", endpoints.explain, methods=["POST"]),
         Route("/feedback", endpoints.feedback, methods=["POST"]),
         Route("/health", endpoints.health),
         Route("/ready", endpoints.ready),

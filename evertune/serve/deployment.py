@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.registry.registry import Registry, RegistryError
-from evertune.registry.serving import Precision, Predictor, Served, load
+from evertune.registry.serving import Answering, Precision, Predictor, Served, load
 from evertune.registry.version import Version
 from evertune.serve.batching import Batcher, Predicted, by_length
 from evertune.serve.exported import ServedExport
@@ -79,6 +79,17 @@ class Deployment:
     def module(self) -> Any:
         """The module that answers now; None before the first is loaded."""
         return None if self._served is None else self._served.module
+
+    @property
+    def answering(self) -> Answering | None:
+        """The version of a registry that answers now, with its module; None for an export.
+
+        Raises:
+            NotReadyError: If no version is loaded yet.
+        """
+        if self._served is None:
+            raise NotReadyError(f"{self.role} is not ready: {self._reason}")
+        return None if isinstance(self._served, ServedExport) else self._served.answering
 
     async def start(self) -> None:
         """Load the version, follow its alias, and begin to answer.

@@ -17,7 +17,7 @@ from pathlib import Path
 from evertune.utils.files import write_atomically
 from evertune.utils.typed_json import decode, from_json
 
-SCOPES = ("predict", "feedback", "metrics", "view", "change")
+SCOPES = ("predict", "explain", "feedback", "metrics", "view", "change")
 """What a key may be allowed to do: the first three at ``evertune serve``, the others at ``evertune ui``."""
 
 _KEY = re.compile(r"evt_([0-9a-f]{8})_([0-9A-Za-z_-]{43})")

@@ -7,6 +7,11 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
+from evertune.explain.explainer import Method
+from evertune.explain.explanation import Said
+from evertune.explain.neighbours import Neighbour
+from evertune.explain.parts import Part
+
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 _Part = Annotated[str, Field(min_length=1)]
 _Label = Annotated[str, Field(min_length=1, max_length=1_000)]
@@ -111,6 +116,31 @@ class Feedbacks(_Strict):
     feedback: Annotated[list[Feedback], Field(min_length=1)]
 
 
+class Explain(_Strict):
+    """A text whose answer is to be explained."""
+
+    text: _Part
+    label: _Label | None = Field(default=None, description="The class to explain. Default: the answer.")
+    method: Method = Field(default="occlusion", description="How the effect of each word is found.")
+    neighbours: Annotated[int, Field(ge=0, le=50)] = Field(
+        default=5, description="Number of nearest examples of the version's memory."
+    )
+
+
+class Explained(BaseModel):
+    """Why the version in production gives a text a label, as `evertune explain` says it."""
+
+    text: str
+    version: int = Field(description="Number of the version that answered.")
+    label: str = Field(description="The label that is explained.")
+    method: str
+    probabilities: dict[str, float] = Field(description="The probabilities of the most probable classes.")
+    parts: list[Part] = Field(description="The words of the text, each with its effect.")
+    neighbours: list[Neighbour] = Field(description="The nearest examples of the memory.")
+    history: list[Said]
+    flips: list[list[int]]
+
+
 class Accepted(BaseModel):
     """How many labels were taken."""
 
@@ -142,6 +172,7 @@ def _one_or_many(field: str) -> Discriminator:
 PREDICT: TypeAdapter[One | Many] = TypeAdapter(
     Annotated[Annotated[One, Tag("one")] | Annotated[Many, Tag("many")], _one_or_many("records")]
 )
+EXPLAIN: TypeAdapter[Explain] = TypeAdapter(Explain)
 FEEDBACK: TypeAdapter[Feedback | Feedbacks] = TypeAdapter(
     Annotated[Annotated[Feedback, Tag("one")] | Annotated[Feedbacks, Tag("many")], _one_or_many("feedback")]
 )

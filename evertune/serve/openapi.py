@@ -12,7 +12,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from evertune.serve.messages import Accepted, Answer, Answers, Error, Feedback, Feedbacks, Many, One, TaskAnswer
+from evertune.serve.messages import (
+    Accepted,
+    Answer,
+    Answers,
+    Error,
+    Explain,
+    Explained,
+    Feedback,
+    Feedbacks,
+    Many,
+    One,
+    TaskAnswer,
+)
 
 _REFUSALS = {
     "400": "The body is not JSON",
@@ -30,7 +42,19 @@ _REFUSALS = {
 @cache
 def specification() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    models: list[type[BaseModel]] = [One, Many, Answer, TaskAnswer, Answers, Feedback, Feedbacks, Accepted, Error]
+    models: list[type[BaseModel]] = [
+        One,
+        Many,
+        Answer,
+        TaskAnswer,
+        Answers,
+        Explain,
+        Explained,
+        Feedback,
+        Feedbacks,
+        Accepted,
+        Error,
+    ]
     _, schemas = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -45,6 +69,14 @@ def specification() -> dict[str, Any]:
             "/predict": {
                 "post": _operation(
                     "Answer one text, or several", [One, Many], [Answer, TaskAnswer, Answers], {"text": "Shares fell."}
+                )
+            },
+            "/explain": {
+                "post": _operation(
+                    "Say why a text gets its label: the words that count, and the nearest examples of the memory",
+                    [Explain],
+                    [Explained],
+                    {"text": "Shares fell.", "neighbours": 3},
                 )
             },
             "/feedback": {

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evertune.explain.explanation import Explanation
 from evertune.registry.registry import Registry
 from evertune.registry.serving import Precision, Predictor
 from evertune.serve.batching import OverloadedError
 from evertune.serve.deployment import Deployment, NotReadyError
 from evertune.serve.drift import AnswerWatch
+from evertune.serve.explaining import Explanations
 from evertune.serve.log import RequestLog, share_of
-from evertune.serve.messages import Answer, Feedback, Many, One, Record, TaskAnswer, answer
+from evertune.serve.messages import Answer, Explain, Feedback, Many, One, Record, TaskAnswer, answer
 from evertune.serve.metrics import ServeMetrics
 from evertune.serve.settings import BatchSettings, DriftSettings, LimitSettings, TrafficSettings
 
@@ -101,6 +103,7 @@ class Service:
         # Beside production, a version may be missing: `refused` is, as long as none was.
         self._canary = None if canary is None else deployed("canary", alias=canary, wait=True)
         self._shadow = None if shadow is None else deployed("shadow", alias=shadow, wait=True)
+        self._explanations = Explanations()
         self._comparisons: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -125,6 +128,7 @@ class Service:
         self.draining = True
         for task in self._comparisons:
             task.cancel()
+        await asyncio.to_thread(self._explanations.close)
         for deployment in self.deployments:
             await deployment.close()
         if self._drift is not None:
@@ -154,6 +158,22 @@ class Service:
             self._comparisons.add(task)
             task.add_done_callback(self._comparisons.discard)
         return answers
+
+    async def explain(self, asked: Explain) -> Explanation:
+        """Why the version in production answers a text as it does.
+
+        Raises:
+            OverloadedError: If too many explanations wait.
+            NotReadyError: If no version is loaded yet.
+            TimeoutError: If there is no explanation within ``limits.timeout``.
+            TypeError: If an export answers, or a version that does not classify texts.
+            ValueError: If the text or the label cannot be explained.
+        """
+        answering = self.production.answering
+        if answering is None:
+            raise TypeError("an export answers, and only versions of a registry can be explained")
+        async with asyncio.timeout(self.limits.timeout):
+            return await self._explanations.explain(answering, asked)
 
     def feedback(self, labels: Sequence[Feedback]) -> int:
         """Log labels that came later; returns how many are in the share that is logged.

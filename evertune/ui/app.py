@@ -13,6 +13,7 @@ from evertune.serve.access import Access
 from evertune.serve.hosts import LOOPBACK
 from evertune.serve.settings import AccessSettings
 from evertune.ui.changes import Changes
+from evertune.ui.explaining import Explaining
 from evertune.ui.forms import Forms
 from evertune.ui.guard import Guard
 from evertune.ui.pages import Pages
@@ -49,6 +50,7 @@ def application(
         Route("/", pages.versions),
         Route("/versions/{number:int}", pages.version),
         Route("/drift", pages.drift),
+        Route("/explain", Explaining(registry, templates).page),
         Route("/update", live.page),
         Route("/events", live.events),
         Route("/style.css", _style),

@@ -18,6 +18,7 @@ NAVIGATION = (
     ("/", "Versions"),
     ("/update", "Update"),
     ("/drift", "Drift"),
+    ("/explain", "Explain"),
     ("/quarantine", "Quarantine"),
     ("/pending", "Pending"),
     ("/review", "Review"),

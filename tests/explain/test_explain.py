@@ -12,7 +12,9 @@ import pytest
 
 from evertune.cli.main import main
 from evertune.explain import explain
-from evertune.explain.occlusion import MOST_PARTS, occlusion
+from evertune.explain.gradients import integrated_gradients
+from evertune.explain.occlusion import occlusion
+from evertune.explain.parts import MOST_PARTS
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
@@ -86,15 +88,37 @@ def test_words_neighbours_and_versions(registry: Registry) -> None:
 
 
 def test_an_example_of_the_memory_is_nearest_to_itself(registry: Registry) -> None:
-    from evertune.explain.neighbours import memory_of, neighbours
+    from evertune.explain.neighbours import Neighbours, memory_of
 
     version = registry.version(2)
     memory = memory_of(version)
     assert memory is not None
     module = SequenceClassificationModule.from_pretrained(version.folder() / "model").eval()
     text = module.tokenizer.decode(memory[0]["input_ids"], skip_special_tokens=True)
-    first = neighbours(module, text, memory, 1)[0]
+    first = Neighbours(module, memory).nearest(text, 1)[0]
     assert first.similarity == pytest.approx(1, abs=1e-4) and first.text == text
+
+
+@pytest.mark.parametrize("text", ["the party vote, a law", "goal", "the team " * 200])
+def test_integrated_gradients_add_up_to_the_change_of_the_logit(registry: Registry, text: str) -> None:
+    """Completeness: the logit of the text minus that of the text whose words are masked."""
+    import torch
+
+    module = SequenceClassificationModule.from_pretrained(registry.version(2).folder() / "model").eval()
+    found = integrated_gradients(module, text, "politics")
+    assert [part.text for part in found] == [part.text for part in occlusion(module, text, "politics")]
+    tokenizer, logits = module.tokenizer, []
+    settings = {"truncation": True, "max_length": module.max_tokens, "return_special_tokens_mask": True}
+    encoded = tokenizer(text, return_tensors="pt", **settings)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"].bool()
+    for tokens in (ids, ids.masked_fill(~special, tokenizer.mask_token_id)):
+        with torch.no_grad():
+            logits.append(module(input_ids=tokens).logits[0, module.classes.index("politics")].item())
+    assert abs(logits[0] - logits[1]) > 1e-3
+    assert sum(part.effect for part in found) == pytest.approx(logits[0] - logits[1], rel=0.01, abs=1e-5)
+    shown = explain(registry, 2, text=text, label="politics", method="integrated_gradients", n_neighbours=0)
+    assert shown.method == "integrated_gradients"
+    assert [part.effect for part in shown.parts] == pytest.approx([part.effect for part in found], abs=1e-5)
 
 
 def test_the_update_that_changed_an_answer_is_named(registry: Registry, tmp_path: Path, capsys: Any) -> None:

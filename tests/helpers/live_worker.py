@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,15 @@ def feed(folder: Path, name: str, classes: list[str], n: int, n_bad: int = 0, se
     return ids
 
 
+def poison(folder: Path, name: str, n: int) -> None:
+    """Write a file of tickets whose labels are wrong."""
+    wrong = {"business": "sport", "sport": "business"}
+    feed(folder, name, list(wrong), n)
+    path = folder / "inbox" / f"{name}.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record | {"label": wrong[record["label"]]}) + "\n" for record in records))
+
+
 def updater(folder: str | Path, **changes: Any) -> Updater:
     """The updater of a folder made by :func:`prepare`."""
     folder = Path(folder)
@@ -85,8 +98,19 @@ def lenient_gate(**limits: Any) -> Gate:
     return Gate(**dict.fromkeys(off) | limits)
 
 
-def run(folder: str, **changes: Any) -> dict[str, Any]:
-    """One update in this process."""
+def run(
+    folder: str, limits: dict[str, float] | None = None, until: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    """One update in this process; it is killed when the file ``until`` appears in its registry."""
     torch.set_num_threads(1)
+    if until is not None:
+        threading.Thread(target=_kill_when, args=(Path(folder, "registry", until),), daemon=True).start()
+    changes |= {} if limits is None else {"gate": lenient_gate(**limits)}
     outcome: Outcome = updater(folder, **changes).run()
     return {"status": outcome.status, "words": outcome.words, "version": outcome.version}
+
+
+def _kill_when(landmark: Path) -> None:
+    while not landmark.exists():
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -26,7 +26,18 @@ from evertune.ui.settings import UiSettings
 from tests.helpers.shown import CLASSES, EVIL, FOREIGN, news, queue
 from tests.reports.test_stream import Page
 
-PAGES = ["/", "/?all=1", "/versions/2", "/versions/3", "/drift", "/update", "/quarantine", "/pending", "/review"]
+PAGES = [
+    "/",
+    "/?all=1",
+    "/versions/2",
+    "/versions/3",
+    "/drift",
+    "/update",
+    "/explain",
+    "/quarantine",
+    "/pending",
+    "/review",
+]
 
 
 @pytest.fixture
@@ -135,7 +146,7 @@ def test_nothing_foreign_becomes_markup_or_a_control_character(registry: Registr
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", answer.text)
     assert not re.search(r"(src|href|action)=[\"']?(https?:)?//", answer.text), "nothing from elsewhere"
-    if path not in ("/", "/?all=1", "/update", "/drift"):
+    if path not in ("/", "/?all=1", "/update", "/drift", "/explain"):
         assert "<script>alert(1)</script>" in "".join(page.text) and "[/x]" in answer.text
         assert r"\x1b[31mred\u202e" in answer.text
 
