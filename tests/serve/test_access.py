@@ -90,7 +90,7 @@ def test_a_running_server_notices_changes_and_survives_a_damaged_file(
     ("settings", "message"),
     [
         ({"name": "a b"}, "name must be letters, digits"),
-        ({"scopes": []}, "scopes must be among predict, feedback, metrics, view, change, got none"),
+        ({"scopes": []}, "scopes must be among predict, explain, feedback, metrics, view, change, got none"),
         ({"scopes": ["root"]}, "got root"),
         ({"days": 0}, "days must be positive, got 0"),
         ({"rate": -1}, "rate must be positive, got -1"),
