@@ -84,7 +84,7 @@ def test_by_keyboard(page: Page, url: str) -> None:
     page.keyboard.press("Tab")
     assert focused(page).startswith("Roll back to version 1"), "the first link of the content"
     page.goto(url)
-    for _ in range(5):
+    for _ in range(6):
         page.keyboard.press("Tab")
     assert focused(page) == "Quarantine"
     page.keyboard.press("Enter")
