@@ -364,7 +364,7 @@ METHODS = {
     "ER": Method(_replay, _rates, _own),
     "joint": Method(_naive, _rates, joint=True),
     "naive": Method(_naive, _rates),
-    "EWC": Method(_ewc, _rates_and("ewc_lambda", 0.1, 1.0)),
+    "EWC": Method(_ewc, _rates_and("ewc_lambda", 1.0, 10.0)),
     "preset, no memory": Method(_preset, _untuned, _none),
     "preset, 5 %": Method(_preset, _untuned, _share(0.05)),
     "ER, 5 %": Method(_replay, _rates, _share(0.05), tuned_as="ER"),
