@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from evertune import ContinualTrainer
-from evertune.presets import preset
-from evertune.streams import Experience
+from evertune.callbacks import Replay
+from evertune.presets import Name, preset
+from evertune.streams import Experience, data_incremental
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.tasks.table import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,47 @@ def test_without_a_memory_nothing_is_trained() -> None:
     assert few.callbacks() == []
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "settings"),
+    [
+        ("token_classification", "tags of words", {}),
+        ("question_answering", "question answering", {"stride": 4}),  # the tiny model reads 32 tokens
+        ("causal_lm", "answers to prompts", {}),
+    ],
+)
+def test_other_tasks_run_as_they_are(name: Name, row: str, settings: dict[str, int], tmp_path: Path) -> None:
+    task = ROWS[row]
+    folder = task.pretrained(str(tmp_path))
+    module: Any = preset(name, memory_size=6).make_module(folder, **settings)
+    schema = task.schema_for(module)
+    text = schema.text if isinstance(schema.text, str) else tuple(schema.text)
+    learned = data_incremental(
+        [schema.check(record) for record in task.records * 2],
+        n_experiences=2,
+        text=text,
+        label=schema.label,
+        splits=(0.5, 0.0, 0.5),
+        task=module.task,
+    )
+    chosen = preset(name, memory_size=6, stream=learned, model=folder)
+    assert ("max_length" in chosen.data) == (name != "question_answering"), "its contexts are read in windows"
+    trainer = ContinualTrainer(
+        callbacks=chosen.callbacks(),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **chosen.trainer,
+    )
+    history = trainer.fit_stream(module, learned, **chosen.data)
+    assert [len(row) for row in history.accuracy_matrix] == [2, 2]
+    assert trainer.max_epochs == chosen.trainer["max_epochs"], "a small update gets all epochs"
+    replay = next(one for one in trainer.callbacks if isinstance(one, Replay))
+    assert len(replay.memory) == 6
+    assert trainer.global_step > 0
+
+
 def test_as_a_configuration(model: str) -> None:
     config = preset("text_classification", memory_size=600).config(model)
     assert config["model"]["init_args"]["model_name_or_path"] == model
@@ -82,8 +128,9 @@ def test_as_a_configuration(model: str) -> None:
 @pytest.mark.parametrize(
     ("name", "memory_size", "message"),
     [
-        ("translation", 5, r"there is no preset 'translation'; there are \['text_classification'\]"),
+        ("translation", 5, r"there is no preset 'translation'; there are \['text_classification', 'token_class"),
         ("text_classification", -1, "memory_size must not be negative, got -1"),
+        ("causal_lm", 0, r"preset\('causal_lm'\) replays examples: memory_size must be positive, got 0"),
     ],
 )
 def test_what_there_is_not(name: str, memory_size: int, message: str) -> None:
