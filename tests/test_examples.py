@@ -242,6 +242,7 @@ def test_the_recommendation_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.
     assert "The clicks are simulated" in page and "from scratch" in page
 
 
+@pytest.mark.slow
 def test_customer_service_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny models and made-up messages, with a real server: with the real ones it takes minutes."""
     chance = random.Random(0)

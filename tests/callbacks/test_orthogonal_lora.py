@@ -128,6 +128,7 @@ def test_resumed_in_the_middle_it_ends_in_the_same_bits(optimizer: str, tmp_path
     assert all(torch.equal(method.kept[name], fresh.kept[name]) for name in method.kept)
 
 
+@pytest.mark.slow
 def test_what_two_ranks_saved_gives_the_same_next_step_on_one_and_two(tmp_path: Path) -> None:
     """O-LoRA and InfLoRA, saved between two experiences and within one."""
     start = functools.partial(run_ranks, folder=make_bert(tmp_path / "bert"), out=str(tmp_path))

@@ -71,8 +71,14 @@ def made_of(row: TaskRow, folder: str) -> Any:
     return module.eval()
 
 
-@pytest.mark.parametrize("format", ["safetensors", "onnx"])
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.exported])
+EXPORTED = [name for name, row in ROWS.items() if row.exported]
+TRACED = ("several numbers", "question answering", "tags of words")  # the others in the slow tests: seconds each
+CASES = [(name, "safetensors") for name in EXPORTED] + [
+    pytest.param(name, "onnx", marks=[] if name in TRACED else pytest.mark.slow) for name in EXPORTED
+]
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
 def test_every_task_of_the_table_is_exported(tmp_path: Path, name: str, format: Any) -> None:
     if format == "onnx":
         needs_onnx()

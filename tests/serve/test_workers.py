@@ -91,6 +91,7 @@ def test_two_workers_answer_through_a_promotion_and_one_that_is_killed_is_replac
     registry.rollback()
 
 
+@pytest.mark.slow
 def test_a_server_whose_workers_cannot_start_ends_with_the_reason(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no version 9"):
         Running(registry.store.root, tmp_path, "--workers", "2", "--alias", "9")

@@ -56,7 +56,7 @@ def test_the_masters_of_16_bit_training_live_on(bert: str, stage: int, tmp_path:
         assert rank == {"carried": True, "loaded": True, "finer_than_bf16": True, "dtype": "torch.float32"}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_resumed_in_the_middle_of_an_update(bert: str, stage: int, tmp_path: Path) -> None:
     """Each rank's own part of the importance comes back from the checkpoint, the memory and the draws too."""
     strategy = f"evertune_deepspeed_stage_{stage}"

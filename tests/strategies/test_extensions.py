@@ -28,6 +28,7 @@ def load(**environment: str) -> Path:
     return Path(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_lock_that_a_killed_process_has_left_is_removed() -> None:
     folder = load()
     lock = folder / "deepspeed_shm_comm" / "lock"
