@@ -285,7 +285,7 @@ def _update_length(one: Cell) -> dict[str, Any]:
 
 
 def result(one: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a cell, which is trained if there is no file of it."""
+    """The figures of a cell: from its file, or by training it."""
     path = one.path(options.results)
     if not path.is_file():
         path.write_text(json.dumps(learn(one, options.data), indent=1) + "\n")

@@ -9,7 +9,7 @@ import pytest
 
 from evertune import ContinualTrainer
 from evertune.callbacks import Replay
-from evertune.presets import Name, preset
+from evertune.presets import Name, Preset, preset
 from evertune.streams import Experience, data_incremental
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 from tests.tasks.table import ROWS
@@ -38,10 +38,9 @@ def test_the_longest_texts_are_measured_with_the_tokenizer_of_an_installed_packa
     assert chosen.data["max_length"] == 8
 
 
-def test_with_a_memory_it_runs_as_it_is(model: str) -> None:
-    chosen = preset("text_classification", memory_size=6, stream=stream(), model=model)
-    assert chosen.data["max_length"] % 8 == 0 or chosen.data["max_length"] == 32
-    trainer = ContinualTrainer(
+def trainer_of(chosen: Preset) -> ContinualTrainer:
+    """A quiet trainer with the callbacks and settings of a preset."""
+    return ContinualTrainer(
         callbacks=chosen.callbacks(),
         accelerator="cpu",
         logger=False,
@@ -50,6 +49,12 @@ def test_with_a_memory_it_runs_as_it_is(model: str) -> None:
         enable_checkpointing=False,
         **chosen.trainer,
     )
+
+
+def test_with_a_memory_it_runs_as_it_is(model: str) -> None:
+    chosen = preset("text_classification", memory_size=6, stream=stream(), model=model)
+    assert chosen.data["max_length"] % 8 == 0 or chosen.data["max_length"] == 32
+    trainer = trainer_of(chosen)
     history = trainer.fit_stream(chosen.make_module(model), stream())
     assert [len(row) for row in history.accuracy_matrix] == [2, 2]
     assert [type(one).__name__ for one in chosen.callbacks()] == [
@@ -99,15 +104,7 @@ def test_other_tasks_run_as_they_are(name: Name, row: str, settings: dict[str, i
     )
     chosen = preset(name, memory_size=6, stream=learned, model=folder)
     assert ("max_length" in chosen.data) == (name != "question_answering"), "its contexts are read in windows"
-    trainer = ContinualTrainer(
-        callbacks=chosen.callbacks(),
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **chosen.trainer,
-    )
+    trainer = trainer_of(chosen)
     history = trainer.fit_stream(module, learned, **chosen.data)
     assert [len(row) for row in history.accuracy_matrix] == [2, 2]
     assert trainer.max_epochs == chosen.trainer["max_epochs"], "a small update gets all epochs"

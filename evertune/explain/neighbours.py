@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from evertune.memory.view import MemoryView
 from evertune.registry.version import Version
 from evertune.tasks.base import task_of
+from evertune.tasks.predicting import device_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Neighbours:
 
     def __init__(self, module: Any, memory: MemoryView, batch_size: int = 64) -> None:
         self._module, self._memory = module, memory
-        collate, device = task_of(module).collator(module.tokenizer), next(module.parameters()).device
+        collate, device = task_of(module).collator(module.tokenizer), device_of(module)
         found: list[torch.Tensor] = []
         with torch.inference_mode():
             for start in range(0, len(memory), batch_size):
