@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,8 +93,7 @@ class AnalyticClassificationModule(SequenceClassificationModule):
             freeze_layers=-1,
             dropout=0.0,
         )
-        own = inspect.signature(AnalyticClassificationModule.__init__).parameters
-        self.remove_ignored_hparams([name for name in self.hparams if name not in own])
+        self.keep_hparams_of(AnalyticClassificationModule)
         self._settings: dict[str, Any] = {
             "features": features,
             "solver": solver,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -182,6 +183,11 @@ class TransformerModule(LightningModule):
         self.prompt = None
         self._tokenizer: Any = None
         self._saved: Path | None = None
+
+    def keep_hparams_of(self, cls: type[TransformerModule]) -> None:
+        """Drop from ``hparams`` what the constructor of a class does not take, since the class fixes it."""
+        own = inspect.signature(cls).parameters
+        self.remove_ignored_hparams([name for name in self.hparams if name not in own])
 
     # --- the model
 

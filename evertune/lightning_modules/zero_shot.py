@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -116,8 +115,7 @@ class ZeroShotClassificationModule(SequenceClassificationModule):
             freeze_layers=-1,
             dropout=0.0,
         )
-        own = inspect.signature(ZeroShotClassificationModule.__init__).parameters
-        self.remove_ignored_hparams([name for name in self.hparams if name not in own])
+        self.keep_hparams_of(ZeroShotClassificationModule)
         self.descriptions = described
         self.temperature = temperature if method == "similarity" else 1.0
         self.scorer: Similarity | Cloze | Likelihood
