@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("registry", metavar="REGISTRY", help=REGISTRY)
     add("version", metavar="VERSION", help="its number, or an alias, such as production")
-    add("--format", choices=get_args(Format), default="onnx", help="default: onnx")
+    add("--format", type=_format, choices=get_args(Format), default="onnx", help="default: onnx")
     add("--quantize", choices=get_args(Quantize), help="8-bit weights and matrix products, with onnx (default: fp32)")
     add("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist")
     add("--data", metavar="FILE", help="records to check it on (default: those that the registry holds out)")
@@ -85,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         "--text", nargs="+", metavar="FIELD", help="the field with the text, or both of a pair (default: the version's)"
     )
     add("--label", metavar="FIELD", help="the field with the label (default: the version's)")
-    add("--max_records", type=int, default=1_000, metavar="N", help="held-out records to check it on (default: 1000)")
+    add(
+        "--max_records",
+        type=int,
+        metavar="N",
+        help="held-out records to check it on (default: 1000, or 100 if it generates texts)",
+    )
     add(
         "--min_agreement",
         type=float,
@@ -102,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print JSON, for machines")
     return parser
+
+
+def _format(name: str) -> str:
+    if name == "gguf":
+        from evertune.export.formats import GGUF
+
+        raise argparse.ArgumentTypeError(GGUF)
+    return name
 
 
 def _show(known: argparse.Namespace, check: Check, manifest: ExportManifest | None) -> None:

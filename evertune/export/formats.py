@@ -10,6 +10,7 @@ from evertune.export.kinds import input_names, kind
 from evertune.export.manifest import Format, Quantize
 from evertune.lightning_modules.adapters import merge_adapters
 from evertune.lightning_modules.saving import read_manifest
+from evertune.lightning_modules.text_matching import TextMatchingModule
 from evertune.lightning_modules.transformer import TransformerModule
 
 LIBRARIES: dict[Format, tuple[str, ...]] = {
@@ -19,6 +20,11 @@ LIBRARIES: dict[Format, tuple[str, ...]] = {
 }
 """Packages that take part in writing each format."""
 
+GGUF = (
+    "GGUF is written by llama.cpp, and not by evertune: export with format='safetensors' to a folder OUT, and run "
+    "`python convert_hf_to_gguf.py OUT/model --outfile model.gguf` in a checkout of llama.cpp"
+)
+
 
 def check_format(format: Format, quantize: Quantize | None) -> None:
     """Refuse formats and quantizations that do not exist, or not together.
@@ -26,6 +32,8 @@ def check_format(format: Format, quantize: Quantize | None) -> None:
     Raises:
         ValueError: If they do not; the message names those that do.
     """
+    if str(format) == "gguf":
+        raise ValueError(GGUF)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
     if quantize is not None and quantize not in get_args(Quantize):
@@ -56,6 +64,8 @@ def merged(folder: Path) -> TransformerModule:
     if module.peft is not None:
         merge_adapters(module.backbone)
         module.peft = module.hparams["peft"] = None
+        if isinstance(module, TextMatchingModule):
+            module.index = None  # of weights under other names
     return module
 
 

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
 from evertune.lightning_modules.backbone import accepted_inputs
+from evertune.lightning_modules.causal_lm import CausalLMModule
+from evertune.lightning_modules.generation import GenerationModule
+from evertune.lightning_modules.item_index import ItemIndex
 from evertune.lightning_modules.ordinal_classification import OrdinalClassificationModule
 from evertune.lightning_modules.question_answering import QuestionAnsweringModule
 from evertune.lightning_modules.relation_extraction import RelationExtractionModule
+from evertune.lightning_modules.seq2seq import Seq2SeqModule
 from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
 from evertune.lightning_modules.sequence_regression import SequenceRegressionModule
+from evertune.lightning_modules.text_matching import TextMatchingModule
 from evertune.lightning_modules.token_classification import TokenClassificationModule
 from evertune.lightning_modules.transformer import TransformerModule
 
@@ -34,6 +39,9 @@ _KINDS: dict[str, type[TransformerModule]] = {
         TokenClassificationModule,
         RelationExtractionModule,
         QuestionAnsweringModule,
+        TextMatchingModule,
+        CausalLMModule,
+        Seq2SeqModule,
     )
 }
 """Modules that can be exported. Looked up by name, and never imported by one: a file must not be able to run code."""
@@ -50,6 +58,19 @@ def kind(name: str) -> type[TransformerModule]:
     if name not in _KINDS:
         raise ValueError(f"{name} cannot be exported: it must be one of {', '.join(_KINDS)}")
     return _KINDS[name]
+
+
+def check_graph(module: TransformerModule) -> None:
+    """Make sure that the answers of a module come from one pass over the tokens, which is what a graph computes.
+
+    Raises:
+        ValueError: If it generates texts.
+    """
+    if isinstance(module, GenerationModule):
+        raise ValueError(
+            f"{type(module).__name__} generates texts, token after token: export it with format='safetensors', which "
+            "transformers and servers of language models read"
+        )
 
 
 def input_names(module: TransformerModule) -> list[str]:
@@ -80,7 +101,7 @@ def answering(name: str, settings: Mapping[str, Any], folder: Path, inputs: list
         inputs: Names of the inputs of the export, in their order.
         run: Computes the logits.
     """
-    module = kind(name)(**{**settings, "model_name_or_path": str(folder)})
+    module: TransformerModule = kind(name)(**{**settings, "model_name_or_path": str(folder)})
 
     def forward(**batch: Tensor) -> ExportedOutput:
         return ExportedOutput(torch.from_numpy(run({name: batch[name].numpy() for name in inputs})))
@@ -88,4 +109,8 @@ def answering(name: str, settings: Mapping[str, Any], folder: Path, inputs: list
     # Attributes of the instance, so that everything that asks for logits gets those of the export.
     module.forward = forward  # type: ignore[method-assign]
     module.configure_model = lambda: None  # type: ignore[method-assign]
+    index = ItemIndex.load(folder)
+    if index is not None and isinstance(module, TextMatchingModule):
+        module.set_items(index.items)
+        module.index = index
     return module.eval()

@@ -27,11 +27,12 @@ class Check:
 
     Args:
         records: Number of records.
-        agreement: Share of the records with the same answer.
+        agreement: Share of the records with the same answer; of text matching, with the same best candidate.
         score: Mean score of the export's answers, as the gate scores them: for a classifier, the share of the records
             that it answers correctly. None if the records have no labels.
         source_score: The same of the source.
-        largest_change: Largest difference in a probability; for a regression, in a number, as a multiple of ``scale``.
+        largest_change: Largest difference in a probability: of a class, a candidate, or (its likelihood) a record's own
+            answer; for a regression, in a number, as a multiple of ``scale``.
         cost: Time of the export's answers, tokenisation included, and size of its weights.
         source_cost: The same of the source in fp32, measured in turns with the export.
         threads: Number of threads of both.

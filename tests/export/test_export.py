@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from evertune.cli.main import main
 from evertune.export import ExportedModel, RefusedExportError, export
 from evertune.export.graph import traced
-from evertune.export.kinds import input_names
+from evertune.export.kinds import input_names, kind
 from evertune.export.torch_program import check_program, write_program
-from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
+from evertune.lightning_modules import AnalyticClassificationModule, CausalLMModule, SequenceClassificationModule
 from evertune.live.slices import save_slice
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
+from tests.helpers.generation import records, tiny_llama
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
 from tests.tasks.table import ROWS, TaskRow
 
@@ -71,10 +73,11 @@ def made_of(row: TaskRow, folder: str) -> Any:
     return module.eval()
 
 
-EXPORTED = [name for name, row in ROWS.items() if row.exported]
-TRACED = ("several numbers", "question answering", "tags of words")  # the others in the slow tests: seconds each
-CASES = [(name, "safetensors") for name in EXPORTED] + [
-    pytest.param(name, "onnx", marks=[] if name in TRACED else pytest.mark.slow) for name in EXPORTED
+TRACED = ("several numbers", "question answering", "tags of words", "text matching")  # the others, slow: seconds each
+CASES = [(name, "safetensors") for name in ROWS] + [
+    pytest.param(name, "onnx", marks=[] if name in TRACED else pytest.mark.slow)
+    for name, row in ROWS.items()
+    if "onnx" in row.exported
 ]
 
 
@@ -93,12 +96,66 @@ def test_every_task_of_the_table_is_exported(tmp_path: Path, name: str, format: 
     assert check.largest_change < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if not row.exported])
-def test_other_tasks_are_refused_by_name(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["answers to prompts", "sequence to sequence"])
+def test_generation_is_not_exported_as_a_graph(tmp_path: Path, name: str) -> None:
     module = made_of(ROWS[name], str(tmp_path / "model"))
-    with pytest.raises(ValueError, match=f"{type(module).__name__} cannot be exported: it must be one of Sequence"):
+    with pytest.raises(ValueError, match=f"{type(module).__name__} generates texts, token after token: export it with"):
         export(module, tmp_path / "out", data=RECORDS)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_modules_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="ZeroShotClassificationModule cannot be exported: it must be one of Sequence"):
+        kind("ZeroShotClassificationModule")
+
+
+def test_a_language_model_is_a_plain_folder_with_adapters_merged(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason='peft is not installed (pip install "evertune[peft]")')
+    settings = {"method": "lora", "r": 2, "target_modules": ["gate_proj", "down_proj"]}
+    module = CausalLMModule(tiny_llama(tmp_path / "llama"), peft=settings, generation={"max_new_tokens": 4})
+    module.configure_model()
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_()
+    asked = {"text": "prompt", "label": "answer", "data": records("colours")}
+    made = export(module.eval(), tmp_path / "out", format="safetensors", **asked)
+    check = made.manifest.check
+    assert check is not None and (check.agreement, check.records) == (1.0, 4)
+    assert check.largest_change < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    tokens = module.tokenizer(["what is the north city"], return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(plain(**tokens).logits, module(**tokens).logits, atol=1e-4)
+    assert made.predict(["what is the west city"]) == module.predict(["what is the west city"])
+
+
+def test_another_likelihood_shows_in_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = made_of(ROWS["answers to prompts"], str(tmp_path / "model"))
+    monkeypatch.setattr("evertune.export.exporting.ExportedModel", Colder)
+    asked = {"text": "prompt", "label": "answer", "data": ROWS["answers to prompts"].records}
+    with pytest.raises(RefusedExportError, match="it loses") as refused:
+        export(module, tmp_path / "out", format="safetensors", **asked)
+    assert refused.value.check.agreement == 1.0  # the most probable token stays the same
+    assert refused.value.check.largest_change > 0.01
+
+
+@pytest.mark.parametrize("name", ["text matching", pytest.param("recommendation", marks=pytest.mark.slow)])
+def test_a_ranking_is_exported_with_its_items(tmp_path: Path, name: str) -> None:
+    needs_onnx()
+    row = ROWS[name]
+    module = made_of(row, str(tmp_path / "model"))
+    schema = row.schema_for(module)
+    asked = {"data": list(row.records), "text": schema.text, "label": schema.label}
+    export(module, tmp_path / "out", format="onnx", **asked)
+    made = ExportedModel.load(tmp_path / "out")
+    for old, new in zip(module.predict(["the team"], top=3)[0], made.predict(["the team"])[0], strict=False):
+        assert new["score"] == pytest.approx(old["score"], abs=1e-5)
+        assert new["item"] == old["item"]
+    pair = ("the team", "a goal")
+    assert made.predict([pair])[0]["score"] == pytest.approx(module.predict([pair])[0]["score"], abs=1e-5)
+    with pytest.raises(ValueError, match="name its field"):
+        export(module, tmp_path / "other", format="safetensors", **asked | {"label": "none"})
 
 
 @pytest.mark.parametrize(("pooling", "head"), [("cls", "linear"), ("last", "cosine")])
@@ -163,7 +220,8 @@ def test_int8_is_smaller_and_close(module: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "gguf"}, "format must be one of safetensors, torch_export, onnx, got 'gguf'"),
+        ({"format": "coreml"}, "format must be one of safetensors, torch_export, onnx, got 'coreml'"),
+        ({"format": "gguf"}, "`python convert_hf_to_gguf.py OUT/model --outfile model.gguf` in a checkout of llama"),
         ({"quantize": "int4"}, "quantize must be int8 or None, got 'int4'"),
         ({"format": "safetensors", "quantize": "int8"}, "quantize='int8' goes with format='onnx'"),
         ({"min_agreement": 2.0}, "min_agreement must be between 0 and 1, got 2.0"),
@@ -180,6 +238,14 @@ def test_wrong_settings_are_refused_by_name(module: Any, tmp_path: Path, setting
 def test_a_folder_that_exists_is_left_alone(module: Any, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="name a new folder"):
         export(module, tmp_path, format="safetensors", data=RECORDS)
+
+
+class Colder(ExportedModel):
+    """An export of a language model that is surer of everything."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.module.backbone.lm_head.register_forward_hook(lambda head, inputs, logits: 100 * logits)
 
 
 class Wrong(ExportedModel):
@@ -266,6 +332,13 @@ def test_a_version_is_exported_on_its_held_out_records(
     assert ended.value.code == 4
     assert "refused, and nothing is written: it agrees with its source on 0.0%" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_gguf_is_refused_with_the_command_that_writes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "registry", "1", "--format", "gguf", "--output", "out"])
+    assert ended.value.code == 2
+    assert "convert_hf_to_gguf.py OUT/model --outfile model.gguf" in capsys.readouterr().err
 
 
 def test_the_server_answers_with_an_export(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ class TaskRow:
         schema: Arguments of `RecordSchema`: the names and types of the fields.
         pretrained: Writes the pretrained transformer to a folder. Default: a tiny BERT.
         served: Whether the texts of a record are all that a prediction needs. Default: True.
-        exported: Whether the module can be exported. Default: True.
+        exported: The formats to which the module can be exported. Default: all.
     """
 
     module: Callable[[str], Any]
@@ -46,7 +46,7 @@ class TaskRow:
     schema: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Callable[[str], Any] = tiny_bert
     served: bool = True
-    exported: bool = True
+    exported: Sequence[str] = ("safetensors", "torch_export", "onnx")
 
     def schema_for(self, module: Any) -> RecordSchema:
         """The schema of the records, with the checks of the module's task."""
@@ -169,7 +169,7 @@ ROWS: dict[str, TaskRow] = {
             ({"prompt": "what", "answer": " "}, "field 'answer': there is no answer to learn: the text is empty"),
             ({"prompt": "what", "answer": ["big"]}, "there is no answer to learn: the text is a list"),
         ],
-        exported=False,
+        exported=("safetensors",),
     ),
     "dialogues": TaskRow(
         module=lambda folder: CausalLMModule(folder, packing=True, score="exact_match"),
@@ -182,7 +182,7 @@ ROWS: dict[str, TaskRow] = {
             ({"messages": []}, "a conversation is a list of messages"),
             ({"messages": ["what", "big"]}, "message 1 is a str, not a mapping with role and content"),
         ],
-        exported=False,
+        exported=("safetensors",),
     ),
     "plain texts": TaskRow(
         module=CausalLMModule,
@@ -190,7 +190,7 @@ ROWS: dict[str, TaskRow] = {
         schema={"label": None},
         pretrained=tiny_llama,
         refused=[({"text": " "}, "field 'text': the text is empty")],
-        exported=False,
+        exported=("safetensors",),
     ),
     "sequence to sequence": TaskRow(
         module=lambda folder: Seq2SeqModule(folder, generation={"max_new_tokens": 3}),
@@ -198,7 +198,7 @@ ROWS: dict[str, TaskRow] = {
         schema={"text": "prompt", "label": "answer"},
         pretrained=tiny_t5,
         refused=[({"prompt": "what", "answer": ""}, "field 'answer': there is no answer to learn: the text is empty")],
-        exported=False,
+        exported=("safetensors",),
     ),
     "tags of words": TaskRow(
         module=TokenClassificationModule,
@@ -274,7 +274,6 @@ ROWS: dict[str, TaskRow] = {
             (asked_for("the bank", "a law", " "), "field 'negatives': negative 2 of 2: the text is empty"),
             (asked_for("the bank", "a law", "the bank"), "the positive 'the bank' is among the negatives"),
         ],
-        exported=False,
     ),
     "recommendation": TaskRow(
         module=lambda folder: with_items(folder, architecture="cross_encoder"),
@@ -285,6 +284,5 @@ ROWS: dict[str, TaskRow] = {
             ({"history": ["a law", ""], "clicked": "a law"}, "field 'history': item 2 of 2: the text is empty"),
             ({"history": ["a law"], "clicked": " "}, "field 'clicked': the text is empty"),
         ],
-        exported=False,
     ),
 }
