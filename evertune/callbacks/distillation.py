@@ -137,6 +137,7 @@ class Distillation(LogitsMethod):
                 raise ValueError(
                     f"Distillation(examples={self.examples!r}) needs a Replay; add one, or distil on examples='new'"
                 )
+            self._replay.check_whole(f"Distillation(examples={self.examples!r})")
             if isinstance(self._replay, DarkReplay) and self.of == "logits":
                 raise ValueError(
                     f"Distillation(examples={self.examples!r}) and DarkReplay both give logits for the replayed "

@@ -58,6 +58,7 @@ class ReferenceMethod(GradientMethod):
         self._replay = Replay.of(trainer)
         if self._replay is None:
             raise ValueError(f"{name} needs the memory of a Replay: add Replay(memory_size=...) to the callbacks")
+        self._replay.check_whole(name)
         if not pl_module.automatic_optimization:
             raise ValueError(f"{name} needs automatic optimization: it runs training_step a second time")
         if self.reference_size % trainer.world_size:

@@ -43,12 +43,13 @@ def by_length(indices: Sequence[int], lengths: Lengths | None) -> list[int]:
     return [indices[place] for place in longest_first([lengths[index] for index in indices])]
 
 
-def rounds(indices: Sequence[int], trainer: pl.Trainer) -> Iterator[tuple[list[int], bool]]:
+def rounds(indices: Sequence[int], trainer: pl.Trainer, size: int | None = None) -> Iterator[tuple[list[int], bool]]:
     """Batches of this rank, equally many on all ranks; False with one that is too many.
 
-    Whole batches go to the ranks in turn, so that an example is padded as on one process.
+    Whole batches go to the ranks in turn, so that an example is padded as on one process. They have ``size`` examples,
+    by default :func:`batch_size`.
     """
-    size = batch_size(trainer)
+    size = size or batch_size(trainer)
     batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
     for start in range(0, len(batches), trainer.world_size):
         mine = start + trainer.global_rank

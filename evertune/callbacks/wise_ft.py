@@ -81,6 +81,7 @@ class WiSEFT(AveragingMethod):
             self._replay = Replay.of(trainer)
             if self._replay is None:
                 raise ValueError("WiSEFT chooses on the memory of a Replay: add one, or use VersionAveraging")
+            self._replay.check_whole("WiSEFT")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with the weights of this fit, unless it resumes from a checkpoint."""

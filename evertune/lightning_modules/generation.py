@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from evertune.lightning_modules.transformer import TransformerModule
 from evertune.metrics.modules import Perplexity
 from evertune.tasks.generation import GenerationTask, answer_sums
 from evertune.utils.evaluation import evaluation_mode
+from evertune.utils.sharding import is_sharded
 
 Adapters = Mapping[str, Any] | Literal["auto"] | None
 LARGE = 1_000_000_000
@@ -28,6 +29,20 @@ _RANK, _FASTER = 16, 10.0
 _NEW_TOKENS = 128
 _LONGEST_UNLIMITED = 2048
 """Tokens of a prompt for models without a maximum."""
+
+
+class Written(NamedTuple):
+    """What a model has written after a prompt.
+
+    Args:
+        tokens: Its tokens, ``[tokens]``, on the CPU; the end token is the last one.
+        text: The same without special tokens.
+        ended: Whether there is an end token; if not, ``max_new_tokens`` cut the text off.
+    """
+
+    tokens: Tensor
+    text: str
+    ended: bool
 
 
 class GenerationModule(TransformerModule):
@@ -136,11 +151,38 @@ class GenerationModule(TransformerModule):
             attention_mask: 1 for a token and 0 for padding.
             settings: Settings of transformers' ``generate``, which replace those of the module.
         """
+        written = self._generated(input_ids, attention_mask, **settings)
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def write(self, prompts: Sequence[Tensor], **settings: Any) -> list[Written]:
+        """What the model writes after each prompt, all of them read as one batch. Call on every rank.
+
+        Args:
+            prompts: Tokens of each prompt, ``[tokens]``, at least one and at most :attr:`max_prompt_tokens`.
+            settings: Settings of transformers' ``generate``, which replace those of the module.
+        """
+        ends = torch.tensor(self._end_tokens())
+        is_pair = self.backbone.config.is_encoder_decoder
+        written = self._generated(*self._padded(prompts, "right" if is_pair else "left"), **settings).cpu()
+        answers = []
+        for tokens in written[:, 1:] if is_pair else written:  # the decoder of a pair begins with a start token
+            stops = torch.isin(tokens, ends).nonzero().flatten().tolist()
+            kept = tokens[: stops[0] + 1] if stops else tokens
+            answers.append(Written(kept, self.tokenizer.decode(kept, skip_special_tokens=True).strip(), bool(stops)))
+        return answers
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The number of tokens of a prompt that leaves room for an answer."""
+        return self._longest_prompt(None, {}, reserved=not self.backbone.config.is_encoder_decoder)
+
+    def _generated(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
+        """The tokens that the model writes, ``[batch, tokens]``; an encoder-decoder's begin with its start token."""
         chosen = self._defaults | settings
-        # Under ZeRO-3, a rank whose texts have ended must keep taking part in the forward passes of the others.
-        sharded = any(hasattr(weight, "ds_id") for weight in self.parameters())
+        # A rank whose texts have ended must keep taking part in the forward passes of the others.
+        sharded = any(hasattr(weight, "ds_id") or is_sharded(weight) for weight in self.parameters())
         with quiet_transformers():
-            written = self.backbone.generate(
+            written: Tensor = self.backbone.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -148,9 +190,14 @@ class GenerationModule(TransformerModule):
                 synced_gpus=sharded and dist.is_initialized() and dist.get_world_size() > 1,
                 **chosen,
             )
-        n_read = 0 if self.backbone.config.is_encoder_decoder else input_ids.shape[1]
-        texts: list[str] = self.tokenizer.batch_decode(written[:, n_read:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return written if self.backbone.config.is_encoder_decoder else written[:, input_ids.shape[1] :]
+
+    def _padded(self, prompts: Sequence[Tensor], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+        """Prompts of tokens as ``input_ids`` and ``attention_mask``, ``[batch, tokens]``, on the device."""
+        rows = [prompt.to(self.device) for prompt in prompts]
+        token = self.tokenizer.pad_token_id
+        ids = pad_sequence(rows, batch_first=True, padding_value=token, padding_side=side)
+        return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
 
     @property
     def _defaults(self) -> dict[str, Any]:
@@ -174,10 +221,8 @@ class GenerationModule(TransformerModule):
         with evaluation_mode(self), gathered(self), torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
-                rows = [torch.tensor(prompts[place], device=self.device) for place in places]
-                ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side=side)
-                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-                for place, text in zip(places, self.generate(ids, mask, **settings), strict=True):
+                batch = self._padded([torch.tensor(prompts[place]) for place in places], side)
+                for place, text in zip(places, self.generate(*batch, **settings), strict=True):
                     texts[place] = text
         return texts
 

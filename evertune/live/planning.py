@@ -204,7 +204,7 @@ class Planner:
         if limit is None or refusals < limit:
             return "update"
         if remembered(self._setup.versions.folder(production)) is None:
-            logger.warning("no rebuild after %d refusals: production has no replay memory", refusals)
+            logger.warning("no rebuild after %d refusals: production has no replay memory of whole examples", refusals)
             return "update"
         return "rebuild"
 

@@ -171,7 +171,7 @@ def _data(
 
 
 def remembered(production: Path) -> MemoryView | None:
-    """The replay memory of a version; None if it has none."""
+    """The replay memory of a version; None if it has none, or one of prompts without answers."""
     manifest = next((production / LEARNING).glob("*/memory.json"), None)  # of Replay, or of a method derived from it
     if manifest is None:
         return None
@@ -179,4 +179,5 @@ def remembered(production: Path) -> MemoryView | None:
         name = decode(manifest.read_bytes())["file"]
         if Path(name).name != name:
             raise ValueError(f"it names a file outside its folder: {name!r}")
-    return MemoryView.open(manifest.with_name(name))
+    view = MemoryView.open(manifest.with_name(name))
+    return None if view.settings.get("content") == "prompts" else view

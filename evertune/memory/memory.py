@@ -29,6 +29,7 @@ from evertune.utils.files import write_atomically
 from evertune.utils.scratch import scratch_folder
 
 Labels = Sequence[Label] | Callable[[Any], Label]
+Content = Literal["examples", "prompts"]
 
 _FORMAT = "evertune-memory-1"
 _MANIFEST = "memory.json"
@@ -51,6 +52,7 @@ class _Settings:
     policy: str
     seed: int
     seen: int
+    content: Content = "examples"
 
 
 class Examples(Protocol):
@@ -77,6 +79,8 @@ class ReplayMemory:
         directory: Folder for the working file, which is kept in a subfolder that is deleted with this object, or by the
             next memory there if the process is killed. By default the system's temporary folder. Use :meth:`save` to
             keep the memory.
+        content: ``"examples"`` (default), or ``"prompts"`` for examples without their answers: a note for whoever reads
+            the memory, which is kept with it. What is stored is what :meth:`update` is given.
 
     Raises:
         ValueError: If ``memory_size`` is not positive, ``seed`` is negative, or the policy is unknown.
@@ -94,6 +98,7 @@ class ReplayMemory:
         policy: str | Policy = "reservoir",
         seed: int = 0,
         directory: str | Path | None = None,
+        content: Content = "examples",
     ) -> None:
         if memory_size <= 0:
             raise ValueError(f"memory_size must be positive, got {memory_size}")
@@ -102,6 +107,7 @@ class ReplayMemory:
         self.memory_size = memory_size
         self.policy = make_policy(policy)
         self.seed = seed
+        self.content = content
         self.generation = 0
         """Number of files written so far; readers reopen the file when it changes."""
         self._parent = directory
@@ -260,6 +266,24 @@ class ReplayMemory:
             write_atomically(self.path(self.generation), serialised(table, view.settings))
         self._view = (-1, MemoryView.empty())
 
+    def fill(self, view: MemoryView, slots: Sequence[int], examples: Sequence[Any], *, is_writer: bool = True) -> None:
+        """Replace the content by examples that were made from those of another memory, and keep their ids and classes.
+
+        Args:
+            view: The other memory.
+            slots: Slots of the examples there.
+            examples: What was made of each of them.
+            is_writer: As for :meth:`update`.
+        """
+        if is_writer:
+            table = view.table.take(pa.array(slots, pa.int64()))
+            made = {"length": [length_of(one) for one in examples], "data": [encode(one) for one in examples]}
+            for name, values in made.items():
+                field = SCHEMA.field(name)
+                table = table.set_column(SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+            self._write([table], view.settings.get("seen", 0))
+        self.generation += 1
+
     def forget(self, ids: Iterable[str], is_writer: bool = True) -> int:
         """Erase examples: the file is rewritten without them, older files are deleted, and the new file is searched.
 
@@ -401,6 +425,7 @@ class ReplayMemory:
             "format": _FORMAT,
             "policy": self.policy.name,
             "seed": self.seed,
+            "content": self.content,
             "memory_size": self.memory_size,
         }
 
@@ -432,7 +457,7 @@ class ReplayMemory:
             settings = typed_json.from_json(_Settings, view.settings)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{source} is corrupt, or is not a replay memory of this version: {error}") from error
-        for name, mine in (("policy", self.policy.name), ("seed", self.seed)):
+        for name, mine in (("policy", self.policy.name), ("seed", self.seed), ("content", self.content)):
             if (filled := getattr(settings, name)) != mine:
                 raise ValueError(
                     f"{source} was filled with {name}={filled!r}, this memory has {name}={mine!r}; "

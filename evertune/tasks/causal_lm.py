@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evertune.sources.conversations import conversation_in, messages_value
@@ -110,6 +111,26 @@ class CausalLMTask(GenerationTask):
             cache,
             (key, tokenizer, max_length),
         )
+
+    def prompt_of(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """An example without its answers: the tokens before the first of them, none of a text learned as a whole."""
+        prompt = super().prompt_of(example)
+        if "labels" in example:
+            counts: Tensor = example["labels"] != IGNORED
+            prompt["input_ids"] = example["input_ids"][: int(counts.int().argmax()) if counts.any() else None]
+        return prompt
+
+    def answered(self, prompt: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+        """The example of a prompt (:meth:`prompt_of`) and the tokens of an answer ``[tokens]``, its end included.
+
+        Example:
+            >>> import torch
+            >>> CausalLMTask().answered({"input_ids": torch.tensor([5, 6])}, torch.tensor([7, 2]))
+            {'input_ids': tensor([5, 6, 7, 2]), 'labels': tensor([-100, -100,    7,    2])}
+        """
+        read: Tensor = prompt["input_ids"]
+        labels = torch.cat([torch.full_like(read, IGNORED), answer])
+        return {**prompt, "input_ids": torch.cat([read, answer]), "labels": labels}
 
     def outputs(self, module: pl.LightningModule, batch: Any) -> Outputs:
         """Logits and targets of a batch: each position is scored on the next token."""

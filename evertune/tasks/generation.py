@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,14 @@ class GenerationTask(Task):
     def label_names(self, value: Any) -> list[str]:
         """None: an answer is not a class."""
         return []
+
+    def prompt_of(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """An example of the dataset without its answer: ``input_ids`` are what the model reads before it writes one."""
+        return {name: value for name, value in example.items() if name != "labels"}
+
+    def answered(self, prompt: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+        """The example of a prompt (:meth:`prompt_of`) and the tokens of an answer ``[tokens]``, its end included."""
+        return {**prompt, "labels": answer}
 
     def check_label(self, value: Any) -> str:
         """The answer of a record: a text that is not empty.

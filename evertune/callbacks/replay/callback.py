@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from evertune._lightning import (
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.collate import UNSTORABLE, Extra, Joined, ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.lengths import StepLengths
+from evertune.callbacks.replay.self_answers import SelfAnswers, check_prompt, check_writes
 from evertune.callbacks.replay.spool import (
     Capture,
     Record,
@@ -44,7 +45,7 @@ from evertune.callbacks.state import load_state
 from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
 from evertune.memory.codec import decode, encode
 from evertune.memory.draws import Draws
-from evertune.memory.memory import ReplayMemory
+from evertune.memory.memory import Content, ReplayMemory
 from evertune.memory.policies import Policy
 from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
@@ -57,6 +58,7 @@ from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
 
+Source = Literal["data", "self"]
 _ALL = 1 << 62
 _EXTRA = (0, 2)  # the name of the extra examples' draws
 _STATE = "replay.json"
@@ -115,11 +117,23 @@ class Replay(ContinualCallback):
             in the memory: a part of the data of pretraining, for example. A dataset that is read by index, whose
             examples the loader's ``collate_fn`` can join to the new ones.
         extra_ratio: Examples of ``extra`` per new one in a batch. Default: 0.05.
+        source: Where replayed answers come from: ``"data"`` (default), as they were learned; or ``"self"``, for modules
+            that write texts: the memory keeps only prompts, and at the start of an update the model answers those that
+            the update can draw, and those of ``extra``. See the notes.
+
+    With ``source="self"`` nothing of an answer is kept, and the old model's own answers are what its update must not
+    change (Huang et al. 2024, "Mitigating Catastrophic Forgetting in Large Language Models with Self-Synthesized
+    Rehearsal"). Answers are written as the module's ``generation`` says, greedily by default; sampled ones are seeded
+    by the seed and the update, and the same on any number of ranks. Answers that are empty, that ``max_new_tokens``
+    cuts off or that repeat themselves are dropped, and so are prompts that leave no room for an answer: how many is
+    reported, and in :attr:`SelfAnswers.counts <evertune.callbacks.replay.self_answers.SelfAnswers.counts>` of
+    ``replay.answers``. A checkpoint holds the answers of its update.
 
     Raises:
-        ValueError: If ``memory_size`` or ``extra_ratio`` is not positive, ``replay_ratio`` is negative, or ``extra``
-            cannot be read by index. In ``setup``, if the strategy is not supported or there is a second ``Replay``.
-            Before training, if there are several training loaders and no ``loader``.
+        ValueError: If ``memory_size`` or ``extra_ratio`` is not positive, ``replay_ratio`` is negative, ``source`` is
+            unknown, or ``extra`` cannot be read by index. In ``setup``, if the strategy is not supported, there is a
+            second ``Replay``, or with ``source="self"`` the module writes no texts. Before training, if there are
+            several training loaders and no ``loader``, or with ``source="self"`` the data has no prompts.
         TypeError: Before training, if the loader is not a ``DataLoader`` or does not collate. When an example comes
             that contains something that cannot be stored.
         ValueError: At a batch, if its ``collate_fn`` cannot join the examples of the past, which have other keys or
@@ -155,16 +169,23 @@ class Replay(ContinualCallback):
         loader: str | int | None = None,
         extra: Any = None,
         extra_ratio: float = 0.05,
+        source: Source = "data",
     ) -> None:
         if not (replay_ratio >= 0 and math.isfinite(replay_ratio)):
             raise ValueError(f"replay_ratio must be finite and not negative, got {replay_ratio}")
         if not (extra_ratio > 0 and math.isfinite(extra_ratio)):
             raise ValueError(f"extra_ratio must be positive and finite, got {extra_ratio}")
+        if source not in get_args(Source):
+            raise ValueError(f"source must be one of {list(get_args(Source))}, got {source!r}")
         if extra is not None and not (hasattr(extra, "__getitem__") and hasattr(extra, "__len__") and len(extra)):
             kind = type(extra).__name__
             raise ValueError(f"extra must be a dataset that is read by index, with at least one example, got a {kind}")
         self.extra = None if extra is None else Extra(extra, extra_ratio, Draws(len(extra), seed, _EXTRA))
-        self.memory = ReplayMemory(memory_size, policy, seed, directory)
+        self.source = source
+        content: Content = "examples" if source == "data" else "prompts"
+        self.memory = ReplayMemory(memory_size, policy, seed, directory, content)
+        self.answers = None if source == "data" else SelfAnswers(memory_size, seed, directory)
+        """What the model has answered to the prompts of the memory in this update, with ``source="self"``."""
         self.replay_ratio = replay_ratio
         self.label_of = LabelReader(label)
         self.id_of = None if id is None else IdReader(id)
@@ -197,6 +218,23 @@ class Replay(ContinualCallback):
             f"{self.experience_index} experiences)"
         )
 
+    @property
+    def drawn(self) -> ReplayMemory:
+        """What replayed examples are drawn from: the memory, or the model's answers to its prompts."""
+        return self.memory if self.answers is None else self.answers.memory
+
+    def check_whole(self, who: str) -> None:
+        """Refuse a callback that reads the examples of the memory, where it holds prompts alone.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if self.source == "self":
+            raise ValueError(
+                f"{who} reads the examples of the memory, and with Replay(source='self') it keeps prompts without "
+                f"answers: leave {who} out, or use source='data'"
+            )
+
     # --- the loader
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -209,14 +247,18 @@ class Replay(ContinualCallback):
         if any(isinstance(other, Replay) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("two Replay callbacks in one Trainer; use one, with the sum of the memory sizes")
         self.label_of.task, self._tried = task_of(pl_module), False
+        if self.answers is not None:
+            check_writes(pl_module)
+            self.answers.is_complete = False
         self._trainer, self._loader, self._schedule, self._resumed = trainer, None, Schedule(), False
         self._resumed_batches, self._captured, self._ended, self._skipped = {}, b"", False, set()
         self._is_writer = trainer.local_rank == 0
         if trainer.world_size > 1:
             # All ranks of a node work on the files of rank 0; on other nodes, local rank 0 writes its own copy of them.
-            directory, generation = trainer.strategy.broadcast((str(self.memory.directory), self.memory.generation))
-            if directory != str(self.memory.directory):
-                self.memory.share(directory, generation, self._is_writer)
+            for memory in dict.fromkeys((self.memory, self.drawn)):
+                directory, generation = trainer.strategy.broadcast((str(memory.directory), memory.generation))
+                if directory != str(memory.directory):
+                    memory.share(directory, generation, self._is_writer)
             trainer.strategy.barrier("replay memory")
         for spool in self._spools():
             spool.unlink()
@@ -250,11 +292,34 @@ class Replay(ContinualCallback):
             batches.start_here()
             if self._resumed_batches:
                 batches.load_state_dict(self._resumed_batches)
-        if self._resumed and self._set_up_early:
+        answers = self.answers is not None and not self.answers.is_complete and self._answer(trainer, pl_module)
+        if answers or (self._resumed and self._set_up_early):
             reset_loaders(trainer)  # no worker may be at work now
             self._start_schedule(trainer)
             restart_loaders(trainer)
         self._captured = b""
+
+    def _answer(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+        """Let the model answer the prompts that this update can draw; returns whether there were any."""
+        assert self.answers is not None
+        self.answers.write(
+            trainer,
+            module,
+            self.memory,
+            self._slots_to_draw(trainer),
+            self.extra,
+            self.experience_index,
+            is_writer=self._is_writer,
+        )
+        return self.answers.counts["asked"] > 0
+
+    def _slots_to_draw(self, trainer: pl.Trainer) -> list[int]:
+        """The slots that the batches of this fit can draw: all of them, if it is not known how many there are."""
+        steps, size = trainer.estimated_stepping_batches, len(self.memory)
+        per_step = trainer.accumulate_grad_batches * self._collate().stride * self.replay_ratio
+        n_draws = steps * per_step * trainer.world_size if steps >= 0 else math.inf
+        positions = np.arange(math.ceil(min(n_draws, size)))
+        return sorted(self.memory.draw(positions, self.experience_index).tolist())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -364,7 +429,7 @@ class Replay(ContinualCallback):
         self._loader = copy.copy(loader)
         by_index = recorded_batches(loader) is not None
         if reads_by_index(trainer, loader):
-            self._check_example(loader.dataset)
+            self._check_example(trainer.lightning_module, loader.dataset)
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         # Batches may be loaded but never trained on, so a spool keeps more candidates than the memory has room for.
         room = (batch_size or 1024) * (self._batches_ahead() + 1)
@@ -373,7 +438,7 @@ class Replay(ContinualCallback):
         self._loader.collate_fn = ReplayCollate(
             loader.collate_fn,
             schedule=self._schedule,
-            directory=self.memory.directory,
+            directory=self.drawn.directory,
             batch_size=batch_size,
             ratio=self.replay_ratio,
             rank=trainer.global_rank,
@@ -387,6 +452,7 @@ class Replay(ContinualCallback):
                 self.memory.memory_size + room,
                 self.label_of,
                 self.id_of,
+                self._kept_part,
             ),
             lengths=self._lengths(loader, batch_size),
             extra=self.extra,
@@ -420,9 +486,11 @@ class Replay(ContinualCallback):
         elif self._captured and is_writer():
             (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
         self._schedule.reset()
+        if self.answers is not None:
+            self._collate().extra = self.answers.drawn_from(self.extra)
         if self._before is not None:
-            self._schedule.start_update(*self._before, self.memory.generation - 1)
-        self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
+            self._schedule.start_update(*self._before, self.drawn.generation - 1)
+        self._schedule.start_update(self._update_start, self.experience_index, self.drawn.generation)
         self._start_iterator(trainer)
 
     def _start_iterator(self, trainer: pl.Trainer) -> None:
@@ -430,11 +498,13 @@ class Replay(ContinualCallback):
             prune_records(spool, self._end_batch(trainer))
         self._schedule.start_iterator(_batches_done(trainer))
 
-    def _check_example(self, dataset: Any) -> None:
+    def _check_example(self, module: pl.LightningModule, dataset: Any) -> None:
         """Check that an example can be stored and its label read, before hours are spent on training."""
         with isolate_rng():
             example = dataset[0]
         encode(example)
+        if self.answers is not None:
+            check_prompt(module, example)
         label = self.label_of(example)
         if self.memory.policy.needs_labels and label is None:
             raise ValueError(
@@ -449,6 +519,8 @@ class Replay(ContinualCallback):
     def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """In the middle of a fit: switch the loader processes to the new memory, all at the same batch."""
         self._ended = False
+        if self.answers is not None:
+            self._answer(trainer, module)
         accumulated = trainer.accumulate_grad_batches
         # The switch comes after all batches that may be loaded already, rounded up to whole optimizer steps: a step
         # must not mix the draws of two memories.
@@ -456,7 +528,7 @@ class Replay(ContinualCallback):
         self._before = self._update_start, self.experience_index - 1
         self._experience_start = _batches_done(trainer)
         self._update_start = self._experience_start + steps * accumulated
-        self._schedule.start_update(self._update_start, self.experience_index, self.memory.generation)
+        self._schedule.start_update(self._update_start, self.experience_index, self.drawn.generation)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take the experience into the memory."""
@@ -479,7 +551,7 @@ class Replay(ContinualCallback):
                 records = self._candidates(trainer)
                 dataset, labels, ids = Encoded(records), [r.label for r in records], [r.id for r in records]
             self.memory.update(
-                dataset,
+                dataset if self._kept_part is None or batches is None else Parts(dataset, self._kept_part),
                 experience,
                 labels=labels,
                 ids=ids,
@@ -488,6 +560,12 @@ class Replay(ContinualCallback):
             )
         self._ended = True
         trainer.strategy.barrier("replay memory")
+
+    @property
+    def _kept_part(self) -> Callable[[Any], Any] | None:
+        """A function that returns the part of an example that the memory keeps; None for all of it."""
+        task: Any = self.label_of.task
+        return None if self.answers is None else task.prompt_of
 
     def undo_point(self) -> Callable[[], None]:
         """Also put the memory back."""
@@ -512,6 +590,8 @@ class Replay(ContinualCallback):
         held = set(self.memory.ids).intersection(ids)
         barrier()  # every rank must have read the file that is about to be deleted
         erased = self.memory.forget(held, is_writer=self._is_writer)
+        if self.answers is not None:
+            self.answers.memory.forget(held, is_writer=self._is_writer)
         barrier()
         return erased
 
@@ -560,22 +640,25 @@ class Replay(ContinualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers only: a checkpoint with it loads under ``weights_only=True``."""
-        captured, before, trained = b"", {}, {}
+        captured, before, trained, answers = b"", {}, {}, {}
         experience_start, update_start = self._experience_start, self._update_start
         if self._ended and self._trainer is not None:
             experience_start = update_start = _batches_done(self._trainer)  # those of the next experience
         elif self._trainer is not None and self._loader is not None:
             if (batches := recorded_batches(self._loader)) is not None:
                 trained = batches.state_dict()
+            if self.answers is not None and self.answers.is_complete:
+                answers = self.answers.state_dict()
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
                 captured = serialize_records(self._candidates(self._trainer))
             if self._before is not None and _batches_done(self._trainer) < self._update_start:
                 start, update = self._before  # its draws still have batches to come
-                memory = self.memory.state_dict(self.memory.generation - 1)
+                memory = self.drawn.state_dict(self.drawn.generation - 1)
                 before = {"memory": memory, "update_start": start, "experience_index": update}
         return {
             "memory": self.memory.state_dict(),
+            "answers": answers,
             "experience_index": self.experience_index,
             "experience_start": experience_start,
             "update_start": update_start,
@@ -591,9 +674,11 @@ class Replay(ContinualCallback):
         here = saved if self._trainer is None else self._trainer.accumulate_grad_batches
         before = state_dict["before"]
         if before:
-            self.memory.load_state_dict(before["memory"], is_writer=self._is_writer)
+            self.drawn.load_state_dict(before["memory"], is_writer=self._is_writer)
         self._before = (before["update_start"] * here // saved, before["experience_index"]) if before else None
         self.memory.load_state_dict(state_dict["memory"], is_writer=self._is_writer)
+        if self.answers is not None and state_dict["answers"]:
+            self.answers.load_state_dict(state_dict["answers"], is_writer=self._is_writer)
         self.experience_index = state_dict["experience_index"]
         self._experience_start = state_dict["experience_start"] * here // saved
         self._update_start = state_dict["update_start"] * here // saved
@@ -753,6 +838,19 @@ class Encoded(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return decode(self._records[index].data)
+
+
+class Parts(Sequence[Any]):
+    """A part of each example of a dataset, taken when it is accessed."""
+
+    def __init__(self, dataset: Any, part: Callable[[Any], Any]) -> None:
+        self._dataset, self._part = dataset, part
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._part(self._dataset[index])
 
 
 def _read(example: Any, source: Callable[[Any], Any] | str | int, what: str) -> Any:

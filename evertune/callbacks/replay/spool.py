@@ -100,6 +100,7 @@ class Capture:
             not yet trained on.
         label: Function that returns the class of an example.
         id: Function that returns the id of an example; None for a hash of its content.
+        part: Function that returns the part of an example that is kept; None for all of it.
     """
 
     directory: Path
@@ -108,6 +109,7 @@ class Capture:
     limit: int
     label: Callable[[Any], str | None]
     id: Callable[[Any], str] | None
+    part: Callable[[Any], Any] | None = None
 
 
 class Spool:
@@ -130,7 +132,8 @@ class Spool:
     def offer(self, batch: int, arrivals: Iterable[int], examples: list[Any]) -> None:
         """Keep the examples of a batch that may end up in the memory."""
         capture, records = self.capture, []
-        for arrival, example in zip(arrivals, examples, strict=True):
+        parts = examples if capture.part is None else [capture.part(example) for example in examples]
+        for arrival, example in zip(arrivals, parts, strict=True):
             data = None if capture.id else encode(example)
             id = capture.id(example) if capture.id else content_id(data or b"")
             label, priority = capture.label(example), capture.policy.priority(id, arrival, capture.seed)
