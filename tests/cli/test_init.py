@@ -15,6 +15,8 @@ import yaml
 
 from evertune.cli.main import main
 from evertune.sources.roles import find_roles
+from evertune.sources.structure import find_structure
+from tests.helpers.generation import tiny_llama
 from tests.helpers.lightning_modules import tiny_bert
 
 SPANISH = {
@@ -128,6 +130,63 @@ def test_numbers_are_learned_as_numbers(here: Path, bert: str, capsys: pytest.Ca
     assert (here / "evertune-run" / "report.html").is_file()
 
 
+WORDS_AND_TAGS = [
+    {"nr": f"r-{i}", "tokens": ["send", place, "a", "letter"], "ner": ["O", "B-PLACE", "O", "O"], "x": i % 2}
+    for i, place in enumerate(["Cork", "Bergen", "Ghent"] * 16)
+]
+ASKED = [
+    {
+        "question": f"who is at home on day {i}?",
+        "title": f"day {i}",
+        "context": f"ann was out on day {i}, and bob was at home.",
+        "answers": {"text": ["bob"], "answer_start": [f"ann was out on day {i}, and bob".index("bob")]},
+    }
+    for i in range(48)
+]
+TALKS = [
+    {"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": "a number"}]}
+    for i in range(24)
+]
+PROMPTS = [{"instruction": f"say {i}", "output": f"it is {i}", "category": "ab"[i % 2]} for i in range(24)]
+
+
+def write_rows(path: Path, data: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+
+
+def test_tags_of_words_are_learned_as_they_are(here: Path, bert: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(here / "places.jsonl", WORDS_AND_TAGS)
+    assert run("fit", "--init", "places.jsonl", "--model", bert, "--memory_size", "12") == 0
+    assert "48 records for token_classification: text in 'tokens', a tag for each word in" in capsys.readouterr().out
+    assert run("fit", "--config", "stream.yaml", "--trainer.max_epochs", "1") == 0
+    assert (here / "evertune-run" / "report.html").is_file()
+
+
+def test_answers_in_a_context_are_learned_as_they_arrive(here: Path, bert: str) -> None:
+    write_rows(here / "inbox" / "asked.jsonl", ASKED)
+    assert run("update", "--init", "inbox", "--model", bert, "--memory_size", "12") == 0
+    config = yaml.safe_load((here / "live.yaml").read_text())
+    assert config["schema"]["text"] == ["question", "context"]
+    assert config["model"]["class_path"].endswith(".QuestionAnsweringModule")
+    short = ("--model.init_args.stride", "4")  # the tiny model takes 32 tokens
+    code = run("update", "--config", "live.yaml", "--trigger.init_args.min_records", "20", *short)
+    assert code in (0, 4)  # trained, and judged: a tiny model may be refused
+    assert list((here / "inbox-registry" / "versions").iterdir())
+
+
+@pytest.mark.parametrize(("data", "text", "label"), [(TALKS, "messages", None), (PROMPTS, "instruction", "output")])
+def test_conversations_and_prompts_get_a_language_model(
+    data: list[dict[str, Any]], text: str, label: str | None, here: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    write_rows(here / "talks.jsonl", data)
+    model = str(tiny_llama(tmp_path_factory.mktemp("llama")))
+    assert run("fit", "--init", "talks.jsonl", "--model", model, "--memory_size", "12") == 0
+    config = yaml.safe_load((here / "stream.yaml").read_text())
+    assert config["model"]["class_path"].endswith(".CausalLMModule")
+    assert (config["data"]["text"], config["data"]["label"]) == (text, label)
+
+
 def test_what_exists_is_not_overwritten_and_what_is_missing_is_said(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +205,37 @@ def test_what_exists_is_not_overwritten_and_what_is_missing_is_said(
 TEXTS = ["a b", "c d", "e f", "g h"]
 DAYS = [f"2026-01-0{i}T10:00:00Z" for i in (1, 2, 3, 4)]
 CODES, WORDS, KINDS = [f"{i}f-3" for i in range(4)], ["你好", "再见", "谢谢", "请问"], list("甲乙甲乙")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (
+            {"w": [["a", "b"], ["c"]], "t": [["B-X", "E-X"], ["O"]]},
+            ("token_classification", "w", "t", {"scheme": "BIOES"}),
+        ),
+        (
+            {"text": ["in Cork", "no"], "found": [[{"start": 3, "end": 7, "label": "P"}], []]},
+            ("token_classification", "text", "found", {}),
+        ),
+        (
+            {"q": ["who?", "why?"], "text": ["a b c", "d e f"], "a": [[], [{"text": "d", "answer_start": 0}]]},
+            ("question_answering", ["q", "text"], "a", {}),
+        ),
+        ({"prompt": ["say a", "say b"], "answer": ["yes", "no"]}, None),
+        ({"text": ["a b", "c d"], "tags": [["O"], ["red"]]}, None),
+        ({"text": ["a b", "c d"], "tags": [["B-1"], ["B-2"]]}, None),
+    ],
+)
+def test_structures_are_found_by_their_values(columns: dict[str, list[Any]], expected: tuple[Any, ...] | None) -> None:
+    found = find_structure(columns)
+    assert (found and (found.task, found.text, found.label, found.module)) == expected
+
+
+def test_a_label_that_is_named_makes_a_classifier() -> None:
+    assert find_roles(PROMPTS).structure is not None
+    roles = find_roles(PROMPTS, text="instruction", label="category")
+    assert (roles.structure, roles.text, roles.label) == (None, "instruction", "category")
 
 
 @pytest.mark.parametrize(
