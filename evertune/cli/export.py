@@ -78,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     add("registry", metavar="REGISTRY", help=REGISTRY)
     add("version", metavar="VERSION", help="its number, or an alias, such as production")
     add("--format", type=_format, choices=get_args(Format), default="onnx", help="default: onnx")
-    add("--quantize", choices=get_args(Quantize), help="8-bit weights and matrix products, with onnx (default: fp32)")
+    add(
+        "--quantize",
+        choices=get_args(Quantize),
+        help="with onnx, 8-bit weights and matrix products, or 4-bit weights (default: fp32)",
+    )
     add("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist")
     add("--data", metavar="FILE", help="records to check it on (default: those that the registry holds out)")
     add(

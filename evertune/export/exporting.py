@@ -77,7 +77,8 @@ def export(
         format: ``onnx`` (default), for ONNX Runtime and other servers; ``torch_export``, a program of ``torch.export``;
             ``safetensors``, the transformer in transformers' own layout and the head beside it, the only one for
             modules that generate texts.
-        quantize: ``int8`` for 8-bit weights and matrix products, with ``onnx``. Default: fp32.
+        quantize: With ``onnx``, ``int8`` for 8-bit weights and matrix products, or ``int4`` for 4-bit weights, which
+            is smaller and no faster. Default: fp32.
         data: Records to check it on, whatever :func:`~evertune.streams.class_incremental` reads: a file, a list of
             dicts, ... Without labels, only the agreement is checked. Default: what the registry holds out.
         text: Field with the text, or the two fields of a pair. Default: that of the version, or ``text``.

@@ -84,11 +84,11 @@ def write(module: TransformerModule, folder: Path, format: Format, quantize: Qua
 
         write_program(program, folder)
     else:
-        from evertune.export.onnx_runtime import quantize_to_int8, write_onnx
+        from evertune.export.onnx_runtime import QUANTIZERS, write_onnx
 
         write_onnx(program, input_names(module), folder)
-        if quantize == "int8":
-            quantize_to_int8(folder)
+        if quantize is not None:
+            QUANTIZERS[quantize](folder)
     module.backbone.config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
 

@@ -18,7 +18,7 @@ MODEL = "model"
 VERSION = 1
 
 Format = Literal["safetensors", "torch_export", "onnx"]
-Quantize = Literal["int8"]
+Quantize = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ExportManifest:
 
     Args:
         format: ``onnx``, ``torch_export`` or ``safetensors``.
-        quantize: ``int8``, or None for fp32.
+        quantize: ``int8`` or ``int4``, or None for fp32.
         module: Name of the module's class.
         settings: Arguments of its constructor.
         classes: Names of the classes, in the order of the logits, where there is one for each; those of entities

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +209,24 @@ def test_adapters_are_merged(module: Any, tmp_path: Path) -> None:
     assert not any("lora" in name for name in plain.state_dict())
 
 
-def test_int8_is_smaller_and_close(module: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights_are_smaller_and_close(module: Any, tmp_path: Path, quantize: Any) -> None:
     needs_onnx()
-    made = export(module, tmp_path / "out", quantize="int8", data=RECORDS, min_agreement=0.5, max_score_drop=1.0)
+    bars = {"data": RECORDS, "min_agreement": 0.5, "max_score_drop": 1.0}
+    made = export(module, tmp_path / "out", quantize=quantize, **bars)
     check = made.manifest.check
-    assert check is not None and 1e-7 < check.largest_change < 0.2
-    assert made.manifest.kind == "onnx-int8"
-    assert [path.name for path in (tmp_path / "out" / "model").glob("*.onnx")] == ["model.onnx"]
+    assert check is not None and 1e-7 < check.largest_change < 0.3
+    assert made.manifest.kind == f"onnx-{quantize}"
+    assert [path.name for path in (tmp_path / "out" / "model").glob("*.onnx*")] == ["model.onnx"]
+    operators = Counter(node.op_type for node in onnx_graph(tmp_path / "out").node)
+    assert operators["MatMulInteger" if quantize == "int8" else "MatMulNBits"] >= 12  # six of each of two layers
+    assert operators["GatherBlockQuantized"] == (3 if quantize == "int4" else 0)
+
+
+def onnx_graph(folder: Path) -> Any:
+    import onnx
+
+    return onnx.load(folder / "model" / "model.onnx").graph
 
 
 @pytest.mark.parametrize(
@@ -222,7 +234,7 @@ def test_int8_is_smaller_and_close(module: Any, tmp_path: Path) -> None:
     [
         ({"format": "coreml"}, "format must be one of safetensors, torch_export, onnx, got 'coreml'"),
         ({"format": "gguf"}, "`python convert_hf_to_gguf.py OUT/model --outfile model.gguf` in a checkout of llama"),
-        ({"quantize": "int4"}, "quantize must be int8 or None, got 'int4'"),
+        ({"quantize": "int2"}, "quantize must be int8, int4 or None, got 'int2'"),
         ({"format": "safetensors", "quantize": "int8"}, "quantize='int8' goes with format='onnx'"),
         ({"min_agreement": 2.0}, "min_agreement must be between 0 and 1, got 2.0"),
         ({"max_records": 0}, "max_records must be positive"),
