@@ -186,6 +186,7 @@ def _line(version: Version, aliases: Mapping[str, int], parent: Version | None) 
 def _show(registry: Registry, arguments: argparse.Namespace) -> int:
     from evertune.reports.listing import brief
     from evertune.reports.summary import spent
+    from evertune.reports.versions import base_words
     from evertune.utils.clock import PARTS
 
     version = registry.version(arguments.version)
@@ -211,6 +212,7 @@ def _show(registry: Registry, arguments: argparse.Namespace) -> int:
             "verdict": f"{'passed' if version.passed else 'refused'}: {version.manifest.summary}".rstrip(": "),
             **_named(version.manifest.records, "{} records"),
             "average accuracy": metrics.average_accuracy,
+            "beyond its records": base_words(metrics),
             "classes": ", ".join(version.manifest.classes),
             **{name: manifest[name] for name in ("module", "consumed")},
             "offset": brief(version.manifest.offset) if version.manifest.offset else None,

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from evertune.gate.best import Best
 from evertune.gate.checks.agreement import agreement
+from evertune.gate.checks.base import base_checks
 from evertune.gate.checks.classes import classes
 from evertune.gate.checks.costs import costs as cost_checks
 from evertune.gate.checks.first import better_than_nothing
@@ -84,6 +85,16 @@ class Gate:
         min_accuracy: Minimum accuracy on all held-out records together, of a first version too. Set it to what the
             service must not fall below. Default: None, as it depends on the task.
         min_new_accuracy: Minimum accuracy on the held-out records of the update.
+        base_texts: General texts that no update trains, to guard what a language model can do beyond its records: a
+            file, list of dicts, ``Dataset`` or name on the hub with the column ``text``, as
+            :mod:`evertune.streams.tables` reads it. Each version's loss on them is compared with that of the version
+            it was trained from; of a first version, with that of the pretrained model. Default: None.
+        max_base_loss_increase: Maximum increase of the mean loss on ``base_texts``, in nats per token. Default: 0.05,
+            which is 5 % more perplexity.
+        base_probes: Probes of skills that no update trains, read like ``base_texts``, with the columns ``prompt``,
+            ``answer`` and perhaps ``choices``, a list. A probe is right if its answer is the most likely choice per
+            token; without choices, if greedy decoding gives the answer exactly. Default: None.
+        max_base_drop: Maximum decrease of the share of right probes. Default: 0.05.
         max_latency_ratio: Maximum time of a prediction, as a multiple of production's. Default: 1.5.
         max_size_ratio: Maximum size of the weights in bytes, as a multiple of production's. Default: 1.5.
         max_bad_share: Maximum share of records that did not fit the schema. Default: 0.1.
@@ -130,6 +141,10 @@ class Gate:
         max_below_untrained: float | None = 0.02,
         min_accuracy: float | None = None,
         min_new_accuracy: float | None = None,
+        base_texts: str | list[dict[str, Any]] | None = None,
+        max_base_loss_increase: float | None = 0.05,
+        base_probes: str | list[dict[str, Any]] | None = None,
+        max_base_drop: float | None = 0.05,
         max_latency_ratio: float | None = 1.5,
         max_size_ratio: float | None = 1.5,
         max_bad_share: float | None = 0.1,
@@ -153,6 +168,7 @@ class Gate:
             "max_below_untrained": max_below_untrained,
             "min_accuracy": min_accuracy,
             "min_new_accuracy": min_new_accuracy,
+            "max_base_drop": max_base_drop,
             "max_bad_share": max_bad_share,
             "max_duplicate_share": max_duplicate_share,
             "max_class_share": max_class_share,
@@ -163,6 +179,10 @@ class Gate:
         for name, ratio in (("max_latency_ratio", max_latency_ratio), ("max_size_ratio", max_size_ratio)):
             if ratio is not None and not 1 <= ratio < math.inf:
                 raise ValueError(f"{name} is a multiple of production's and at least 1, or None; got {ratio}")
+        if max_base_loss_increase is not None and not 0 <= max_base_loss_increase < math.inf:
+            raise ValueError(
+                f"max_base_loss_increase is a number of nats per token, or None; got {max_base_loss_increase}"
+            )
         for name, number in (accepted or {}).items():
             if number < 1:
                 raise ValueError(
@@ -186,6 +206,10 @@ class Gate:
         self.max_below_untrained = max_below_untrained
         self.min_accuracy = min_accuracy
         self.min_new_accuracy = min_new_accuracy
+        self.base_texts = base_texts
+        self.max_base_loss_increase = max_base_loss_increase
+        self.base_probes = base_probes
+        self.max_base_drop = max_base_drop
         self.max_latency_ratio = max_latency_ratio
         self.max_size_ratio = max_size_ratio
         self.max_bad_share = max_bad_share
@@ -246,6 +270,7 @@ class Gate:
         best: Mapping[str, Best] | None = None,
         remembered: Pair | None = None,
         untrained: Mapping[str, Predictions] | None = None,
+        base: tuple[Mapping[str, Predictions], Mapping[str, Predictions]] = ({}, {}),
     ) -> Verdict:
         """Compare two versions.
 
@@ -265,6 +290,8 @@ class Gate:
             untrained: Answers of :func:`~evertune.gate.untrained.nearest_class_means` by slice, for the new slice,
                 ``trained``, and some past records. Needed for a first version and for classes that the champion has
                 not learned; None if the module has no features of a pretrained encoder.
+            base: Predictions on ``base_texts`` and ``base_probes``, of the version that the update starts from and of
+                the challenger (:func:`~evertune.gate.checks.base.base_checks`).
 
         Raises:
             ValueError: If a slice is missing on one side, or no record of it was predicted by both versions.
@@ -273,6 +300,7 @@ class Gate:
             raise ValueError(f"there are no predictions for the new slice {new!r}; there are {list(challenger)}")
         held_out = pool(said for name, said in challenger.items() if name != trained)
         checks = [*data_checks, finite(challenger), *accurate("accuracy", "all slices", held_out, self.min_accuracy)]
+        checks += base_checks(*base, self.max_base_loss_increase, self.max_base_drop, self._test)
         if champion is None:
             checks += better_than_nothing(new, challenger[new], untrained, self.max_below_untrained, self._test)
             return Verdict.of(checks)

@@ -198,6 +198,8 @@ def _limit(check: Check) -> str:
     """The limit as the table shows it: how much less or more than production's value, if it is not on the value."""
     if check.limit is None or check.limit_on == "value":
         return figure(check.limit, check.unit)
+    if check.unit == "nats":
+        return f"{figure(check.limit, check.unit)} {check.limit_on}"
     return f"{100 * check.limit:.1f} points {check.limit_on}"
 
 

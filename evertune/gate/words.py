@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Unit = Literal["share", "records", "ms", "bytes", "agreement"]
+Unit = Literal["share", "records", "ms", "bytes", "agreement", "nats"]
 
 
 def percent(share: float) -> str:
@@ -39,6 +39,7 @@ def figure(value: float | None, unit: Unit) -> str:
         "bytes": f"{value / 1e6:.1f} MB",
         "records": f"{value:.0f}",
         "agreement": f"{value:.2f}",
+        "nats": f"{value:.3f} nats",
     }[unit]
 
 

@@ -56,7 +56,7 @@ def evaluate(
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
             raise ValueError(f"{name} must be positive, got {size}")
-    with _predicting(module):
+    with evaluating(module):
         return {
             name: _evaluate(module, name, list(rows), text, label, batch_size, max_length)
             for name, rows in slices.items()
@@ -93,7 +93,7 @@ def without_training(
     if not callable(getattr(module, "features", None)) or not all(isinstance(one, str) for one in labels):
         return None
     try:
-        with _predicting(module):
+        with evaluating(module):
             columns = task_of(module).texts(rows, text, module.tokenizer, max_length)
             features = features_of(module, columns, batch_size, max_length)
     except (TypeError, KeyError, AttributeError) as error:
@@ -116,7 +116,7 @@ def features_of_rows(
     max_length: int = 128,
 ) -> np.ndarray:
     """The features of records, ``[records, features]`` in float64; the arguments are those of :func:`evaluate`."""
-    with _predicting(module):
+    with evaluating(module):
         columns = task_of(module).texts(rows, text, module.tokenizer, max_length)
         return features_of(module, columns, batch_size, max_length)
 
@@ -135,7 +135,7 @@ def evaluate_examples(module: Any, examples: Sequence[Any], labels: Sequence[str
         wrong, and no probabilities.
     """
     task, scores = task_of(module), np.empty(len(examples))
-    with _predicting(module):
+    with evaluating(module):
         for start in range(0, len(examples), batch_size):
             scores[start : start + batch_size] = scores_of(task, module, examples[start : start + batch_size])
     predicted: list[Label] = [label if score == 1 else "" for label, score in zip(labels, scores, strict=True)]
@@ -178,7 +178,7 @@ def measure(
     modules = (champion, challenger)
     single: tuple[list[float], list[float]] = ([], [])
     batch: tuple[list[float], list[float]] = ([], [])
-    with _predicting(champion), _predicting(challenger):
+    with evaluating(champion), evaluating(challenger):
         for turn in range(repeats + 1):
             one = [[column[turn % len(texts)]] for column in columns]
             for module, alone, together in zip(modules, single, batch, strict=True):
@@ -249,7 +249,7 @@ def _seconds(module: Any, columns: Sequence[Sequence[str]], max_length: int) -> 
 
 
 @contextmanager
-def _predicting(module: Any) -> Iterator[None]:
+def evaluating(module: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, weights gathered; the previous state is restored afterwards."""
     if hasattr(module, "configure_model"):
         module.configure_model()

@@ -43,6 +43,7 @@ def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
     challenger = setup.opened(folder / MODEL)
     said = evaluate(challenger, asked.slices, **setup.reading)
     before = _Production() if update.records.parent is None else _production(setup, update, asked, challenger, said)
+    base = _base(setup, update, challenger)
     verdict = setup.gate.judge(
         before.said,
         said | before.shown,
@@ -54,6 +55,7 @@ def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
         best=before.best,
         remembered=before.remembered,
         untrained=_without_training(setup, asked, before.said),
+        base=base,
     )
     best: dict[str, Best] = {}
     if before.said is not None and update.plan.parent is not None:
@@ -63,7 +65,7 @@ def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
         best = {name: one for name, one in still_best(old, said, setup.gate.alpha).items() if name in asked.slices}
     measure_untrained(setup, folder, update.records.parent, asked.trained, asked.slices, said)
     # The verdict is written last: a resumed update takes it as proof that the evaluation is complete.
-    write_atomically(folder / EVALUATION, as_json(Evaluation(said, best).to_dict()))
+    write_atomically(folder / EVALUATION, as_json(Evaluation(said, best, base[1]).to_dict()))
     write_atomically(folder / VERDICT, as_json(to_json(verdict.to_dict())))
     return verdict
 
@@ -138,6 +140,23 @@ def _production(
     texts = [setup.text_of(row) for row in (update.records.split.held_out or asked.trained)[:8]]
     costs = measure(module, challenger, texts, max_length=reading["max_length"])
     return _Production(before, after, stored.best, remembered_by_both, costs)
+
+
+def _base(
+    setup: Setup, update: PlannedUpdate, challenger: Any
+) -> tuple[Mapping[str, Predictions], Mapping[str, Predictions]]:
+    """What the version before and the new one make of general texts and probes; nothing if the gate names none.
+
+    Before the first version there is the pretrained model.
+    """
+    base, parent = setup.base, update.records.parent
+    if base is None:
+        return {}, {}
+    now, stored = base.asked_of(challenger), setup.versions.evaluation(parent).base
+    if base.is_answered_by(stored):
+        return stored, now
+    before = None if parent is None else setup.versions.folder(parent) / MODEL
+    return base.asked_of(pretrained(setup) if before is None else setup.opened(before)), now
 
 
 def _on_memory(

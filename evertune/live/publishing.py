@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from evertune.gate.checks.base import figures
 from evertune.gate.evaluation import Evaluation
 from evertune.gate.verdict import Verdict
 from evertune.live.judging import parsed
@@ -40,8 +41,8 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
         slices.append(save_slice(setup.registry.store, plan.experience, held_out))
     if put_aside and verdict.passed:
         setup.journal.quarantine("put aside", put_aside, f"superseded-{plan.version}")
-    said = parsed((folder / EVALUATION).read_bytes(), folder / EVALUATION, Evaluation.from_dict).slices
-    accuracy = {name: one.accuracy for name, one in said.items()}
+    said = parsed((folder / EVALUATION).read_bytes(), folder / EVALUATION, Evaluation.from_dict)
+    accuracy = {name: one.accuracy for name, one in said.slices.items()}
     training = results(setup.staging, plan)
     manifest = Manifest(
         version=plan.version,
@@ -61,7 +62,9 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
             **({"sent_again": n_again} if n_again else {}),
         },
         verdict=VerdictSummary(verdict.passed, reasons_of(verdict)),
-        metrics=Metrics(dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None),
+        metrics=Metrics(
+            dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None, {**figures(said.base)}
+        ),
         seconds=with_breakdown({**seconds, **training["seconds"]}),
         config=dict(setup.config),
         config_digest=plan.config,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evertune.gate.gate import Gate
 from evertune.live.plan import Plan
@@ -20,6 +20,9 @@ from evertune.registry.segments import Segment
 from evertune.sources.base import Row
 from evertune.sources.schema import RecordSchema
 from evertune.tasks.base import Task
+
+if TYPE_CHECKING:
+    from evertune.live.base_capability import Base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,15 @@ class Setup:
 
         length = truncation_length(self.data.get("max_length"), self.model.tokenizer, self.model)
         return {"text": self.schema.text, "label": self.label, "max_length": length}
+
+    @cached_property
+    def base(self) -> Base | None:
+        """The general texts and probes that the gate names; None if it names none."""
+        if self.gate.base_texts is None and self.gate.base_probes is None:
+            return None
+        from evertune.live.base_capability import Base
+
+        return Base.of(self.gate, self.model, self.reading["max_length"])
 
     def text_of(self, row: Row) -> Any:
         """The text of a record, or its pair of texts."""

@@ -141,6 +141,7 @@ class Updater:
             settings=self.settings,
             config=self.config,
         )
+        _ = self._setup.base  # refused here, if it cannot be used, and not after hours of training
         self._backlog = Backlog(self.registry, self.journal, self._setup.staging, self._setup.config_digest)
         self._arrivals = Arrivals(self._setup, self._backlog, intake)
         self._planner = Planner(self._setup, self._backlog, self._arrivals, self.trigger)

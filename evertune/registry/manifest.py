@@ -38,10 +38,13 @@ class Metrics:
     Args:
         accuracy: Accuracy on each slice by its name; for a task without classes, the mean score.
         average_accuracy: Mean over the slices.
+        base: What a language model can do that no update trains: ``loss`` on general texts in nats per token, and
+            ``skills``, the share of right probes, where the gate has been given any.
     """
 
     accuracy: dict[str, float | None] = field(default_factory=dict)
     average_accuracy: float | None = None
+    base: dict[str, float | None] = field(default_factory=dict)
 
     def change_from(self, other: Metrics) -> float | None:
         """Mean difference to other measurements over the slices of both: like with like; None if there are none.

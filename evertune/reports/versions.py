@@ -12,6 +12,7 @@ from typing import Any
 
 from evertune.gate.verdict import Verdict
 from evertune.live.versions import VERDICT
+from evertune.registry.manifest import Metrics
 from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.version import Version
 from evertune.reports.listing import brief
@@ -305,11 +306,24 @@ def details_of(view: VersionView) -> list[tuple[str, str]]:
         ("From", f"version {view.version.parent}" if view.version.parent is not None else "a pretrained model"),
         ("Module", manifest.module or UNKNOWN),
         ("Classes", _listed(manifest.classes)),
+        ("Beyond its records", base_words(manifest.metrics)),
         ("Source offset", brief(offset) if offset else ""),
         ("Written by", manifest.code or UNKNOWN),
         ("Weights, sha256", digest[:16]),
     ]
     return [(name, value) for name, value in details if value]
+
+
+def base_words(metrics: Metrics) -> str:
+    """What a language model can do that no update trains; empty if it was not measured.
+
+    Example:
+        >>> base_words(Metrics(base={"loss": 2.5, "skills": 0.9}))
+        'general texts: 2.500 nats per token, probes: 90.0 %'
+    """
+    loss, skills = metrics.base.get("loss"), metrics.base.get("skills")
+    texts = [] if loss is None else [f"general texts: {loss:.3f} nats per token"]
+    return ", ".join(texts + ([] if skills is None else [f"probes: {percent(skills)} %"]))
 
 
 def _listed(names: Sequence[str]) -> str:
