@@ -32,6 +32,7 @@ from evertune._lightning import (
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.collate import UNSTORABLE, Extra, Joined, ReplayCollate, Schedule, restarting
 from evertune.callbacks.replay.lengths import StepLengths
+from evertune.callbacks.replay.readers import Encoded, IdReader, LabelReader, Parts, default_features, default_losses
 from evertune.callbacks.replay.self_answers import SelfAnswers, check_prompt, check_writes
 from evertune.callbacks.replay.spool import (
     Capture,
@@ -43,7 +44,7 @@ from evertune.callbacks.replay.spool import (
 )
 from evertune.callbacks.state import load_state
 from evertune.callbacks.trained import experience_name, reads_by_index, recorded, recorded_batches
-from evertune.memory.codec import decode, encode
+from evertune.memory.codec import encode
 from evertune.memory.draws import Draws
 from evertune.memory.memory import Content, ReplayMemory
 from evertune.memory.policies import Policy
@@ -51,8 +52,8 @@ from evertune.shards.opened import shards_of
 from evertune.shards.support import check_strategy, is_deepspeed
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
 from evertune.streams.sampler import BucketSampler
-from evertune.tasks.base import Task, losses, task_of
-from evertune.utils.batches import batch_size_of, logits_of, name_of, to_device
+from evertune.tasks.base import task_of
+from evertune.utils.batches import batch_size_of, to_device
 from evertune.utils.collectives import gather_bytes
 from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
@@ -774,93 +775,6 @@ class Replay(ContinualCallback):
         between_batches = progress.current.ready == n_processed(progress.current)
         at_the_end = between_batches and progress.is_last_batch and isinstance(limit, float) and limit == 1
         return _ALL if at_the_end and self.loader is None else _batches_done(trainer)
-
-
-def default_features(module: pl.LightningModule, batch: Any) -> Tensor:
-    """``module.features(batch)`` if the module has such a method, else its logits."""
-    features = getattr(module, "features", None)
-    return features(batch) if callable(features) else logits_of(module, batch)
-
-
-def default_losses(module: pl.LightningModule, batch: Any) -> Tensor:
-    """The loss of each example, ``[batch, 1]``, of the logits and targets that the module's task finds."""
-    return losses(task_of(module).outputs(module, batch)).unsqueeze(1)
-
-
-class LabelReader:
-    """The class of an example as a string, or None.
-
-    Args:
-        source: Function of the example, its key or its position; None uses the task's labels.
-        task: Task that reads the label. By default one that looks in the usual places.
-
-    Example:
-        >>> read = LabelReader(None)
-        >>> read({"text": "hello", "label": "greeting"}), read((torch.zeros(2), 3)), read({"labels": ["b", "a"]})
-        ('greeting', '3', 'a, b')
-    """
-
-    def __init__(self, source: Callable[[Any], Any] | str | int | None, task: Task | None = None) -> None:
-        self.source = source
-        self.task = task or Task()
-
-    def __call__(self, example: Any) -> str | None:
-        """The class, or None."""
-        return self.task.label(example) if self.source is None else name_of(_read(example, self.source, "label"))
-
-
-class IdReader:
-    """The id of an example as a string.
-
-    Args:
-        source: Function of the example, its key or its position.
-    """
-
-    def __init__(self, source: Callable[[Any], Any] | str | int) -> None:
-        self.source = source
-
-    def __call__(self, example: Any) -> str:
-        """The id of an example, as a string."""
-        name = name_of(_read(example, self.source, "id"))
-        if name is None:
-            raise ValueError(f"id={self.source!r} gives neither a string nor a whole number")
-        return name
-
-
-class Encoded(Sequence[Any]):
-    """The examples of records, decoded when accessed."""
-
-    def __init__(self, records: list[Record]) -> None:
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: Any) -> Any:
-        return decode(self._records[index].data)
-
-
-class Parts(Sequence[Any]):
-    """A part of each example of a dataset, taken when it is accessed."""
-
-    def __init__(self, dataset: Any, part: Callable[[Any], Any]) -> None:
-        self._dataset, self._part = dataset, part
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._part(self._dataset[index])
-
-
-def _read(example: Any, source: Callable[[Any], Any] | str | int, what: str) -> Any:
-    if callable(source):
-        return source(example)
-    try:
-        return example[source]
-    except (KeyError, IndexError, TypeError) as error:
-        keys = f" with the keys {sorted(map(str, example))}" if isinstance(example, dict) else ""
-        raise ValueError(f"{what}={source!r} is not in an example, a {type(example).__name__}{keys}") from error
 
 
 def _batches_done(trainer: pl.Trainer) -> int:
