@@ -176,7 +176,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     command, arguments = words[0], words[1:]
     if "--init" in arguments:
         init_parser(command).parse_args(arguments)
-    elif command in ("fit", "update", "watch"):
+    elif command in ("fit", "update", "watch", "distil"):
         with pytest.raises(SystemExit) as stop:
             cli.main(["update" if command == "watch" else command, *arguments, "--print_config"])
         assert stop.value.code == 0, capsys.readouterr().err

@@ -158,8 +158,13 @@ class Distillation(LogitsMethod):
         if not resumed:
             self._likelihood, self._columns = self._compared(trainer, pl_module, data, first)
         self._places = self._places_of(data)
-        if not resumed and (self.seen if self._columns is not None else self.experience_index):
+        if not resumed and self._has_answers:
             self._ask(trainer, pl_module, data)
+
+    @property
+    def _has_answers(self) -> bool:
+        """Whether there is a model that has learned something to keep."""
+        return bool(self.seen if self._columns is not None else self.experience_index)
 
     def _compared(
         self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainingData, batch: Any

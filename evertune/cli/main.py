@@ -19,6 +19,7 @@ _OWN_PARSER = {
     "tune": "search the settings of fit that learn a stream best: --config FILE, --space FILE",
     "update": "learn what has arrived, and promote it if it is no worse: --config FILE, --help",
     "watch": "keep on updating as records arrive: --config FILE, --help",
+    "distil": "make a smaller version that production teaches: --config FILE --student.layers N",
     "predict": "the answers to the records of a file: REGISTRY --input FILE --output FILE",
     "serve": "answer requests over HTTP with the version in production: --registry R, --help",
     "ui": "a web page over a registry: versions, updates, quarantine, review: --registry R, --help",

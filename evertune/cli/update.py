@@ -16,7 +16,7 @@ from evertune.cli.parsing import command_parser
 from evertune.cli.presets import add_preset_argument, parse_with_preset
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
-from evertune.live.settings import UpdateSettings
+from evertune.live.settings import StudentSettings, UpdateSettings
 from evertune.live.triggers import Trigger
 from evertune.live.update import DATA_OF_UPDATES, Updater
 from evertune.live.watch import WatchSettings
@@ -35,9 +35,13 @@ if TYPE_CHECKING:
 WATCH = ("evertune watch", "evertune check")
 """The programs that use the section ``watch``; others check it, and ignore it."""
 
+DISTIL = "evertune distil"
+"""The program that has a section ``student``."""
+
 _DESCRIPTION = {
     "evertune update": "Learn what has arrived, and promote the new version if it is no worse.",
     "evertune watch": "Keep a registry up to date as records arrive.",
+    "evertune distil": "Make a smaller version of the one in production, and promote it if it is no worse.",
     "evertune check": "Try everything that a configuration of update or watch names, without training: read some "
     "records, the registry, the weights of the model and the alerts. Nothing is written or sent.",
 }
@@ -48,6 +52,8 @@ _EPILOG = {
     "evertune watch": "Example: evertune watch --config live.yaml --watch.poll 5. Exit codes: 0 after SIGTERM or "
     "SIGINT, 1 if it cannot start or has lost the registry to another process, 2 a wrong setting. `evertune check` "
     "with the same arguments says beforehand what does not work.",
+    "evertune distil": "Example: evertune distil --config live.yaml --student.layers 3 --trainer.max_epochs 10. Exit "
+    "codes: 0 promoted, 4 refused by the gate (and not published), 1 an error, 2 a wrong setting.",
     "evertune check": "Example: evertune check --config live.yaml. Exit codes: 0 everything works, 1 something does "
     "not, 2 the configuration cannot be read.",
 }
@@ -108,6 +114,8 @@ def _parser(program: str) -> LightningArgumentParser:
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
     if program in WATCH:
         parser.add_class_arguments(WatchSettings, "watch")  # first, so that its help begins with its own settings
+    if program == DISTIL:
+        parser.add_class_arguments(StudentSettings, "student")
     parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
     parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
     parser.add_argument("--source", type=Source, required=True, help="where records come from")

@@ -6,6 +6,7 @@ from evertune.utils.lazy import face
 
 if TYPE_CHECKING:
     from evertune.live.outcome import Outcome as Outcome
+    from evertune.live.settings import StudentSettings as StudentSettings
     from evertune.live.settings import UpdateSettings as UpdateSettings
     from evertune.live.triggers.base import Situation as Situation
     from evertune.live.triggers.base import Trigger as Trigger
@@ -30,7 +31,7 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     {
         "evertune.live.outcome": "Outcome",
-        "evertune.live.settings": "UpdateSettings",
+        "evertune.live.settings": "StudentSettings UpdateSettings",
         "evertune.live.triggers.base": "Situation Trigger",
         "evertune.live.triggers.basic": "AllOf AnyOf Every Schedule Volume",
         "evertune.live.triggers.drift": "Drift LabelDrift",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,12 @@ def pretrained(setup: Setup) -> Any:
     if not getattr(module, "classes", True) and hasattr(module, "add_classes"):
         module.add_classes(["any"])  # a head has to have a row; the features do not depend on it
     return setup.placed(module)
+
+
+def keep_sums(before: Path, folder: Path) -> None:
+    """Copy the sums of a version to one that has learned the same records."""
+    if (before / _FOLDER).is_dir():
+        shutil.copytree(before / _FOLDER, folder / _FOLDER, ignore=shutil.ignore_patterns(Path(UNTRAINED).name))
 
 
 def measure_untrained(

@@ -1,4 +1,4 @@
-"""How an update treats its records."""
+"""How an update treats its records, and how a smaller version is made."""
 
 from __future__ import annotations
 
@@ -44,3 +44,33 @@ class UpdateSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.rebuild_after is not None and self.rebuild_after < 1:
             raise ValueError(f"rebuild_after must be positive or None, got {self.rebuild_after}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """How a smaller version is made of the one in production.
+
+    Args:
+        layers: Number of its layers, fewer than those of production. Default: None, as many.
+        prune: Share of the neurons that are removed from each feed-forward layer, from 0 to below 1, those first that
+            matter least for the loss (:func:`~evertune.lightning_modules.pruning.prune_feed_forward`). Default: 0.
+        strength: Factor of the loss on production's logits, beside that on the labels. Default: 1.
+        temperature: Divisor of the logits; above 1, small probabilities count for more. Default: 2.
+
+    Raises:
+        ValueError: If a number is out of range, or the student would be as large as production.
+    """
+
+    layers: int | None = None
+    prune: float = 0.0
+    strength: float = 1.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.layers is None and self.prune == 0:
+            raise ValueError("a student is smaller than its teacher: set layers, prune, or both")
+        if not 0 <= self.prune < 1:
+            raise ValueError(f"prune must be from 0 to below 1, got {self.prune}")
+        for name in ("layers", "strength", "temperature"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

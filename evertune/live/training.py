@@ -157,7 +157,7 @@ def _data(
     columns: dict[str, Any] = {"text": text, "label": schema.label, "id_column": "id"}
     task = task_of(module)
     classes = class_names(task.label_names(example[schema.label]) for example in examples) if schema.label else []
-    memory = remembered(production) if production is not None and plan.kind == "rebuild" else None
+    memory = remembered(production) if production is not None and plan.kind in ("rebuild", "distillation") else None
     if production is None or memory is None:
         experience = Experience(plan.experience, examples, classes=classes)
         return experience, ExperienceDataModule(experience, module.tokenizer, task=task, **columns, **data)

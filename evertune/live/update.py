@@ -17,7 +17,7 @@ from evertune.live.outcome import Outcome, Status, reasons_of
 from evertune.live.plan import clear
 from evertune.live.planning import PlannedUpdate, Planner
 from evertune.live.seconds import timed, with_breakdown
-from evertune.live.settings import UpdateSettings
+from evertune.live.settings import StudentSettings, UpdateSettings
 from evertune.live.setup import Setup
 from evertune.live.situations import situation
 from evertune.live.triggers import Situation, Trigger, Volume
@@ -224,6 +224,34 @@ class Updater:
                     trains = isinstance(decision, PlannedUpdate) and self._planner.to_be_trained(decision.plan)
                     tell_all(b"train" if trains else b"")
             return self._conclude(decision, seconds, dry_run)
+
+    def distil(self, student: StudentSettings, dry_run: bool = False) -> Outcome:
+        """Make a smaller version, which production teaches, and put it into production if the gate lets it pass.
+
+        The student starts from some of production's layers, and learns production's logits and the labels of the
+        records that production has learned, as far as the journal or the replay memory still has them. It is judged
+        against production on everything that is held out. Of the trainer's callbacks, only a
+        :class:`~evertune.callbacks.Replay` takes part; the state of the others starts again with the next update, which
+        starts from the student. Interrupted, it resumes. A student that is refused is not published.
+
+        Args:
+            student: How small it is.
+            dry_run: Train and judge only.
+
+        Raises:
+            LeaseHeld: If another updater is at work on this registry.
+            RegistryError: If a file of the version in production is missing or was changed.
+            ValueError: If nothing is in production, an update is not finished, the journal is empty, the model cannot
+                be distilled or has no more layers, or several processes run.
+        """
+        from evertune.live.distilling import distil
+
+        if started_together():
+            raise ValueError("a student is trained by one process: start `evertune distil` without a launcher")
+        self._setup.versions.begin()
+        with self.registry.lease("evertune distil"):
+            erasure.finish(self.registry)
+            return distil(self._setup, self.trainer, student, self.source, self.mirror, dry_run)
 
     def _conclude(self, decision: PlannedUpdate | Outcome, seconds: dict[str, float], dry_run: bool) -> Outcome:
         """Carry out a plan, if there is one; without the records that fail in it, if it fails because of them."""

@@ -240,15 +240,18 @@ class ContinualTrainer(Trainer):
         finally:
             self.experience, self.limit_val_batches = None, limit
 
-    def anew(self, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> ContinualTrainer:
+    def anew(
+        self, callbacks: Sequence[pl.Callback] = (), only: type | None = None, **settings: Any
+    ) -> ContinualTrainer:
         """A trainer with the settings of this one, and copies of its callbacks with what they have learned so far.
 
         Args:
             callbacks: Callbacks to add after the copies of this trainer's callbacks.
+            only: Class of the callbacks that are copied. Default: all of them.
             settings: Settings that replace those of this trainer.
         """
         kept = _kept(self._settings)
-        copies = [copy.deepcopy(callback) for callback in kept["callbacks"]]
+        copies = [copy.deepcopy(one) for one in kept["callbacks"] if only is None or isinstance(one, only)]
         return ContinualTrainer(**{**kept, **settings, "callbacks": [*copies, *callbacks]})
 
     def _start_run(self, directory: str | Path, experiences: Sequence[Experience], every_n_steps: int) -> StreamRun:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from evertune._lightning import pl
 from evertune.callbacks import DarkReplay, Distillation, LogitAdjustment, Replay
+from evertune.callbacks.teacher_distillation import TeacherDistillation
 from tests.helpers.function_space import Net, Points, SaveAt, assert_same, copy_of, fit, learn, logits_of, step
 
 FIRST, SECOND, THIRD = Points([0, 1] * 6), Points([1, 2] * 8, 100), Points([2, 3, 3, 0] * 4, 200)
@@ -42,6 +43,7 @@ def paper(
     on: str,
     ratio: float = 0,
     unknown_only: bool = False,
+    teacher: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradient descent on cross-entropy and distillation from the weights before; four new examples a step."""
     weights = before
@@ -54,7 +56,7 @@ def paper(
             x, y = stack(numbers)
             total = F.cross_entropy(logits_of(at, x), y)
             x = stack(chosen)[0]
-            old, new = (logits_of(one, x)[:, seen] for one in (before, at))
+            old, new = (logits_of(one, x)[:, seen] for one in (teacher or before, at))
             return total + factor * divergence(old, new, t)
 
         weights = step(weights, loss)
@@ -120,6 +122,15 @@ def test_the_first_update_of_a_model_that_knows_classes() -> None:
     before = copy_of(module)
     fit(module, SECOND, Distillation(known=[0, 3]))
     assert_same(module, paper(before, module.numbers, [0, 3], 1.0, 2.0, "new"), rtol=1e-5)
+
+
+def test_a_teacher_answers_for_all_its_classes() -> None:
+    teacher, module = Net(4, seed=1), Net(4)
+    teacher.classes = ["a", "b", "c", "d"]
+    before = copy_of(module)
+    fit(module, SECOND, TeacherDistillation(teacher, 1.5, 3.0))
+    weights = paper(before, module.numbers, [0, 1, 2, 3], 1.5, 3.0, "new", teacher=copy_of(teacher))
+    assert_same(module, weights, rtol=1e-5)
 
 
 def test_features_keep_their_direction() -> None:

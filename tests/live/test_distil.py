@@ -1,0 +1,141 @@
+"""A student of the version in production: promoted, refused, resumed, and updated like any other version."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evertune.cli.main import main
+from evertune.lightning_modules import SequenceClassificationModule
+from evertune.live.settings import StudentSettings
+from evertune.live.training import remembered
+from evertune.live.update import Updater
+from evertune.registry.registry import Registry
+from tests.cli.test_update import CONFIG
+from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
+
+ONE_LAYER = StudentSettings(layers=1)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with version 1, of two layers, in production."""
+    folder = tmp_path_factory.mktemp("first")
+    prepare(folder)
+    feed(folder, "a", ["business", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+    return folder
+
+
+@pytest.fixture
+def folder(first: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "live"
+    shutil.copytree(first, target)
+    return target
+
+
+def n_layers(folder: Path, number: int) -> int:
+    module = SequenceClassificationModule.from_pretrained(folder / f"registry/versions/{number}/model")
+    return int(module.backbone.config.num_hidden_layers)
+
+
+def test_a_student_takes_the_place_of_its_teacher_and_goes_on_learning(folder: Path) -> None:
+    outcome = updater(folder).distil(ONE_LAYER)
+    assert (outcome.status, outcome.version) == ("promoted", 2), outcome.words
+    registry = Registry(folder / "registry")
+    found = registry.version(2).manifest
+    assert (found.kind, found.parent, found.consumed) == ("distillation", 1, 1)
+    assert found.reason == "version 1 is distilled into 1 of its 2 layers"
+    assert found.records == {"train": 48, "held_out": 0, "quarantined": 0}
+    assert [entry.name for entry in registry.version(2).slices()] == ["update-1"]
+    assert n_layers(folder, 2) == 1
+    assert registry.verify() == []
+    memory = remembered(folder / "registry/versions/2")
+    assert memory is not None and len(memory) == 30
+    assert "untrained/accuracy.json" not in found.files
+    assert any(name.startswith("untrained/") for name in found.files)  # so that the comparison goes on
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+    assert registry.version(3).manifest.classes == ["business", "sport", "politics"]
+    assert n_layers(folder, 3) == 1
+
+
+def test_a_student_that_is_worse_is_not_published(folder: Path) -> None:
+    outcome = updater(folder, gate=lenient_gate(min_accuracy=1.0)).distil(ONE_LAYER)
+    assert (outcome.status, outcome.code, outcome.version) == ("refused", 4, None)
+    assert "the student of version 1 is refused, and not published: on 'all slices'" in outcome.words
+    registry = Registry(folder / "registry")
+    assert [version.number for version in registry.versions()] == [1]
+    assert registry.aliases == {"production": 1}
+    assert not (folder / "registry/staging/student").exists()
+    assert updater(folder).run().status == "nothing"
+
+
+def test_an_interrupted_student_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("evertune.live.distilling.judge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            updater(folder).distil(ONE_LAYER)
+    weights = folder / "registry/staging/student/version/model/model.safetensors"
+    trained = weights.read_bytes()
+    monkeypatch.setattr("evertune.live.distilling.train", killed)  # it is trained already
+    assert (
+        updater(folder).distil(ONE_LAYER, dry_run=True).words.startswith("the student of version 1 would be promoted")
+    )
+    assert trained and not weights.exists()
+
+
+def test_a_student_can_be_narrower(folder: Path) -> None:
+    outcome = updater(folder).distil(StudentSettings(prune=0.25))
+    assert outcome.status == "promoted", outcome.words
+    found = Registry(folder / "registry").version(2).manifest
+    assert found.reason == "version 1 is distilled into all of its 2 layers, without 25% of their feed-forward neurons"
+    module = SequenceClassificationModule.from_pretrained(folder / "registry/versions/2/model")
+    assert (module.backbone.config.num_hidden_layers, module.backbone.config.intermediate_size) == (2, 48)
+
+
+def killed(*_: object, **__: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_students_that_cannot_be_made_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one layer, and fewer than the 2 of its teacher, got layers=2"):
+        updater(folder).distil(StudentSettings(layers=2))
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        StudentSettings(layers=1, temperature=0)
+    with pytest.raises(ValueError, match="a student is smaller than its teacher: set layers, prune, or both"):
+        StudentSettings()
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder).run(dry_run=True).status == "promoted"
+    with pytest.raises(ValueError, match="update 2 is not finished: run `evertune update` first"):
+        updater(folder).distil(ONE_LAYER)
+    prepare(tmp_path / "empty")
+    with pytest.raises(ValueError, match="there is no version in production"):
+        updater(tmp_path / "empty").distil(ONE_LAYER)
+
+
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "live.yaml").write_text(CONFIG)
+    monkeypatch.chdir(folder)
+    asked: list[StudentSettings] = []
+
+    def distil(self: Updater, student: StudentSettings, dry_run: bool) -> Any:
+        asked.append(student)
+        return self_distil(self, student, dry_run)
+
+    self_distil = Updater.distil
+    monkeypatch.setattr(Updater, "distil", distil)
+    command = ["distil", "--config", "live.yaml", "--student.layers", "1", "--student.temperature", "3"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert asked == [StudentSettings(layers=1, temperature=3.0)]
+    assert "version 2 is in production" in capsys.readouterr().out
+    assert Registry("registry").version(2).manifest.config["student"]["layers"] == 1
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    assert "fewer than the 1 of its teacher, got layers=1" in capsys.readouterr().err
