@@ -27,6 +27,7 @@ from evertune.live.setup import Setup
 from evertune.live.slices import draw, sent_again
 from evertune.live.staging import VERSION, trained
 from evertune.live.training import MODEL, train
+from evertune.registry.segments import Segment
 from evertune.registry.version import Version
 from evertune.sources.base import Row, Source
 from evertune.tasks.predicting import batch_of
@@ -39,7 +40,7 @@ _STAGING = "student"
 _EXAMPLES, _BATCH = 256, 16  # by which the neurons to remove are chosen
 
 
-class _Learned(Records):
+class _Relearned(Records):
     """What production has learned, as far as the journal still holds it, without what is held out."""
 
     @cached_property
@@ -70,13 +71,18 @@ def distil(
         raise ValueError("there is no version in production that could teach a smaller one")
     if (interrupted := Plan.load(setup.staging)) is not None:
         raise ValueError(f"update {interrupted.version} is not finished: run `evertune update` first")
+    if given_up := setup.registry.given_up:  # which a promotion would make pending again
+        raise ValueError(
+            f"the records of version {given_up[-1]}, which was rolled back, are given up until the next update: run "
+            "`evertune update` first"
+        )
     # No closed-form classifier is trained beside it: there are no new records that it would learn.
     setup = replace(setup, staging=setup.staging / _STAGING, settings=replace(setup.settings, untrained=False))
     folder = setup.versions.folder(production)
     seconds: dict[str, float] = {}
     with timed(seconds, "plan"):
-        segments = [one for one in setup.journal.segments() if one.number <= production.manifest.consumed]
-        records = _Learned(setup, segments, production)
+        segments = _learned(setup, production)
+        records = _Relearned(setup, segments, production)
         if not records.split.train:
             raise ValueError(
                 "the journal no longer holds a record that production has learned: distil before `evertune registry gc`"
@@ -93,7 +99,7 @@ def distil(
                 records.split.train,
                 setup.staging,
                 # Of records that the journal has deleted, those in the replay memory are learned.
-                None if segments[0].number == 1 else folder,
+                None if len(segments) == production.manifest.consumed else folder,
                 smaller,
                 learner,
                 setup.schema,
@@ -117,6 +123,20 @@ def distil(
     with timed(seconds, "publish"):
         version = publish(setup, update, verdict, seconds)
         return finish(setup, update.plan, version, source, mirror, seconds)
+
+
+def _learned(setup: Setup, production: Version) -> list[Segment]:
+    """The segments of the journal that production has learned, without those that a rollback has given up."""
+    consumed = {version.number: version.manifest.consumed for version in setup.registry.versions()}
+    last = production.manifest.consumed
+    # Where a version is no longer there to tell, too much is left out rather than too little.
+    given_up = [
+        range(consumed.get(event["to"], 0) + 1, consumed.get(event["discard"], last) + 1)
+        for event in setup.registry.events
+        if "discard" in event
+    ]
+    segments = [one for one in setup.journal.segments() if one.number <= last]
+    return [one for one in segments if not any(one.number in some for some in given_up)]
 
 
 def _smaller(setup: Setup, teacher: Any, student: StudentSettings, rows: Sequence[Row]) -> Any:

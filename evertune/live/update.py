@@ -241,8 +241,9 @@ class Updater:
         Raises:
             LeaseHeld: If another updater is at work on this registry.
             RegistryError: If a file of the version in production is missing or was changed.
-            ValueError: If nothing is in production, an update is not finished, the journal is empty, the model cannot
-                be distilled or has no more layers, or several processes run.
+            ValueError: If nothing is in production, an update is not finished, a rollback has given records up and no
+                update has followed, the journal is empty, the model cannot be distilled or has no more layers, or
+                several processes run.
         """
         from evertune.live.distilling import distil
 

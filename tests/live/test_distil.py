@@ -88,6 +88,21 @@ def test_an_interrupted_student_is_finished(folder: Path, monkeypatch: pytest.Mo
     assert trained and not weights.exists()
 
 
+def test_what_a_rollback_gave_up_is_not_learned(folder: Path) -> None:
+    registry = Registry(folder / "registry")
+    for name, n in (("b", 50), ("c", 40)):
+        feed(folder, name, ["politics", "sport"], n=n)
+        assert updater(folder).run().status == "promoted"
+        if name == "b":
+            registry.rollback(discard=True)
+            with pytest.raises(ValueError, match="the records of version 2, which was rolled back, are given up"):
+                updater(folder).distil(ONE_LAYER)
+    assert updater(folder).distil(ONE_LAYER).status == "promoted"
+    assert registry.version(4).manifest.records["train"] == 48 + 32
+    memory = remembered(folder / "registry/versions/4")
+    assert memory is not None and not any(name.startswith("b-") for name in memory.ids)
+
+
 def test_a_student_can_be_narrower(folder: Path) -> None:
     outcome = updater(folder).distil(StudentSettings(prune=0.25))
     assert outcome.status == "promoted", outcome.words
