@@ -530,7 +530,10 @@ def return_method(owner: Any, name: str) -> None:
     vars(owner).pop(name, None)
 
 
-REPLACED = ("process_dataloader", "batch_to_device", "save_checkpoint", "load_checkpoint", "on_train_end")
+REPLACED = (
+    *("process_dataloader", "batch_to_device", "save_checkpoint", "load_checkpoint", "on_train_end"),
+    "on_train_batch_start",
+)
 """Methods of a strategy that evertune wraps during a fit."""
 
 REPLACED_IN_SOURCE = ("dataloader",)

@@ -7,6 +7,7 @@ from evertune.utils.lazy import face
 if TYPE_CHECKING:
     from evertune.callbacks.adversarial_training import AdversarialTraining as AdversarialTraining
     from evertune.callbacks.agem import AGEM as AGEM
+    from evertune.callbacks.augmentation import Augmentation as Augmentation
     from evertune.callbacks.averaging import EMA as EMA
     from evertune.callbacks.averaging import VersionAveraging as VersionAveraging
     from evertune.callbacks.base import ContinualCallback as ContinualCallback
@@ -47,6 +48,7 @@ __all__, __getattr__, __dir__ = face(
     {
         "evertune.callbacks.adversarial_training": "AdversarialTraining",
         "evertune.callbacks.agem": "AGEM",
+        "evertune.callbacks.augmentation": "Augmentation",
         "evertune.callbacks.averaging": "EMA VersionAveraging",
         "evertune.callbacks.base": "ContinualCallback",
         "evertune.callbacks.dark_replay": "DarkReplay",

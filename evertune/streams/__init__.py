@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from evertune.streams.datamodule import StreamDataModule as StreamDataModule
     from evertune.streams.experience import Experience as Experience
     from evertune.streams.experience import ExperienceStream as ExperienceStream
+    from evertune.streams.rewriting import BackTranslation as BackTranslation
+    from evertune.streams.rewriting import Synonyms as Synonyms
+    from evertune.streams.rewriting import augment as augment
     from evertune.streams.sampler import BucketSampler as BucketSampler
     from evertune.streams.sampler import ResumableLoader as ResumableLoader
     from evertune.streams.splits import SourceOptions as SourceOptions
@@ -25,6 +28,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.streams.avalanche": "from_avalanche",
         "evertune.streams.datamodule": "ExperienceDataModule StreamDataModule",
         "evertune.streams.experience": "Experience ExperienceStream",
+        "evertune.streams.rewriting": "BackTranslation Synonyms augment",
         "evertune.streams.sampler": "BucketSampler ResumableLoader",
         "evertune.streams.splits": (
             "SourceOptions class_incremental data_incremental domain_incremental time_incremental"

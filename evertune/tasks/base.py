@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from evertune.gate.predictions import Predictions
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+Change = Literal["rewrite", "move", "hide"]
+"""What may happen to a training text: another of the same meaning takes its place; tokens are left out, or change
+places; tokens are hidden where they are."""
 IGNORED = -100
 """The target of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -108,6 +111,9 @@ class Task:
 
     needs_label = True
     """Whether a record needs a label; False if the texts themselves can be learned."""
+
+    tolerates: frozenset[Change] = frozenset(get_args(Change))
+    """What may happen to a training text without making its label wrong."""
 
     example: Any = "a text"
     """What the module's ``predict`` is tried with before it is served."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from evertune.gate.predictions import Predictions
 from evertune.sources.base import Row
 from evertune.sources.values import text_value
-from evertune.tasks.base import IGNORED, Outputs, Task
+from evertune.tasks.base import IGNORED, Change, Outputs, Task
 from evertune.tasks.predicting import scores_of
 from evertune.tasks.sequences import SequenceCollator
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class GenerationTask(Task):
     """A task whose answers are texts. A subclass makes the examples (``dataset``) and the logits (``outputs``)."""
+
+    tolerates: frozenset[Change] = frozenset({"rewrite", "hide"})
 
     def __init__(self) -> None:
         super().__init__("categorical")

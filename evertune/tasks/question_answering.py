@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evertune.metrics.answers import answer_f1
 from evertune.sources.values import text_value
-from evertune.tasks.base import Outputs, Task
+from evertune.tasks.base import Change, Outputs, Task
 from evertune.tasks.texts import padding_token
 from evertune.tasks.token_cache import TokenCache
 from evertune.tasks.windows import KINDS, WindowCollator, WindowedDataset, targets_in, unstacked
@@ -54,6 +54,7 @@ class QuestionAnsweringTask(Task):
     """
 
     fixed_classes = False
+    tolerates: frozenset[Change] = frozenset()
     example = ("Who found it?", "Ann found it.")
 
     def __init__(self, stride: int = 32, max_answer_tokens: int = 30, no_answer_threshold: float = 0.0) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evertune.sources.base import Row
 from evertune.sources.values import text_value
+from evertune.tasks.base import Change
 from evertune.tasks.sequence_classification import SequenceClassificationTask
 from evertune.tasks.token_cache import TokenCache
 
@@ -43,6 +44,7 @@ class RelationExtractionTask(SequenceClassificationTask):
     """
 
     example = "[E1] Ann [/E1] found [E2] it [/E2]."
+    tolerates: frozenset[Change] = frozenset({"hide"})
 
     def __init__(self, entities: Sequence[str] = ("head", "tail"), unit: Unit = "characters") -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from evertune._lightning import rank_zero_warn
 from evertune.metrics.ranking import reciprocal_ranks
 from evertune.sources.base import Row
 from evertune.sources.values import absent, text_value
-from evertune.tasks.base import IGNORED, Outputs, Task
+from evertune.tasks.base import IGNORED, Change, Outputs, Task
 from evertune.tasks.parts import PARTS
 from evertune.tasks.sequences import SequenceDataset, of_record
 from evertune.tasks.texts import PadCollator, padding_token
@@ -64,6 +64,7 @@ class TextMatchingTask(Task):
     """
 
     fixed_classes = False
+    tolerates: frozenset[Change] = frozenset({"rewrite", "hide"})
     example: Any = ("a text", "an item")
 
     def __init__(

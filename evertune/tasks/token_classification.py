@@ -24,7 +24,7 @@ from evertune.metrics.entities import (
 )
 from evertune.sources.base import Row
 from evertune.sources.values import absent, text_value
-from evertune.tasks.base import IGNORED, Task
+from evertune.tasks.base import IGNORED, Change, Task
 from evertune.tasks.predicting import batch_of, batches_by_length, columns_of
 from evertune.tasks.texts import TokenizedDataset
 from evertune.tasks.token_cache import TokenCache
@@ -67,6 +67,8 @@ class TokenClassificationTask(Task):
         Traceback (most recent call last):
         ValueError: there must be a tag for each word, got 2 for 3 words
     """
+
+    tolerates: frozenset[Change] = frozenset({"hide"})
 
     def __init__(self, scheme: Scheme = "IOB2") -> None:
         if scheme not in SCHEMES:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertTokenizer
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.shard_worker import make_bert
@@ -51,6 +52,7 @@ METHODS = (
     "replay+lora-max",
     "replay+dora",
     "replay+ia3",
+    "replay+augment",
 )
 
 WITHOUT = {("evertune_deepspeed_stage_3", "replay+dora")}
@@ -96,7 +98,10 @@ def assert_same_weights(run: dict[str, Any], one_process: Path, folder: Path) ->
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_bert(tmp_path_factory.mktemp("bert"))
+    folder = make_bert(tmp_path_factory.mktemp("bert"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(35))]
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -164,6 +164,7 @@ def methods(name: str) -> list[pl.Callback]:
         "mir": lambda: [callbacks.MIR(memory_size=30, candidates=3, step_size=0.2)],
         "seq": lambda: [callbacks.SEQ()],
         "fgm": lambda: [callbacks.AdversarialTraining(epsilon=0.5)],
+        "augment": lambda: [callbacks.Augmentation(deletion=0.2, swap=0.3, cutoff=0.2, share=0.8)],
         "freelb": lambda: [callbacks.AdversarialTraining("freelb", epsilon=0.5, steps=2)],
         "adjust": lambda: [LogitAdjustment()],
         "inflora": lambda: [callbacks.InfLoRA(energy=0.8)],
