@@ -15,7 +15,7 @@
 
 Needs ``pip install evertune[demo,deepspeed]``.
 
-    python benchmarks/methods.py            # about half an hour on 2 cores
+    python benchmarks/methods.py            # about 40 minutes on 2 cores, and 14 GB of memory
     python benchmarks/methods.py --quick    # about 1 minute: three methods, fewer steps, ZeRO-2 alone
 """
 
