@@ -349,7 +349,7 @@ def test_a_slice_outside_the_registry(disk: Registry) -> None:
         ("consumed", "7", "'consumed' must be a whole number, got '7'"),
         ("consumed", True, "'consumed' must be a whole number, got True"),
         ("parent", 1.0, "'parent' must be a whole number, got 1.0"),
-        ("kind", "repair", "'kind' must be one of ['first', 'update', 'rebuild'], got 'repair'"),
+        ("kind", "repair", "'kind' must be one of ['first', 'update', 'rebuild', 'distillation'], got 'repair'"),
         ("created", "2026-01-01T00:00:00", "created must have a time zone, got 2026-01-01T00:00:00"),
         ("files", ["model"], "'files' must be an object, got ['model']"),
         ("files", ..., "'files' is missing"),
