@@ -49,10 +49,19 @@ LONGEST = (
     "callbacks/test_shard_exact.py",
     "test_lightning.py",
     "live/test_update.py",
-    "strategies/test_deepspeed.py",
-    "callbacks/test_consolidation.py",
+    "export/test_export.py",
     "callbacks/test_drift_trigger.py",
+    "test_docs.py",
     "cli/test_update.py",
+    "test_examples.py",
+    "registry/test_registry.py",
+    "strategies/test_deepspeed.py",
+    "cli/test_drift.py",
+    "ui/test_changes.py",
+    "launch/test_slurm.py",
+    "serve/test_workers.py",
+    "ui/test_browser.py",
+    "training/test_bit_exact_resume.py",
 )
 """Files that take minutes together: they come first, so that no core waits for another at the end."""
 
