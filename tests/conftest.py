@@ -41,7 +41,8 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
         return (yield)
     finally:
         for logger, level, disabled, propagate in before:
-            logger.setLevel(level)
+            if logger.level != level:  # setting it empties the caches of all loggers, of which there are a thousand
+                logger.setLevel(level)
             logger.disabled, logger.propagate = disabled, propagate
 
 
