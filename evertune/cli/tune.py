@@ -230,7 +230,7 @@ class _Search:
             return self.prunes and trial.should_prune()
 
         scored = any(isinstance(one, ContinualEvaluation) for one in trainer.callbacks)
-        watched = trainer.anew([*([] if scored else [ContinualEvaluation()]), Pruning(is_hopeless)])
+        watched = trainer.copy_with([*([] if scored else [ContinualEvaluation()]), Pruning(is_hopeless)])
         tokenizer, task = getattr(module, "tokenizer", None), task_of(module)
         stream = _validated(data.stream_for(module))
         history = watched.fit_stream(

@@ -93,7 +93,9 @@ def distil(
         update = PlannedUpdate(_plan(setup, production, reason), setup, records)
     with timed(seconds, "train"):
         if trained(setup.staging, update.plan) is None:
-            learner = trainer.anew([TeacherDistillation(teacher, student.strength, student.temperature)], only=Replay)
+            learner = trainer.copy_with(
+                [TeacherDistillation(teacher, student.strength, student.temperature)], only=Replay
+            )
             train(
                 update.plan,
                 records.split.train,

@@ -83,7 +83,7 @@ def train(
     ]
     if "EVERTUNE_NODE_DIR" in os.environ:  # a launcher supervises this process
         callbacks += [Preemption(), Heartbeat()]
-    learner = trainer.anew(
+    learner = trainer.copy_with(
         callbacks,
         default_root_dir=str(staging),
         enable_checkpointing=True,

@@ -97,19 +97,20 @@ def find_roles(rows: Sequence[Mapping[str, Any]], text: str | None = None, label
     split = take([name for name, values in left.items() if _is_split(values)])
     time = take([name for name, values in left.items() if _share(values, _is_time) >= 0.95])
 
+    def take_id() -> str | None:
+        return take([name for name, values in left.items() if _is_id(values, len(rows))], _ID)
+
     structure = find_structure(every)
     if structure is not None and {text, label} - {None} <= structure.fields.keys():
         for name in structure.fields:
             left.pop(name, None)
-        id_ = take([name for name, values in left.items() if _is_id(values, len(rows))], _ID)
-        return Roles(structure.text, structure.label, id_, time, split, structure=structure, others=list(left))
+        return Roles(structure.text, structure.label, take_id(), time, split, structure=structure, others=list(left))
     if text is None:
         texts = [name for name, values in left.items() if _is_text(values)]
         text = take(sorted(texts, key=lambda name: -_length(left[name])), _TEXT)
         if text is None:
             raise ValueError(f"none of the columns {sorted(columns)} looks like a text; pass --text COLUMN")
-    ids = [name for name, values in left.items() if _is_id(values, len(rows))]
-    id_ = take(ids, _ID)
+    id_ = take_id()
     if label is None:
         labels = [name for name, values in left.items() if _is_label(values)]
         numbered = [name for name in labels if isinstance(left[name][0], int)]

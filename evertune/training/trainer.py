@@ -240,7 +240,7 @@ class ContinualTrainer(Trainer):
         finally:
             self.experience, self.limit_val_batches = None, limit
 
-    def anew(
+    def copy_with(
         self, callbacks: Sequence[pl.Callback] = (), only: type | None = None, **settings: Any
     ) -> ContinualTrainer:
         """A trainer with the settings of this one, and copies of its callbacks with what they have learned so far.

@@ -20,16 +20,6 @@ from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
 ONE_LAYER = StudentSettings(layers=1)
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with version 1, of two layers, in production."""
-    folder = tmp_path_factory.mktemp("first")
-    prepare(folder)
-    feed(folder, "a", ["business", "sport"], n=60)
-    assert updater(folder).run().status == "promoted"
-    return folder
-
-
 @pytest.fixture
 def folder(first: Path, tmp_path: Path) -> Path:
     target = tmp_path / "live"

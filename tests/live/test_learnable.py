@@ -61,16 +61,6 @@ def test_only_the_records_that_fail_alone_are_found(tmp_path: Path) -> None:
         unlearnable(rows(["high"] * 70), Numbers(), module, schema)
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with version 1 in production."""
-    folder = tmp_path_factory.mktemp("first")
-    prepare(folder)
-    feed(folder, "a", ["business", "sport"], n=60)
-    assert updater(folder).run().status == "promoted"
-    return folder
-
-
 @pytest.fixture
 def folder(first: Path, tmp_path: Path) -> Path:
     """A copy of it, over the same inbox."""

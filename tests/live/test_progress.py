@@ -55,7 +55,7 @@ def test_an_update_is_seen_from_outside(tmp_path: Path) -> None:
             found = holder(live.registry.store)
             seen.append((progress_of(live.registry.store.local("staging")), "" if found is None else found.words))
 
-    live.trainer = live.trainer.anew([Looking()])
+    live.trainer = live.trainer.copy_with([Looking()])
     assert live.run().status == "promoted"
     ((progress, writer),) = seen
     assert progress is not None and progress.stage == "training" and progress.plan.version == 1

@@ -34,20 +34,10 @@ from evertune.sources.schema import RecordSchema
 from evertune.utils.clock import PARTS
 from evertune.utils.files import empty
 from tests.helpers.distributed import run_ranks
-from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
+from tests.helpers.live_worker import feed, lenient_gate, updater
 
 REFUSE = {"min_accuracy": 1.0}
 """More than the tiny model reaches."""
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry with version 1 in production."""
-    folder = tmp_path_factory.mktemp("first")
-    prepare(folder)
-    feed(folder, "a", ["business", "sport"], n=60)
-    assert updater(folder).run().status == "promoted"
-    return folder
 
 
 @pytest.fixture
