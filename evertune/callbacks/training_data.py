@@ -16,6 +16,8 @@ from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.trained import reads_by_index
 from evertune.utils.batches import targets_of, to_device
 
+SharesOf = Callable[[Tensor], Tensor]
+
 _CHUNK = 256
 _ADVICE = "leave it out, or train from a DataLoader over a map-style dataset"
 _TARGETS: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
@@ -57,11 +59,16 @@ class TrainingData:
         with isolate_rng():
             return to_device(self._trainer, self.collate(examples))
 
-    def targets(self, examples: Any = None) -> Tensor:
+    def targets(self, examples: Any = None, shares_of: SharesOf | None = None) -> Tensor:
         """The targets of all training examples, or of a memory's: class numbers, or 0 and 1 for each class.
 
         One pass over the examples without the model, on every rank. The targets of the training examples are kept for
         the other callbacks of the fit.
+
+        Args:
+            examples: Examples of a memory. Default: those of the training data.
+            shares_of: Function from the targets of a batch to what is returned of them, float ``[batch, classes]``: the
+                share of each class in each example, for targets at many positions.
 
         Returns:
             int64 ``[examples]``, or float ``[examples, classes]`` if an example has any number of classes. On the CPU.
@@ -69,14 +76,17 @@ class TrainingData:
         Raises:
             ValueError: If the targets are neither.
         """
-        if examples is not None:
-            return self._targets(examples)
+        if examples is not None or shares_of is not None:
+            return self._targets(self.dataset if examples is None else examples, shares_of or self._checked)
         if self._loader not in _TARGETS:
-            _TARGETS[self._loader] = self._targets(self.dataset)
+            _TARGETS[self._loader] = self._targets(self.dataset, self._checked)
         return _TARGETS[self._loader]
 
-    def class_shares(self) -> Tensor:
+    def class_shares(self, shares_of: SharesOf | None = None) -> Tensor:
         """The expected share of each class in a batch of this fit, new and replayed examples together.
+
+        Args:
+            shares_of: Function as in :meth:`targets`; the mean share over the examples is returned then.
 
         Returns:
             float64 ``[classes]``, up to the last class that the training data or the memory has; with several labels
@@ -86,7 +96,7 @@ class TrainingData:
             ValueError: If the targets are not classes, or examples join a batch whose classes are not counted
                 (``Replay(extra=...)``, :class:`MIR`).
         """
-        replay, targets = Replay.of(self._trainer), self.targets()
+        replay, targets = Replay.of(self._trainer), self.targets(shares_of=shares_of)
         if replay is not None and replay.extra is not None:
             raise ValueError(
                 f"{self._who} counts the new and the replayed examples of each class, not those of "
@@ -100,7 +110,7 @@ class TrainingData:
         in_new = self._drawn(targets)
         if replay is None or not len(replay.memory) or not replay.replay_ratio:
             return in_new
-        in_memory = class_counts(self.targets(replay.memory.view)) / len(replay.memory)
+        in_memory = class_counts(self.targets(replay.memory.view, shares_of)) / len(replay.memory)
         in_new, in_memory = same_length(in_new, in_memory)
         return (in_new + replay.replay_ratio * in_memory) / (1 + replay.replay_ratio)
 
@@ -112,7 +122,7 @@ class TrainingData:
         each = torch.from_numpy(weights / weights.sum())
         return each @ targets.double() if targets.ndim == 2 else torch.bincount(targets, weights=each)
 
-    def _targets(self, data: Any) -> Tensor:
+    def _targets(self, data: Any, read: SharesOf) -> Tensor:
         chunks = []
         for start in range(0, len(data), _CHUNK):
             batch = self.batch_of([data[index] for index in range(start, min(start + _CHUNK, len(data)))])
@@ -122,7 +132,7 @@ class TrainingData:
                 raise ValueError(
                     f"{self._who} needs the class of every example: {error}; {_ADVICE} whose batches have targets"
                 ) from None
-            chunks.append(self._checked(targets).cpu())
+            chunks.append(read(targets).cpu())
         return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
 
     def _checked(self, targets: Any) -> Tensor:

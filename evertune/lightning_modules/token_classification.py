@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evertune._lightning import rank_zero_warn
+from evertune.callbacks.training_data import TrainingData
 from evertune.lightning_modules.heads import LinearHead
-from evertune.lightning_modules.imbalance import Loss, check_imbalance, weighted_losses
+from evertune.lightning_modules.imbalance import (
+    ClassWeights,
+    Loss,
+    balanced_weights,
+    check_imbalance,
+    weighted_losses,
+)
 from evertune.lightning_modules.named_classes import NamedClassesModule
 from evertune.lightning_modules.saving import gathered
 from evertune.lightning_modules.sequence_classification import HEAD_DROPOUT
@@ -62,13 +69,15 @@ class TokenClassificationModule(NamedClassesModule):
             (Lin et al. 2017), see :func:`~evertune.lightning_modules.imbalance.weighted_losses`. Only in training:
             ``val_loss`` and ``test_loss`` are always cross-entropy without weights, so that they compare.
         focal_gamma: Exponent of the focal loss, positive. Default: 2, as in the paper.
-        class_weights: Weights of the words of each type in the training loss, a mapping of types (and ``O``) to
-            positive numbers, 1 for the others. Default: None.
+        class_weights: Weights of the words of each type in the training loss: ``balanced``, with which all types and
+            ``O`` count alike however often the batches of an update have them, new and replayed texts together; or a
+            mapping of types (and ``O``) to positive numbers, 1 for the others. Default: None.
         **settings: Those of :class:`TransformerModule`, such as ``learning_rate``. ``dropout`` is also the head's (by
             default 0.1).
 
     Raises:
-        ValueError: If an argument is out of range; the message names the allowed values.
+        ValueError: If an argument is out of range; the message names the allowed values. When ``fit`` starts, with
+            ``balanced``, if the tags of the training data are not known before training.
 
     Example::
 
@@ -89,19 +98,15 @@ class TokenClassificationModule(NamedClassesModule):
         n_classes_ahead: int | None = None,
         loss: Loss = "cross_entropy",
         focal_gamma: float = 2.0,
-        class_weights: Mapping[str, float] | None = None,
+        class_weights: ClassWeights | None = None,
         **settings: Any,
     ) -> None:
         check_imbalance(loss, focal_gamma, class_weights)
-        if isinstance(class_weights, str):
-            raise ValueError(
-                f"class_weights={class_weights!r} counts the labels of whole texts: for the types of entities, give a "
-                "mapping of names to weights"
-            )
         super().__init__(model_name_or_path, **settings)
         self.task = TokenClassificationTask(scheme)
         self.gamma = focal_gamma if loss == "focal" else 0.0
         self.class_weights = class_weights
+        self._weights = dict(class_weights) if isinstance(class_weights, Mapping) else {}  # in this fit
         self._counts: dict[str, Tensor] = {}
         self._start_classes(classes, n_classes_ahead)
 
@@ -177,19 +182,28 @@ class TokenClassificationModule(NamedClassesModule):
         """The mean loss of the texts to train on: :meth:`loss`, focal or with weights if the settings say so."""
         if not self.gamma and self.class_weights is None:
             return self.loss(logits, targets)
-        given = self.class_weights or {}
         types = [tag.partition("-")[2] or tag for tag in self.tags]
-        weights = torch.tensor([float(given.get(name, 1.0)) for name in types], device=logits.device)
+        weights = torch.tensor([float(self._weights.get(name, 1.0)) for name in types], device=logits.device)
         counted = targets != IGNORED
         each = torch.zeros(targets.shape, device=logits.device)
         each[counted] = weighted_losses(logits[counted], targets[counted], weights=weights, gamma=self.gamma)
         return _mean_of_texts(each, targets)
 
     def on_train_start(self) -> None:
-        """Report weights of types that do not exist."""
+        """Weigh the types of this fit, and report weights of types that do not exist."""
         super().on_train_start()
-        if unknown := [name for name in self.class_weights or {} if name not in (*self._classes, OUTSIDE)]:
+        if self.class_weights == "balanced":
+            shares = TrainingData(self.trainer, "class_weights='balanced'").class_shares(self._shares_of_types)
+            self._weights = dict(zip([OUTSIDE, *self._classes], balanced_weights(shares).tolist(), strict=True))
+        elif unknown := [name for name in self._weights if name not in (*self._classes, OUTSIDE)]:
             rank_zero_warn(f"class_weights has {unknown}, which are not among the types yet: {self._classes}")
+
+    def _shares_of_types(self, targets: Tensor) -> Tensor:
+        """The share of ``O`` and of each type among the words of each text, float64 ``[batch, 1 + types]``."""
+        counts = targets != IGNORED
+        types = torch.where(counts, (targets + 1) // 2, 0)  # the rows of a type are next to each other
+        words = F.one_hot(types, 1 + len(self._classes)).double() * counts.unsqueeze(-1)
+        return words.sum(1) / counts.sum(1, keepdim=True).clamp(min=1)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch, logged as ``train_loss``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -184,8 +185,22 @@ def test_weights_and_focal_loss_are_those_of_each_word(bert: str) -> None:
     torch.testing.assert_close(weighted.loss(logits, targets), plain.training_loss(logits, targets))
     weighted.training_loss(logits, torch.full((2, 4), -100)).backward()  # nothing counts: 0, not NaN
     assert float(logits.grad.abs().sum()) == 0
-    with pytest.raises(ValueError, match="class_weights='balanced' counts the labels of whole texts"):
-        TokenClassificationModule(bert, class_weights="balanced")
+
+
+def test_balanced_weights_count_the_words_of_each_type_in_new_and_replayed_texts(bert: str) -> None:
+    """By hand: each text has a share of its words of each type, and a third of a batch is replayed."""
+    module, means = TokenClassificationModule(bert, class_weights="balanced"), []
+    replay, weights = Replay(memory_size=100, replay_ratio=0.5), []
+    for name in ("ORG", "TEAM"):
+        one = experience(name, [name], [name])
+        data = ExperienceDataModule(one, module.tokenizer, task=module.task, batch_size=8)
+        pl.Trainer(callbacks=[replay], **quiet(max_epochs=1)).fit(module, data)
+        weights.append(list(module._weights.values()))
+        means.append(fmean(sum(tag != "O" for tag in row["label"]) / len(row["label"]) for row in one.train))
+    assert weights[0] == pytest.approx([1 / (2 * (1 - means[0])), 1 / (2 * means[0])])
+    org, team = means[0] / 3, means[1] * 2 / 3
+    assert weights[1] == pytest.approx([1 / (3 * (1 - org - team)), 1 / (3 * org), 1 / (3 * team)])
+    assert list(module._weights) == ["O", "ORG", "TEAM"]
 
 
 def test_a_rare_type_is_learned_sooner_with_a_weight(bert: str) -> None:
@@ -202,7 +217,9 @@ def test_a_rare_type_is_learned_sooner_with_a_weight(bert: str) -> None:
             log_p = module.eval()(**batch).logits.log_softmax(-1)
         return -float(log_p[targets == module.tags.index("B-TEAM")][:, module.tags.index("B-TEAM")].mean())
 
-    assert loss_on_team(class_weights={"TEAM": 10.0}) < 0.9 * loss_on_team()
+    plain = loss_on_team()
+    assert loss_on_team(class_weights={"TEAM": 10.0}) < 0.9 * plain
+    assert loss_on_team(class_weights="balanced") < plain
     with pytest.warns(UserWarning, match=r"class_weights has \['PER'\], which are not among the types yet"):
         loss_on_team(class_weights={"PER": 2.0})
 
