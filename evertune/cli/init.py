@@ -251,8 +251,16 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
             _section("trainer", {**config["trainer"], "accelerator": "auto", "devices": 1, "num_sanity_val_steps": 0}),
             "# Limits for a new version, compared with the one in production.",
             _section("gate", {"max_forgetting": 0.02, "max_bad_share": 0.1}),
+            *_imprinting(config["model"]),
         ]
     )
+
+
+def _imprinting(model: dict[str, Any]) -> list[str]:
+    if model["init_args"].get("head") != "cosine":
+        return []
+    why = "# From this many records on, a class that production does not know is named before an update trains it."
+    return [why, _section("update", {"imprint_after": 10})]
 
 
 def _fields(roles: Roles) -> dict[str, str]:

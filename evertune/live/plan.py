@@ -22,7 +22,7 @@ class Plan:
         version: Number of the version that the update produces.
         parent: Number of the version in production that the update starts from; None for the first.
         kind: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from the version in
-            production, ``"distillation"`` from some of its layers.
+            production, ``"distillation"`` from some of its layers; ``"imprinting"`` adds rows of new classes to it.
         after: Number of the last segment of the journal that the parent has learned.
         consumed: Number of the last segment that this update learns.
         offset: Offset of the source after that segment.
@@ -35,7 +35,7 @@ class Plan:
 
     version: int
     parent: int | None
-    kind: Literal["first", "update", "rebuild", "distillation"]
+    kind: Literal["first", "update", "rebuild", "distillation", "imprinting"]
     after: int
     consumed: int
     offset: dict[str, Any] | None

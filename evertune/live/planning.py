@@ -9,6 +9,7 @@ from typing import Literal
 from evertune.gate.verdict import Verdict
 from evertune.live.arrivals import Arrivals
 from evertune.live.backlog import Backlog
+from evertune.live.new_classes import reason_to_imprint
 from evertune.live.outcome import Outcome, reasons_of
 from evertune.live.plan import Plan, clear
 from evertune.live.records import Records
@@ -64,7 +65,8 @@ class Planner:
         if plan is not None:
             return f"update {plan.version} was interrupted"
         found = situation(self._setup, self._backlog)
-        return self._trigger.reason(found) if found.n_new else None
+        reason = self._trigger.reason(found) if found.n_new else None
+        return reason or reason_to_imprint(self._setup, self._backlog)
 
     def plan(self) -> PlannedUpdate | Outcome:
         """Take in what has arrived, and plan an update of it if the trigger fires and the records pass the gate."""

@@ -20,6 +20,9 @@ class UpdateSettings:
             replay memory and the pending records. Default: 3; None never rebuilds.
         checkpoint_every_n_steps: Optimizer steps between two checkpoints: the most that a crash loses. Default: 200.
         seed: Seed of everything random; the number of the version is added to it.
+        imprint_after: Number of pending records of a class that production does not know after which it is taught to
+            name it, without training, until the next update trains on them. Needs a cosine head. Default: None, only
+            by training.
         untrained: Whether to measure what no training would give: one forward pass of the pretrained encoder over the
             new records and 500 held-out ones. Default: True.
 
@@ -34,6 +37,7 @@ class UpdateSettings:
     rebuild_after: int | None = 3
     checkpoint_every_n_steps: int = 200
     seed: int = 0
+    imprint_after: int | None = None
     untrained: bool = True
 
     def __post_init__(self) -> None:
@@ -42,8 +46,9 @@ class UpdateSettings:
         for name in ("max_holdout", "max_records", "max_evaluation", "checkpoint_every_n_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.rebuild_after is not None and self.rebuild_after < 1:
-            raise ValueError(f"rebuild_after must be positive or None, got {self.rebuild_after}")
+        for name in ("rebuild_after", "imprint_after"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,6 +141,11 @@ class Updater:
             settings=self.settings,
             config=self.config,
         )
+        if self.settings.imprint_after is not None and getattr(model, "head_kind", None) != "cosine":
+            raise ValueError(
+                f"imprint_after={self.settings.imprint_after} sets rows of a cosine head, which {type(model).__name__} "
+                "does not have here: pass head='cosine' to a SequenceClassificationModule, or leave imprint_after out"
+            )
         _ = self._setup.base  # refused here, if it cannot be used, and not after hours of training
         self._backlog = Backlog(self.registry, self.journal, self._setup.staging, self._setup.config_digest)
         self._arrivals = Arrivals(self._setup, self._backlog, intake)
@@ -258,7 +263,8 @@ class Updater:
         """Carry out a plan, if there is one; without the records that fail in it, if it fails because of them."""
         set_aside = self._set_aside(decision)
         if isinstance(decision, Outcome):
-            return replace(decision, words=f"{decision.words}{set_aside}")
+            outcome = (self._imprint(seconds, dry_run) if decision.status == "nothing" else None) or decision
+            return replace(outcome, words=f"{outcome.words}{set_aside}")
         try:
             outcome = self._carry_out(decision, seconds, dry_run)
         except Exception as error:
@@ -268,6 +274,14 @@ class Updater:
             clear(self._setup.staging)
             return self._conclude(self._planner.plan(), seconds, dry_run)
         return replace(outcome, words=f"{outcome.words}{set_aside}")
+
+    def _imprint(self, seconds: dict[str, float], dry_run: bool) -> Outcome | None:
+        """Teach production the classes for which this is due, if there are any."""
+        if self.settings.imprint_after is None:
+            return None
+        from evertune.live.imprinting import imprint
+
+        return imprint(self._setup, self._backlog, self.source, self.mirror, seconds, dry_run)
 
     def _set_aside(self, decision: PlannedUpdate | Outcome) -> str:
         """What became of the records since the last update that are not learned, as the end of a message."""

@@ -11,7 +11,7 @@ from evertune.utils.typed_json import check_seal, decode, from_json, sealed, to_
 
 FORMAT = 1
 
-Kind = Literal["first", "update", "rebuild", "distillation"]
+Kind = Literal["first", "update", "rebuild", "distillation", "imprinting"]
 
 _CHECKED_ELSEWHERE = ("version", "parent")
 """Entries that the digest of a manifest leaves out, as the version's folder and its parent's existence show them."""
@@ -70,7 +70,8 @@ class Manifest:
         parent: Number of the version that it was trained from; None for the first.
         created: When it was made, with a time zone. Default: now.
         kind: How it was made: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from the
-            parent, ``"distillation"`` from some of the parent's layers.
+            parent, ``"distillation"`` from some of the parent's layers, ``"imprinting"`` is the parent with rows of
+            new classes.
         experience: Name of the experience that it learned.
         reason: Why there was an update, as a message.
         consumed: Number of the last segment of the journal that it has learned; 0 for none.
