@@ -40,6 +40,7 @@ from evertune.live import (
 from evertune.live.triggers.performance import fisher
 from evertune.registry.registry import Registry
 from evertune.sources.labels import LabelJoin
+from evertune.tasks import TokenClassificationTask
 from tests.helpers.live_worker import feed, prepare, updater
 
 NOON = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)
@@ -339,6 +340,51 @@ def test_label_drift_counts_each_combination_of_several_labels_and_needs_enough_
     assert trigger.explanation.startswith("no label drift")
     assert trigger.reason(situation(pending, version=2, memory_labels=lambda: known[:30])) is None
     assert trigger.explanation.startswith("label drift: cannot tell, a reference of 30 records is too small")
+
+
+def graded(n: int, seed: int, turned: bool = False) -> list[dict[str, Any]]:
+    """Records with two numbers as a label: stars, of which there are few, and a price. Turned, only the stars differ."""
+    draw = random.Random(seed)
+    stars = [[1, 2, 3, 4, 5], [5, 5, 5, 5, 1]][turned]
+    return [{"id": f"{seed}-{i}", "record": {"label": [draw.choice(stars), draw.gauss(40, 12)]}} for i in range(n)]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_numbers_that_are_distributed_otherwise_are_label_drift(several: bool) -> None:
+    def rows(*arguments: Any) -> list[dict[str, Any]]:
+        found = graded(*arguments)
+        return found if several else [{**row, "record": {"label": row["record"]["label"][0]}} for row in found]
+
+    known = [row["record"]["label"] for row in rows(600, 0)]
+    names = lambda label: []  # noqa: E731
+    trigger, usual = LabelDrift(), rows(300, 1)
+    assert trigger.reason(situation(usual, memory_labels=lambda: known, label_names=names)) is None
+    assert trigger.explanation.startswith("no label drift: score ")
+    pending = usual + rows(200, 2, True)
+    reason = trigger.reason(situation(pending, memory_labels=lambda: known, label_names=names))
+    assert reason is not None and reason.startswith("label drift: score ")
+    assert 300 < int(reason.rsplit(" ", 1)[1]) <= 400
+    assert LabelDrift().reason(situation(pending, memory_labels=lambda: known, label_names=names)) == reason
+    few = LabelDrift()
+    assert few.reason(situation(pending, memory_labels=lambda: known[:30], label_names=names)) is None
+    assert few.explanation.startswith("label drift: cannot tell, a reference of 30 records is too small")
+
+
+def test_entities_drift_by_their_types_and_not_by_their_words() -> None:
+    """Each text has tags of its own, so that whole labels never come again."""
+
+    def rows(n: int, seed: int, share: float) -> list[dict[str, Any]]:
+        draw = random.Random(seed)
+        kinds = [draw.choices(["ORG", "LOC"], [1 - share, share])[0] for _ in range(n)]
+        tags = [[*["O"] * draw.randrange(50), f"B-{kind}", *["O"] * draw.randrange(50)] for kind in kinds]
+        return [{"id": f"{seed}-{i}", "record": {"label": one}} for i, one in enumerate(tags)]
+
+    names = TokenClassificationTask().label_names
+    known = [row["record"]["label"] for row in rows(600, 0, 0.3)]
+    usual, trigger = rows(300, 1, 0.3), LabelDrift()
+    assert trigger.reason(situation(usual, memory_labels=lambda: known, label_names=names)) is None
+    assert trigger.explanation.startswith("no label drift: score ")
+    assert trigger.reason(situation(usual + rows(200, 2, 0.9), memory_labels=lambda: known, label_names=names))
 
 
 def numbers(n: int, seed: int, shift: float = 0.0) -> list[dict[str, Any]]:

@@ -196,15 +196,18 @@ class Drift(Trigger):
 
 
 class LabelDrift(Drift):
-    """Due when the shares of the labels that arrive differ from those that production has learned.
+    """Due when the labels that arrive are distributed otherwise than those that production has learned.
 
-    Like :class:`Drift`, on labels: more complaints and fewer orders, or a class that production does not know. (All
-    unknown classes count as one. If a record has several labels, each combination counts as a class.)
+    Like :class:`Drift`, on labels. Of classes, the shares are compared: more complaints and fewer orders, or a class
+    that production does not know. (All unknown classes count as one. If a record has several labels, each combination
+    counts as a class.) Of numbers, those of a regression, the whole distribution is: higher prices, or only very good
+    and very bad grades. With several numbers in a label, each counts.
 
     Args:
-        detector: A detector of class numbers, used as a template that is not changed. Default:
-            :class:`~evertune.drift.labels.LabelShift` with one false alarm in 10,000 records and a reference of up to
-            512 labels; it needs 128.
+        detector: A detector of class numbers or, for a regression, of the numbers of a label, used as a template that
+            is not changed. Default: :class:`~evertune.drift.labels.LabelShift` for classes and
+            :class:`~evertune.drift.MarginalKS` for numbers, with one false alarm in 10,000 records and a reference of
+            up to 512 labels; it needs 128.
         min_records: Minimum number of new records before the detector is run; the records of a refused update count
             again once this many others have arrived. Default: 64.
         threshold: Decides instead of the detector, as in :class:`Drift`.
@@ -223,28 +226,47 @@ class LabelDrift(Drift):
 
     def reason(self, situation: Situation) -> str | None:
         labels = situation.memory_labels() if situation.production is not None else []
-        if labels and not any(isinstance(one, list) or situation.label_names(one) for one in labels):
-            self.explanation, self.readings = "label drift: not applicable, the labels are not classes", {}
+        if labels and not any(_are_numbers(one) or situation.label_names(one) for one in labels):
+            self.explanation, self.readings = "label drift: not applicable, the labels are texts", {}
             return None
         return super().reason(situation)
 
     def _known(self, situation: Situation) -> list[Any]:
-        known = [_name_of(label) for label in situation.memory_labels()]
-        self._numbers = {name: number for number, name in enumerate(sorted(set(known)))}
+        known = [_numbers_or_name(label, situation) for label in situation.memory_labels()]
+        names = {label for label in known if isinstance(label, str)}
+        self._numbers = {name: number for number, name in enumerate(sorted(names))}
         return known
 
     def _seen(self, record: dict[str, Any], situation: Situation) -> Any:
-        return None if situation.label is None else _name_of(record.get(situation.label))
+        return None if situation.label is None else _numbers_or_name(record.get(situation.label), situation)
 
     def _default(self, n_known: int) -> Detector:
+        from evertune.drift import MarginalKS
         from evertune.drift.labels import LabelShift
 
-        return LabelShift(n_classes=max(1, len(self._numbers)), reference_size=max(1, min(n_known, 512)))
+        size = max(1, min(n_known, 512))
+        if not self._numbers:
+            return MarginalKS(reference_size=size)
+        return LabelShift(n_classes=len(self._numbers), reference_size=size)
 
-    def _numbered(self, names: Sequence[str]) -> torch.Tensor:
-        """The number of each class, ``[labels, 1]``; all classes that production does not know share one number."""
-        return torch.tensor([[float(self._numbers.get(name, len(self._numbers)))] for name in names])
+    def _numbered(self, labels: Sequence[Any]) -> torch.Tensor:
+        """The number of each class, ``[labels, 1]``, or the numbers of each label, ``[labels, numbers]``.
+
+        All classes that production does not know share one number.
+        """
+        if not self._numbers:
+            return torch.tensor(labels)
+        return torch.tensor([[float(self._numbers.get(name, len(self._numbers)))] for name in labels])
 
 
-def _name_of(label: Any) -> str:
-    return json.dumps(sorted(label) if isinstance(label, list) else label)
+def _are_numbers(label: Any) -> bool:
+    """Whether a label is a number, or several."""
+    numbers = label if isinstance(label, list) else [label]
+    return bool(numbers) and all(isinstance(one, int | float) for one in numbers)
+
+
+def _numbers_or_name(label: Any, situation: Situation) -> list[float] | str:
+    """The numbers of a regression's label; otherwise the names of its classes as one name."""
+    if _are_numbers(label):
+        return [float(one) for one in (label if isinstance(label, list) else [label])]
+    return json.dumps(sorted(set(situation.label_names(label))))
