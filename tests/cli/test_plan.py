@@ -434,6 +434,14 @@ def test_questions_without_an_answer(
     ("section", "message"),
     [
         ("model: {class_path: my.Module}", "only its own code knows the size"),
+        (
+            "model: {class_path: evertune.lightning_modules.ZeroShotClassificationModule}",
+            "Module is not trained: a GPU",
+        ),
+        (
+            "model: {class_path: evertune.lightning_modules.AnalyticClassificationModule}",
+            "Module is not trained: a GPU",
+        ),
         ("trainer: {devices: auto}", "devices='auto' does not say how many GPUs"),
         ("trainer: {strategy: fsdp}", "strategy must be one of"),
         ("trainer: 3", "the section 'trainer' must hold settings, got 3"),

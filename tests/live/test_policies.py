@@ -343,7 +343,7 @@ def test_label_drift_counts_each_combination_of_several_labels_and_needs_enough_
 
 
 def graded(n: int, seed: int, turned: bool = False) -> list[dict[str, Any]]:
-    """Records with two numbers as a label: stars, of which there are few, and a price. Turned, only the stars differ."""
+    """Records with two numbers as a label: stars, a few values, and a price. Turned, only the stars differ."""
     draw = random.Random(seed)
     stars = [[1, 2, 3, 4, 5], [5, 5, 5, 5, 1]][turned]
     return [{"id": f"{seed}-{i}", "record": {"label": [draw.choice(stars), draw.gauss(40, 12)]}} for i in range(n)]

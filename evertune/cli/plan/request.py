@@ -12,7 +12,7 @@ import yaml
 
 from evertune.cli.plan.gpus import memory_of, n_devices, positive
 from evertune.cli.plan.methods import Method, argument, methods_of
-from evertune.cli.plan.shape import MODULES, ModelShape, has_classes, shape_of, texts_of_example
+from evertune.cli.plan.shape import MODULES, UNTRAINED, ModelShape, has_classes, shape_of, texts_of_example
 from evertune.cli.plan.training import ALL, PRECISIONS, STRATEGIES, Training
 
 _PRECISION_NAMES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true", "auto": "bf16-mixed"}
@@ -175,10 +175,16 @@ def _model_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     model = _section(config, "model")
     path = str(model.get("class_path") or MODULES[0])
     name = path.rpartition(".")[2]
+    if name in UNTRAINED:
+        raise ValueError(
+            f"{name} is not trained: a GPU holds its transformer's weights, 4 bytes each in fp32, and a forward pass, "
+            "without gradients or an optimizer; plan compares ways to train. To plan the training of its transformer, "
+            "name a class that is trained, such as SequenceClassificationModule"
+        )
     if name not in MODULES:
         raise ValueError(
             f"the model is a {path}, of which only its own code knows the size; plan knows {', '.join(MODULES)} of "
-            "evertune.lightning_modules: name the transformer in it with --model"
+            "evertune.lightning_modules: name the transformer in it with --model, without a --config"
         )
     return name, dict(model.get("init_args") or {})
 

@@ -22,6 +22,8 @@ MODULES = (
 )
 """The modules of :mod:`evertune.lightning_modules` whose size is known without their weights."""
 
+UNTRAINED = ("AnalyticClassificationModule", "ZeroShotClassificationModule")
+"""The modules of :mod:`evertune.lightning_modules` that have nothing to train."""
 
 _LOGIT_ROWS = {"QuestionAnsweringModule": 2, "TokenClassificationModule": 0, "CausalLMModule": 0, "Seq2SeqModule": 0}
 """Rows of logits of an example, where it is not one; 0 for one of each token."""
