@@ -40,6 +40,7 @@ def check(arguments: Sequence[str]) -> int:
             "source": lambda: _records(updater, made),
             "registry": lambda: _registry(updater),
             "model": lambda: _model(updater),
+            "student": lambda: _student(updater),
             "alerts": lambda: ", ".join(map(_named, made.watch.alerts)) or "none are set",
         }
         for name, part in parts.items():
@@ -91,6 +92,24 @@ def _model(updater: Updater) -> str:
     model.configure_model()  # reads the weights
     n = sum(parameter.numel() for parameter in model.parameters())
     return f"{type(model).__name__}, {n / 1e6:,.1f} million parameters"
+
+
+def _student(updater: Updater) -> str:
+    """Make a student of the model, which :func:`_model` has read, and look into the registry of the students.
+
+    Raises:
+        ValueError: If the model has no such student.
+    """
+    students = updater.students
+    if students is None:
+        return "none follows"
+    from evertune.lightning_modules.students import student_of
+
+    n = sum(parameter.numel() for parameter in student_of(updater.model, students.settings.layers).parameters())
+    production = students.registry.production
+    stands = "no version yet" if production is None else f"version {production.number} in production"
+    narrower = f", before {students.settings.prune:.0%} of the neurons are removed" if students.settings.prune else ""
+    return f"{n / 1e6:,.1f} million parameters{narrower}; {students.registry.store.root}: {stands}"
 
 
 def _named(alert: Any) -> str:

@@ -16,10 +16,11 @@ from evertune.cli.parsing import command_parser
 from evertune.cli.presets import add_preset_argument, parse_with_preset
 from evertune.cli.quiet import quiet, say_progress, unset_output
 from evertune.gate.gate import Gate
+from evertune.live.outcome import EXIT_CODES, Outcome
 from evertune.live.settings import StudentSettings, UpdateSettings
 from evertune.live.triggers import Trigger
 from evertune.live.update import DATA_OF_UPDATES, Updater
-from evertune.live.watch import WatchSettings
+from evertune.live.watch import STUDENT, WatchSettings
 from evertune.registry.mlflow import MLflowMirror
 from evertune.sources.base import Source
 from evertune.sources.labels import LabelJoin
@@ -36,7 +37,7 @@ WATCH = ("evertune watch", "evertune check")
 """The programs that use the section ``watch``; others check it, and ignore it."""
 
 DISTIL = "evertune distil"
-"""The program that has a section ``student``."""
+"""The program that needs the section ``student``."""
 
 _DESCRIPTION = {
     "evertune update": "Learn what has arrived, and promote the new version if it is no worse.",
@@ -47,8 +48,8 @@ _DESCRIPTION = {
 }
 _EPILOG = {
     "evertune update": "Example: evertune update --config live.yaml --gate.max_forgetting 0.05. Exit codes: 0 "
-    "promoted, 3 nothing to do, 4 refused by the gate, 5 stopped for bad data (see `evertune quarantine list`), 1 an "
-    "error, 2 a wrong setting.",
+    "promoted, 3 nothing to do, 4 refused by the gate (the version or its student), 5 stopped for bad data (see "
+    "`evertune quarantine list`), 1 an error, 2 a wrong setting.",
     "evertune watch": "Example: evertune watch --config live.yaml --watch.poll 5. Exit codes: 0 after SIGTERM or "
     "SIGINT, 1 if it cannot start or has lost the registry to another process, 2 a wrong setting. `evertune check` "
     "with the same arguments says beforehand what does not work.",
@@ -65,7 +66,8 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
     """The updater that a configuration describes, and all settings of the command line.
 
     Sections: ``registry`` (a folder or URL), ``source``, ``trigger``, ``masker`` (by ``class_path``), ``schema``,
-    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.settings.UpdateSettings`), ``mirror``, ``work_dir``,
+    ``label_join``, ``gate``, ``update`` (:class:`~evertune.live.settings.UpdateSettings`), ``student``
+    (:class:`~evertune.live.settings.StudentSettings`), ``mirror``, ``work_dir``,
     ``watch`` (:class:`~evertune.live.watch.WatchSettings`; made for the programs in :data:`WATCH` only) and, as in
     ``evertune fit``, ``model``, ``trainer`` and ``data``.
 
@@ -93,6 +95,7 @@ def updater_from(arguments: Sequence[str], program: str = "evertune update") -> 
         trigger=made["trigger"],
         gate=made["gate"],
         settings=made["update"],
+        student=None if program == DISTIL else made["student"],
         mirror=made["mirror"],
         work_dir=made["work_dir"],
         config=recorded,
@@ -116,6 +119,9 @@ def _parser(program: str) -> LightningArgumentParser:
         parser.add_class_arguments(WatchSettings, "watch")  # first, so that its help begins with its own settings
     if program == DISTIL:
         parser.add_class_arguments(StudentSettings, "student")
+    else:
+        follows = "a smaller version of each that goes into production, in a registry of its own"
+        parser.add_argument("--student", type=StudentSettings | None, default=None, help=follows)
     parser.add_argument("--registry", type=str, required=True, help="the folder, or its URL, with the versions")
     parser.add_argument("--work_dir", type=str | None, default=None, help="where an update is staged")
     parser.add_argument("--source", type=Source, required=True, help="where records come from")
@@ -142,7 +148,7 @@ def _parser(program: str) -> LightningArgumentParser:
 def _recorded(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """The settings that determine a version, not those of where it is kept, and no secrets."""
     values = json.loads(parser.dump(config, format="json", skip_none=False))
-    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch"):
+    for name in ("config", "registry", "work_dir", "dry_run", "read_on_from", "mirror", "watch", "launch", "student"):
         values.pop(name, None)
     for name in ("devices", "num_nodes"):  # an interrupted update may resume elsewhere
         values["trainer"].pop(name, None)
@@ -191,11 +197,26 @@ def update(arguments: Sequence[str]) -> int:
             complain("evertune update", error)
             return 1
         if watched:
-            facts = {} if outcome.verdict is None else outcome.verdict.to_dict()
-            about = {"event": "verdict" if facts else "outcome", "status": outcome.status, "version": outcome.version}
-            about |= {"untrained": outcome.untrained} if outcome.untrained else {}
-            logger.info("%s", outcome.words, extra={**about, **facts})
-            return outcome.code
+            _log(outcome, "verdict" if outcome.verdict else "outcome")
+            if outcome.student is not None:
+                _log(outcome.student, STUDENT)
+            return EXIT_CODES[outcome.status]  # the watch reads of the student
+    _show(outcome)
+    if outcome.student is not None:
+        _show(outcome.student)
+    return outcome.code
+
+
+def _log(outcome: Outcome, event: str) -> None:
+    """An outcome as the line that a watch reads."""
+    facts = {} if outcome.verdict is None else outcome.verdict.to_dict()
+    about = {"event": event, "status": outcome.status, "version": outcome.version}
+    about |= {"untrained": outcome.untrained} if outcome.untrained else {}
+    logger.info("%s", outcome.words, extra={**about, **facts})
+
+
+def _show(outcome: Outcome) -> None:
+    """An outcome for people."""
     screen = console()
     if outcome.verdict is not None:
         screen.print(outcome.verdict.table())
@@ -207,4 +228,3 @@ def update(arguments: Sequence[str]) -> int:
         from evertune.reports.summary import spent
 
         screen.print(f"time: {spent(outcome.seconds)}", soft_wrap=True, style="dim")
-    return outcome.code

@@ -221,6 +221,19 @@ class Gate:
         self.test = test
         self.seed = seed
 
+    def changed(self, limits: Mapping[str, Any]) -> Gate:
+        """A gate with other values of some settings.
+
+        Raises:
+            ValueError: If there is no such setting, or a value is out of range.
+
+        >>> Gate(alpha=0.05).changed({"max_forgetting": 0.03}).max_forgetting
+        0.03
+        """
+        if unknown := sorted(limits.keys() - vars(self).keys()):
+            raise ValueError(f"the gate has no setting {', '.join(unknown)}; it has {', '.join(vars(self))}")
+        return Gate(**{**vars(self), **limits})
+
     def judge_data(
         self,
         records: Sequence[Row],

@@ -1,4 +1,4 @@
-"""A smaller version that the one in production teaches, judged against it and published in its place."""
+"""Trains a smaller version from what production says, judges it against production, and publishes it in its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.teacher_distillation import TeacherDistillation
-from evertune.gate.verdict import Check
+from evertune.gate.verdict import Check, Verdict
 from evertune.lightning_modules.backbone import encoder_layers
 from evertune.lightning_modules.pruning import prune_feed_forward
 from evertune.lightning_modules.students import student_of
@@ -66,6 +66,32 @@ def distil(
 
     See :meth:`evertune.live.update.Updater.distil`. Requires the registry's lease.
     """
+    teacher, seconds = teacher_of(setup), dict[str, float]()
+    own = for_students(setup, student)
+    update, verdict = taught(own, setup, teacher, student, trainer, seconds)
+    if dry_run or not verdict.passed:
+        clear(own.staging)
+        words = "would be promoted" if verdict.passed else "is refused, and not published"
+        return Outcome(
+            "promoted" if verdict.passed else "refused",
+            f"the student of version {teacher.number} {words}: {reasons_of(verdict)}",
+            None,
+            verdict,
+            seconds,
+        )
+    keep_sums(setup.versions.folder(teacher), own.staging / VERSION)
+    with timed(seconds, "publish"):
+        version = publish(own, update, verdict, seconds)
+        return finish(own, update.plan, version, source, mirror, seconds)
+
+
+def teacher_of(setup: Setup) -> Version:
+    """The version in production, which can teach now.
+
+    Raises:
+        ValueError: If there is none, an update is not finished, or a rollback has given records up that no update has
+            followed.
+    """
     production = setup.registry.production
     if production is None:
         raise ValueError("there is no version in production that could teach a smaller one")
@@ -76,55 +102,82 @@ def distil(
             f"the records of version {given_up[-1]}, which was rolled back, are given up until the next update: run "
             "`evertune update` first"
         )
-    # No closed-form classifier is trained beside it: there are no new records that it would learn.
-    setup = replace(setup, staging=setup.staging / _STAGING, settings=replace(setup.settings, untrained=False))
-    folder = setup.versions.folder(production)
-    seconds: dict[str, float] = {}
+    return production
+
+
+def for_students(setup: Setup, student: StudentSettings, **changes: Any) -> Setup:
+    """What all students have in common, as what all updates have."""
+    return replace(
+        setup,
+        staging=setup.staging / _STAGING,
+        # No closed-form classifier is trained beside them: there are no new records that it would learn.
+        settings=replace(setup.settings, untrained=False),
+        gate=setup.gate.changed(student.gate),
+        config={**setup.config, "student": student.recorded},
+        **changes,
+    )
+
+
+def taught(
+    own: Setup,
+    setup: Setup,
+    teacher: Version,
+    student: StudentSettings,
+    trainer: ContinualTrainer,
+    seconds: dict[str, float],
+    served: Version | None = None,
+) -> tuple[PlannedUpdate, Verdict]:
+    """A student in the staging folder, trained and judged; one that was interrupted goes on.
+
+    Args:
+        own: What all students have in common, from :func:`for_students`.
+        setup: What all updates of the teacher have in common.
+        teacher: The version that teaches.
+        student: How small the student is.
+        trainer: Trainer whose settings are used.
+        seconds: Receives the seconds that each stage took.
+        served: The student in production, where students have a registry of their own.
+
+    Raises:
+        ValueError: If the journal holds no record that the teacher has learned, or the teacher has no such student.
+    """
+    folder = setup.versions.folder(teacher)
     with timed(seconds, "plan"):
-        segments = _learned(setup, production)
-        records = _Relearned(setup, segments, production)
+        segments = _learned(setup, teacher)
+        records = _Relearned(own, segments, teacher)
         if not records.split.train:
             raise ValueError(
                 "the journal no longer holds a record that production has learned: distil before `evertune registry gc`"
             )
-        teacher = setup.opened(folder / MODEL)
-        smaller = _smaller(setup, teacher, student, records.split.train)
-        reason = f"version {production.number} is distilled into {_words(teacher, student)}"
-        update = PlannedUpdate(_plan(setup, production, reason), setup, records)
+        module = setup.opened(folder / MODEL)
+        smaller = _smaller(setup, module, student, records.split.train)
+        update = PlannedUpdate(_plan(own, setup, teacher, served, _words(module, student)), own, records)
     with timed(seconds, "train"):
-        if trained(setup.staging, update.plan) is None:
-            learner = trainer.copy_with(
-                [TeacherDistillation(teacher, student.strength, student.temperature)], only=Replay
-            )
+        if trained(own.staging, update.plan) is None:
             train(
                 update.plan,
                 records.split.train,
-                setup.staging,
+                own.staging,
                 # Of records that the journal has deleted, those in the replay memory are learned.
-                None if len(segments) == production.manifest.consumed else folder,
+                None if len(segments) == teacher.manifest.consumed else folder,
                 smaller,
-                learner,
-                setup.schema,
-                setup.data,
-                seed=setup.settings.seed + update.plan.version,
-                checkpoint_every_n_steps=setup.settings.checkpoint_every_n_steps,
+                _learner(trainer, module, student),
+                own.schema,
+                own.data,
+                seed=own.settings.seed + update.plan.version,
+                checkpoint_every_n_steps=own.settings.checkpoint_every_n_steps,
             )
     with timed(seconds, "evaluate"):
-        verdict = judge(setup, update)
-    if dry_run or not verdict.passed:
-        clear(setup.staging)
-        words = "would be promoted" if verdict.passed else "is refused, and not published"
-        return Outcome(
-            "promoted" if verdict.passed else "refused",
-            f"the student of version {production.number} {words}: {reasons_of(verdict)}",
-            None,
-            verdict,
-            seconds,
-        )
-    keep_sums(folder, setup.staging / VERSION)
-    with timed(seconds, "publish"):
-        version = publish(setup, update, verdict, seconds)
-        return finish(setup, update.plan, version, source, mirror, seconds)
+        return update, judge(own, update, served)
+
+
+def _learner(trainer: ContinualTrainer, teacher: Any, student: StudentSettings) -> ContinualTrainer:
+    """The trainer of a student: on one device, and of the methods with the replay memory only."""
+    changes: dict[str, Any] = {} if student.epochs is None else {"max_epochs": student.epochs}
+    if trainer.world_size > 1:
+        changes |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    distillation = TeacherDistillation(teacher, student.strength, student.temperature)
+    return trainer.copy_with([distillation], only=Replay, **changes)
 
 
 def _learned(setup: Setup, production: Version) -> list[Segment]:
@@ -163,22 +216,25 @@ def _words(teacher: Any, student: StudentSettings) -> str:
     return f"{layers}, without {student.prune:.0%} of their feed-forward neurons" if student.prune else layers
 
 
-def _plan(setup: Setup, production: Version, reason: str) -> Plan:
+def _plan(own: Setup, setup: Setup, teacher: Version, served: Version | None, words: str) -> Plan:
     """The plan of a student; that of one that was interrupted, if it is the same."""
+    in_place = own.registry is setup.registry
+    parent = teacher if in_place else served
     plan = Plan(
-        version=setup.registry.next_number(),
-        parent=production.number,
+        version=own.registry.next_number(),
+        parent=None if parent is None else parent.number,
         kind="distillation",
         after=0,
-        consumed=production.manifest.consumed,
-        offset=production.manifest.offset,
-        reason=reason,
+        consumed=teacher.manifest.consumed,
+        offset=teacher.manifest.offset if in_place else None,
+        reason=f"version {teacher.number} is distilled into {words}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        config=setup.config_digest,
+        config=own.config_digest,
+        teacher=None if in_place else teacher.number,
     )
-    before = Plan.load(setup.staging)
+    before = Plan.load(own.staging)
     if before is not None and replace(before, created=plan.created) == plan:
         return before
-    clear(setup.staging)
-    plan.save(setup.staging)
+    clear(own.staging)
+    plan.save(own.staging)
     return plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from evertune.gate.comparison import FEW, Pair
 from evertune.gate.evaluation import Evaluation
 from evertune.gate.label_noise import learned_classes
 from evertune.gate.predictions import Cost, Predictions
-from evertune.gate.verdict import Verdict
+from evertune.gate.verdict import Check, Verdict
 from evertune.live.evaluation import evaluate, evaluate_examples, measure, without_training
 from evertune.live.no_training import measure_untrained, pretrained
 from evertune.live.planning import PlannedUpdate
@@ -34,8 +34,15 @@ _ENOUGH = 500
 T = TypeVar("T")
 
 
-def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
-    """The verdict on the version in the staging folder, which is written beside it. Judged again, it is the same."""
+def judge(setup: Setup, update: PlannedUpdate, served: Version | None = None) -> Verdict:
+    """The verdict on the version in the staging folder, which is written beside it. Judged again, it is the same.
+
+    Args:
+        setup: What all updates have in common.
+        update: The update.
+        served: The version that the new one would replace, where that is not the one it was trained from: the two are
+            compared as well.
+    """
     folder = setup.staging / VERSION
     if (folder / VERDICT).is_file():
         return parsed((folder / VERDICT).read_bytes(), folder / VERDICT, Verdict.from_dict)
@@ -57,8 +64,10 @@ def judge(setup: Setup, update: PlannedUpdate) -> Verdict:
         untrained=_without_training(setup, asked, before.said),
         base=base,
     )
+    if served is not None:
+        verdict = Verdict.of([*verdict.checks, *_against(setup, served, asked, said)])
     best: dict[str, Best] = {}
-    if before.said is not None and update.plan.parent is not None:
+    if before.said is not None and update.plan.parent is not None and update.plan.teacher is None:
         past = {name: one for name, one in before.said.items() if name not in (asked.new, _SHOWN)}
         old = {name: Best(update.plan.parent, one) for name, one in past.items()} | setup.gate.standing(before.best)
         # Kept with the new version, as the version that made them may be deleted.
@@ -140,6 +149,25 @@ def _production(
     texts = [setup.text_of(row) for row in (update.records.split.held_out or asked.trained)[:8]]
     costs = measure(module, challenger, texts, max_length=reading["max_length"])
     return _Production(before, after, stored.best, remembered_by_both, costs)
+
+
+def _against(setup: Setup, served: Version, asked: _Asked, said: Mapping[str, Predictions]) -> list[Check]:
+    """The checks of the new version against another one than that it was trained from, on all slices."""
+    stored = setup.versions.evaluation(served).slices
+    before = {asked.new: said[asked.new]} | {name: stored[name] for name in asked.slices if name in stored}
+    if unseen := {name: rows for name, rows in asked.slices.items() if name not in before}:
+        before |= evaluate(setup.opened(setup.versions.folder(served) / MODEL), unseen, **setup.reading)
+    groups = setup.gate.groups(row for rows in asked.slices.values() for row in rows)
+    checks = setup.gate.judge(before, said, asked.new, groups=groups).checks
+    return [
+        replace(
+            check,
+            name=f"{check.name}, version {served.number}",
+            words=f"against version {served.number}: {check.words}",
+        )
+        for check in checks
+        if check.champion is not None
+    ]
 
 
 def _base(

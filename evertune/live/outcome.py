@@ -26,6 +26,7 @@ class Outcome:
         seconds: Seconds that each stage took, by its name; and the same time by what it was spent on, see
             :attr:`~evertune.registry.Manifest.seconds`.
         untrained: What no training would give beside this version, as a message for people; empty if not measured.
+        student: What became of the student of the version in production, where students follow and one was due.
     """
 
     status: Status
@@ -34,10 +35,16 @@ class Outcome:
     verdict: Verdict | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     untrained: str = ""
+    student: Outcome | None = None
 
     @property
     def code(self) -> int:
-        """The exit code of ``evertune update``: 0 promoted, 3 nothing to do, 4 refused, 5 stopped before training."""
+        """The exit code of ``evertune update``: 0 promoted, 3 nothing to do, 4 refused, 5 stopped before training.
+
+        Of an update that was promoted, or that had nothing to do, it is the code of its student.
+        """
+        if self.student is not None and self.status in ("promoted", "nothing"):
+            return self.student.code
         return EXIT_CODES[self.status]
 
 

@@ -31,6 +31,8 @@ class Plan:
         config: Hash of the settings. An update that was interrupted under other settings is not resumed.
         records: Number of records in its segments when it was planned. If some were withdrawn since, it is not resumed.
             None in a plan of an earlier release, which is resumed.
+        teacher: Number of the version, in the registry of the teachers, that a student in a registry of its own learns
+            from; None for other updates.
     """
 
     version: int
@@ -43,11 +45,12 @@ class Plan:
     created: str
     config: str
     records: int | None = None
+    teacher: int | None = None
 
     @property
     def experience(self) -> str:
         """Name of the records of this update in tables and plots."""
-        return f"update-{self.version}"
+        return f"update-{self.version}" if self.teacher is None else f"student-of-{self.teacher}"
 
     @property
     def identity(self) -> str:

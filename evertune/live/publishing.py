@@ -68,6 +68,7 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
         seconds=with_breakdown({**seconds, **training["seconds"]}),
         config=dict(setup.config),
         config_digest=plan.config,
+        teacher=plan.teacher,
         code=f"evertune {metadata.version('evertune')}",
     )
     return setup.registry.publish(folder, manifest, slices)

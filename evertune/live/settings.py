@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class StudentSettings:
             matter least for the loss (:func:`~evertune.lightning_modules.pruning.prune_feed_forward`). Default: 0.
         strength: Factor of the loss on production's logits, beside that on the labels. Default: 1.
         temperature: Divisor of the logits; above 1, small probabilities count for more. Default: 2.
+        epochs: Epochs of its training. Default: None, those of the trainer; a student needs more than an update.
+        gate: Limits of the gate that differ for students, such as ``{"max_forgetting": 0.03}``. Default: none.
+        registry: Registry of the students, a folder or URL, in which each version that goes into production is followed
+            by a student (:class:`~evertune.live.students.Students`). Default: None; the student takes production's
+            place.
 
     Raises:
         ValueError: If a number is out of range, or the student would be as large as production.
@@ -70,12 +76,20 @@ class StudentSettings:
     prune: float = 0.0
     strength: float = 1.0
     temperature: float = 2.0
+    epochs: int | None = None
+    gate: dict[str, Any] = field(default_factory=dict)
+    registry: str | None = None
 
     def __post_init__(self) -> None:
         if self.layers is None and self.prune == 0:
             raise ValueError("a student is smaller than its teacher: set layers, prune, or both")
         if not 0 <= self.prune < 1:
             raise ValueError(f"prune must be from 0 to below 1, got {self.prune}")
-        for name in ("layers", "strength", "temperature"):
+        for name in ("layers", "strength", "temperature", "epochs"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings that determine a student, as its manifest records them: not those of where it is kept."""
+        return {name: value for name, value in asdict(self).items() if name != "registry"}

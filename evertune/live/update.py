@@ -20,6 +20,7 @@ from evertune.live.seconds import timed, with_breakdown
 from evertune.live.settings import StudentSettings, UpdateSettings
 from evertune.live.setup import Setup
 from evertune.live.situations import situation
+from evertune.live.students import Students
 from evertune.live.triggers import Situation, Trigger, Volume
 from evertune.registry.journal import Journal
 from evertune.registry.reasons import Reasons
@@ -28,7 +29,7 @@ from evertune.sources.base import Source
 from evertune.sources.labels import LabelJoin
 from evertune.sources.masking import Masker
 from evertune.sources.schema import RecordSchema
-from evertune.utils.ranks import is_leader, started_together, tell_all
+from evertune.utils.ranks import is_leader, rank_and_world_size, started_together, tell_all
 
 if TYPE_CHECKING:
     from evertune.registry.mlflow import MLflowMirror
@@ -78,6 +79,8 @@ class Updater:
         gate: Decides whether a new version may replace the one in production. Default: :class:`~evertune.gate.Gate`
             with its defaults.
         settings: How records are held out and limited; see :class:`UpdateSettings`.
+        student: How a smaller version follows each one that goes into production, in a registry of its own
+            (:class:`~evertune.live.students.Students`). Default: None, none does.
         mirror: A second registry that receives each version. Its failures are logged and have no other effect.
         work_dir: Folder of the update in progress, on a disk of this machine (for several nodes, on one that all of
             them see). Default: inside a local registry; required for a remote one.
@@ -85,8 +88,9 @@ class Updater:
 
     Raises:
         TypeError: If the model lacks an attribute that updates need; the message names all that are missing.
-        ValueError: If the registry is remote and there is no ``work_dir``, or ``data`` sets an argument that the update
-            sets itself.
+        ValueError: If the registry is remote and there is no ``work_dir``, ``data`` sets an argument that the update
+            sets itself, or students cannot follow: they have no registry of their own, the model cannot be distilled,
+            or several processes run.
 
     Example::
 
@@ -110,6 +114,7 @@ class Updater:
         trigger: Trigger | None = None,
         gate: Gate | None = None,
         settings: UpdateSettings | None = None,
+        student: StudentSettings | None = None,
         mirror: MLflowMirror | None = None,
         work_dir: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
@@ -146,6 +151,7 @@ class Updater:
                 f"imprint_after={self.settings.imprint_after} sets rows of a cosine head, which {type(model).__name__} "
                 "does not have here: pass head='cosine' to a SequenceClassificationModule, or leave imprint_after out"
             )
+        self.students = None if student is None else self._students(student)
         _ = self._setup.base  # refused here, if it cannot be used, and not after hours of training
         self._backlog = Backlog(self.registry, self.journal, self._setup.staging, self._setup.config_digest)
         self._arrivals = Arrivals(self._setup, self._backlog, intake)
@@ -198,12 +204,14 @@ class Updater:
     def due(self) -> str | None:
         """Why an update is due now, as a message; None if there is nothing to do."""
         self._setup.versions.begin()
-        return self._planner.due()
+        return self._planner.due() or (None if self.students is None else self.students.due())
 
     # --- the transaction
 
     def run(self, dry_run: bool = False) -> Outcome:
         """Make one update, or finish an interrupted one. With several processes, call it on all of them.
+
+        If students follow (``student``), the student of the version in production is made afterwards, if it has none.
 
         Args:
             dry_run: Train and judge, but neither publish nor commit; the next call resumes from there.
@@ -228,7 +236,8 @@ class Updater:
                 if started_together():
                     trains = isinstance(decision, PlannedUpdate) and self._planner.to_be_trained(decision.plan)
                     tell_all(b"train" if trains else b"")
-            return self._conclude(decision, seconds, dry_run)
+            outcome = self._conclude(decision, seconds, dry_run)
+            return outcome if dry_run else replace(outcome, student=self._catch_up())
 
     def distil(self, student: StudentSettings, dry_run: bool = False) -> Outcome:
         """Make a smaller version, which production teaches, and put it into production if the gate lets it pass.
@@ -238,6 +247,8 @@ class Updater:
         against production on everything that is held out. Of the trainer's callbacks, only a
         :class:`~evertune.callbacks.Replay` takes part; the state of the others starts again with the next update, which
         starts from the student. Interrupted, it resumes. A student that is refused is not published.
+
+        With a ``registry`` of its own, the student is made there (:meth:`~evertune.live.students.Students.make`).
 
         Args:
             student: How small it is.
@@ -252,12 +263,38 @@ class Updater:
         """
         from evertune.live.distilling import distil
 
-        if started_together():
-            raise ValueError("a student is trained by one process: start `evertune distil` without a launcher")
+        _refuse_several_processes()
+        students = None if student.registry is None else self._students(student)
+        if students is not None and dry_run:
+            raise ValueError("dry_run is for a student that would take production's place: leave student.registry out")
         self._setup.versions.begin()
         with self.registry.lease("evertune distil"):
             erasure.finish(self.registry)
+            if students is not None:
+                return students.make()
             return distil(self._setup, self.trainer, student, self.source, self.mirror, dry_run)
+
+    def _students(self, student: StudentSettings) -> Students:
+        """The students that follow, if they can."""
+        from evertune.lightning_modules.students import check_teacher
+
+        if student.registry is None:
+            raise ValueError(
+                "student.registry is not set: students that follow each update need a registry of their own. "
+                "`evertune distil` makes one student that takes production's place"
+            )
+        _refuse_several_processes()
+        check_teacher(self.model)
+        return Students(self._setup, self.trainer, student)
+
+    def _catch_up(self) -> Outcome | None:
+        """Make the student of the version in production, if it has none yet and this process trains alone."""
+        if self.students is None:
+            return None
+        if rank_and_world_size()[1] > 1:
+            logger.info("a student is made by one process: the next call makes it")
+            return None
+        return self.students.catch_up()
 
     def _conclude(self, decision: PlannedUpdate | Outcome, seconds: dict[str, float], dry_run: bool) -> Outcome:
         """Carry out a plan, if there is one; without the records that fail in it, if it fails because of them."""
@@ -345,6 +382,11 @@ class Updater:
             seed=self.settings.seed + plan.version,
             checkpoint_every_n_steps=self.settings.checkpoint_every_n_steps,
         )
+
+
+def _refuse_several_processes() -> None:
+    if started_together():
+        raise ValueError("a student is trained by one process: start the command without a launcher, or leave it out")
 
 
 def _task_for_updates(model: Any) -> Task:

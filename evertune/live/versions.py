@@ -24,7 +24,7 @@ class Versions:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._verified: dict[int, Path] = {}
+        self._verified: dict[tuple[str, int], Path] = {}
 
     def begin(self) -> None:
         """Begin an update, in which the files of each version are verified once."""
@@ -40,9 +40,10 @@ class Versions:
         Raises:
             RegistryError: If a file is missing or was changed.
         """
-        if version.number not in self._verified:
-            self._verified[version.number] = version.verified_folder()
-        return self._verified[version.number]
+        key = version.store.root, version.number  # a teacher is in another registry than its students
+        if key not in self._verified:
+            self._verified[key] = version.verified_folder()
+        return self._verified[key]
 
     def evaluation(self, version: Version | None) -> Evaluation:
         """The predictions stored with a version, from when the gate judged it; empty for None.
@@ -62,5 +63,4 @@ class Versions:
         Raises:
             ValueError: If a file is damaged.
         """
-        entries = [] if version is None else version.slices()
-        return {entry.name: load_slice(self._registry.store, entry) for entry in entries}
+        return {} if version is None else {one.name: load_slice(version.store, one) for one in version.slices()}

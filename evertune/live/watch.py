@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 OUTCOMES = {0: "promoted", 3: "nothing", 4: "refused", 5: "stopped"}
 """The meaning of the exit codes of ``evertune update``; all others except :data:`PREEMPTED` are errors."""
 
+STUDENT = "student"
+"""The event by which an update reports what became of a student."""
+
 _TAIL = 20  # lines of an update's output that are kept to report why it failed
 _OF_RECORDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # names that fields must not have
 _MIN_READ = 20  # records below which the share of bad ones is not judged
@@ -43,11 +46,21 @@ _T = TypeVar("_T")
 logger = logging.getLogger("evertune.live")
 
 
+class Following(Protocol):
+    """The interface of the students of what is watched; :class:`~evertune.live.students.Students` implements it."""
+
+    @property
+    def registry(self) -> Registry: ...
+
+
 class Updating(Protocol):
     """The interface of what is watched; :class:`~evertune.live.update.Updater` implements it."""
 
     @property
     def registry(self) -> Registry: ...
+
+    @property
+    def students(self) -> Following | None: ...
 
     @property
     def trigger(self) -> Trigger: ...
@@ -150,6 +163,7 @@ class Watch:
         self._version: int | None = None
         self._waiting_told: tuple[int | None, int] | None = None  # production and pending records when it was reported
         self._drift_told: int | None = None  # the version in production when drift was last reported
+        self._students: list[tuple[str, dict[str, Any]]] = []  # what the update has said of them
         self._read = self._bad = 0  # since the last update
         self._told_bad = False
 
@@ -230,6 +244,7 @@ class Watch:
         """Run one update; False if the lease was lost meanwhile."""
         self._say("update", f"an update starts: {reason}", reason=reason)
         start, tail, code = time.monotonic(), deque[str](maxlen=_TAIL), 1
+        self._students.clear()
         self.telemetry.updating(True)
         try:
             code = self._run_child(lease, tail)
@@ -245,12 +260,15 @@ class Watch:
         self._read = self._bad = 0
         self._told_bad = False
         self._report(outcome, code, tail, seconds)
-        if outcome == "promoted" and self.settings.retention is not None:
+        self._report_students()
+        if (outcome == "promoted" or self._students) and self.settings.retention is not None:
             self._try(self._clean, partial(self._delete_old, self.settings.retention))
         return self._holds(lease)
 
     def _delete_old(self, keep: int) -> None:
         names = self.updater.registry.gc(keep)
+        if self.updater.students is not None:
+            names += self.updater.students.registry.gc(keep)
         if names:
             versions = [name for name in names if name.startswith("versions/")]
             words = f"{len(versions)} old versions and {len(names) - len(versions)} files that only they needed deleted"
@@ -263,6 +281,9 @@ class Watch:
             killed = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else None
             how = killed or f"failed with exit code {code}"
             self._failed(self._update, f"the update {how}: {end}", "update", output="\n".join(tail))
+            return
+        if outcome == "nothing" and self._students:
+            self._worked(self._update)
             return
         if outcome == "nothing":  # although it was due: not an error, but it must not be repeated in every round
             self._update.failed()
@@ -284,6 +305,14 @@ class Watch:
                 self._say("refusal", f"the new version was refused: {end}", logging.WARNING, **facts)
             else:
                 self._say("promotion", f"a new version is in production: {end}", **facts)
+
+    def _report_students(self) -> None:
+        for words, facts in self._students:
+            about: dict[str, Any] = {"outcome": facts.get("status"), "student": facts.get("version")}
+            if facts.get("status") == "refused":
+                self._say("refusal", words, logging.WARNING, **about)
+            else:
+                self._say("promotion" if facts.get("status") == "promoted" else "updated", words, **about)
 
     def _moved(self) -> bool:
         """Whether the version in production has changed since before the update."""
@@ -348,6 +377,8 @@ class Watch:
                     logger.log(level, "%s", words, extra=facts)
                     if facts["event"] == "verdict":
                         self.telemetry.judged(facts.get("checks"))
+                    elif facts["event"] == STUDENT:
+                        self._students.append((words, facts))
 
     # --- failures, reports and alerts
 

@@ -78,6 +78,7 @@ class Lease:
         store: Store of the registry.
         owner: Name of the holder, for the messages that others get. Default: the name of the program.
         ttl: Seconds without a heartbeat after which others may take over. Default: 60.
+        inherit: Whether to work under the lease that ``EVERTUNE_LEASE`` names, if it is set. Default: True.
 
     Raises:
         ValueError: If ``ttl`` is not positive.
@@ -89,7 +90,7 @@ class Lease:
         1
     """
 
-    def __init__(self, store: Store, owner: str | None = None, ttl: float = 60.0) -> None:
+    def __init__(self, store: Store, owner: str | None = None, ttl: float = 60.0, *, inherit: bool = True) -> None:
         if ttl <= 0:
             raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
         self.owner = owner or Path(sys.argv[0]).name or "python"
@@ -98,7 +99,7 @@ class Lease:
         """Number of this lease, counted over the registry's lifetime; 0 while it is not held."""
         self.token = ""
         """Value of ``EVERTUNE_LEASE`` for a child process."""
-        self._store = store
+        self._store, self._inherit = store, inherit
         self._mine: dict[str, Any] = {}
         self._writing = threading.Lock()
         self._stop = threading.Event()
@@ -113,7 +114,7 @@ class Lease:
             LeaseLost: If ``EVERTUNE_LEASE`` names a lease that has ended.
         """
         inherited = os.environ.get(TOKEN)
-        if inherited:
+        if inherited and self._inherit:
             self._join(inherited)
         else:
             self._acquire()

@@ -70,8 +70,8 @@ class Manifest:
         parent: Number of the version that it was trained from; None for the first.
         created: When it was made, with a time zone. Default: now.
         kind: How it was made: ``"first"`` and ``"rebuild"`` start from the pretrained model, ``"update"`` from the
-            parent, ``"distillation"`` from some of the parent's layers, ``"imprinting"`` is the parent with rows of
-            new classes.
+            parent, ``"distillation"`` from some of the layers of its teacher (the parent, or ``teacher``),
+            ``"imprinting"`` is the parent with rows of new classes.
         experience: Name of the experience that it learned.
         reason: Why there was an update, as a message.
         consumed: Number of the last segment of the journal that it has learned; 0 for none.
@@ -89,6 +89,8 @@ class Manifest:
             ``evaluation`` and ``other``.
         config: The whole configuration of the update.
         config_digest: Hash of the configuration.
+        teacher: Number of the version, in the registry of the teachers, of which this is a student in a registry of its
+            own; None for others.
         code: Program that wrote it, with its version.
         files: SHA-256 of every file by its name, filled in by :meth:`~evertune.registry.Registry.publish`.
 
@@ -121,6 +123,7 @@ class Manifest:
     seconds: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     config_digest: str | None = None
+    teacher: int | None = None
     code: str = ""
     files: dict[str, str] = field(default_factory=dict)
 

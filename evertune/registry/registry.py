@@ -168,7 +168,7 @@ class Registry:
 
     # --- writing
 
-    def lease(self, owner: str | None = None, ttl: float = 60.0) -> Lease:
+    def lease(self, owner: str | None = None, ttl: float = 60.0, *, inherit: bool = True) -> Lease:
         """The exclusive right to write, as a context manager.
 
         While it is held, :meth:`publish` and all methods that change an alias check first that it was not lost.
@@ -176,11 +176,13 @@ class Registry:
         Args:
             owner: Name of the holder, for the messages that others get.
             ttl: Seconds without a heartbeat after which others may take over. Default: 60.
+            inherit: Whether to work under the lease that ``EVERTUNE_LEASE`` names, if it is set. False for another
+                registry than that of the parent process.
 
         Raises:
             LeaseHeld: On entering, if another process is writing.
         """
-        lease = Lease(self.store, owner, ttl)
+        lease = Lease(self.store, owner, ttl, inherit=inherit)
         if self._lease is None or not self._lease.held:
             self._lease = lease
         return lease

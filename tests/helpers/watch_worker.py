@@ -51,9 +51,12 @@ def main() -> int:
         verdict = {"event": "verdict", "level": "info", "message": "passed", "passed": True, "checks": [check]}
         print(json.dumps(verdict), flush=True)
         (folder / "learned").write_bytes((folder / "arrived").read_bytes())
+    if mode == "student":
+        student = {"event": "student", "level": "info", "message": "student of version 7: it is in production"}
+        print(json.dumps(student | {"status": "promoted", "version": 3}), flush=True)
     (folder / "attempted").write_bytes((folder / "arrived").read_bytes())
     (folder / "plan").unlink()
-    return {"promote": 0, "nothing": 3, "refuse": 4, "stop": 5, "fail": 1}[mode]
+    return {"promote": 0, "nothing": 3, "student": 3, "refuse": 4, "stop": 5, "fail": 1}[mode]
 
 
 if __name__ == "__main__":

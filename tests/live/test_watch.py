@@ -46,6 +46,7 @@ class SmallUpdater:
         self.root = root
         self.registry = Registry(root / "registry")
         self.trigger = trigger or Volume(3)
+        self.students = SimpleNamespace(registry=Registry(root / "students")) if (root / "students").exists() else None
         self.read = 0
 
     def lines(self, name: str) -> int:
@@ -327,6 +328,20 @@ def test_old_versions_are_deleted_after_a_promotion(watch: Callable[..., Running
     (deleted,) = running.until("gc")
     assert deleted["deleted"] == ["versions/7", "versions/8"], "production and previous stay"
     assert [version.number for version in registry.versions()] == [9, 10]
+
+
+def test_a_student_is_reported_and_old_ones_are_deleted(watch: Callable[..., Running], root: Path) -> None:
+    students = Registry(root / "students")
+    for number in (1, 2, 3):
+        (root / "version").mkdir()
+        students.promote(students.publish(root / "version", Manifest(version=number)).number)
+    mode(root, "student")
+    arrives(root, 2)
+    running = watch(retention=1)
+    promotion = told(root, "promotion")
+    assert (promotion["text"], promotion["student"]) == ("student of version 7: it is in production", 3)
+    assert running.until("gc")[0]["deleted"] == ["versions/1"]
+    assert not running.events("updated"), "it has found something to do"
 
 
 def test_an_update_stopped_before_training_says_why(watch: Callable[..., Running], root: Path) -> None:
