@@ -6,9 +6,13 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +28,7 @@ from evertune.metrics.history import load_history
 from evertune.presets import preset
 from evertune.streams import domain_incremental
 from evertune.tasks import CausalLMTask, RelationExtractionTask, TextMatchingTask, TokenClassificationTask
+from evertune.utils.processes import process_state
 from tests.helpers.generation import tiny_llama
 from tests.helpers.lightning_modules import WORDS as KNOWN
 from tests.helpers.lightning_modules import tiny_bert
@@ -243,6 +248,35 @@ def test_the_recommendation_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+def test_a_server_ends_with_the_application_that_started_it(tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho "\\"address\\": \\"localhost:1\\""\nexec sleep 600\n')
+    server.chmod(0o755)
+    script = f"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(EXAMPLES / "applications")!r})
+import serving
+
+sys.executable = {str(server)!r}
+print(serving.Server(Path({str(tmp_path)!r})).process.pid, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert process_state(pid)[0] in ("R", "S")
+        process.terminate()
+    for _ in range(600):
+        if process_state(pid)[0] in ("", "Z"):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the server outlives its application")
+
+
 def test_customer_service_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny models and made-up messages, with a real server: with the real ones it takes minutes."""
     chance = random.Random(0)

@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+from evertune.utils.processes import die_with_parent
+
 PAUSE = 0.2  # seconds between two requests of a client
 POLL = 0.5  # seconds between two looks of the server at what is in production
 PATIENCE = 120.0  # seconds that a new version may take to answer
 
 
 class Server:
-    """``evertune serve``, which follows what is in production in ``folder/registry``."""
+    """``evertune serve``, which follows what is in production in ``folder/registry``, and ends with this process."""
 
     def __init__(self, folder: Path) -> None:
         log = folder / "server.log"
         words = f"-m evertune serve --server.port 0 --server.log json --poll {POLL} --registry".split()
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *words, str(folder / "registry")], stdout=file, stderr=file
+                [sys.executable, *words, str(folder / "registry")],
+                stdout=file,
+                stderr=file,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (one system call): SIGTERM ends this process at once
             )
         while not (found := re.search(r'"address": "([^"]+)"', log.read_text())):
             if self.process.poll() is not None:
