@@ -29,6 +29,8 @@ class Students:
     teacher, and against the student in production. If it passes both, it goes into production, otherwise the student
     that is there stays. Both are published, so that a student that was refused is not made again.
 
+    A version that only names new classes (``imprint_after``) has no student: that of the next update learns them.
+
     Nothing is half done: the version in production either has its student or has none yet, in which case :meth:`due`
     says so, and :meth:`catch_up` makes it or finishes it. If the teachers' registry goes back to a version whose
     student is there, that student goes back into production. An alias that somebody changes in the students' registry
@@ -59,8 +61,8 @@ class Students:
     def due(self) -> str | None:
         """Why there is something to do, as a message; None if the version in production has its student."""
         teacher = self._setup.registry.production
-        if teacher is None or self._setup.registry.given_up:  # the next update comes first
-            return None
+        if teacher is None or teacher.manifest.kind == "imprinting" or self._setup.registry.given_up:
+            return None  # the next update comes first
         student = self._newest_of(teacher)
         if student is None:
             return f"version {teacher.number} has no student yet"
