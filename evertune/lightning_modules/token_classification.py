@@ -26,6 +26,7 @@ from evertune.metrics.entities import OUTSIDE, EntityScores, Scheme, entities_in
 from evertune.tasks.base import IGNORED
 from evertune.tasks.texts import longest_text, truncation_length
 from evertune.tasks.token_classification import TokenClassificationTask, entities_of_batch
+from evertune.tasks.well_formed import best_tags
 from evertune.tasks.words import Span, first_pieces, tags_of_words, words_between_spaces, words_in
 from evertune.utils.batches import TARGET_KEYS, targets_of, without_targets
 from evertune.utils.evaluation import evaluation_mode
@@ -296,13 +297,16 @@ class TokenClassificationModule(NamedClassesModule):
                     return_tensors="pt",
                 )
                 places = batch.pop("offset_mapping").tolist()
-                probabilities = self(**batch.to(self.device)).logits.float().softmax(-1)
-                best, numbers = (one.tolist() for one in probabilities.max(-1))
+                logits = self(**batch.to(self.device)).logits.float().log_softmax(-1).cpu()
+                words = [split[start + row](text) for row, text in enumerate(some)]
+                first = [first_pieces(*one) for one in zip(some, words, places, strict=True)]
+                heads = [[piece for piece in row if piece is not None] for row in first]
+                tags = best_tags([logits[row, pieces] for row, pieces in enumerate(heads)], self.tags)
                 for row, text in enumerate(some):
-                    words = split[start + row](text)
-                    pieces = [(first, last) for first, last in places[row]]
-                    n_cut += bool(words) and words[-1][0] >= max((last for _, last in pieces), default=0)
-                    found.append(self._entities(text, words, pieces, numbers[row], best[row]))
+                    read = max((last for _, last in places[row]), default=0)
+                    n_cut += bool(words[row]) and words[row][-1][0] >= read
+                    tag_of = dict(zip(heads[row], tags[row], strict=True))
+                    found.append(self._entities(text, words[row], first[row], tag_of, logits[row], read))
         if n_cut:
             rank_zero_warn(
                 f"{n_cut} of {len(plain)} texts have more than {length} tokens: no entity is found after them; divide "
@@ -311,16 +315,15 @@ class TokenClassificationModule(NamedClassesModule):
         return found
 
     def _entities(
-        self, text: str, words: list[Span], pieces: list[Span], numbers: list[int], best: list[float]
+        self, text: str, words: list[Span], first: list[int | None], tag_of: dict[int, str], logits: Tensor, read: int
     ) -> list[dict[str, Any]]:
-        """The entities of one text, from the number and the probability of the tag of each token."""
-        first = first_pieces(text, words, pieces)
-        names = self.tags
-        tags = tags_of_words(words, first, [names[number] for number in numbers], max(last for _, last in pieces))
-        found = []
-        for entity in entities_in(tags):
+        """The entities of one text, from the tags of the first tokens of its words and the log-probabilities of all."""
+        numbers, found = {tag: number for number, tag in enumerate(self.tags)}, []
+        for entity in entities_in(tags_of_words(words, first, tag_of, read)):
             start, end = words[entity.start][0], words[entity.end - 1][1]
-            sure = [best[piece] for piece in first[entity.start : entity.end] if piece is not None]
+            sure = [
+                float(logits[n, numbers[tag_of[n]]].exp()) for n in first[entity.start : entity.end] if n is not None
+            ]
             found.append(
                 {"start": start, "end": end, "label": entity.type, "text": text[start:end], "score": min(sure)}
             )

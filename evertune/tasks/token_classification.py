@@ -28,6 +28,7 @@ from evertune.tasks.base import IGNORED, Change, Task
 from evertune.tasks.predicting import batch_of, batches_by_length, columns_of
 from evertune.tasks.texts import TokenizedDataset
 from evertune.tasks.token_cache import TokenCache
+from evertune.tasks.well_formed import best_tags
 from evertune.tasks.words import NO_TAG, first_pieces, tagged_words, tags_of_pieces, words_between_spaces, words_in
 from evertune.utils.examples import column_of
 
@@ -227,17 +228,17 @@ class TokenClassificationTask(Task):
 def entities_of_batch(module: Any, logits: Tensor, targets: Tensor) -> tuple[list[list[Entity]], list[list[Entity]]]:
     """The entities that there are in each example of a batch, and those predicted, by the numbers of tagged tokens.
 
+    Predicted are the most probable well-formed tags (:func:`~evertune.tasks.well_formed.best_tags`).
+
     Args:
         module: Module with ``tags``, the tag of each logit.
         logits: Logits ``[batch, tokens, tags]``.
         targets: Numbers of the tags ``[batch, tokens]``; -100 for a token without a tag.
     """
-    tags, counts = module.tags, (targets != IGNORED).cpu()
-    gold, said = (
-        [entities_in([tags[n] for n in row[keep].tolist()]) for row, keep in zip(numbers.cpu(), counts, strict=True)]
-        for numbers in (targets, logits.argmax(-1))
-    )
-    return gold, said
+    tags, counts = module.tags, targets != IGNORED
+    gold = [[tags[n] for n in row[keep].tolist()] for row, keep in zip(targets, counts, strict=True)]
+    said = best_tags([row[keep] for row, keep in zip(logits, counts, strict=True)], tags)
+    return [entities_in(row) for row in gold], [entities_in(row) for row in said]
 
 
 class TaggedDataset(TokenizedDataset):

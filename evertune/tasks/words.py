@@ -107,13 +107,13 @@ def tags_of_pieces(tags: Sequence[str], first: Sequence[int | None], n_pieces: i
     return found
 
 
-def tags_of_words(words: Sequence[Span], first: Sequence[int | None], tags: Sequence[str], read: int) -> list[str]:
+def tags_of_words(words: Sequence[Span], first: Sequence[int | None], tags: Mapping[int, str], read: int) -> list[str]:
     """The tags of words from those of pieces.
 
     Args:
         words: The words of a text.
         first: The first piece of each.
-        tags: The tag of each piece.
+        tags: The tag of each of these pieces.
         read: Character up to which the text was read; what comes after it is outside.
     """
     found: list[str] = []

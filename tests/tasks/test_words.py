@@ -27,7 +27,7 @@ def test_a_piece_that_holds_several_words_has_the_tag_of_the_first() -> None:
     first = first_pieces(text, words, [(0, 0), (0, 1), (1, 4), (4, 5)])
     assert first == [1, 2, None, None, 3]
     assert tags_of_pieces(["O", "B-X", "I-X", "I-X", "O"], first, 4) == ["", "O", "B-X", "O"]
-    assert tags_of_words(words, first, ["", "O", "B-X", "O"], read=5) == ["O", "B-X", "I-X", "I-X", "O"]
+    assert tags_of_words(words, first, {1: "O", 2: "B-X", 3: "O"}, read=5) == ["O", "B-X", "I-X", "I-X", "O"]
 
 
 def test_an_entity_whose_first_word_has_no_piece_begins_with_the_next() -> None:
@@ -44,4 +44,4 @@ def test_what_was_cut_off_is_outside() -> None:
     words = [(0, 2), (3, 7), (8, 9)]
     first = first_pieces("on Mars x", words, [(0, 2), (3, 5)])
     assert first == [0, 1, None]
-    assert tags_of_words(words, first, ["O", "B-X"], read=5) == ["O", "B-X", "O"]
+    assert tags_of_words(words, first, {0: "O", 1: "B-X"}, read=5) == ["O", "B-X", "O"]
