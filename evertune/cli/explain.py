@@ -108,6 +108,8 @@ def show(found: Explanation, screen: Console) -> None:
         ["similarity", "label", "experience", "text"],
         [[f"{one.similarity:.2f}", one.label, one.experience, one.text[:_WIDTH]] for one in found.neighbours],
     )
+    for words in found.missing:
+        screen.print(foreign(words), soft_wrap=True, style="yellow")
     if len(found.history) > 1:
         print_part(
             screen,

@@ -12,13 +12,14 @@ from evertune.explain.explanation import Explanation, Said
 from evertune.explain.gradients import integrated_gradients
 from evertune.explain.neighbours import Neighbour, Neighbours, memory_of
 from evertune.explain.occlusion import occlusion
-from evertune.registry.registry import Registry
+from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.serving import load
 from evertune.registry.version import Version
 from evertune.tasks.predicting import are_probabilities
 
 Method = Literal["occlusion", "integrated_gradients"]
 METHODS: tuple[str, ...] = get_args(Method)
+_UNREADABLE = (RegistryError, OSError, ValueError, TypeError, LookupError, AttributeError)
 _TOP = 5  # classes whose probability is kept
 
 
@@ -64,21 +65,30 @@ class Explainer:
         else:
             with self._alone():
                 parts = integrated_gradients(self.module, text, explained)
-        with self._alone():
-            near = self._nearest(text, n_neighbours)
+        near, why_none = self._nearest(text, n_neighbours) if n_neighbours else ([], "")
         top = dict(list(probabilities.items())[:_TOP])
         said = _said(self.version, probabilities, explained)
-        return Explanation(text, number, explained, method, top, parts, near, [said])
+        missing = [f"nearest examples: {why_none}"] if why_none else []
+        return Explanation(text, number, explained, method, top, parts, near, [said], missing)
 
-    def _nearest(self, text: str, n: int) -> list[Neighbour]:
-        if not n or not hasattr(self.module, "features"):
-            return []
-        if self._neighbours is None:
-            memory = memory_of(self.version)
-            if memory is None:
-                return []
-            self._neighbours = Neighbours(self.module, memory)
-        return self._neighbours.nearest(text, n)
+    def _nearest(self, text: str, n: int) -> tuple[list[Neighbour], str]:
+        """The nearest examples, or why there are none."""
+        number = self.version.number
+        if not hasattr(self.module, "features"):
+            return [], f"{type(self.module).__name__} has no features by which they could be found"
+        try:
+            with self._alone():
+                if self._neighbours is None:
+                    memory = memory_of(self.version)
+                    if not memory:
+                        return [], f"version {number} has no replay memory"
+                    self._neighbours = Neighbours(self.module, memory)
+                return self._neighbours.nearest(text, n), ""
+        except _UNREADABLE:  # whose words may name folders, which are not for the clients of a server
+            return [], (
+                f"the replay memory of version {number} was deleted since it was loaded, is damaged, or holds examples "
+                "that are not tokens; `evertune registry verify` names what is damaged"
+            )
 
     def predict(self, texts: list[str]) -> Any:
         """The answers of the module, while nobody else uses it."""
@@ -108,7 +118,8 @@ def explain(
     The effect of a word is what the probability loses when the word is hidden (occlusion: Zeiler & Fergus 2014, Li et
     al. 2016): one forward pass a word, for any model. By integrated gradients, it is the word's share of the logit
     (:func:`~evertune.explain.gradients.integrated_gradients`). The neighbours are the examples of the memory with the
-    most similar features; that they are near does not prove that they were the cause.
+    most similar features; that they are near does not prove that they were the cause. What is asked for and not there,
+    such as an earlier version or a memory, is named in ``missing`` with the reason.
 
     Args:
         registry: A registry, or its folder or URL.
@@ -123,7 +134,7 @@ def explain(
         progress: Called with what is being done.
 
     Raises:
-        RegistryError: If there is no such registry or version, or a file is damaged.
+        RegistryError: If there is no such registry or version to explain, or its weights are damaged.
         TypeError: If the version's module does not classify texts, or has no gradients at words.
         ValueError: If the text is empty, the version does not know the label, or a setting is out of range.
 
@@ -139,15 +150,21 @@ def explain(
     say(f"version {number}")
     found = Explainer(served.version, served.module).explain(text, label, method, n_neighbours)
     others = [one.number for one in registry.versions() if one.number < number] if history else []
-    if against is not None:
-        others = sorted({*others, registry.version(against).number} - {number})
+    missing = [f"history: {registry.store.root} has no version before {number}"] if history and not others else []
     said = list(found.history)
     del served
-    for other in others:
+    for other in [*others, *([] if against is None else [against])]:
         say(f"version {other}")
-        asked = load(registry, other)
-        said.append(_said(asked.version, _probabilities(asked, text), found.label))
-    return replace(found, history=sorted(said, key=lambda one: one.version))
+        try:
+            chosen = registry.version(other).number
+            if chosen in (one.version for one in said):
+                missing += [f"version {other}: it is the one that is explained"] if chosen == number else []
+                continue
+            asked = load(registry, chosen)
+            said.append(_said(asked.version, _probabilities(asked, text), found.label))
+        except (RegistryError, OSError, TypeError, ValueError) as error:
+            missing.append(f"version {other}: {error}")
+    return replace(found, history=sorted(said, key=lambda one: one.version), missing=[*found.missing, *missing])
 
 
 def _probabilities(asked: Any, text: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evertune.explain.neighbours import Neighbour
@@ -41,6 +41,7 @@ class Explanation:
         parts: The words of the text with their effects, in the order of the text.
         neighbours: The nearest examples of the version's memory; empty if it has none.
         history: The answers of other versions, in their order.
+        missing: What was asked for and is not there, each with the reason: no memory, no earlier version.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Explanation:
     parts: list[Part]
     neighbours: list[Neighbour]
     history: list[Said]
+    missing: list[str] = field(default_factory=list)
 
     @property
     def flips(self) -> list[tuple[Said, Said]]:

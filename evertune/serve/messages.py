@@ -139,6 +139,7 @@ class Explained(BaseModel):
     neighbours: list[Neighbour] = Field(description="The nearest examples of the memory.")
     history: list[Said]
     flips: list[list[int]]
+    missing: list[str] = Field(description="What is not there, each with the reason, such as a version without memory.")
 
 
 class Accepted(BaseModel):

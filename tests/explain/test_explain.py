@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,44 @@ def test_the_update_that_changed_an_answer_is_named(registry: Registry, tmp_path
     assert "version 3, which learned 'week 3', changed the answer from 'business' to 'sport'" in printed
     assert "\x1b[31mgoal" not in printed
     assert json.loads((tmp_path / "f.json").read_text())["flips"] == [[2, 3]]
+
+
+def test_what_is_not_there_is_named_and_the_rest_is_shown(registry: Registry, tmp_path: Path, capsys: Any) -> None:
+    first = explain(registry, 1, text="the team", history=True, against="previous", n_neighbours=1)
+    assert first.missing == [
+        f"history: {registry.store.root} has no version before 1",
+        "version previous: it is the one that is explained",
+    ]
+    assert [one.version for one in first.history] == [1] and len(first.neighbours) == 1
+    only = Registry(tmp_path / "only")
+    module = SequenceClassificationModule(tiny_bert(tmp_path / "bert"), classes=["business", "sport"])
+    module.configure_model()
+    module.save_pretrained(tmp_path / "staging" / "model")
+    only.promote(only.publish(tmp_path / "staging", Manifest(version=1, module="SequenceClassificationModule")).number)
+    arguments = ["--text", "the team", "--history", "--against", "previous", "--json", str(tmp_path / "f.json")]
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", only.store.root, *arguments])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    missing = [
+        "nearest examples: version 1 has no replay memory",
+        f"history: {only.store.root} has no version before 1",
+        f"version previous: {only.store.root} has no previous version: name one by its number, of 1",
+    ]
+    assert json.loads((tmp_path / "f.json").read_text())["missing"] == missing
+    assert all(words in printed for words in missing)
+
+
+def test_a_version_that_cannot_be_read_is_left_out(registry: Registry, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(registry.store.root, tmp_path / "copy"))
+    (copy / "versions/1/model/model.safetensors").write_bytes(b"")
+    for memory in copy.glob("versions/2/learning/*/*.arrow"):
+        memory.write_bytes(b"")
+    found = explain(copy, 2, text="the team", history=True)
+    assert found.neighbours == [] and [one.version for one in found.history] == [2]
+    assert [words.partition(": ")[0] for words in found.missing] == ["nearest examples", "version 1"]
+    assert "`evertune registry verify` names what is damaged" in found.missing[0]
+    assert "model.safetensors does not match its sha256" in found.missing[1]
 
 
 @pytest.mark.parametrize(

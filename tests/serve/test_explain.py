@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,19 @@ def test_scope_and_rate(registry: Registry, tmp_path: Path) -> None:
         assert http.post("/explain", json={"text": "a"}).status_code == 401
         assert status(only) == 403
         assert [status(may), status(may)] == [200, 429]  # of the first, 51 texts were answered
+
+
+def test_a_version_that_was_deleted_since_it_was_loaded(registry: Registry, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(registry.store.root, tmp_path / "copy"))
+    with TestClient(
+        application(Service(Registry(copy), device="cpu")), "http://localhost", raise_server_exceptions=False
+    ) as http:
+        shutil.rmtree(copy / "versions/1")
+        found = http.post("/explain", json={"text": "the team won"})
+        assert found.status_code == 200 and len(found.json()["parts"]) == 3
+        [words] = found.json()["missing"]
+        assert words.startswith("nearest examples: the replay memory of version 1 was deleted since it was loaded")
+        assert str(copy) not in words
 
 
 def test_too_many_at_a_time(registry: Registry, http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
