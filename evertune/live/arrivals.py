@@ -35,7 +35,7 @@ class Arrivals:
     def take_in(self) -> IntakeReport:
         """See :meth:`evertune.live.update.Updater.intake`."""
         production = self._registry.production
-        self._backlog.quarantine_given_up(production)
+        self._backlog.withdraw_given_up()
         self.withdraw(self._backlog.refused_twice(production))
         self.check_pending_again(production)
         report = self._intake.run(

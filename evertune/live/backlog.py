@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +78,17 @@ class Backlog:
 
         Args:
             production: The version in production; None before the first.
-            at_most: Maximum number of records in the segments, though the first segment is always included. None for no
-                limit.
+            at_most: Maximum number of records in the segments, though the first with any is always included. None for
+                no limit.
         """
-        learned = [version.manifest.consumed for version in (production, *self._given_up()) if version]
-        segments, total = self._journal.segments(after=max(learned, default=0)), 0
-        for number, segment in enumerate(segments):
-            total += segment.records
-            if at_most is not None and total > at_most and number > 0:
-                return segments[:number]
-        return segments
+        given_up, learned = self._registry.given_up, production.manifest.consumed if production else 0
+        found = self._journal.segments(after=learned)
+        segments = [segment for segment in found if not any(segment.number in one for one in given_up)]
+        if at_most is None:
+            return segments
+        totals = list(accumulate(self._journal.sizes(segments)))
+        most = max(at_most, next(filter(None, totals), 0))
+        return segments[: bisect_right(totals, most)]
 
     def attempted(self, production: Version | None) -> int:
         """Number of the last segment on which an update of this parent was tried under these settings; 0 for none."""
@@ -180,19 +183,12 @@ class Backlog:
             raise ValueError(f"{self._mark} is damaged ({error}): delete it to try the records again") from None
         return asdict(mark)
 
-    def quarantine_given_up(self, production: Version | None) -> None:
-        """Put the records that a rollback has given up into quarantine. Idempotent."""
-        learned = production.manifest.consumed if production else 0
-        for version in self._given_up():
-            if self._journal.store.exists(f"quarantine/discarded-{version.number}.jsonl"):
-                continue  # references to its lines stay the same
-            segments = [s for s in self._journal.segments(after=learned) if s.number <= version.manifest.consumed]
-            reason = f"learned by version {version.number}, which was rolled back"
-            self._journal.quarantine(reason, self._journal.records(segments), f"discarded-{version.number}")
-
-    def _given_up(self) -> Sequence[Version]:
-        """The versions rolled back from since the last promotion whose records must not be learned again."""
-        numbers = self._registry.given_up
-        if not numbers:  # the usual case: avoids reading every manifest
-            return []
-        return [version for version in self._registry.versions() if version.number in numbers]
+    def withdraw_given_up(self) -> None:
+        """Move the records that rollbacks have given up into quarantine, whatever is in production by now."""
+        given_up = self._registry.given_up
+        for one in given_up:
+            segments = [segment for segment in self._journal.segments(after=one.after) if segment.number in one]
+            rows = self._journal.records(segments, numbered=True)
+            reason = f"learned by version {one.version}, which was rolled back"
+            self._journal.withdraw([{**row, "kind": "withdrawn", "reason": reason} for row in rows])
+        self._registry.clear_given_up(given_up)

@@ -27,7 +27,6 @@ from evertune.live.setup import Setup
 from evertune.live.slices import draw, sent_again
 from evertune.live.staging import VERSION, trained
 from evertune.live.training import MODEL, train
-from evertune.registry.segments import Segment
 from evertune.registry.version import Version
 from evertune.sources.base import Row, Source
 from evertune.tasks.predicting import batch_of
@@ -97,11 +96,6 @@ def teacher_of(setup: Setup) -> Version:
         raise ValueError("there is no version in production that could teach a smaller one")
     if (interrupted := Plan.load(setup.staging)) is not None:
         raise ValueError(f"update {interrupted.version} is not finished: run `evertune update` first")
-    if given_up := setup.registry.given_up:  # which a promotion would make pending again
-        raise ValueError(
-            f"the records of version {given_up[-1]}, which was rolled back, are given up until the next update: run "
-            "`evertune update` first"
-        )
     return production
 
 
@@ -143,7 +137,7 @@ def taught(
     """
     folder = setup.versions.folder(teacher)
     with timed(seconds, "plan"):
-        segments = _learned(setup, teacher)
+        segments = [one for one in setup.journal.segments() if one.number <= teacher.manifest.consumed]
         records = _Relearned(own, segments, teacher)
         if not records.split.train:
             raise ValueError(
@@ -178,20 +172,6 @@ def _learner(trainer: ContinualTrainer, teacher: Any, student: StudentSettings) 
         changes |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     distillation = TeacherDistillation(teacher, student.strength, student.temperature)
     return trainer.copy_with([distillation], only=Replay, **changes)
-
-
-def _learned(setup: Setup, production: Version) -> list[Segment]:
-    """The segments of the journal that production has learned, without those that a rollback has given up."""
-    consumed = {version.number: version.manifest.consumed for version in setup.registry.versions()}
-    last = production.manifest.consumed
-    # Where a version is no longer there to tell, too much is left out rather than too little.
-    given_up = [
-        range(consumed.get(event["to"], 0) + 1, consumed.get(event["discard"], last) + 1)
-        for event in setup.registry.events
-        if "discard" in event
-    ]
-    segments = [one for one in setup.journal.segments() if one.number <= last]
-    return [one for one in segments if not any(one.number in some for some in given_up)]
 
 
 def _smaller(setup: Setup, teacher: Any, student: StudentSettings, rows: Sequence[Row]) -> Any:

@@ -226,6 +226,7 @@ class Updater:
             return self._follow()
         with self.registry.lease():
             erasure.finish(self.registry)
+            self._backlog.withdraw_given_up()
             seconds: dict[str, float] = {}
             decision: PlannedUpdate | Outcome | None = None
             try:
@@ -257,9 +258,8 @@ class Updater:
         Raises:
             LeaseHeld: If another updater is at work on this registry.
             RegistryError: If a file of the version in production is missing or was changed.
-            ValueError: If nothing is in production, an update is not finished, a rollback has given records up and no
-                update has followed, the journal is empty, the model cannot be distilled or has no more layers, or
-                several processes run.
+            ValueError: If nothing is in production, an update is not finished, the journal is empty, the model cannot
+                be distilled or has no more layers, or several processes run.
         """
         from evertune.live.distilling import distil
 
@@ -270,6 +270,7 @@ class Updater:
         self._setup.versions.begin()
         with self.registry.lease("evertune distil"):
             erasure.finish(self.registry)
+            self._backlog.withdraw_given_up()
             if students is not None:
                 return students.make()
             return distil(self._setup, self.trainer, student, self.source, self.mirror, dry_run)

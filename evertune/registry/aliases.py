@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,22 +22,42 @@ _EVENTS = 200
 
 
 @dataclass
+class GivenUp:
+    """The records that a rollback with ``discard`` gave up: segments of the journal, which it contains.
+
+    Args:
+        version: Number of the version that was rolled back from.
+        after: Number of the last segment that the version put back had learned.
+        upto: Number of the last segment that the version rolled back from had learned; None if its manifest could not
+            be read, so that it may have learned all that there were.
+    """
+
+    version: int
+    after: int
+    upto: int | None
+
+    def __contains__(self, segment: int) -> bool:
+        return self.after < segment and (self.upto is None or segment <= self.upto)
+
+
+@dataclass
 class AliasState:
     """The content of ``aliases.json``.
 
     Args:
         aliases: Number of the version behind each alias that is set.
         events: What happened to them, oldest first.
-        given_up: Numbers of the versions rolled back from with ``discard`` since the last promotion.
+        given_up: What rollbacks have given up and no updater has withdrawn from the journal yet.
     """
 
     aliases: dict[str, int] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    given_up: list[int] = field(default_factory=list)
+    given_up: list[GivenUp] = field(default_factory=list)
 
     def encoded(self) -> bytes:
         """The content as bytes."""
-        values = {**self.aliases, "given_up": self.given_up, "events": self.events[-_EVENTS:]}
+        given_up = [asdict(one) for one in self.given_up]
+        values = {**self.aliases, "given_up": given_up, "events": self.events[-_EVENTS:]}
         return json.dumps(sealed(values), indent=1).encode()
 
     @classmethod
@@ -47,15 +67,7 @@ class AliasState:
         checked = read_json(_Aliases, content)
         check_seal(values, {entry.name for entry in fields(_Aliases)})
         aliases = {name: number for name in ALIASES if (number := getattr(checked, name)) is not None}
-        given_up = checked.given_up
-        if given_up is None:  # written before the field existed: the events say it
-            given_up = []
-            for event in checked.events:
-                if event.action == "promote":
-                    given_up = []
-                elif event.discard is not None:
-                    given_up.append(event.discard)
-        return cls(aliases, values["events"], given_up)
+        return cls(aliases, values["events"], checked.given_up)
 
 
 @dataclass
@@ -67,7 +79,6 @@ class _Event:
     to: int | None
     reason: str = ""
     by: str = ""
-    discard: int | None = None
 
 
 @dataclass
@@ -78,7 +89,7 @@ class _Aliases:
     production: int | None = None
     previous: int | None = None
     refused: int | None = None
-    given_up: list[int] | None = None
+    given_up: list[GivenUp] = field(default_factory=list)
 
 
 class AliasFile:

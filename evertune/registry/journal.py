@@ -229,6 +229,16 @@ class Journal:
             if (segment.number, row["id"]) not in withdrawn
         ]
 
+    def sizes(self, segments: Iterable[Segment]) -> list[int]:
+        """The number of good records of each of these segments that were not withdrawn.
+
+        Raises:
+            ValueError: If the list of the withdrawn records is damaged.
+        """
+        gone = Counter(row["segment"] for row in self._quarantine.withdrawn())
+        # A repair may have left fewer records in a segment than were withdrawn from it.
+        return [max(segment.records - gone[segment.number], 0) for segment in segments]
+
     def counts(self, segments: Iterable[Segment]) -> Counts:
         """How many records these segments hold now.
 
@@ -237,9 +247,7 @@ class Journal:
         """
         segments = list(segments)
         numbers, released = {segment.number for segment in segments}, self._quarantine.released(self.last)
-        withdrawn = [row for row in self._quarantine.withdrawn() if row["segment"] in numbers]
         still = self._quarantine.of_withdrawn(released)
-        gone = Counter(row["segment"] for row in withdrawn)
         bad = sum(row["kind"] in BAD and row["segment"] in numbers for _, row in still)
         changed = {int(name) for name in (reference.partition(":")[0] for reference in released) if name.isdecimal()}
         for segment in segments:
@@ -249,8 +257,7 @@ class Journal:
                 bad += segment.bad
         return Counts(
             read=sum(segment.read for segment in segments),
-            # A repair may have left fewer records in a segment than were withdrawn from it.
-            pending=sum(max(segment.records - gone[segment.number], 0) for segment in segments),
+            pending=sum(self.sizes(segments)),
             bad=bad,
         )
 
@@ -259,8 +266,8 @@ class Journal:
 
         Args:
             records: Rows of :meth:`records` with the number of their ``segment``, a ``reason`` and a ``kind``:
-                ``"refused"`` by another schema, ``"unlearnable"``, ``"batch"`` (refused twice by the gate) or
-                ``"dropped"`` by hand.
+                ``"refused"`` by another schema, ``"unlearnable"``, ``"batch"`` (refused twice by the gate),
+                ``"withdrawn"`` (given up by a rollback) or ``"dropped"`` by hand.
 
         Raises:
             OSError: If the file cannot be written.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
-from evertune.registry.aliases import ALIASES, AliasFile, event
+from evertune.registry.aliases import ALIASES, AliasFile, GivenUp, event
 from evertune.registry.differences import differences
 from evertune.registry.garbage import Garbage, find_garbage
 from evertune.registry.inspection import Finding, SliceCheck, inspect_version
@@ -149,8 +149,8 @@ class Registry:
         return list(self._aliases.read().events)
 
     @property
-    def given_up(self) -> list[int]:
-        """Numbers of the versions rolled back from with ``discard`` since the last promotion, oldest first."""
+    def given_up(self) -> list[GivenUp]:
+        """What rollbacks with ``discard`` have given up and no updater has set aside yet, oldest first."""
         return list(self._aliases.read().given_up)
 
     @property
@@ -245,7 +245,8 @@ class Registry:
     ) -> Version:
         """Put a version into production. The version that was there becomes ``previous``, and ``refused`` is unset.
 
-        If the version is in production already, nothing changes.
+        If the version is in production already, nothing changes. To promote a version again undoes a rollback from it
+        with ``discard``, unless an update has set its records aside meanwhile: they then stay in quarantine.
 
         Args:
             which: Number or alias of the version.
@@ -282,7 +283,8 @@ class Registry:
                     f"{now} is in production by now"
                 )
             state.aliases = {"production": version.number} | ({} if now is None else {"previous": now})
-            state.given_up = []
+            line = set(self._line(version))
+            state.given_up = [one for one in state.given_up if one.version not in line]
             state.events.append(event("promote", now, version.number, reason, by))
         return version
 
@@ -319,8 +321,8 @@ class Registry:
             reason: The reason, for the events.
             expected: Number of the version that must be in production now, so that a decision that was sent twice goes
                 back once. By default not checked.
-            discard: Ask the next update not to learn the records of the abandoned version again, which would be pending
-                otherwise. This is only recorded, for the updater; see :attr:`given_up`.
+            discard: Give the records of the abandoned version up, which would be pending otherwise, whatever is
+                promoted later. This is only recorded, and the updater moves them to quarantine; see :attr:`given_up`.
             by: Who rolls back, for the events. Default: ``user@host``.
 
         Returns:
@@ -350,10 +352,21 @@ class Registry:
             del state.aliases["previous"]
             if version.parent is not None and self.store.exists(manifest_name(version.parent)):
                 state.aliases["previous"] = version.parent
-            state.given_up += [now] * discard
+            if discard:
+                state.given_up.append(GivenUp(now, version.manifest.consumed, self._consumed(now)))
             change = event("rollback", now, back, reason, by)
             state.events.append(change | ({"discard": now} if discard else {}))
         return version
+
+    def clear_given_up(self, withdrawn: Sequence[GivenUp]) -> None:
+        """Note that the updater has withdrawn what was given up from the journal.
+
+        Raises:
+            RegistryError: If the lease is lost.
+        """
+        if withdrawn:
+            with self._aliases.changing() as state:
+                state.given_up = [one for one in state.given_up if one not in withdrawn]
 
     def unlearned(self, version: Version, left: int) -> int:
         """The number of records that another version has learned and this one has not: after a rollback, they are
@@ -366,12 +379,12 @@ class Registry:
         Raises:
             ValueError: If the journal is damaged.
         """
-        try:
-            learned = self.version(left).manifest.consumed
-        except RegistryError:  # it was rolled back from because it is damaged
+        learned = self._consumed(left)
+        if learned is None:  # it was rolled back from because it is damaged
             return 0
-        segments = Journal(self.store).segments(after=version.manifest.consumed)
-        return sum(segment.records for segment in segments if segment.number <= learned)
+        journal = Journal(self.store)
+        segments = journal.segments(after=version.manifest.consumed)
+        return sum(journal.sizes(segment for segment in segments if segment.number <= learned))
 
     # --- checking and comparing
 
@@ -542,6 +555,21 @@ class Registry:
                 f"{self.store.root} has no {which} version: name one by its number, of {_listed(self._numbers())}"
             )
         return aliases[which]
+
+    def _consumed(self, number: int) -> int | None:
+        """Number of the last segment that a version has learned; None if its manifest cannot be read."""
+        try:
+            return self.version(number).manifest.consumed
+        except RegistryError:
+            return None
+
+    def _line(self, version: Version) -> Iterator[int]:
+        """The number of a version and of those that it was trained from, as far as they can be read."""
+        yield version.number
+        with suppress(RegistryError):
+            while version.parent is not None:
+                version = self.version(version.parent)
+                yield version.number
 
     def _parsed(self, number: int, content: bytes) -> Version:
         """The version that a manifest describes, if it is the manifest of this number."""

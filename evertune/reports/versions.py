@@ -277,19 +277,20 @@ def facts(registry: Registry, views: Sequence[VersionView], line: Sequence[Versi
     total = {kind: sum(view.records[kind] for view in line) for kind in ("train", "held_out", "quarantined")}
     kept = f"{total['held_out']:,} held out, {total['quarantined']:,} in quarantine"
     facts = [("Versions", f"{len(views):,}", ", ".join(parts)), ("Records learned", f"{total['train']:,}", kept)]
-    return [*facts, *_pending(registry, line[-1].version.manifest.consumed if line else 0)]
+    return [*facts, *_pending(registry)]
 
 
-def _pending(registry: Registry, consumed: int) -> list[tuple[str, str, str]]:
+def _pending(registry: Registry) -> list[tuple[str, str, str]]:
     """The number of records in the journal that production has not learned, as a figure; empty without a journal."""
+    from evertune.live.backlog import pending_segments
     from evertune.registry.journal import Journal
 
     journal = Journal(registry.store)
     try:
         if journal.last is None:
             return []
-        count = sum(segment.records for segment in journal.segments(after=consumed))
-    except ValueError as error:
+        count = sum(journal.sizes(pending_segments(registry)))
+    except (RegistryError, ValueError) as error:
         return [("Records pending", "?", str(error))]
     return [("Records pending", f"{count:,}", "wait for the next update")]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from evertune.registry.aliases import GivenUp
 from evertune.registry.journal import Journal
 from evertune.registry.lease import TOKEN, LeaseHeld, LeaseLost
 from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
@@ -849,25 +850,19 @@ def test_what_a_rollback_gave_up_outlives_its_event(registry: Registry, monkeypa
     for _ in range(3):
         release(registry)
     registry.rollback(discard=True)
-    assert registry.given_up == [3]
+    third = [GivenUp(version=3, after=2, upto=3)]
+    assert registry.given_up == third
     for number in (1, 2, 1, 2, 1):
         registry.set_refused(number)
     assert all("discard" not in event for event in registry.events)
-    assert registry.given_up == [3]
+    assert registry.given_up == third
     registry.rollback(discard=True)
-    assert registry.given_up == [3, 2]
+    both = [*third, GivenUp(version=2, after=1, upto=2)]
+    assert registry.given_up == both
     release(registry)
-    assert registry.given_up == []
-
-
-def test_what_a_rollback_gave_up_is_read_from_the_events_of_an_older_file(disk: Registry) -> None:
-    for _ in range(3):
-        release(disk)
-    disk.rollback(discard=True)
-    values = json.loads(disk.store.read("aliases.json"))
-    del values["given_up"], values["digest"]
-    disk.store.write("aliases.json", json.dumps(values).encode())
-    assert disk.given_up == [3]
+    assert registry.given_up == both  # it learned none of them
+    registry.clear_given_up(third)
+    assert registry.given_up == both[1:]
 
 
 # --- equal files
