@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from evertune.cli.actions import NOTHING, REGISTRY, opened, with_actions
 from evertune.cli.inputs import input_of, missing_in
 from evertune.live.review import is_labelled, read_queue, sureness_of, without_suggestion, write_queue
+from evertune.live.slices import REVIEWED, is_declared
 from evertune.registry.aliases import ALIASES
 from evertune.registry.registry import RegistryError
 from evertune.utils.terminal import complain, console
@@ -109,6 +110,12 @@ def _choose(known: argparse.Namespace) -> int:
     screen.print(
         f"fill in {known.label!r}, then: evertune review take --queue {known.queue} --output ...", soft_wrap=True
     )
+    if not is_declared(REVIEWED, served.version.manifest.config.get("schema") or {}):
+        screen.print(
+            f"declare {REVIEWED}: bool | None among the fields of the schema, or the gate may take their labels for "
+            "wrong ones",
+            soft_wrap=True,
+        )
     return 0
 
 
@@ -179,7 +186,7 @@ def _take(known: argparse.Namespace) -> int:
             "evertune review take", f"none of the {len(lines):,} records of {known.queue} has a {known.label!r} yet"
         )
         return NOTHING
-    write_queue(known.output, [without_suggestion(line) for line in labelled])
+    write_queue(known.output, [{**without_suggestion(line), REVIEWED: True} for line in labelled])
     write_queue(known.queue, waiting)
     agree = sum(line[known.label] == line.get("suggested") for line in labelled)
     if known.json:

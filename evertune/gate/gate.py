@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from evertune.gate.best import Best
@@ -284,6 +284,7 @@ class Gate:
         remembered: Pair | None = None,
         untrained: Mapping[str, Predictions] | None = None,
         base: tuple[Mapping[str, Predictions], Mapping[str, Predictions]] = ({}, {}),
+        reviewed: Mapping[str, Collection[str]] | None = None,
     ) -> Verdict:
         """Compare two versions.
 
@@ -305,6 +306,9 @@ class Gate:
                 not learned; None if the module has no features of a pretrained encoder.
             base: Predictions on ``base_texts`` and ``base_probes``, of the version that the update starts from and of
                 the challenger (:func:`~evertune.gate.checks.base.base_checks`).
+            reviewed: Ids by slice of the records whose labels a person has given. Whether labels are wrong is judged by
+                the others alone: such records are chosen because production is unsure of them, so that it contradicts
+                more of their labels than of any others.
 
         Raises:
             ValueError: If a slice is missing on one side, or no record of it was predicted by both versions.
@@ -322,7 +326,10 @@ class Gate:
         past = {name: pair for name, pair in pairs.items() if len(pair[0])}
         checks += self._judge_past(past, fresh, shown, best or {}, remembered, groups or {})
         if len(fresh[1]):
-            checks += self._judge_new(new, fresh, past, trained, shown, untrained)
+            checks += compared("new records", {new: fresh}, self.max_forgetting, self.max_drop, self._test)
+            checks += accurate("new accuracy", new, fresh[1], self.min_new_accuracy)
+            parts = {new: fresh} if trained is None or shown is None else {new: fresh, trained: shown}
+            checks += self._judge_labels(new, parts, past, untrained, reviewed or {})
         if costs is not None:
             checks += cost_checks(costs, self.max_latency_ratio, self.max_size_ratio)
         return Verdict.of(checks)
@@ -364,30 +371,37 @@ class Gate:
             checks += calibration(pooled(past.values()), self.max_calibration_error_increase, test)
         return checks
 
-    def _judge_new(
+    def _judge_labels(
         self,
         new: str,
-        fresh: Pair,
+        parts: Mapping[str, Pair],
         past: Mapping[str, Pair],
-        trained: str | None,
-        shown: Pair | None,
         untrained: Mapping[str, Predictions] | None,
+        reviewed: Mapping[str, Collection[str]],
     ) -> list[Check]:
-        """How the new version does on the records of the update, and whether their labels are right."""
-        parts = {new: fresh} if trained is None or shown is None else {new: fresh, trained: shown}
-        before = pooled(past.values())
+        """Whether the labels of an update are right: of its held-out records, and of those trained on if there are
+        such ``parts``."""
         known = learned_classes(
             [old for old, _ in (*parts.values(), *past.values())], [old for old, _ in past.values()]
         )
-        limit, alpha = self.max_label_noise, self.alpha
+        now, then = (
+            {name: _without(pair, reviewed.get(name, ())) for name, pair in of.items()} for of in (parts, past)
+        )
+        if not any(len(pair[1]) for pair in now.values()):
+            return []  # all of them were given by a person
+        fresh, shown = now[new], next((pair for name, pair in now.items() if name != new), None)
+        before, limit, alpha = pooled(then.values()), self.max_label_noise, self.alpha
         return [
-            *compared("new records", {new: fresh}, self.max_forgetting, self.max_drop, self._test),
-            *accurate("new accuracy", new, fresh[1], self.min_new_accuracy),
             *agreement(new, fresh[1], before[1], known, untrained, self.min_new_agreement),
-            *wrong_labels(new, fresh, shown, past.values(), known, limit, alpha),
-            *wrong_new_classes(new, parts, before, known, untrained, limit, alpha),
+            *wrong_labels(new, fresh, shown, then.values(), known, limit, alpha),
+            *wrong_new_classes(new, now, before, known, untrained, limit, alpha),
         ]
 
     @property
     def _test(self) -> PairedTest:
         return PairedTest(self.alpha, self.test, self.seed)
+
+
+def _without(pair: Pair, ids: Collection[str]) -> Pair:
+    """The predictions of both versions without those on some records."""
+    return (pair[0].without(ids), pair[1].without(ids)) if ids else pair

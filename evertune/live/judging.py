@@ -18,7 +18,7 @@ from evertune.live.evaluation import evaluate, evaluate_examples, measure, witho
 from evertune.live.no_training import measure_untrained, pretrained
 from evertune.live.planning import PlannedUpdate
 from evertune.live.setup import Setup, as_json
-from evertune.live.slices import draw, thin
+from evertune.live.slices import REVIEWED, draw, thin
 from evertune.live.staging import VERSION
 from evertune.live.training import MODEL, remembered
 from evertune.live.versions import EVALUATION, VERDICT
@@ -63,6 +63,10 @@ def judge(setup: Setup, update: PlannedUpdate, served: Version | None = None) ->
         remembered=before.remembered,
         untrained=_without_training(setup, asked, before.said),
         base=base,
+        reviewed={
+            name: {row["id"] for row in rows if row["record"].get(REVIEWED)}
+            for name, rows in (asked.slices | {_SHOWN: asked.shown}).items()
+        },
     )
     if served is not None:
         verdict = Verdict.of([*verdict.checks, *_against(setup, served, asked, said)])

@@ -11,7 +11,7 @@ import numpy as np
 from evertune.gate.predictions import Label, Predictions
 from evertune.gate.statistics import binomial_tail
 from evertune.live.evaluation import evaluate
-from evertune.live.slices import PSEUDO
+from evertune.live.slices import PSEUDO, is_declared
 from evertune.live.versions import Versions
 from evertune.registry.registry import Registry
 from evertune.registry.serving import load
@@ -213,8 +213,7 @@ def labeller_of(
             would be judged on the labels of this one; or as for :func:`sure_enough`.
     """
     config = version.manifest.config
-    schema = config.get("schema") or {}
-    if "model" not in schema and PSEUDO not in schema.get("fields", {}):
+    if not is_declared(PSEUDO, config.get("schema") or {}):
         raise ValueError(
             f"later versions would be judged on labels of version {version.number}: declare {PSEUDO}: bool | None "
             "among the fields of the schema, so that an update never holds such records out, and update once"

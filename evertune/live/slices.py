@@ -15,6 +15,19 @@ from evertune.utils.typed_json import decode, foreign
 
 PSEUDO = "pseudo_label"
 """The field that is true in a record whose label a model has given; no version is judged on it."""
+REVIEWED = "reviewed"
+"""The field that is true in a record whose label a person has given after a version was unsure of it; such labels are
+not taken for wrong ones."""
+
+
+def is_declared(mark: str, schema: Mapping[str, Any]) -> bool:
+    """Whether records keep :data:`PSEUDO` or :data:`REVIEWED` under a schema, which drops fields it does not declare.
+
+    Args:
+        mark: Name of the field.
+        schema: Settings of the schema, as they stand in the configuration of a version.
+    """
+    return "model" in schema or mark in schema.get("fields", {})
 
 
 def draw(row: Row) -> str:

@@ -56,6 +56,7 @@ def test_the_least_sure_are_chosen_labelled_and_taken(registry: Registry, tmp_pa
     )
     printed = capsys.readouterr().out
     assert f"4 of {len(ROWS) + 3} records are in" in printed and "2 left out because they cannot be read" in printed
+    assert "declare reviewed: bool | None among the fields of the schema" in printed
     module = SequenceClassificationModule.from_pretrained(registry.version(1).folder() / "model")
     margins = {}
     for row, answer in zip(ROWS, module.predict([row["text"] for row in ROWS]), strict=True):
@@ -72,7 +73,9 @@ def test_the_least_sure_are_chosen_labelled_and_taken(registry: Registry, tmp_pa
     queue.write_text("".join(json.dumps(line) + "\n" for line in chosen))
     assert run("take", "--queue", str(queue), "--output", str(out), "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"taken": 2, "waiting": 2, "as_suggested": 1}
-    assert lines(out) == [{name: chosen[n][name] for name in ("id", "text", "label")} for n in (0, 2)]
+    assert lines(out) == [
+        {**{name: chosen[n][name] for name in ("id", "text", "label")}, "reviewed": True} for n in (0, 2)
+    ]
     assert [line["id"] for line in lines(queue)] == [chosen[n]["id"] for n in (1, 3)]
     for words in (
         ["choose", "--registry", registry.store.root, "--input", str(source)],

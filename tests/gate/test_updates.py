@@ -113,6 +113,18 @@ def test_poisoned_update_of_a_tiny_model(tiny: Path, tmp_path: Path, poison: Any
     assert Registry(folder / "registry").aliases["production"] == 1
 
 
+def test_labels_that_a_person_has_given_do_not_look_wrong(tiny: Path, tmp_path: Path) -> None:
+    folder = again(tiny, tmp_path)
+    feed(folder, "b", ["business", "sport", "politics"], n=400)
+    path = folder / "inbox/b.jsonl"
+    records = flipped(0.3)([json.loads(line) for line in path.read_text().splitlines()], random.Random(0))
+    write(path, [{**record, "reviewed": True} for record in records])
+    fields = {"id": "str", "text": "str", "label": "str", "reviewed": "bool | None"}
+    verdict = tiny_update(folder, schema=RecordSchema(id="id", fields=fields)).verdict
+    assert verdict is not None
+    assert not {check.name for check in verdict.checks} & {"label noise", "agreement"}
+
+
 def test_clean_update_that_does_not_learn_its_new_class(tmp_path: Path) -> None:
     """A fit of one step learns nothing: the labels are right all the same."""
     prepare(tmp_path)
