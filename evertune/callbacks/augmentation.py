@@ -35,6 +35,11 @@ class Augmentation(ContinualCallback):
     The memory of :class:`Replay` holds the unchanged texts, and so does whatever reads data outside of training steps:
     validation, tests, importance. Other callbacks see the unchanged batch in ``on_train_batch_start``.
 
+    Stored answers are those to the unchanged texts, too: with :class:`DarkReplay`, :class:`Distillation` and
+    :class:`TeacherDistillation`, the answers to changed texts are drawn towards them, as in consistency training (Xie
+    et al. 2020, "Unsupervised Data Augmentation for Consistency Training"). DER++ itself replays in other augmentations
+    than it stored logits for (Buzzega et al. 2020).
+
     What happens to a text depends only on the seed, the epoch and its tokens: it is the same on any number of ranks, at
     any batch size and after a resume, and another one in each epoch. It costs a few operations on tensors of the size
     of ``input_ids``, on the device.

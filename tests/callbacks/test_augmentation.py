@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
-from evertune.callbacks import Augmentation, Replay
+from evertune.callbacks import Augmentation, DarkReplay, Distillation, Replay
 from evertune.callbacks.augmentation import Draws, SpecialTokens, deleted, span, swapped, without
+from evertune.callbacks.base import ContinualCallback
 from evertune.lightning_modules import (
     CausalLMModule,
     QuestionAnsweringModule,
@@ -218,22 +219,52 @@ def test_a_share_of_the_examples_is_changed(bert: str) -> None:
     assert 0 < sum(MASK in one for one in module.seen["train"]) < len(clean)
 
 
-def test_the_memory_holds_clean_examples_and_replayed_ones_are_changed(bert: str) -> None:
+def examples(bert: str) -> Any:
+    """Batches of examples that a memory can hold."""
     tokenizer = classifier(bert).tokenizer
-    examples = [{"input_ids": torch.tensor(one), "labels": 0} for one in texts(bert, 4)]
 
     def collate(some: list[Any]) -> Any:
         batch = tokenizer.pad({"input_ids": [one["input_ids"].tolist() for one in some]}, return_tensors="pt")
         return {**batch, "labels": ["business"] * len(some)}
 
+    some: Any = [{"input_ids": torch.tensor(one), "labels": 0} for one in texts(bert, 4)]
+    return DataLoader(some, batch_size=6, collate_fn=collate)
+
+
+def test_the_memory_holds_clean_examples_and_replayed_ones_are_changed(bert: str) -> None:
     module, replay, augmentation = classifier(bert), Replay(24), Augmentation(0.0, 0.0, 0.4, share=1.0)
-    batches: Any = DataLoader(examples, batch_size=6, collate_fn=collate)  # type: ignore[arg-type]
     for _ in range(2):
-        fit(module, batches, replay, augmentation)
+        fit(module, examples(bert), replay, augmentation)
     stored = [replay.memory[slot]["input_ids"].tolist() for slot in range(24)]
     assert all(one in texts(bert, 1) for one in stored)
     assert len(module.seen["train"]) == 24 + 48
     assert sum(MASK in one for one in module.seen["train"]) > 40
+
+
+def noted(method: ContinualCallback) -> list[float]:
+    """The terms that a method adds to the loss from here on."""
+    inner, terms = method.loss_term, []
+
+    def loss_term(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor | None:
+        term = inner(trainer, module, batch)
+        assert term is not None
+        terms.append(term.item())
+        return term
+
+    method.loss_term = loss_term  # type: ignore[method-assign]
+    return terms
+
+
+@pytest.mark.parametrize("method", [DarkReplay(24), Distillation(known=[0, 1])], ids=["DarkReplay", "Distillation"])
+def test_a_changed_text_is_compared_with_the_answer_to_the_unchanged_one(bert: str, method: ContinualCallback) -> None:
+    """The stored answers are those of the very weights that the first step has: only the changes make a distance."""
+    module, clean = classifier(bert), Augmentation(0.0, 0.0, 0.4, share=1e-9)
+    fit(module, examples(bert), method, clean)
+    terms = noted(method)
+    fit(module, examples(bert), method, clean, max_steps=1)
+    fit(module, examples(bert), method, Augmentation(0.0, 0.0, 0.4, share=1.0), max_steps=1)
+    first, second = terms
+    assert abs(first) < 1e-9 and second > 1e-6
 
 
 def test_a_resumed_epoch_changes_the_same(bert: str, tmp_path: Path) -> None:
