@@ -1,4 +1,4 @@
-"""Adapters of PEFT in a transformer: their settings, and how they are added."""
+"""Adapters in a transformer, most of them PEFT's: their settings, and how they are added."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evertune.lightning_modules.bottleneck import Bottleneck, BottleneckConfig, add_bottlenecks, output_size
 from evertune.utils.extras import library
 
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -39,6 +40,7 @@ SETTINGS = {
         "orth_reg_weight",
     ),
     "ia3": ("target_modules", "exclude_modules", "feedforward_modules"),
+    "bottleneck": ("reduction_factor", "target_modules"),
     "prompt_tuning": ("num_virtual_tokens",),
     "p_tuning": (
         "num_virtual_tokens",
@@ -49,8 +51,7 @@ SETTINGS = {
     ),
     "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
 }
-"""The settings of PEFT's configurations that may be given, by method; the others train or replace weights beside the
-adapters."""
+"""The settings that may be given, by method. Others of PEFT's train or replace weights beside the adapters."""
 PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 """The methods that train virtual tokens, see :class:`~evertune.lightning_modules.prompts.Prompt`."""
 _CONFIGS = {
@@ -69,7 +70,8 @@ def adapter_config(peft: Mapping[str, Any], n_steps: int = _ENDLESS) -> Any:
     """The configuration of PEFT for ``{"method": "lora", "r": 8, ...}``.
 
     Methods are ``lora`` (Hu et al. 2022; with ``use_dora``, DoRA of Liu et al. 2024), ``adalora`` (Zhang et al. 2023),
-    ``ia3`` (Liu et al. 2022), and those of :data:`PROMPTS`, with 20 virtual tokens by default.
+    ``ia3`` (Liu et al. 2022), and those of :data:`PROMPTS`, with 20 virtual tokens by default. PEFT has no
+    ``bottleneck`` adapters: these are :class:`~evertune.lightning_modules.bottleneck.Bottleneck`.
 
     Args:
         peft: The method and its settings.
@@ -93,6 +95,8 @@ def adapter_config(peft: Mapping[str, Any], n_steps: int = _ENDLESS) -> Any:
     for name in ("r", "init_r", "target_r", "num_virtual_tokens", "deltaT"):
         if settings.get(name, 1) < 1:
             raise ValueError(f"peft: {name} must be positive, got {settings[name]}")
+    if method == "bottleneck":
+        return BottleneckConfig(**settings)
     if method in PROMPTS:
         settings = {"num_virtual_tokens": _N_VIRTUAL, **settings}
     if method == "adalora":
@@ -142,6 +146,9 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
             are those of DoRA or AdaLoRA and ZeRO-3 has partitioned the weights.
     """
     config = adapter_config(peft)
+    if isinstance(config, BottleneckConfig):
+        _draw(add_bottlenecks(backbone, config, _ends_of_mlps(backbone) if config.target_modules is None else ()))
+        return
     refused = "use_dora" if getattr(config, "use_dora", False) else "adalora" if peft["method"] == "adalora" else None
     if refused and any(hasattr(weight, "ds_id") for weight in backbone.parameters()):
         raise ValueError(
@@ -160,8 +167,35 @@ def add_adapters(backbone: Any, peft: Mapping[str, Any]) -> None:
                     layer.reset_lora_parameters(name, config.init_lora_weights)
 
 
+def _ends_of_mlps(backbone: Any) -> list[str]:
+    """The names of the layers at the ends of the MLPs: those that return what the transformer adds up."""
+    width = backbone.config.get_text_config().hidden_size
+    return [name for name in mlp_layers(backbone) if output_size(backbone.get_submodule(name)) == width]
+
+
+def _draw(adapters: list[Bottleneck]) -> None:
+    """Draw the first weights of bottleneck adapters, which start without changing the transformer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        for adapter in adapters:
+            down, up = adapter.bottleneck_down, adapter.bottleneck_up
+            with _whole([down.weight, down.bias, up.weight, up.bias]):
+                down.reset_parameters()
+                nn.init.zeros_(up.weight)
+                nn.init.zeros_(up.bias)
+
+
 def merge_adapters(backbone: Any) -> None:
-    """Add what adapters have learned to the weights under them, and remove the adapters: the outputs stay the same."""
+    """Add what adapters have learned to the weights under them, and remove the adapters: the outputs stay the same.
+
+    Raises:
+        ValueError: If they are bottleneck adapters, which no weights can stand for.
+    """
+    if any(isinstance(layer, Bottleneck) for layer in backbone.modules()):
+        raise ValueError(
+            "bottleneck adapters are not linear, and cannot be merged into the weights; `evertune serve` answers with "
+            "such a version as it is"
+        )
     tuners = library("peft.tuners", "peft")
     kinds = tuners.lora.LoraLayer, tuners.ia3.IA3Layer
     for name, layer in list(backbone.named_modules()):

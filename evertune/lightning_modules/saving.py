@@ -23,7 +23,7 @@ BACKBONE = "backbone."
 WEIGHTS = "model.safetensors"
 REST = "head.safetensors"
 PROMPT = "prompt."
-_ADAPTERS = (".lora_", ".ia3_", ".ranknum.")  # in the names of an adapter's weights
+_ADAPTERS = (".lora_", ".ia3_", ".ranknum.", ".bottleneck_")  # in the names of an adapter's weights
 FORMAT = 1
 
 

@@ -94,13 +94,14 @@ class TransformerModule(LightningModule):
         peft: Adapters to train instead of the transformer, as settings of PEFT: ``{"method": "lora", "r": 8,
             "target_modules": ["query", "value"]}``, with ``"use_dora": True`` for DoRA, ``{"method": "adalora"}``
             (:class:`~evertune.lightning_modules.rank_allocation.RankAllocation`) or ``{"method": "ia3"}``; for
-            ``target_modules``, PEFT knows defaults for many transformers. Or virtual tokens: ``{"method":
-            "prompt_tuning", "num_virtual_tokens": 20}``, ``p_tuning``, ``prefix_tuning``
+            ``target_modules``, PEFT knows defaults for many transformers. ``{"method": "bottleneck",
+            "reduction_factor": 16}`` needs no PEFT (:class:`~evertune.lightning_modules.bottleneck.Bottleneck`). Or
+            virtual tokens: ``{"method": "prompt_tuning", "num_virtual_tokens": 20}``, ``p_tuning``, ``prefix_tuning``
             (:class:`~evertune.lightning_modules.prompts.Prompt`). The layers on top are trained in full. Default:
             None, none.
 
     Raises:
-        ModuleNotFoundError: If ``peft`` is given and PEFT is not installed.
+        ModuleNotFoundError: If ``peft`` needs PEFT, and it is not installed.
         ValueError: If an argument is out of range; the message names the allowed values.
     """
 
@@ -156,7 +157,7 @@ class TransformerModule(LightningModule):
             if peft["method"] in PROMPTS and not self.takes_prompts:
                 raise ValueError(
                     f"peft: {peft['method']} puts virtual tokens before a text, and {type(self).__name__} generates "
-                    "texts, which is not supported; use lora, adalora or ia3"
+                    "texts, which is not supported; use lora, adalora, ia3 or bottleneck"
                 )
             if freeze_layers:
                 raise ValueError(

@@ -53,6 +53,7 @@ METHODS = (
     "replay+dora",
     "replay+ia3",
     "replay+augment",
+    "replay+bottleneck",
 )
 
 WITHOUT = {("evertune_deepspeed_stage_3", "replay+dora")}

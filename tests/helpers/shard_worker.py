@@ -137,6 +137,7 @@ ADAPTERS = {
     "dora": {**LORA, "use_dora": True},
     "ia3": {"method": "ia3", "target_modules": ["query", "dense"], "feedforward_modules": ["dense"]},
     "lora": LORA,
+    "bottleneck": {"method": "bottleneck", "reduction_factor": 8},
 }
 """By a part of the method's name."""
 
@@ -172,6 +173,7 @@ def methods(name: str) -> list[pl.Callback]:
         "lora-max": lambda: [callbacks.MergedAdapters("magnitude")],
         "dora": list,
         "ia3": list,
+        "bottleneck": list,
         "olora": lambda: [callbacks.OrthogonalLoRA(strength=5.0)],
     }
     return [callback for part in name.split("+") for callback in made[part]()]

@@ -15,6 +15,7 @@ from evertune.callbacks import LogitAdjustment, OrthogonalLoRA, Replay
 from evertune.cli.main import main
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.lightning_modules.adapters import merge_adapters
+from evertune.lightning_modules.bottleneck import Bottleneck
 from evertune.streams import Experience
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
@@ -195,8 +196,10 @@ trainer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft": {"r": 2}}, "peft: method must be one of lora, adalora, ia3, prompt_tuning, p_tuning, .*, got None"),
-        ({"peft": {"method": "bottleneck"}}, "peft: method must be one of lora, .*, got 'bottleneck'"),
+        ({"peft": {"r": 2}}, "peft: method must be one of lora, adalora, ia3, bottleneck, prompt_tuning, .*, got None"),
+        ({"peft": {"method": "houlsby"}}, "peft: method must be one of lora, .*, got 'houlsby'"),
+        ({"peft": {"method": "bottleneck", "r": 2}}, "peft: 'r' is not supported; use reduction_factor"),
+        ({"peft": {"method": "bottleneck", "reduction_factor": 0.5}}, "reduction_factor must be at least 1, got 0.5"),
         ({"peft": {"method": "lora", "rank": 2}}, "peft: 'rank' is not supported; use r, lora_alpha"),
         ({"peft": {"method": "ia3", "r": 2}}, "peft: 'r' is not supported; use target_modules"),
         ({"peft": {"method": "lora", "r": 0}}, "peft: r must be positive, got 0"),
@@ -209,7 +212,42 @@ def test_settings_that_cannot_work(model: str, settings: dict[str, Any], message
         SequenceClassificationModule(model, **settings)
 
 
+def test_bottleneck_adapters_are_learned_saved_and_loaded(model: str, tmp_path: Path) -> None:
+    peft = {"method": "bottleneck", "reduction_factor": 8}
+    module = build(model, peft=peft, learning_rate=0.01)
+    batch = batch_of(module.eval(), TEXTS["sport"])
+    torch.testing.assert_close(module(**batch).logits, build(model).eval()(**batch).logits)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer().fit(module, loader(model, ["business", "sport"]))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, value in module.named_parameters() if value.requires_grad}
+    behind = {name.partition(".bottleneck_")[0] for name in changed if ".bottleneck_" in name}
+    assert behind == {f"backbone.encoder.layer.{number}.output.dense" for number in (0, 1)}
+    module.eval().save_pretrained(tmp_path)
+    loaded = SequenceClassificationModule.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, module(**batch).logits)
+    base = AutoModel.from_pretrained(tmp_path).state_dict()
+    name = "encoder.layer.0.output.dense"
+    assert torch.equal(base[f"{name}.weight"], before[f"backbone.{name}.base_layer.weight"])
+    with pytest.raises(ValueError, match="bottleneck adapters are not linear, and cannot be merged into the weights"):
+        merge_adapters(loaded.backbone)
+
+
+@pytest.mark.parametrize(
+    ("targets", "n_adapters"),
+    [(["attention.output.dense", "output.dense"], 4), (r"encoder\.layer\.1\..*\.query", 1), (None, 2)],
+)
+def test_bottleneck_adapters_behind_chosen_layers(model: str, targets: Any, n_adapters: int) -> None:
+    module = build(model, peft={"method": "bottleneck", "target_modules": targets})
+    assert sum(isinstance(layer, Bottleneck) for layer in module.modules()) == n_adapters
+
+
 def test_layers_that_are_not_there(model: str) -> None:
     module = SequenceClassificationModule(model, classes=["a"], peft={**LORA, "target_modules": ["nowhere"]})
     with pytest.raises(ValueError, match="nowhere"):
         module.configure_model()
+    for targets, words in ((["nowhere"], "names no layer of BertModel"), (["LayerNorm"], "is a LayerNorm")):
+        bottleneck = {"method": "bottleneck", "target_modules": targets}
+        module = SequenceClassificationModule(model, classes=["a"], peft=bottleneck)
+        with pytest.raises(ValueError, match=words):
+            module.configure_model()
