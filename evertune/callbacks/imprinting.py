@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evertune._lightning import n_started, pl
 from evertune.callbacks.base import ContinualCallback
-from evertune.callbacks.replay.readers import default_features
+from evertune.callbacks.replay.features import default_features
 from evertune.callbacks.state import load_state, save_state
 from evertune.callbacks.teacher import by_length, rounds
 from evertune.callbacks.training_data import TrainingData

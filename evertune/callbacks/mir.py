@@ -13,7 +13,7 @@ from evertune._lightning import isolate_rng, pl, replace_method, return_method
 from evertune.callbacks.reference_method import training_loss
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
-from evertune.callbacks.replay.readers import default_losses
+from evertune.callbacks.replay.features import default_losses
 from evertune.callbacks.step_logits import StepLogits
 from evertune.memory.policies import Policy
 from evertune.shards.opened import shards_of

@@ -11,32 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import DataLoader, Subset
 
-from evertune._lightning import (
-    combined_loader,
-    combined_mode,
-    isolate_rng,
-    n_processed,
-    n_started,
-    pl,
-    replace_method,
-    reset_loaders,
-    return_method,
-    train_data_source,
-)
+from evertune._lightning import isolate_rng, n_started, pl, reset_loaders
 from evertune.callbacks.base import ContinualCallback
 from evertune.callbacks.replay.collate import UNSTORABLE, Extra, Joined, ReplayCollate, Schedule, restarting
+from evertune.callbacks.replay.features import check_features, default_features, default_losses, features_of
+from evertune.callbacks.replay.interception import intercept, release
 from evertune.callbacks.replay.lengths import StepLengths
-from evertune.callbacks.replay.readers import Encoded, IdReader, LabelReader, Parts, default_features, default_losses
-from evertune.callbacks.replay.self_answers import SelfAnswers, check_prompt, check_writes
+from evertune.callbacks.replay.progress import Progress, batches_ahead, batches_done, end_of_batches
+from evertune.callbacks.replay.readers import Encoded, IdReader, LabelReader, Parts
+from evertune.callbacks.replay.self_answers import SelfAnswers, check_prompt, check_writes, slots_to_draw
 from evertune.callbacks.replay.spool import (
     Capture,
     Record,
+    best_records,
     parse_records,
     prune_records,
     read_records,
@@ -48,19 +39,15 @@ from evertune.memory.codec import encode
 from evertune.memory.draws import Draws
 from evertune.memory.memory import Content, ReplayMemory
 from evertune.memory.policies import Policy
-from evertune.shards.opened import shards_of
-from evertune.shards.support import check_strategy, is_deepspeed
+from evertune.shards.support import check_strategy
 from evertune.strategies.deepspeed import warn_about_stock_deepspeed
-from evertune.streams.sampler import BucketSampler
 from evertune.tasks.base import task_of
 from evertune.utils.batches import batch_size_of, to_device
 from evertune.utils.collectives import gather_bytes
-from evertune.utils.evaluation import evaluation_mode, trial
 from evertune.utils.loaders import restart_loaders
 from evertune.utils.ranks import barrier, is_writer
 
 Source = Literal["data", "self"]
-_ALL = 1 << 62
 _EXTRA = (0, 2)  # the name of the extra examples' draws
 _STATE = "replay.json"
 _REFUSED = re.compile(UNSTORABLE.format(r"(\d+)", r"(\d+)"))
@@ -192,17 +179,14 @@ class Replay(ContinualCallback):
         self.id_of = None if id is None else IdReader(id)
         self.features = features or (default_losses if self.memory.policy.needs_losses else default_features)
         self.loader = loader
-        self._names: list[str] = []  # of the training loaders that are still to be set up
         self._trainer: pl.Trainer | None = None
         self._loader: DataLoader[Any] | None = None
         self._unwrapped: DataLoader[Any] | None = None  # the user's loader
-        self._sampler: BucketSampler | None = None  # reports its order to the loader processes
+        self._lengths: StepLengths | None = None  # of the batches to come, if the loader's sampler knows them
         self._schedule = Schedule()
         self._is_writer = True
         self._set_up_early = False  # before Lightning read its part of the checkpoint
-        self._experience_start = 0  # number of the experience's first batch in the fit
-        self._update_start = 0  # number of the first batch with this update's draws
-        self._before: tuple[int, int] | None = None  # first batch and number of the previous update in the same fit
+        self._progress = Progress()
         self._resumed = False  # whether this fit resumes from a checkpoint with this callback's state
         self._captured = b""  # records from that checkpoint
         self._resumed_batches: dict[str, Any] = {}  # the indices trained on, from that checkpoint
@@ -263,31 +247,14 @@ class Replay(ContinualCallback):
             trainer.strategy.barrier("replay memory")
         for spool in self._spools():
             spool.unlink()
-        source, process = train_data_source(trainer), trainer.strategy.process_dataloader
-        request = source.dataloader
-
-        # Lightning processes the loaders one at a time and without their names. Remember the names when it requests the
-        # loaders, then take the next name each time it processes one.
-        def request_and_choose() -> object:
-            loaders = request()
-            self._names = self._check_names(loaders)
-            return loaders
-
-        def process_and_wrap(dataloader: object) -> object:
-            processed = process(dataloader)
-            if not trainer.training:
-                return processed
-            return self._wrap(processed) if self._names.pop(0) == self._chosen else processed
-
-        replace_method(source, "dataloader", request_and_choose)
-        replace_method(trainer.strategy, "process_dataloader", process_and_wrap)
+        intercept(trainer, self.loader, self._wrap)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Override the start of an experience: it is announced when the loader is set up, possibly before this hook."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restart a loader that was set up before the checkpoint was read."""
-        self._n_skipped = _batches_done(trainer) - n_started(trainer)
+        self._n_skipped = batches_done(trainer) - n_started(trainer)
         batches = recorded_batches(self._loader)
         if batches is not None:
             batches.start_here()
@@ -303,24 +270,17 @@ class Replay(ContinualCallback):
     def _answer(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
         """Let the model answer the prompts that this update can draw; returns whether there were any."""
         assert self.answers is not None
+        per_step = trainer.accumulate_grad_batches * self._collate().stride * self.replay_ratio
         self.answers.write(
             trainer,
             module,
             self.memory,
-            self._slots_to_draw(trainer),
+            slots_to_draw(trainer, self.memory, per_step, self.experience_index),
             self.extra,
             self.experience_index,
             is_writer=self._is_writer,
         )
         return self.answers.counts["asked"] > 0
-
-    def _slots_to_draw(self, trainer: pl.Trainer) -> list[int]:
-        """The slots that the batches of this fit can draw: all of them, if it is not known how many there are."""
-        steps, size = trainer.estimated_stepping_batches, len(self.memory)
-        per_step = trainer.accumulate_grad_batches * self._collate().stride * self.replay_ratio
-        n_draws = steps * per_step * trainer.world_size if steps >= 0 else math.inf
-        positions = np.arange(math.ceil(min(n_draws, size)))
-        return sorted(self.memory.draw(positions, self.experience_index).tolist())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -328,28 +288,19 @@ class Replay(ContinualCallback):
         """Compute ``features`` on the first batch, so that nothing fails after hours of training."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._tried and self.memory.policy.needs_features:
-            advice = "pass features=, a callable (module, batch) -> tensor [batch, d]"
-            what = f"Replay cannot compare examples by the features of {type(pl_module).__name__}"
-            with trial(what, advice), evaluation_mode(pl_module), trainer.precision_plugin.val_step_context():
-                shapes = [list(self.features(pl_module, one).shape) for one in (batch, *self._few(trainer))]
-                if bad := next((shape for shape in shapes if len(shape) != 2), None):
-                    raise ValueError(f"features must have the shape [batch, d], got {bad}")
-                if len(widths := {width for _, width in shapes}) > 1:
-                    raise ValueError(f"features must have one length for all examples, got {sorted(widths)}")
-            if is_deepspeed(trainer):
-                shards_of(trainer).release()
+            check_features(trainer, pl_module, self.features, (batch, *self._few(trainer)))
         self._tried = True
 
     def _few(self, trainer: pl.Trainer) -> Iterator[Any]:
         """Batches of one example each, if the dataset is read by index; equally many on all ranks."""
         if recorded_batches(self._loader) is None:
             return
-        assert self._loader is not None and isinstance(self._loader.collate_fn, ReplayCollate)
+        assert self._loader is not None
         dataset: Any = self._loader.dataset
         for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
             with isolate_rng():
-                batch = self._loader.collate_fn.collate_fn([dataset[index]])
-            yield to_device(trainer, batch)
+                example = dataset[index]
+            yield self.batch_of(trainer, [example])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announce the new iterator that Lightning makes right after this, except in the first epoch of a fit."""
@@ -364,7 +315,7 @@ class Replay(ContinualCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note a batch that ended the epoch without being trained on."""
-        done = _batches_done(trainer)
+        done = batches_done(trainer)
         if done - n_started(trainer) > self._n_skipped + len(self._skipped):
             self._skipped.add(done - 1)
 
@@ -386,35 +337,11 @@ class Replay(ContinualCallback):
         self._detach()
 
     def _detach(self) -> None:
-        if self._sampler is not None:
-            self._sampler.on_pass = None
-            self._sampler = None
+        if self._lengths is not None:
+            self._lengths.release()
+            self._lengths = None
         if self._trainer is not None:
-            return_method(self._trainer.strategy, "process_dataloader")
-            return_method(train_data_source(self._trainer), "dataloader")
-            combined = combined_loader(self._trainer)
-            if combined is not None and self.loader is not None:  # it may be the user's own object
-                combined.flattened = [self._unwrapped if one is self._loader else one for one in combined.flattened]
-
-    @property
-    def _chosen(self) -> str:
-        return "" if self.loader is None else str(self.loader)
-
-    def _check_names(self, loaders: object) -> list[str]:
-        """The names of the training loaders in the order of their setup; a single loader has the name ``""``."""
-        mode = combined_mode(loaders)
-        paths, _ = tree_flatten_with_path(getattr(loaders, "iterables", loaders))
-        names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
-        if self.loader is None and len(names) == 1:
-            return [""]
-        choice = f"one of {', '.join(names)}" if any(names) else "which takes one of several; there is one DataLoader"
-        if self.loader is None:
-            raise ValueError(f"Replay cannot choose among several training loaders: pass loader=, {choice}")
-        if self._chosen not in names:
-            raise ValueError(f"loader={self.loader!r} is not a training loader: pass loader=, {choice}")
-        if mode == "sequential":
-            raise ValueError("Replay does not support CombinedLoader(mode='sequential'): concatenate the datasets")
-        return names
+            release(self._trainer, self.loader, self._loader, self._unwrapped)
 
     def _wrap(self, loader: object) -> DataLoader[Any]:
         """A copy of the training loader that replays examples."""
@@ -432,8 +359,12 @@ class Replay(ContinualCallback):
         if reads_by_index(trainer, loader):
             self._check_example(trainer.lightning_module, loader.dataset)
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        self._lengths = None
+        if self.loader is None:
+            limit = trainer.limit_train_batches
+            self._lengths = StepLengths.of(loader, batch_size, limit, lambda: self._schedule.iterator()[1])
         # Batches may be loaded but never trained on, so a spool keeps more candidates than the memory has room for.
-        room = (batch_size or 1024) * (self._batches_ahead() + 1)
+        room = (batch_size or 1024) * (batches_ahead(self._loader) + 1)
         # The shallow copy shares the persistent workers of the original, which use its collate_fn.
         self._loader._iterator = None
         self._loader.collate_fn = ReplayCollate(
@@ -455,7 +386,7 @@ class Replay(ContinualCallback):
                 self.id_of,
                 self._kept_part,
             ),
-            lengths=self._lengths(loader, batch_size),
+            lengths=self._lengths,
             extra=self.extra,
             candidates=self.candidates,
         )
@@ -468,36 +399,24 @@ class Replay(ContinualCallback):
             self._start_iterator(trainer)
         return self._loader
 
-    def _lengths(self, loader: DataLoader[Any], batch_size: int | None) -> StepLengths | None:
-        """The lengths of the batches to come, if the loader's sampler knows them."""
-        self._sampler = None
-        if self.loader is not None or not StepLengths.known(loader.sampler, batch_size):
-            return None
-        assert self._trainer is not None and batch_size is not None and isinstance(loader.sampler, BucketSampler)
-        self._sampler, limit = loader.sampler, self._trainer.limit_train_batches
-        n_batches = len(loader)
-        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
-        return StepLengths(loader.sampler, batch_size, n_batches, lambda: self._schedule.iterator()[1])
-
     def _start_schedule(self, trainer: pl.Trainer) -> None:
         """Set the number of the loader's first batch and the memory that it draws from."""
         if not self._resumed:
-            self._experience_start = self._update_start = _batches_done(trainer)
-            self._before = None
+            self._progress = Progress(batches_done(trainer), batches_done(trainer))
         elif self._captured and is_writer():
             (self.memory.directory / "0-resumed.spool").write_bytes(self._captured)
         self._schedule.reset()
         if self.answers is not None:
             self._collate().extra = self.answers.drawn_from(self.extra)
-        if self._before is not None:
-            self._schedule.start_update(*self._before, self.drawn.generation - 1)
-        self._schedule.start_update(self._update_start, self.experience_index, self.drawn.generation)
+        if self._progress.before is not None:
+            self._schedule.start_update(*self._progress.before, self.drawn.generation - 1)
+        self._schedule.start_update(self._progress.update, self.experience_index, self.drawn.generation)
         self._start_iterator(trainer)
 
     def _start_iterator(self, trainer: pl.Trainer) -> None:
         for spool in self._spools():
             prune_records(spool, self._end_batch(trainer))
-        self._schedule.start_iterator(_batches_done(trainer))
+        self._schedule.start_iterator(batches_done(trainer))
 
     def _check_example(self, module: pl.LightningModule, dataset: Any) -> None:
         """Check that an example can be stored and its label read, before hours are spent on training."""
@@ -522,14 +441,10 @@ class Replay(ContinualCallback):
         self._ended = False
         if self.answers is not None:
             self._answer(trainer, module)
-        accumulated = trainer.accumulate_grad_batches
-        # The switch comes after all batches that may be loaded already, rounded up to whole optimizer steps: a step
-        # must not mix the draws of two memories.
-        steps = -(-self._batches_ahead() // accumulated)
-        self._before = self._update_start, self.experience_index - 1
-        self._experience_start = _batches_done(trainer)
-        self._update_start = self._experience_start + steps * accumulated
-        self._schedule.start_update(self._update_start, self.experience_index, self.drawn.generation)
+        assert self._loader is not None
+        ahead, accumulated = batches_ahead(self._loader), trainer.accumulate_grad_batches
+        self._progress.switch(batches_done(trainer), ahead, accumulated, self.experience_index)
+        self._schedule.start_update(self._progress.update, self.experience_index, self.drawn.generation)
 
     def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take the experience into the memory."""
@@ -551,12 +466,16 @@ class Replay(ContinualCallback):
             else:
                 records = self._candidates(trainer)
                 dataset, labels, ids = Encoded(records), [r.label for r in records], [r.id for r in records]
+            features = None
+            if self.memory.policy.needs_features:
+                size = self._loader.batch_size or 32
+                features = features_of(trainer, module, self.features, dataset, size, collate.collate_fn)
             self.memory.update(
                 dataset if self._kept_part is None or batches is None else Parts(dataset, self._kept_part),
                 experience,
                 labels=labels,
                 ids=ids,
-                features=self._features_of(dataset, trainer, module) if self.memory.policy.needs_features else None,
+                features=features,
                 is_writer=self._is_writer,
             )
         self._ended = True
@@ -597,54 +516,21 @@ class Replay(ContinualCallback):
         return erased
 
     def _candidates(self, trainer: pl.Trainer) -> list[Record]:
-        """The candidate examples of the experience from all ranks, in the order in which they last arrived.
-
-        At most as many of each group as the memory has room for: how many more a spool holds depends on the number of
-        processes.
-        """
-        records = read_records(self._spools(), self._experience_start, self._end_batch(trainer))
+        """The candidate examples of the experience from all ranks, in the order in which they last arrived."""
+        records = read_records(self._spools(), self._progress.experience, self._end_batch(trainer))
         own = [record for record in records if record.batch not in self._skipped]
         parts = gather_bytes(serialize_records(own), trainer)
         everyones = (record for part in parts for record in parse_records(part))
-        arrived = sorted(everyones, key=lambda record: (record.arrival, record.id))
-        last = {record.id: record for record in arrived}
-        best: dict[str, list[Record]] = {}
-        for record in sorted(last.values(), key=lambda record: (record.priority, record.id)):
-            group = best.setdefault(self.memory.policy.group(record.label), [])
-            if len(group) < self.memory.memory_size:
-                group.append(record)
-        return sorted((record for group in best.values() for record in group), key=lambda r: (r.arrival, r.id))
-
-    def _features_of(self, dataset: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """One feature vector per example, computed by all ranks together."""
-        assert self._loader is not None
-        rank, world = trainer.global_rank, trainer.world_size
-        size = self._loader.batch_size or 32
-        collate = self._loader.collate_fn
-        assert isinstance(collate, ReplayCollate)
-        total = len(dataset)
-        # Equally many examples on every rank (the last one repeated), since forward passes and all_gather must match;
-        # the surplus rows are cut off at the end.
-        mine = np.minimum(np.arange(rank, -(-total // world) * world, world), total - 1)
-        chunks = []
-        with evaluation_mode(module):
-            for start in range(0, len(mine), size):
-                batch = collate.collate_fn([dataset[index] for index in mine[start : start + size].tolist()])
-                batch = to_device(trainer, batch)
-                with trainer.precision_plugin.val_step_context():
-                    chunks.append(self.features(module, batch).detach().float().flatten(1))
-        vectors = torch.cat(chunks)
-        everyone = trainer.strategy.all_gather(vectors).reshape(world, *vectors.shape)
-        return everyone.transpose(0, 1).reshape(-1, vectors.shape[1])[:total].cpu()
+        return best_records(everyones, self.memory.policy, self.memory.memory_size)
 
     # --- what is saved
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, strings and numbers only: a checkpoint with it loads under ``weights_only=True``."""
         captured, before, trained, answers = b"", {}, {}, {}
-        experience_start, update_start = self._experience_start, self._update_start
+        progress = self._progress
         if self._ended and self._trainer is not None:
-            experience_start = update_start = _batches_done(self._trainer)  # those of the next experience
+            progress = Progress(batches_done(self._trainer), batches_done(self._trainer))  # of the next experience
         elif self._trainer is not None and self._loader is not None:
             if (batches := recorded_batches(self._loader)) is not None:
                 trained = batches.state_dict()
@@ -653,16 +539,16 @@ class Replay(ContinualCallback):
             collate = self._loader.collate_fn
             if isinstance(collate, ReplayCollate) and collate.capture is not None:
                 captured = serialize_records(self._candidates(self._trainer))
-            if self._before is not None and _batches_done(self._trainer) < self._update_start:
-                start, update = self._before  # its draws still have batches to come
+            if progress.before is not None and batches_done(self._trainer) < progress.update:
+                start, update = progress.before  # its draws still have batches to come
                 memory = self.drawn.state_dict(self.drawn.generation - 1)
                 before = {"memory": memory, "update_start": start, "experience_index": update}
         return {
             "memory": self.memory.state_dict(),
             "answers": answers,
             "experience_index": self.experience_index,
-            "experience_start": experience_start,
-            "update_start": update_start,
+            "experience_start": progress.experience,
+            "update_start": progress.update,
             "accumulation": 1 if self._trainer is None else self._trainer.accumulate_grad_batches,
             "before": before,
             "trained": trained,
@@ -676,13 +562,15 @@ class Replay(ContinualCallback):
         before = state_dict["before"]
         if before:
             self.drawn.load_state_dict(before["memory"], is_writer=self._is_writer)
-        self._before = (before["update_start"] * here // saved, before["experience_index"]) if before else None
         self.memory.load_state_dict(state_dict["memory"], is_writer=self._is_writer)
         if self.answers is not None and state_dict["answers"]:
             self.answers.load_state_dict(state_dict["answers"], is_writer=self._is_writer)
         self.experience_index = state_dict["experience_index"]
-        self._experience_start = state_dict["experience_start"] * here // saved
-        self._update_start = state_dict["update_start"] * here // saved
+        self._progress = Progress(
+            state_dict["experience_start"] * here // saved,
+            state_dict["update_start"] * here // saved,
+            (before["update_start"] * here // saved, before["experience_index"]) if before else None,
+        )
         records = parse_records(state_dict["captured"].numpy().tobytes())
         self._captured = serialize_records([r._replace(batch=r.batch * here // saved) for r in records])
         self._resumed_batches = state_dict["trained"]
@@ -725,7 +613,7 @@ class Replay(ContinualCallback):
                 f"which examples of a batch are replayed is not known with loader={self.loader!r}; train from one "
                 "DataLoader"
             )
-        return self._collate().joined(_batches_done(trainer), batch_size_of(batch))
+        return self._collate().joined(batches_done(trainer), batch_size_of(batch))
 
     def batch_of(self, trainer: pl.Trainer, examples: list[Any]) -> Any:
         """A batch of examples of the dataset or of the memory, on the device, without replayed ones."""
@@ -755,27 +643,6 @@ class Replay(ContinualCallback):
         rank = 0 if self._trainer is None else self._trainer.global_rank
         return sorted(self.memory.directory.glob(f"{rank}-*.spool"))
 
-    def _batches_ahead(self) -> int:
-        """Upper bound on how many batches the loader is ahead of training: later ones are not collated yet."""
-        assert self._loader is not None
-        try:
-            length: int | None = len(self._loader)
-        except TypeError:
-            length = None
-        prefetched = self._loader.num_workers * (self._loader.prefetch_factor or 0)
-        return 1 + prefetched + (length is None)
-
     def _end_batch(self, trainer: pl.Trainer) -> int:
-        """The number after that of the last batch trained on.
-
-        When an iterable dataset is exhausted, all its batches have been trained on, and workers with more data than the
-        others may have given theirs numbers above the count of batches.
-        """
-        progress, limit = trainer.fit_loop.epoch_loop.batch_progress, trainer.limit_train_batches
-        between_batches = progress.current.ready == n_processed(progress.current)
-        at_the_end = between_batches and progress.is_last_batch and isinstance(limit, float) and limit == 1
-        return _ALL if at_the_end and self.loader is None else _batches_done(trainer)
-
-
-def _batches_done(trainer: pl.Trainer) -> int:
-    return n_processed(trainer.fit_loop.epoch_loop.batch_progress.total)
+        """The number after that of the last batch trained on."""
+        return end_of_batches(trainer) if self.loader is None else batches_done(trainer)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from evertune.streams.sampler import BucketSampler
 
@@ -38,17 +40,33 @@ class StepLengths:
             self._lengths.copy_(torch.from_numpy(lengths[sequence].reshape(n_steps, -1).max(axis=1)))
             self._first[0] = first_batch() - start // batch_size
 
+        self._sampler = sampler
         sampler.on_pass = note
 
     @classmethod
-    def known(cls, sampler: object, batch_size: int | None) -> bool:
-        """Whether a loader with this sampler and batch size has steps of known lengths."""
-        return (
-            isinstance(sampler, BucketSampler)
-            and sampler.lengths is not None
-            and batch_size is not None
-            and sampler.step_size % (sampler.num_replicas * batch_size) == 0
-        )
+    def of(
+        cls, loader: DataLoader[Any], batch_size: int | None, limit: float, first_batch: Callable[[], int]
+    ) -> StepLengths | None:
+        """Those of a training loader; None if its sampler does not know them.
+
+        Args:
+            loader: The loader.
+            batch_size: Its batch size; None if it varies.
+            limit: Number of batches in an epoch at most, or the share of them as a float.
+            first_batch: As for the class.
+        """
+        sampler = loader.sampler
+        if not isinstance(sampler, BucketSampler) or sampler.lengths is None or batch_size is None:
+            return None
+        if sampler.step_size % (sampler.num_replicas * batch_size):
+            return None
+        n_batches = len(loader)
+        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+        return cls(sampler, batch_size, n_batches, first_batch)
+
+    def release(self) -> None:
+        """Let the sampler go."""
+        self._sampler.on_pass = None
 
     @property
     def first(self) -> int:

@@ -1,28 +1,14 @@
-"""What is read of examples: the class, the id, a part, the features and the loss."""
+"""What is read of examples: the class, the id and a part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from evertune._lightning import pl
 from evertune.callbacks.replay.spool import Record
 from evertune.memory.codec import decode
-from evertune.tasks.base import Task, losses, task_of
-from evertune.utils.batches import logits_of, name_of
-
-
-def default_features(module: pl.LightningModule, batch: Any) -> Tensor:
-    """``module.features(batch)`` if the module has such a method, else its logits."""
-    features = getattr(module, "features", None)
-    return features(batch) if callable(features) else logits_of(module, batch)
-
-
-def default_losses(module: pl.LightningModule, batch: Any) -> Tensor:
-    """The loss of each example, ``[batch, 1]``, of the logits and targets that the module's task finds."""
-    return losses(task_of(module).outputs(module, batch)).unsqueeze(1)
+from evertune.tasks.base import Task
+from evertune.utils.batches import name_of
 
 
 class LabelReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,21 @@ class SelfAnswers:
         self.memory.load_state_dict(state["memory"], is_writer=is_writer)
         self.extra, self.counts = decode(state["extra"].numpy().tobytes()), dict(state["counts"])
         self.is_complete = True
+
+
+def slots_to_draw(trainer: pl.Trainer, memory: ReplayMemory, per_step: float, update: int) -> list[int]:
+    """The slots that the batches of a fit can draw: all of them, if it is not known how many batches there are.
+
+    Args:
+        trainer: Trainer in the fit.
+        memory: Memory that is drawn from.
+        per_step: Number of draws in an optimizer step of a rank.
+        update: Number of the update, which names its draws.
+    """
+    steps = trainer.estimated_stepping_batches
+    n_draws = steps * per_step * trainer.world_size if steps >= 0 else math.inf
+    positions = np.arange(math.ceil(min(n_draws, len(memory))))
+    return sorted(memory.draw(positions, update).tolist())
 
 
 def check_writes(module: pl.LightningModule) -> None:

@@ -77,6 +77,22 @@ def read_records(paths: Iterable[Path], first_batch: int, end_batch: int) -> lis
     ]
 
 
+def best_records(records: Iterable[Record], policy: Policy, memory_size: int) -> list[Record]:
+    """The candidates among the records of all ranks, in the order in which they last arrived.
+
+    At most as many of each group as the memory has room for: how many more a spool holds depends on the number of
+    processes.
+    """
+    arrived = sorted(records, key=lambda record: (record.arrival, record.id))
+    last = {record.id: record for record in arrived}
+    best: dict[str, list[Record]] = {}
+    for record in sorted(last.values(), key=lambda record: (record.priority, record.id)):
+        group = best.setdefault(policy.group(record.label), [])
+        if len(group) < memory_size:
+            group.append(record)
+    return sorted((record for group in best.values() for record in group), key=lambda r: (r.arrival, r.id))
+
+
 def prune_records(path: Path, end_batch: int) -> None:
     """Keep only the records of the batches before ``end_batch``. No process may be writing to the file."""
     _replace(path, read_records([path], 0, end_batch))
