@@ -18,7 +18,7 @@ from evertune.callbacks.dark_replay import DarkReplay
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.replay.collate import Joined
 from evertune.callbacks.state import load_state, save_state
-from evertune.callbacks.step_logits import LogitsMethod, counted_rows
+from evertune.callbacks.step_logits import EXCLUDED, LogitsMethod, counted_rows
 from evertune.callbacks.teacher import logits_of_examples, outputs_of, sum_over_examples
 from evertune.callbacks.trained import record_batches, recorded_batches
 from evertune.callbacks.training_data import TrainingData, class_counts
@@ -275,6 +275,9 @@ class Distillation(LogitsMethod):
                 f"examples have {n_rows.tolist()} positions that count, and had {stored.n_rows.tolist()} before the "
                 "update; the dataset must give the same example for the same index"
             )
+        if self._over_tokens:  # of a batch with less padding, rows are shorter
+            width = int(stored.n_classes.max()) if len(stored.n_classes) else 0
+            rows = F.pad(rows, (0, max(width - rows.shape[1], 0)), value=EXCLUDED)
         new, old, present = stored.to(rows.device).matched(rows, self.temperature)
         return sum_over_examples(self._distance(new, old, present), n_rows)
 

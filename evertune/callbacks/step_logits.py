@@ -25,7 +25,8 @@ _ADVICE = (
     "outputs() returns them), or pass head=, the name of the submodule that returns them"
 )
 
-_EXCLUDED = -1e4  # its probability is 0 in every precision, and its gradient
+EXCLUDED = -1e4
+"""A logit whose probability is 0 in every precision, and its gradient."""
 
 
 class StepLogits:
@@ -65,17 +66,12 @@ class StepLogits:
             head: Name of the output layer; None to find it.
 
         Raises:
-            ValueError: If it cannot be found, texts are packed, or what the logits stand for differs between batches.
+            ValueError: If it cannot be found, or texts are packed.
         """
         if self._handle is not None:
             if head not in (None, self._name):
                 raise ValueError(f"{who} has head={head!r}, another callback takes the logits from {self._name!r}")
             return
-        if not task_of(module).fixed_classes:
-            raise ValueError(
-                f"{who} compares logits class by class, but those of {type(module).__name__} are over the tokens of a "
-                f"text, whose number varies: leave {who} out; Replay and the methods on weights, such as EWC, work"
-            )
         if getattr(module, "packing", False):
             raise ValueError(
                 f"{who} reads logits where the model computes them, and there packing=True puts several texts into a "
@@ -193,7 +189,7 @@ class StepLogits:
             examples, classes = self._excluded
             out = torch.zeros(passed.shape, dtype=torch.bool, device=passed.device)
             out[examples] = classes[: passed.shape[-1]]
-            passed = passed.masked_fill(out, _EXCLUDED)
+            passed = passed.masked_fill(out, EXCLUDED)
         return _with_logits(output, passed)
 
     def _weigh(self, logits: Tensor, weights: Tensor) -> Tensor:
@@ -271,9 +267,12 @@ class LogitsMethod(ContinualCallback):
 
     Attributes:
         head: Name of the submodule that returns them; None to find it.
+        takes_tokens: Whether logits may be over the tokens of a text, as only the same text is compared.
     """
 
     head: str | None = None
+    takes_tokens = False
+    _over_tokens = False
     _step: StepLogits | None = None
 
     def on_train_batch_start(
@@ -285,8 +284,14 @@ class LogitsMethod(ContinualCallback):
             self._start_step(trainer, pl_module, batch)
 
     def _start_step(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        who, self._over_tokens = type(self).__name__, not task_of(module).fixed_classes
+        if self._over_tokens and not self.takes_tokens:
+            raise ValueError(
+                f"{who} compares logits class by class, but those of {type(module).__name__} are over the tokens of a "
+                f"text, whose number varies: leave {who} out; Replay and the methods on weights, such as EWC, work"
+            )
         self._step = StepLogits.of(trainer)
-        self._step.start(trainer, module, batch, type(self).__name__, self.head)
+        self._step.start(trainer, module, batch, who, self.head)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,6 +18,8 @@ class TeacherDistillation(Distillation):
         teacher: A module with its weights, whose logits stand for the same classes as the student's.
         strength: Factor of the term. Default: 1.
         temperature: Above 1, small probabilities count for more. Default: 2.
+        top_k: Number of logits to store for each row, as :class:`Distillation` has it; for language models. Default:
+            all.
 
     Raises:
         ValueError: As :class:`Distillation`.
@@ -29,8 +31,16 @@ class TeacherDistillation(Distillation):
         trainer.fit_stream(student, stream)
     """
 
-    def __init__(self, teacher: pl.LightningModule, strength: float = 1.0, temperature: float = 2.0) -> None:
-        super().__init__(strength, temperature, known=range(len(getattr(teacher, "classes", ()))))
+    takes_tokens = True
+
+    def __init__(
+        self,
+        teacher: pl.LightningModule,
+        strength: float = 1.0,
+        temperature: float = 2.0,
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__(strength, temperature, top_k=top_k, known=range(len(getattr(teacher, "classes", ()))))
         self._teacher: pl.LightningModule | None = teacher
 
     @property

@@ -13,11 +13,15 @@ from torch import Tensor
 from evertune.lightning_modules.adapters import merge_adapters
 from evertune.lightning_modules.analytic_classification import AnalyticClassificationModule
 from evertune.lightning_modules.backbone import encoder_layers, remove_pooler
+from evertune.lightning_modules.causal_lm import CausalLMModule
 from evertune.lightning_modules.ordinal_classification import OrdinalClassificationModule
+from evertune.lightning_modules.question_answering import QuestionAnsweringModule
 from evertune.lightning_modules.relation_extraction import RelationExtractionModule
 from evertune.lightning_modules.saving import BACKBONE
+from evertune.lightning_modules.seq2seq import Seq2SeqModule
 from evertune.lightning_modules.sequence_classification import SequenceClassificationModule
 from evertune.lightning_modules.sequence_regression import SequenceRegressionModule
+from evertune.lightning_modules.text_matching import TextMatchingModule
 from evertune.lightning_modules.token_classification import TokenClassificationModule
 
 _TEACHERS = (
@@ -26,7 +30,16 @@ _TEACHERS = (
     SequenceRegressionModule,
     TokenClassificationModule,
     RelationExtractionModule,
+    QuestionAnsweringModule,
+    CausalLMModule,
 )
+_WHY_NOT: dict[type, str] = {
+    TextMatchingModule: "it learns from comparisons of texts with each other, and a text has no logits of its own; "
+    "start from a smaller pretrained encoder instead",
+    Seq2SeqModule: "it has two stacks of layers, an encoder and a decoder, and students are made of one; start from a "
+    "smaller pretrained model instead",
+    AnalyticClassificationModule: "its transformer is not trained; start from a smaller pretrained encoder instead",
+}
 
 
 def check_teacher(module: Any) -> None:
@@ -35,11 +48,19 @@ def check_teacher(module: Any) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    if not isinstance(module, _TEACHERS) or isinstance(module, AnalyticClassificationModule):
+    name = type(module).__name__
+    for cls, why in _WHY_NOT.items():
+        if isinstance(module, cls):
+            raise ValueError(f"{name} cannot be distilled: {why}")
+    if not isinstance(module, _TEACHERS):
         known = ", ".join(cls.__name__ for cls in _TEACHERS)
         raise ValueError(
-            f"{type(module).__name__} cannot be distilled: a student learns the logits of a head over a transformer "
-            f"that is trained, as those of {known}"
+            f"{name} cannot be distilled: a student learns the logits of a head over a transformer that is trained, as "
+            f"those of {known}"
+        )
+    if getattr(module, "packing", False):
+        raise ValueError(
+            f"{name}(packing=True) cannot be distilled: it puts several texts into a row; leave packing out"
         )
     if module.prompt is not None:
         raise ValueError(
@@ -76,9 +97,7 @@ def student_of(teacher: Any, layers: int | None = None) -> Any:
             f"a student has at least one layer, and fewer than the {len(stack)} of its teacher, got layers={layers}"
         )
     kept = np.linspace(0, len(stack) - 1, layers or len(stack)).round().astype(int).tolist()
-    config = copy.deepcopy(whole.config)
-    config.num_hidden_layers = len(kept)
-    backbone = _made(config)
+    backbone = _made(teacher, whole, kept)
     backbone.load_state_dict(_with_layers(whole.state_dict(), name, kept))
     settings = {name: value for name, value in teacher.hparams.items() if not name.startswith("_")}
     student: Any = type(teacher)(**settings | {"peft": None, "freeze_layers": 0})
@@ -88,11 +107,18 @@ def student_of(teacher: Any, layers: int | None = None) -> Any:
     return student
 
 
-def _made(config: Any) -> Any:
-    """A transformer of a configuration, with weights that are still to be loaded, in training mode."""
-    from transformers import AutoModel
+def _made(teacher: Any, whole: Any, kept: list[int]) -> Any:
+    """A transformer with some of the layers of another, whose weights are still to be loaded, in training mode."""
+    import transformers
 
-    backbone = AutoModel.from_config(config, dtype=torch.get_default_dtype())
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = len(kept)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [kinds[number] for number in kept]
+    auto_class = teacher._auto_class if isinstance(teacher, CausalLMModule) else "AutoModel"
+    backbone = getattr(transformers, auto_class).from_config(config, dtype=torch.get_default_dtype())
+    if auto_class != "AutoModel":
+        backbone.generation_config = copy.deepcopy(whole.generation_config)
     remove_pooler(backbone)
     return backbone.train()
 

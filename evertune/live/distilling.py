@@ -12,6 +12,7 @@ from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.teacher_distillation import TeacherDistillation
 from evertune.gate.verdict import Check, Verdict
 from evertune.lightning_modules.backbone import encoder_layers
+from evertune.lightning_modules.causal_lm import CausalLMModule
 from evertune.lightning_modules.pruning import prune_feed_forward
 from evertune.lightning_modules.students import student_of
 from evertune.live.judging import judge
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from evertune.training.trainer import ContinualTrainer
 
 _STAGING = "student"
+_TOP_K = 64  # words whose logits are stored for each token of a language model
 _EXAMPLES, _BATCH = 256, 16  # by which the neurons to remove are chosen
 
 
@@ -170,7 +172,8 @@ def _learner(trainer: ContinualTrainer, teacher: Any, student: StudentSettings) 
     changes: dict[str, Any] = {} if student.epochs is None else {"max_epochs": student.epochs}
     if trainer.world_size > 1:
         changes |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    distillation = TeacherDistillation(teacher, student.strength, student.temperature)
+    top_k = _TOP_K if isinstance(teacher, CausalLMModule) else None
+    distillation = TeacherDistillation(teacher, student.strength, student.temperature, top_k)
     return trainer.copy_with([distillation], only=Replay, **changes)
 
 

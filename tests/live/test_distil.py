@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evertune.callbacks import Replay
 from evertune.cli.main import main
 from evertune.lightning_modules import SequenceClassificationModule
+from evertune.lightning_modules.backbone import encoder_layers
 from evertune.live.settings import StudentSettings
 from evertune.live.training import remembered
+from evertune.live.triggers import Volume
 from evertune.live.update import Updater
 from evertune.registry.registry import Registry
+from evertune.registry.serving import load
+from evertune.sources.folder import FolderSource
+from evertune.sources.schema import RecordSchema
+from evertune.training.trainer import ContinualTrainer
 from tests.cli.test_update import CONFIG
 from tests.helpers.live_worker import feed, lenient_gate, prepare, updater
+from tests.tasks.table import ROWS
 
 ONE_LAYER = StudentSettings(layers=1)
 
@@ -98,6 +107,32 @@ def test_a_student_can_be_narrower(folder: Path) -> None:
     assert found.reason == "version 1 is distilled into all of its 2 layers, without 25% of their feed-forward neurons"
     module = SequenceClassificationModule.from_pretrained(folder / "registry/versions/2/model")
     assert (module.backbone.config.num_hidden_layers, module.backbone.config.intermediate_size) == (2, 48)
+
+
+@pytest.mark.parametrize("name", ["question answering", "answers to prompts"])
+def test_a_student_answers_questions_and_prompts(tmp_path: Path, name: str) -> None:
+    row = ROWS[name]
+    row.pretrained(str(tmp_path / "pretrained"))
+    (tmp_path / "inbox").mkdir()
+    lines = [json.dumps({**record, "id": str(number)}) for number, record in enumerate([*row.records] * 4)]
+    (tmp_path / "inbox" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    live = Updater(
+        tmp_path / "registry",
+        FolderSource(str(tmp_path / "inbox")),
+        row.module(str(tmp_path / "pretrained")),
+        ContinualTrainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=[Replay(20, id="id")], **quiet),  # type: ignore[arg-type]
+        schema=RecordSchema(**row.schema, id="id"),
+        data={"batch_size": 8, "max_length": 24},
+        trigger=Volume(5),
+        gate=lenient_gate(min_new_agreement=None, max_drop=None),
+    )
+    first = live.run()
+    assert first.status == "promoted", first.words
+    outcome = live.distil(StudentSettings(layers=1, prune=0.25 if name == "question answering" else 0))
+    assert (outcome.status, outcome.version) == ("promoted", 2), outcome.words
+    with load(tmp_path / "registry") as served:
+        assert len(encoder_layers(served.module.backbone)[1]) == 1
 
 
 def killed(*_: object, **__: object) -> Any:
