@@ -519,8 +519,7 @@ class Job:
             n_train = 100 if self.quick else self._n_train(stream, seed, split)
             full["memory_size"] = min(method.memory(STREAMS[stream], n_train), n_train)
         if method.run in (_preset, _preset_at_once):  # another preset makes other cells
-            parts = json.dumps(asdict(preset("text_classification", memory_size=600)), sort_keys=True)
-            full["preset"] = hashlib.sha256(parts.encode()).hexdigest()[:8]
+            full["preset"] = preset_digest()
         return Cell(stream, method.run.__name__, method.joint, full, seed, split, self.quick, self.model)
 
     @functools.cache  # noqa: B019 (as many as streams and seeds)
@@ -552,6 +551,12 @@ class Job:
         if settings is None:
             return [cell for _, cell in self.trials(stream, name)]
         return [self.cell(stream, name, settings, seed, "test") for seed in range(self.seeds)]
+
+
+def preset_digest() -> str:
+    """What the cells of the preset are marked with: they are those of the preset as it is."""
+    parts = json.dumps(asdict(preset("text_classification", memory_size=600)), sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:8]
 
 
 def result(cell: Cell, folder: Path) -> dict[str, Any] | None:

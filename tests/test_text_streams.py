@@ -6,7 +6,9 @@ import gzip
 import importlib.util
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import pytest
@@ -148,3 +150,29 @@ def test_bars_hold_the_preset_against_its_rivals_on_common_seeds_and_its_limits(
     }
     assert bars["C20: preset behind joint"] == {"value": 0.5, "limit": 1.0, "ok": True}
     assert bars["C20: preset before SLDA"]["value"] == -0.2
+
+
+def test_better_than_not_training(benchmark: ModuleType) -> None:
+    """As measured with the preset as it is now: after a change of it, the benchmark has to run again."""
+    scores: defaultdict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for path in (PATH.parent / "results" / "text_streams").glob("*.json"):
+        figures = json.loads(path.read_text())
+        cell, settings = figures["cell"], figures["cell"]["settings"]
+        own_memory = settings.get("memory_size") == benchmark.STREAMS[cell["stream"]].memory
+        if cell["split"] == "test" and cell["run"] == "_preset" and own_memory:
+            if settings["preset"] == benchmark.preset_digest():
+                scores[cell["stream"], "preset"][cell["seed"]] = figures["accuracy"]
+        elif cell["split"] == "test" and cell["run"] == "_frozen":
+            name = json.dumps({key: value for key, value in settings.items() if key != "preset"}, sort_keys=True)
+            scores[cell["stream"], name][cell["seed"]] = figures["accuracy"]
+    for stream in benchmark.STREAMS:
+        frozen = [name for measured, name in scores if measured == stream and name != "preset"]
+        solvers = {json.loads(name)["solver"] for name in frozen}
+        assert solvers == {"mean", "lda", "ridge"}, f"{stream}: not all heads without training are measured"
+        ours = scores[stream, "preset"]
+        assert ours, f"{stream}: the preset is not measured as it is now"
+        for name in frozen:
+            common = ours.keys() & scores[stream, name].keys()
+            assert common, f"{stream}: no seed of {name} has been measured with the preset"
+            better = fmean(ours[seed] - scores[stream, name][seed] for seed in common)
+            assert better > 0, f"{stream}: {name} is {-100 * better:.1f} points ahead of the preset"
