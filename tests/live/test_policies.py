@@ -273,6 +273,34 @@ def test_late_labels_are_stood_in_for_by_confidence() -> None:
     assert PerformanceDrop(window=100, estimate=False).reason(situation(64, waiting=lambda: unsure)) is None
 
 
+def test_a_loss_of_score_is_found_where_labels_are_not_classes() -> None:
+    """As of a regression: scores in [0, 1], of which no answer is right or wrong."""
+
+    def scored(rows: list[dict[str, Any]]) -> Predictions:
+        scores = np.array([row["record"]["score"] for row in rows])
+        return Predictions.scored([row["id"] for row in rows], [0.0] * len(rows), scores)
+
+    def rows(n: int, mean: float, seed: int) -> list[dict[str, Any]]:
+        scores = np.random.default_rng(seed).uniform(mean - 0.2, mean + 0.2, n)
+        return [{"id": f"{seed}-{i}", "origin": f"in:{i}", "record": {"score": one}} for i, one in enumerate(scores)]
+
+    def here(pending: list[dict[str, Any]]) -> Situation:
+        return situation(pending, held_out=lambda: {"update-1": scored(rows(300, 0.7, 0))}, predict=scored)
+
+    trigger = PerformanceDrop(window=100)
+    assert trigger.reason(here(rows(100, 0.7, 1))) is None
+    assert trigger.explanation.startswith("no performance drop: score 0.")
+    reason = trigger.reason(here(rows(100, 0.7, 1) + rows(100, 0.6, 2)))
+    assert reason is not None and "0.716 when published, a loss above 0.05" in reason
+    assert trigger.readings["accuracy_loss"] == pytest.approx(0.124, abs=0.001)
+    few = PerformanceDrop(Static(-1.0), window=3, min_records=1)
+    assert few.reason(here(rows(3, 0.68, 3))) is None and "it may be chance (p=" in few.explanation
+    late = situation(30, held_out=here([]).held_out, predict=scored, waiting=lambda: rows(300, 0.1, 4))
+    assert (
+        PerformanceDrop(window=100, min_records=1).reason(late) is None
+    )  # a score has no confidence to stand in for it
+
+
 @pytest.mark.parametrize(
     ("here", "words"),
     [

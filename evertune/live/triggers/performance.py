@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from evertune.drift.performance import PerformanceEstimator
+from evertune.gate.statistics import smaller_mean
 from evertune.live.triggers.base import Situation, Trigger, positive
 from evertune.live.triggers.thresholds import Static, Threshold
 
-_Answers: TypeAlias = tuple[np.ndarray, np.ndarray]  # their confidence, and whether they were right
-_NONE: _Answers = (np.empty(0), np.empty(0, bool))
+_Answers: TypeAlias = tuple[np.ndarray, np.ndarray]  # their confidence, and their scores: 1 or 0 for right or wrong
+_NONE: _Answers = (np.empty(0), np.empty(0))
 
 
 class PerformanceDrop(Trigger):
@@ -25,8 +26,11 @@ class PerformanceDrop(Trigger):
     1935, one-sided) also rules out chance. Checking more often therefore does not cause more false alarms: there are at
     most ``alpha`` per window.
 
-    If labels arrive late (a label join) and no complete window is new, the accuracy on the newest ``window`` texts that
-    are waiting for their labels is estimated from production's confidence
+    Where labels are not classes (numbers, entities, texts), the mean score of the task takes the place of the accuracy,
+    and a randomisation test (Pitman 1937) that of the exact one.
+
+    If labels of classes arrive late (a label join) and no complete window is new, the accuracy on the newest ``window``
+    texts that are waiting for their labels is estimated from production's confidence
     (:class:`~evertune.drift.performance.PerformanceEstimator`), and tested as if it had been counted. The map from
     confidence to accuracy is learned from the held-out records and the newest complete windows with labels: low
     confidence shows at once, confident mistakes only once labels have revealed them.
@@ -81,17 +85,15 @@ class PerformanceDrop(Trigger):
             return None
         if situation.production.number != self._version:
             self._take_up(situation, situation.production.number)
-        if self._scored or not len(self._held_out[1]) or situation.predict is None:
-            known = "not applicable, the labels are not classes, so no answer is right or wrong"
-            unknown = "cannot tell, nothing is known of it when production was published"
-            self.explanation = f"performance: {known if self._scored else unknown}"
+        if not len(self._held_out[1]) or situation.predict is None:
+            self.explanation = "performance: cannot tell, nothing is known of it when production was published"
             return None
         n_whole = situation.n_pending // self.window * self.window
         if n_whole > situation.n_pending - situation.n_new:
             *earlier, newest = self._newest(situation, n_whole)
-            words = "accuracy {:.3f} on the newest {} records"
-            return self._decide(float(newest[1].mean()), earlier, words)
-        waiting = self._confidence_in_waiting(situation) if self.estimate else []
+            words = f"{'score' if self._scored else 'accuracy'} {{:.3f}} on the newest {{}} records"
+            return self._decide(float(newest[1].mean()), earlier, words, newest[1])
+        waiting = self._confidence_in_waiting(situation) if self.estimate and not self._scored else []
         if len(waiting) < self.window:
             have = situation.n_pending - n_whole
             self.explanation = f"performance: {have} of {self.window} labelled records for the next look"
@@ -105,7 +107,7 @@ class PerformanceDrop(Trigger):
         self._version = None  # if this call fails, the next one starts over
         said = list(situation.held_out().values())
         self._scored = not all(one.has_classes for one in said)
-        self._held_out = _joined([_NONE, *((one.confidence, one.correct) for one in said if one.has_classes)])
+        self._held_out = _joined([_NONE, *((one.confidence, one.score) for one in said)])
         self._said, self._confidence, self._windows = {}, {}, (0, [])
         self._version = production
 
@@ -124,7 +126,7 @@ class PerformanceDrop(Trigger):
             said = situation.predict([row for key in new for row in windows[key[0]]])
             for place, key in enumerate(new):
                 own = slice(place * self.window, (place + 1) * self.window)
-                self._said[key] = (said.confidence[own], said.correct[own])
+                self._said[key] = (said.confidence[own], said.score[own])
         # Keeps only the windows that still matter, so that the cache does not grow.
         self._said = {key: self._said[key] for key in keys}
         self._windows = (situation.n_pending, list(self._said.values()))
@@ -143,12 +145,18 @@ class PerformanceDrop(Trigger):
         self._confidence = {key: self._confidence[key] for key in rows}
         return list(self._confidence.values())
 
-    def _decide(self, accuracy: float, earlier: list[_Answers], words: str) -> str | None:
-        """Compare the accuracy in a window with that on the held-out records."""
-        n_before, before = len(self._held_out[1]), int(self._held_out[1].sum())
-        was = before / n_before
+    def _decide(
+        self, accuracy: float, earlier: list[_Answers], words: str, scores: np.ndarray | None = None
+    ) -> str | None:
+        """Compare the accuracy in a window, which may be estimated, with that on the held-out records."""
+        before = self._held_out[1]
+        was = float(before.mean())
         limit = self.threshold.limit([was - float(right.mean()) for _, right in earlier])
-        loss, p_value = was - accuracy, fisher(before, n_before, round(accuracy * self.window), self.window)
+        loss = was - accuracy
+        if self._scored and scores is not None:
+            p_value = smaller_mean(before, scores)
+        else:
+            p_value = fisher(round(before.sum()), len(before), round(accuracy * self.window), self.window)
         words = f"{words.format(accuracy, self.window)}, {was:.3f} when published"
         self.readings = {"accuracy": accuracy, "accuracy_published": was, "accuracy_loss": loss}
         if limit is None:
@@ -187,7 +195,7 @@ def _estimated(known: list[_Answers], confidence: list[float]) -> float:
     sure, right = _joined(known)
     estimator = PerformanceEstimator()
     estimator.update(range(len(sure)), sure)
-    estimator.labels(range(len(sure)), right)
+    estimator.labels(range(len(sure)), right.astype(bool))
     return float(estimator.calibrated(torch.tensor(confidence)).mean())
 
 
