@@ -42,7 +42,9 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
     if put_aside and verdict.passed:
         setup.journal.quarantine("put aside", put_aside, f"superseded-{plan.version}")
     said = parsed((folder / EVALUATION).read_bytes(), folder / EVALUATION, Evaluation.from_dict)
-    accuracy = {name: one.accuracy for name, one in said.slices.items()}
+    # Without records there is no accuracy: of a student, or where all new records are trained on.
+    accuracy: dict[str, float | None] = {name: one.accuracy for name, one in said.slices.items() if len(one)}
+    average = sum(one.accuracy for one in said.slices.values() if len(one)) / len(accuracy) if accuracy else None
     training = results(setup.staging, plan)
     manifest = Manifest(
         version=plan.version,
@@ -62,9 +64,7 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
             **({"sent_again": n_again} if n_again else {}),
         },
         verdict=VerdictSummary(verdict.passed, reasons_of(verdict)),
-        metrics=Metrics(
-            dict(accuracy), sum(accuracy.values()) / len(accuracy) if accuracy else None, {**figures(said.base)}
-        ),
+        metrics=Metrics(accuracy, average, {**figures(said.base)}),
         seconds=with_breakdown({**seconds, **training["seconds"]}),
         config=dict(setup.config),
         config_digest=plan.config,

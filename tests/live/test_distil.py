@@ -48,6 +48,7 @@ def test_a_student_takes_the_place_of_its_teacher_and_goes_on_learning(folder: P
     found = registry.version(2).manifest
     assert (found.kind, found.parent, found.consumed) == ("distillation", 1, 1)
     assert found.reason == "version 1 is distilled into 1 of its 2 layers"
+    assert [*found.metrics.accuracy] == ["update-1"] and found.metrics.average_accuracy is not None
     assert found.records == {"train": 48, "held_out": 0, "quarantined": 0}
     assert [entry.name for entry in registry.version(2).slices()] == ["update-1"]
     assert n_layers(folder, 2) == 1
