@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from statistics import median
 from typing import Any
 
 import torch
-from export import MODEL, WORDS, records
+from export import MODEL, WORDS, in_torch, records, times
 
 from evertune._lightning import pl
 from evertune.callbacks.teacher_distillation import TeacherDistillation
@@ -62,18 +61,11 @@ def student(teacher: Any, layers: int | None, pruned: float, rows: list[dict[str
     return made if layers is None else student_of(made, layers)
 
 
-def times(modules: dict[str, Any], texts: list[str], rounds: int) -> dict[str, float]:
-    """Milliseconds of the processor for a forward pass of each module."""
-    spent: dict[str, list[float]] = {name: [] for name in modules}
-    tokens = next(iter(modules.values())).tokenizer(texts, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        for number in range(rounds + 1):
-            for name, module in modules.items():
-                start = time.process_time()
-                module(**tokens)
-                if number:
-                    spent[name].append(1000 * (time.process_time() - start))
-    return {name: median(values) for name, values in spent.items()}
+def milliseconds(modules: dict[str, Any], texts: list[str], rounds: int) -> dict[str, float]:
+    """Of the processor, for a forward pass of each module."""
+    tokens = next(iter(modules.values())).tokenizer(texts, padding=True, return_tensors="np")
+    _, processor = times({name: in_torch(module) for name, module in modules.items()}, tokens, rounds)
+    return {name: 1000 * median(seconds) for name, seconds in processor.items()}
 
 
 def main() -> None:
@@ -96,7 +88,7 @@ def main() -> None:
         name: evaluate(module.eval(), {"": test}, max_length=LENGTH)[""].accuracy for name, module in modules.items()
     }
     texts = [row["record"]["text"] for row in test]
-    one, many = times(modules, texts[:1], 20), times(modules, texts[:32], 5)
+    one, many = milliseconds(modules, texts[:1], 20), milliseconds(modules, texts[:32], 5)
     print(f"{'':<28}{'accuracy':>10}{'1 text, ms':>12}{'32 texts, ms':>14}{'MB':>8}")
     for name, module in modules.items():
         print(f"{name:<28}{score[name]:>10.1%}{one[name]:>12.1f}{many[name]:>14.1f}{size_in_bytes(module) / 1e6:>8.1f}")

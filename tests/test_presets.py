@@ -12,6 +12,7 @@ from evertune.callbacks import Replay
 from evertune.presets import Name, Preset, preset
 from evertune.streams import Experience, data_incremental
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.helpers.quiet import QUIET
 from tests.tasks.table import ROWS
 
 
@@ -43,10 +44,7 @@ def trainer_of(chosen: Preset) -> ContinualTrainer:
     return ContinualTrainer(
         callbacks=chosen.callbacks(),
         accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
+        **QUIET,
         **chosen.trainer,
     )
 

@@ -11,17 +11,10 @@ from torch import Tensor, nn
 
 from evertune._lightning import pl
 from evertune.callbacks import AdversarialTraining, Distillation, LogitAdjustment, RDrop, Replay
+from tests.helpers.quiet import QUIET
 from tests.helpers.shard_worker import SmallBert, experience, fit, make_bert
 
-QUIET: dict[str, Any] = {
-    "max_epochs": 1,
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+SETTINGS = {**QUIET, "max_epochs": 1, "accelerator": "cpu", "devices": 1}
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 LABELS = torch.tensor([0, 1])
 
@@ -49,7 +42,7 @@ class Words(pl.LightningModule):
 
 
 def one_step(module: pl.LightningModule, *callbacks: pl.Callback) -> pl.Trainer:
-    trainer = pl.Trainer(callbacks=list(callbacks), **QUIET)
+    trainer = pl.Trainer(callbacks=list(callbacks), **SETTINGS)
     trainer.fit(module, torch.utils.data.DataLoader(list(zip(TOKENS, LABELS, strict=True)), batch_size=2))
     return trainer
 

@@ -18,17 +18,9 @@ from evertune.drift import MMD
 from evertune.importance.fisher import IndexedBatch
 from evertune.streams import Experience
 from tests.helpers.distributed import run_ranks
+from tests.helpers.quiet import QUIET
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "max_epochs": 1,
-}
+SETTINGS = {**QUIET, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "max_epochs": 1}
 
 
 class Net(pl.LightningModule):
@@ -73,7 +65,7 @@ def loader(tag: int, n: int = 16, **settings: Any) -> DataLoader[Any]:
 
 
 def fit(net: Net, data: Any, *callbacks: Any, ckpt: Path | None = None, val: Any = None, **settings: Any) -> pl.Trainer:
-    trainer = pl.Trainer(callbacks=list(callbacks), **(QUIET | settings))
+    trainer = pl.Trainer(callbacks=list(callbacks), **(SETTINGS | settings))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         trainer.fit(net, data, val, ckpt_path=ckpt)
@@ -159,7 +151,7 @@ class Data(pl.LightningDataModule):
 @pytest.mark.parametrize("name", AVERAGING)
 def test_every_experience_of_a_stream_is_learned_beside_callbacks_that_average(name: str) -> None:
     moved = Moved()
-    trainer = ContinualTrainer(callbacks=[averaging(name), moved], **(QUIET | {"max_epochs": 3}))
+    trainer = ContinualTrainer(callbacks=[averaging(name), moved], **(SETTINGS | {"max_epochs": 3}))
     trainer.fit_stream(Net(), stream(), Data)
     assert len(moved.distances) == 3
     assert min(moved.distances) > 0.5 * max(moved.distances)
@@ -185,12 +177,12 @@ def test_a_callback_is_copied_for_each_experience_unless_it_says_otherwise(caplo
     copied, one, mine = Counts(), Counts(), [Replay(8)]
     one.across_experiences = True  # type: ignore[attr-defined]
     given = [copied, one, *mine]
-    ContinualTrainer(callbacks=given, **QUIET).fit_stream(Net(), stream(), Data)
+    ContinualTrainer(callbacks=given, **SETTINGS).fit_stream(Net(), stream(), Data)
     assert (copied.fits, one.fits, mine[0].experience_index) == (1, 3, 3)
     assert given == [copied, one, *mine]
     assert "its own copy of Counts; set across_experiences = True" in caplog.text
     with pytest.raises(TypeError, match=r"Locked cannot be copied for each experience .* across_experiences = True"):
-        ContinualTrainer(callbacks=[Locked()], **QUIET)
+        ContinualTrainer(callbacks=[Locked()], **SETTINGS)
 
 
 # --- all or none
@@ -356,7 +348,7 @@ def test_fast_dev_run_leaves_no_trace() -> None:
 
 def test_fast_dev_run_of_a_stream_tries_everything_and_leaves_no_trace(tmp_path: Path) -> None:
     replay, ewc, net = Replay(40), EWC(1.0, n_examples=8), Net()
-    trainer = ContinualTrainer(callbacks=[replay, ewc], fast_dev_run=2, **QUIET)
+    trainer = ContinualTrainer(callbacks=[replay, ewc], fast_dev_run=2, **SETTINGS)
     history = trainer.fit_stream(net, stream(), Data, run_dir=tmp_path / "run")
     assert len(history.accuracy_matrix) == 3
     assert net.seen[8:12] == [2000, 2001, 2002, 2003] and {name // 1000 for name in net.seen[12:16]} == {1}
@@ -416,7 +408,7 @@ class Some(IterableDataset[Any]):
 
 def test_a_fit_that_resumes_a_complete_one_says_that_it_trains_nothing(tmp_path: Path) -> None:
     fit(Net(), loader(1), Replay(9), ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
-    trainer = pl.Trainer(callbacks=[Replay(9), EWC(1.0)], **QUIET)
+    trainer = pl.Trainer(callbacks=[Replay(9), EWC(1.0)], **SETTINGS)
     with pytest.warns(UserWarning, match=r"nothing was trained or consolidated: .*last.ckpt was complete") as caught:
         trainer.fit(Net(), loader(2), ckpt_path=tmp_path / "last.ckpt")
     assert len([one for one in caught if "nothing was trained" in str(one.message)]) == 1
@@ -425,7 +417,7 @@ def test_a_fit_that_resumes_a_complete_one_says_that_it_trains_nothing(tmp_path:
 def test_other_data_than_those_of_an_unfinished_fit_are_noticed(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(Net(), loader(1), Replay(99), EWC(1.0), checkpoint, max_epochs=2, enable_checkpointing=True)
-    trainer = pl.Trainer(callbacks=[Replay(99), EWC(1.0)], **(QUIET | {"max_epochs": 3}))
+    trainer = pl.Trainer(callbacks=[Replay(99), EWC(1.0)], **(SETTINGS | {"max_epochs": 3}))
     with pytest.warns(UserWarning, match=r"the middle of a fit, on other data .* had 16 examples, .* has 20"):
         trainer.fit(Net(), loader(2, 20), ckpt_path=tmp_path / "epoch=0.ckpt")
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from evertune._lightning import pl
 from evertune.callbacks import LogitAdjustment, Replay
+from tests.helpers.quiet import QUIET
 
 ABSENT = -50.0
 
@@ -46,10 +47,7 @@ def fit(module: pl.LightningModule, data: Any, *callbacks: pl.Callback, **settin
     trainer = pl.Trainer(
         accelerator="cpu",
         callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **{"max_epochs": 1, **settings},
     )
     trainer.fit(module, data if isinstance(data, DataLoader) else DataLoader(data, batch_size=4))
@@ -125,10 +123,7 @@ def test_evaluation_is_not_adjusted_and_the_head_is_left_as_it_was() -> None:
         accelerator="cpu",
         max_epochs=2,
         callbacks=[LogitAdjustment(), Compare()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
     )
     trainer.fit(module, data, data)

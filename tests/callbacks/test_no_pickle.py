@@ -26,6 +26,7 @@ from evertune.metrics.history import History, load_history, save_history
 from evertune.shards.fragments import FragmentState
 from evertune.shards.replicated import ReplicatedShards
 from tests.helpers.lightning_modules import loader, tiny_bert
+from tests.helpers.quiet import QUIET
 
 CLASSES = ["business", "sport"]
 READ_BY_TORCH = {"fit.ckpt": "Weights only load failed"}  # it names no file
@@ -54,10 +55,7 @@ def fit(module: pl.LightningModule, callbacks: dict[str, Any], bert: str, **sett
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=list(callbacks.values()),
     )
     trainer.fit(module, loader(bert, CLASSES, repeat=2), loader(bert, CLASSES), **settings)

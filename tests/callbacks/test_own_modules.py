@@ -18,6 +18,7 @@ from evertune._lightning import pl
 from evertune.callbacks import EWC, ContinualEvaluation, Replay
 from evertune.tasks.base import Outputs, Task
 from tests.helpers.distributed import run_ranks
+from tests.helpers.quiet import QUIET
 
 VOCABULARY, TAGS, N = 24, 3, 8
 SIZE = {"vocab_size": VOCABULARY}
@@ -135,10 +136,7 @@ def learn(kind: str, strategy: str = "auto") -> dict[str, list[float]]:
             devices=world,
             strategy=strategy,
             callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             num_sanity_val_steps=0,
         )
         train, val = (DataLoader(texts(kind, s), batch_size=4 // world, collate_fn=pad) for s in (seed, seed + 10))  # type: ignore[arg-type, var-annotated]
@@ -392,10 +390,7 @@ def fit(module: Any, batch_of: Any, callback: Any, train: Any = None) -> pl.Trai
         max_epochs=1,
         accelerator="cpu",
         callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
     )
     rows = list(range(N))

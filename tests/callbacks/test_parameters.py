@@ -12,16 +12,9 @@ from torch.utils.data import DataLoader
 
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
+from tests.helpers.quiet import QUIET
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "max_epochs": 1,
-}
+SETTINGS = {**QUIET, "accelerator": "cpu", "devices": 1, "max_epochs": 1}
 
 
 class Backbone(nn.Module):
@@ -79,7 +72,7 @@ def loader(seed: int, words: int = 10) -> DataLoader[Any]:
 
 
 def fit(module: Words, data: Any, *callbacks: Any, **settings: Any) -> None:
-    pl.Trainer(callbacks=list(callbacks), **(QUIET | settings)).fit(module, data)
+    pl.Trainer(callbacks=list(callbacks), **(SETTINGS | settings)).fit(module, data)
 
 
 def by_name(ewc: EWC, kind: str) -> dict[str, Tensor]:

@@ -27,16 +27,10 @@ from evertune.lightning_modules import SequenceClassificationModule
 from evertune.presets import preset
 from evertune.streams import class_incremental
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.helpers.quiet import QUIET
 
 ROWS = [{"text": text, "label": name} for name, texts in TEXTS.items() for text in texts]
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+SETTINGS = {**QUIET, "accelerator": "cpu", "devices": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ COMBINED: dict[str, Any] = {
 def test_a_trainer_and_its_module_are_freed(model: str, name: str) -> None:
     def learn() -> list[weakref.ref[Any]]:
         module = SequenceClassificationModule(model, head="cosine", learning_rate=1e-3)
-        trainer = ContinualTrainer(max_epochs=1, callbacks=COMBINED[name](), **QUIET)
+        trainer = ContinualTrainer(max_epochs=1, callbacks=COMBINED[name](), **SETTINGS)
         trainer.fit_stream(module, class_incremental(ROWS, n_experiences=2), batch_size=4, max_length=8)
         return [weakref.ref(one) for one in (module, trainer, *trainer.callbacks)]
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from evertune._lightning import pl
 from evertune.callbacks import Replay
 from evertune.memory.codec import StorableCheck
+from tests.helpers.quiet import QUIET
 
 
 class Reads(pl.LightningModule):
@@ -35,10 +36,7 @@ def fit(data: Any, replay: Replay, module: Reads | None = None) -> Reads:
         accelerator="cpu",
         devices=1,
         callbacks=[replay],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(module, data)
     return module

@@ -12,6 +12,7 @@ from evertune._lightning import pl
 from evertune.callbacks import UpdateLength
 from evertune.streams import Experience
 from tests.callbacks.test_logit_adjustment import Classifier, Endless, examples, fit
+from tests.helpers.quiet import QUIET
 
 
 class Epochs(pl.Callback):
@@ -30,10 +31,7 @@ def test_small_updates_get_more_epochs() -> None:
     trainer = ContinualTrainer(
         callbacks=[UpdateLength(examples=16, max_epochs=3), epochs],
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit_stream(Classifier(2), stream)
     assert epochs.run == [3, 2, 1]

@@ -20,14 +20,8 @@ from evertune.tasks.texts import PadCollator
 from evertune.training.trainer import ContinualTrainer
 from evertune.utils.evaluation import evaluation_mode
 from evertune.utils.sharding import gathered, is_sharded
+from tests.helpers.quiet import QUIET
 from tests.helpers.shard_worker import CLASSES, DEVICES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Block(nn.Module):

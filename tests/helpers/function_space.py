@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from evertune._lightning import pl
 from evertune.streams import Experience, ExperienceDataModule
+from tests.helpers.quiet import QUIET
 
 RATE = 0.1
 
@@ -74,10 +75,7 @@ def quiet(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **{"max_epochs": 1, **settings},
     )
 

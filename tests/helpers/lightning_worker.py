@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.helpers.quiet import QUIET
+
 ROOTS = {"lightning.pytorch": ["lightning"], "pytorch_lightning": ["pytorch_lightning", "lightning_fabric"]}
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def hide(package: str) -> None:

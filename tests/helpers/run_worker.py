@@ -14,6 +14,7 @@ from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
 from evertune.streams import Experience, ExperienceDataModule
 from evertune.training.trainer import ContinualTrainer
+from tests.helpers.quiet import QUIET
 from tests.helpers.resume_worker import Classifier, news
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,10 +68,7 @@ def learn(
         strategy=strategy,
         precision=precision,
         callbacks=[Replay(memory_size=12), EWC(ewc_lambda=50.0, n_examples=16, batch_size=4), end],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )

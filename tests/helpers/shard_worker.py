@@ -30,6 +30,7 @@ from evertune.streams import Experience, ExperienceDataModule
 from evertune.tasks.texts import PadCollator
 from evertune.utils.batches import logits_of
 from tests.helpers.l2sp import L2SP
+from tests.helpers.quiet import QUIET
 
 CLASSES = ["a", "b", "c"]
 GLOBAL_BATCH = 12
@@ -112,10 +113,7 @@ def fit(
         precision=precision,
         accumulate_grad_batches=accumulation,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **settings,
     )
     batches = ExperienceDataModule(

@@ -21,6 +21,7 @@ from evertune.streams import ExperienceDataModule
 from evertune.tasks.texts import PadCollator
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.l2sp import L2SP
+from tests.helpers.quiet import QUIET
 from tests.helpers.shard_worker import CLASSES, DEVICES, GLOBAL_BATCH, WORLD_SIZE, SmallBert, experience, fit
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -70,10 +71,7 @@ def five_updates(folder: str, strategy: str) -> dict[str, Any]:
         devices=WORLD_SIZE,
         strategy=strategy,
         callbacks=[Replay(memory_size=30), EWC(n_examples=24, batch_size=6), census],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     stream = [experience(str(i), 4, NAMES[i : i + 2], i) for i in range(5)]
 
@@ -150,10 +148,7 @@ def gathered_per_step(strategy: str) -> dict[str, Any]:
         devices=WORLD_SIZE,
         strategy=strategy,
         callbacks=[gathered],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=2))
     hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
@@ -355,10 +350,7 @@ def save_own_module(out: str, strategy: str) -> list[str]:
         devices=DEVICES,
         strategy=strategy,
         callbacks=[SaveInside(Path(out) / "new" / "inside.safetensors")],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         use_distributed_sampler=False,  # every rank learns the same
     )
     data = torch.randint(40, (32,), generator=torch.Generator().manual_seed(1))

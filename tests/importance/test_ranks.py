@@ -13,6 +13,7 @@ from evertune._lightning import pl
 from evertune.importance import IndexedBatch, estimate_fisher
 from evertune.shards.opened import shards_of
 from tests.helpers.distributed import run_ranks
+from tests.helpers.quiet import QUIET
 from tests.importance.test_fisher import EXAMPLES, Bert, assert_same, fisher
 
 ESTIMATORS = ("exact", "sampled", "empirical")
@@ -73,10 +74,7 @@ def estimate(strategy: str) -> dict[str, list[list[float]]]:
         strategy=strategy,
         max_steps=1,
         callbacks=[consolidate],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     rows = [{key: value[0] for key, value in module.batch(range(2, 3)).items()}] * 4
     trainer.fit(module, DataLoader(rows, batch_size=2))

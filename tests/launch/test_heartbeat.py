@@ -22,6 +22,7 @@ from evertune.launch.supervisor.heartbeat import Place, Rank, Watch, furthest_be
 from evertune.training.heartbeat import Heartbeat
 from evertune.utils.beat import Beat, own_beat
 from evertune.utils.processes import process_state
+from tests.helpers.quiet import QUIET
 
 
 @pytest.fixture
@@ -70,10 +71,7 @@ def fit(*callbacks: pl.Callback) -> None:
         max_steps=3,
         limit_val_batches=1,
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=list(callbacks),
     )
     trainer.fit(BoringModel())

@@ -22,10 +22,8 @@ from evertune.streams import Experience, ExperienceDataModule, domain_incrementa
 from evertune.tasks import CausalLMTask
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.generation import QUESTIONS, dialogue, make_tokenizer, records, tiny_llama
+from tests.helpers.quiet import QUIET
 
-QUIET: dict[str, Any] = dict.fromkeys(
-    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-)
 PAIR = {"text": "prompt", "label": "answer"}
 TEXT = {"text": "text", "label": None}
 LORA = {"method": "lora", "r": 2, "target_modules": ["q_proj", "down_proj"]}

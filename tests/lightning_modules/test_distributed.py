@@ -10,13 +10,7 @@ from evertune.lightning_modules import AnalyticClassificationModule, SequenceCla
 from evertune.streams import Experience, ExperienceDataModule
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.helpers.quiet import QUIET
 
 
 def learn_two_experiences(folder, out, strategy, devices, head):

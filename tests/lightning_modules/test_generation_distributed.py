@@ -15,10 +15,8 @@ from evertune.lightning_modules import CausalLMModule, Seq2SeqModule
 from tests.helpers.distributed import run_ranks
 from tests.helpers.generation import records, tiny_llama, tiny_t5
 from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.quiet import QUIET
 
-QUIET: dict[str, Any] = dict.fromkeys(
-    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-)
 ROWS = [*records("colours"), *records("sizes")]
 MODULES: dict[str, Any] = {
     "causal": lambda folder: CausalLMModule(folder, learning_rate=1e-3, dropout=0.0, packing=True),

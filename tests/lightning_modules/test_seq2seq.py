@@ -21,10 +21,8 @@ from evertune.tasks import Seq2SeqTask
 from evertune.training.trainer import ContinualTrainer
 from tests.helpers.generation import QUESTIONS, make_tokenizer, records, tiny_t5
 from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.quiet import QUIET
 
-QUIET: dict[str, Any] = dict.fromkeys(
-    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-)
 PAIR = {"text": "prompt", "label": "answer"}
 SHORT = {"max_new_tokens": 5}
 

@@ -20,6 +20,7 @@ from evertune.tasks.texts import PadCollator
 from evertune.training.checkpoint import UpdateCheckpoint, latest
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import tiny_bert
+from tests.helpers.quiet import QUIET
 from tests.helpers.resume_worker import first
 from tests.helpers.shard_worker import CLASSES, SmallBert, experience, make_bert
 from tests.helpers.shard_worker import fit as fit_on_one
@@ -63,10 +64,7 @@ def test_a_schedule_that_asks_for_the_length_of_the_fit_resumes_with_the_next_ba
             accelerator="cpu",
             devices=1,
             callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         data: Any = ExperienceDataModule(
             experience(str(n_epochs), 5, CLASSES, n_epochs), batch_size=12, collate_fn=PadCollator(0), label="labels"

@@ -18,14 +18,9 @@ from evertune.lightning_modules import SequenceClassificationModule
 from evertune.streams import Experience, ExperienceDataModule, ExperienceStream, StreamDataModule
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.helpers.quiet import QUIET
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+SETTINGS = {**QUIET, "accelerator": "cpu"}
 
 
 class Plain(pl.LightningModule):
@@ -119,7 +114,7 @@ def check_history(history: Any, names: list[str]) -> None:
 
 def test_a_head_grows_through_a_stream(bert: str) -> None:
     module = small_bert(bert)
-    trainer = ContinualTrainer(max_epochs=5, callbacks=Replay(memory_size=6), **QUIET)
+    trainer = ContinualTrainer(max_epochs=5, callbacks=Replay(memory_size=6), **SETTINGS)
     history = trainer.fit_stream(module, texts_stream())
     check_history(history, ["business", "sport", "politics"])
     assert module.classes == ["business", "sport", "politics"]
@@ -141,14 +136,14 @@ def test_equals_separate_fits(bert: str) -> None:
     for kind in ("plain", "bert"):
         module, stream, make = stream_of(kind)
         pl.seed_everything(3, verbose=False)
-        trainer = ContinualTrainer(max_epochs=2, callbacks=methods(), **QUIET)
+        trainer = ContinualTrainer(max_epochs=2, callbacks=methods(), **SETTINGS)
         history = trainer.fit_stream(module, stream, make)
 
         alone, stream, make = stream_of(kind)
         callbacks = methods()
         pl.seed_everything(3, verbose=False)
         for experience in stream:
-            pl.Trainer(max_epochs=2, callbacks=callbacks, **QUIET).fit(alone, datamodule=make(experience))
+            pl.Trainer(max_epochs=2, callbacks=callbacks, **SETTINGS).fit(alone, datamodule=make(experience))
         assert_same_weights(module, alone)
         assert history.experiences == callbacks[2].experiences
         assert str(history.accuracy_matrix) == str(callbacks[2].accuracy_matrix)
@@ -162,7 +157,7 @@ def test_equals_separate_fits(bert: str) -> None:
 @pytest.mark.parametrize(("limit", "steps"), [({"max_epochs": 2}, 6), ({"max_steps": 4}, 4)])
 def test_limits_hold_for_each_update(limit: dict[str, int], steps: int) -> None:
     module = Plain()
-    ContinualTrainer(**limit, **QUIET).fit_stream(module, plain_stream(), batches_of)
+    ContinualTrainer(**limit, **SETTINGS).fit_stream(module, plain_stream(), batches_of)
     assert module.steps == [steps, steps, steps]
 
 
@@ -182,7 +177,7 @@ def test_the_schedule_warms_up_again_at_each_update(bert: str) -> None:
 
     rates = Rates()
     module = small_bert(bert, warmup_ratio=0.25)
-    trainer = ContinualTrainer(max_epochs=4, callbacks=[rates], **QUIET)
+    trainer = ContinualTrainer(max_epochs=4, callbacks=[rates], **SETTINGS)
     trainer.fit_stream(module, texts_stream(), batch_size=6, max_length=16)
     factors = [1 / 3, 2 / 3, *(1 - i / 6 for i in range(6))]
     assert rates.seen == [pytest.approx([1e-3 * factor for factor in factors])] * 3
@@ -193,7 +188,7 @@ def test_callbacks_that_judge_one_fit_start_anew(tmp_path: Path) -> None:
     stopping = EarlyStopping("constant", patience=2, check_on_train_epoch_end=True)
     checkpoint = ModelCheckpoint(tmp_path, monitor="loss", filename="{epoch}-{step}", save_on_train_epoch_end=True)
     trainer = ContinualTrainer(
-        max_epochs=9, callbacks=[stopping, checkpoint], **(QUIET | {"enable_checkpointing": True})
+        max_epochs=9, callbacks=[stopping, checkpoint], **(SETTINGS | {"enable_checkpointing": True})
     )
     trainer.fit_stream(module, plain_stream(), batches_of)
     assert module.steps == [9, 9, 9]  # three epochs: the best and two without an improvement
@@ -208,9 +203,11 @@ def test_callbacks_that_judge_one_fit_start_anew(tmp_path: Path) -> None:
 def test_a_strategy_object_serves_all_updates() -> None:
     strategy = SingleDeviceStrategy(torch.device("cpu"))
     module, same = Plain(), Plain()
-    history = ContinualTrainer(max_epochs=1, strategy=strategy, **QUIET).fit_stream(module, plain_stream(), batches_of)
+    history = ContinualTrainer(max_epochs=1, strategy=strategy, **SETTINGS).fit_stream(
+        module, plain_stream(), batches_of
+    )
     check_history(history, ["part 0", "part 1", "part 2"])
-    ContinualTrainer(max_epochs=1, strategy="auto", **QUIET).fit_stream(same, plain_stream(), batches_of)
+    ContinualTrainer(max_epochs=1, strategy="auto", **SETTINGS).fit_stream(same, plain_stream(), batches_of)
     assert_same_weights(module, same)
 
 
@@ -221,7 +218,7 @@ def learn_under_deepspeed() -> list[list[float]]:
     found = []
     for strategy in (EvertuneDeepSpeedStrategy(stage=2), "evertune_deepspeed_stage_2", "auto"):
         module = Plain()
-        settings: dict[str, Any] = QUIET | {"strategy": strategy, "devices": 1}
+        settings: dict[str, Any] = SETTINGS | {"strategy": strategy, "devices": 1}
         trainer = ContinualTrainer(max_epochs=1, callbacks=[Replay(memory_size=6), EWC(1.0)], **settings)
         trainer.fit_stream(module, plain_stream(), batches_of)
         found.append(torch.cat([p.detach().flatten() for p in module.parameters()]).tolist())
@@ -236,7 +233,7 @@ def test_a_deepspeed_strategy_serves_all_updates() -> None:
 
 def test_evaluate_on_scores_all_after_every_update() -> None:
     stream = plain_stream()
-    history = ContinualTrainer(max_epochs=2, **QUIET).fit_stream(Plain(), stream[:2], batches_of, evaluate_on=stream)
+    history = ContinualTrainer(max_epochs=2, **SETTINGS).fit_stream(Plain(), stream[:2], batches_of, evaluate_on=stream)
     assert history.experiences == ["part 0", "part 1", "part 2"]
     assert len(history.accuracy_matrix) == 2
     assert all(0 <= score <= 1 for row in history.accuracy_matrix for score in row)
@@ -244,10 +241,10 @@ def test_evaluate_on_scores_all_after_every_update() -> None:
 
 def test_evaluate_on_leaves_open_what_a_growing_head_has_no_class_for(bert: str) -> None:
     stream = texts_stream()
-    history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(small_bert(bert), stream, evaluate_on=stream)
+    history = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(small_bert(bert), stream, evaluate_on=stream)
     check_history(history, ["business", "sport", "politics"])
     whole = small_bert(bert, classes=stream.classes)
-    history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(whole, stream[:1], evaluate_on=stream)
+    history = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(whole, stream[:1], evaluate_on=stream)
     assert not any(math.isnan(score) for score in history.accuracy_matrix[0])
 
 
@@ -256,14 +253,14 @@ def test_a_stream_datamodule_makes_its_own_batches(bert: str, tmp_path: Path) ->
     rows = [{"text": text, "label": name} for name, texts in TEXTS.items() for text in texts * 4]
     source.write_text("\n".join(map(json.dumps, rows)))
     data = StreamDataModule(str(source), "class_incremental", n_experiences=3, batch_size=4, max_length=16)
-    history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(small_bert(bert), data)
+    history = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(small_bert(bert), data)
     check_history(history, [experience.name for experience in data.stream])
 
 
 def test_a_fit_that_fails_consolidates_nothing_and_the_rest_can_follow() -> None:
     module = Plain(fail_at=4)  # in the second experience of three steps each
     replay, _, evaluation = callbacks = methods()
-    trainer = ContinualTrainer(max_epochs=1, callbacks=callbacks, **QUIET)
+    trainer = ContinualTrainer(max_epochs=1, callbacks=callbacks, **SETTINGS)
     stream = plain_stream()
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.fit_stream(module, stream, batches_of)
@@ -282,9 +279,9 @@ def test_a_fit_that_fails_consolidates_nothing_and_the_rest_can_follow() -> None
 def test_a_second_stream_goes_on() -> None:
     one, two = Plain(), Plain()
     stream = plain_stream()
-    at_once = ContinualTrainer(max_epochs=1, callbacks=methods(), **QUIET)
+    at_once = ContinualTrainer(max_epochs=1, callbacks=methods(), **SETTINGS)
     at_once.fit_stream(one, stream, batches_of)
-    in_parts = ContinualTrainer(max_epochs=1, callbacks=methods(), **QUIET)
+    in_parts = ContinualTrainer(max_epochs=1, callbacks=methods(), **SETTINGS)
     in_parts.fit_stream(two, stream[:1], batches_of)
     history = in_parts.fit_stream(two, stream[1:], batches_of)
     assert two.steps == [3, 3, 3]
@@ -294,7 +291,7 @@ def test_a_second_stream_goes_on() -> None:
 
 def test_streams_that_cannot_be_learnt_are_refused_before_training() -> None:
     module = Plain()
-    trainer = ContinualTrainer(max_epochs=1, **QUIET)
+    trainer = ContinualTrainer(max_epochs=1, **SETTINGS)
     with pytest.raises(ValueError, match="the stream is empty: there is nothing to learn"):
         trainer.fit_stream(module, [])
     with pytest.raises(ValueError, match="batch_size would be ignored: the datamodule makes the batches"):

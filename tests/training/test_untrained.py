@@ -14,14 +14,9 @@ from evertune.streams import Experience, ExperienceStream
 from evertune.training.untrained import _METHODS, UntrainedBaseline
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.helpers.quiet import QUIET
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+SETTINGS = {**QUIET, "accelerator": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def learn(folder, strategy="auto", devices=1, **settings):
     torch.manual_seed(0)
     module = SequenceClassificationModule(folder, learning_rate=1e-2, dropout=0.0)
     trainer = ContinualTrainer(
-        max_epochs=1, strategy=strategy, devices=devices, callbacks=[Replay(memory_size=4)], **QUIET
+        max_epochs=1, strategy=strategy, devices=devices, callbacks=[Replay(memory_size=4)], **SETTINGS
     )
     return trainer.fit_stream(module, stream(), **settings)
 
@@ -62,12 +57,12 @@ def test_it_is_what_analytic_modules_give(model):
     history = learn(model)
     settings = _METHODS[history.untrained["method"]]
     module = AnalyticClassificationModule(model, **settings)
-    expected = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(module, stream())
+    expected = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(module, stream())
     found = history.untrained["accuracy_matrix"]
     same(found, expected.accuracy_matrix)
     assert expected.untrained == {}  # it is not trained itself
     finals = [
-        ContinualTrainer(max_epochs=1, **QUIET)
+        ContinualTrainer(max_epochs=1, **SETTINGS)
         .fit_stream(AnalyticClassificationModule(model, **other), stream())
         .average_accuracy
         for other in _METHODS.values()
@@ -115,7 +110,7 @@ def test_what_cannot_be_measured_is_reported_and_does_not_stop_the_run(model, ca
 
     module = Plain(model, dropout=0.0)
     with caplog.at_level("INFO"):
-        history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(module, stream())
+        history = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(module, stream())
     assert "not measured: Plain has no method features(batch)" in caplog.text
     assert history.untrained == {}
 
@@ -124,7 +119,7 @@ def test_what_cannot_be_measured_is_reported_and_does_not_stop_the_run(model, ca
             raise RuntimeError("no features today")
 
     with pytest.warns(UserWarning, match="not measured: RuntimeError: no features today"):
-        history = ContinualTrainer(max_epochs=1, **QUIET).fit_stream(Broken(model, dropout=0.0), stream())
+        history = ContinualTrainer(max_epochs=1, **SETTINGS).fit_stream(Broken(model, dropout=0.0), stream())
     assert history.untrained == {}
     assert len(history.accuracy_matrix) == 3
 
