@@ -8,6 +8,7 @@ them, and nothing else of FSDP2 remains.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -101,11 +102,16 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def run(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a method of a module that FSDP2 manages as if it were ``forward``, so that it finds its weights whole."""
+    """Call a method of a module that FSDP2 manages as if it were ``forward``, so that its weights are whole.
+
+    If the method calls the module, this is not another pass to FSDP2: after two, the weights outside of all blocks
+    would be released, and gathered again for the backward pass.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         del module.forward  # the method may call the real one
-        return method(*args, **kwargs)
+        with _unnoticed(module):
+            return method(*args, **kwargs)
 
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -246,6 +252,19 @@ def _forget(unit: nn.Module) -> None:
         if not notes:
             vars(unit).pop(key, None)
     _composable_state._module_state_mapping.pop(unit, None)
+
+
+@contextmanager
+def _unnoticed(module: nn.Module) -> Iterator[None]:
+    """Calls of a module, in which FSDP2 does nothing for its own unit; its blocks do as ever."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = (
+        OrderedDict((key, hook) for key, hook in hooks.items() if not _is_of_fsdp(hook)) for hooks in (before, after)
+    )
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def _is_of_fsdp(hook: Any) -> bool:

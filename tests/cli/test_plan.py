@@ -161,6 +161,9 @@ def test_fsdp2_divides_rows_and_keeps_no_masters() -> None:
     costs = footprint(model, training(3, fsdp2=True, **EWC))
     assert (costs.weights, costs.gradients, costs.optimizer) == (4 * (4 + 2 + 1 + 2), 4 * 7, 8 * 7)
     assert costs.methods == 2 * 4 * 7
+    # The 8 elements outside of the block are gathered once for both passes, the others twice.
+    gathered, _ = collectives(replace(model, blocks=((17, 17),)), training(3, fsdp2=True))
+    assert gathered == Collective("all_gather", 4 * (2 * 4 * (4 + 2 + 1 + 2) - 8), 1, "weights")
 
 
 def test_what_osft_keeps_by_hand() -> None:

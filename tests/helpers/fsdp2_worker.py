@@ -163,6 +163,22 @@ def learn(bert: str, out: str, strategy: str, scenes: list[str]) -> dict[str, An
     return told
 
 
+def gathered_in_a_step(bert: str) -> dict[str, int]:
+    """How often each unit's weights were gathered in one step of a module whose training step calls the module."""
+
+    class Profiled(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            profile.start()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            profile.stop()
+
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    fit(SmallBert(bert, CLASSES, "sgd"), texts(1), "evertune_fsdp2", Profiled(), max_steps=1)
+    found = {event.key: event.count for event in profile.key_averages()}
+    return {name: count for name, count in found.items() if name.partition(" ")[0] == "FSDP::all_gather"}
+
+
 def left_behind(out: str) -> dict[str, Any]:
     """What of FSDP2 is left of a module after a fit, and after one that fails; and what can be done with the module."""
     strategy, module, untouched = "evertune_fsdp2", Own(), Own()

@@ -53,6 +53,13 @@ def test_two_ranks_learn_what_one_process_learns(scene: str, played: tuple[Path,
         assert found["head.weight"].shape == (4, 16)
 
 
+def test_what_is_outside_of_all_blocks_is_gathered_once_in_a_step(bert: str) -> None:
+    """And each block twice, before its forward and its backward pass."""
+    for found in run_ranks("tests.helpers.fsdp2_worker:gathered_in_a_step", 2, bert=bert):
+        assert found.pop("FSDP::all_gather") == 1
+        assert len(found) == 2 and set(found.values()) == {2}, found
+
+
 def test_nothing_of_fsdp2_is_left_after_a_fit(tmp_path: Path) -> None:
     for rank in run_ranks("tests.helpers.fsdp2_worker:left_behind", 2, out=str(tmp_path)):
         assert rank["kinds"] == rank["expected"]

@@ -50,7 +50,7 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
     - ZeRO-1 and 2 all-reduce the gradients (DeepSpeed's default ``use_multi_rank_bucket_allreduce``, where the paper
       has a reduce-scatter), at stage 2 in each micro-batch, and gather the weights after the step.
     - ZeRO-3 and FSDP2 gather the weights in each forward and each backward pass (ZeRO-3 frozen ones in the forward pass
-      only), and reduce-scatter the gradients in each micro-batch.
+      only, FSDP2 those outside of all blocks once for both), and reduce-scatter the gradients in each micro-batch.
     - OSFT all-reduces two matrices for each that it protects, where weights are divided.
 
     Methods communicate at the end of an experience instead: see :func:`consolidation`. Losses, norms and checks take a
@@ -70,8 +70,9 @@ def collectives(model: ModelShape, training: Training) -> list[Collective]:
     elif n > 1 and training.fsdp2:
         *groups, frozen = (n * rows_of(*group, n) for group in model.rows_by_group())
         trained = sum(groups)
+        gathered = 2 * (trained + frozen) - model.root[0]
         moves = [
-            Collective("all_gather", 2 * width.weight * (trained + frozen), training.accumulation, "weights"),
+            Collective("all_gather", width.weight * gathered, training.accumulation, "weights"),
             Collective("reduce_scatter", width.gradient * trained, training.accumulation, "gradients"),
         ]
     elif n > 1:
