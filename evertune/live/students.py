@@ -61,8 +61,8 @@ class Students:
     def due(self) -> str | None:
         """Why there is something to do, as a message; None if the version in production has its student."""
         teacher = self._setup.registry.production
-        if teacher is None or teacher.manifest.kind == "imprinting" or self._setup.registry.given_up:
-            return None  # the next update comes first
+        if teacher is None or teacher.manifest.kind == "imprinting":
+            return None
         student = self._newest_of(teacher)
         if student is None:
             return f"version {teacher.number} has no student yet"
