@@ -114,8 +114,7 @@ class Replay(ContinualCallback):
     Rehearsal"). Answers are written as the module's ``generation`` says, greedily by default; sampled ones are seeded
     by the seed and the update, and the same on any number of ranks. Answers that are empty, that ``max_new_tokens``
     cuts off or that repeat themselves are dropped, and so are prompts that leave no room for an answer: how many is
-    reported, and in :attr:`SelfAnswers.counts <evertune.callbacks.replay.self_answers.SelfAnswers.counts>` of
-    ``replay.answers``. A checkpoint holds the answers of its update.
+    reported, and in ``replay.answers.counts``. A checkpoint holds the answers of its update.
 
     Raises:
         ValueError: If ``memory_size`` or ``extra_ratio`` is not positive, ``replay_ratio`` is negative, ``source`` is
