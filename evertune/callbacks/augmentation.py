@@ -36,7 +36,7 @@ class Augmentation(ContinualCallback):
     validation, tests, importance. Other callbacks see the unchanged batch in ``on_train_batch_start``.
 
     Stored answers are those to the unchanged texts, too: with :class:`DarkReplay`, :class:`Distillation` and
-    :class:`TeacherDistillation`, the answers to changed texts are drawn towards them, as in consistency training (Xie
+    ``TeacherDistillation``, the answers to changed texts are drawn towards them, as in consistency training (Xie
     et al. 2020, "Unsupervised Data Augmentation for Consistency Training"). DER++ itself replays in other augmentations
     than it stored logits for (Buzzega et al. 2020).
 
