@@ -143,8 +143,9 @@ class _Step:
         if n_whole >= _LARGE:
             moving = torch.linalg.vector_norm(gradient[:n_whole].view(-1, _BLOCK), dim=1).nonzero().squeeze(1)
             self._blocks = moving if 2 * _BLOCK * len(moving) < n_whole else None
-        self._gradient = self._of(gradient).to(torch.float32, copy=True)
-        self._start = self._of(value).to(torch.float32, copy=True)
+        is_view = self._blocks is None
+        self._gradient = self._of(gradient).to(torch.float32, copy=is_view)
+        self._start = self._of(value).to(torch.float32, copy=is_view)
         if scale != 1:
             # A step that overflows leaves the weights where they are, but infinity times 0 is NaN.
             self._gradient.div_(scale).nan_to_num_(0, 0, 0)
@@ -158,12 +159,12 @@ class _Step:
 
     def add_to(self, path: Tensor, value: Tensor) -> None:
         """Add ``-gradient * (weight now - weight before)`` to the path, in place."""
-        here = path if self._blocks is None else self._of(path)
-        tensors = (here, self._gradient, self._start, self._of(value))
-        for total, gradient, start, end in zip(*(one.split(_CHUNK) for one in tensors), strict=True):
-            total.addcmul_(gradient, start.sub_(end))
-        if self._blocks is not None:
-            n_whole = path.numel() // _BLOCK * _BLOCK
-            moved = here[: here.numel() - path.numel() + n_whole]
-            path[:n_whole].view(-1, _BLOCK)[self._blocks] = moved.view(-1, _BLOCK)
-            path[n_whole:] = here[len(moved) :]
+        if self._blocks is None:
+            tensors = (path, self._gradient, self._start, value)
+            for total, gradient, start, end in zip(*(one.split(_CHUNK) for one in tensors), strict=True):
+                total.addcmul_(gradient, start.sub_(end))
+            return
+        change = self._start.sub_(self._of(value)).mul_(self._gradient)
+        n_whole, n_moved = path.numel() // _BLOCK * _BLOCK, len(self._blocks) * _BLOCK
+        path[:n_whole].view(-1, _BLOCK).index_add_(0, self._blocks, change[:n_moved].view(-1, _BLOCK))
+        path[n_whole:].add_(change[n_moved:])
