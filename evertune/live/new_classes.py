@@ -38,8 +38,8 @@ def new_classes(setup: Setup, backlog: Backlog) -> dict[str, list[Row]]:
 
     These are the classes that it does not know and of which enough records wait (``imprint_after`` of
     :class:`~evertune.live.settings.UpdateSettings`). A class with which a version was refused needs twice as many as
-    then. There are none before the first version, while a rollback has given records up, and while records wait with
-    which an update of this production was refused or stopped: they may be what is wrong.
+    then. There are none before the first version, until what a rollback gave up is in quarantine, and while records
+    wait with which an update of this production was refused or stopped: they may be what is wrong.
     """
     least, production = setup.settings.imprint_after, setup.registry.production
     if least is None or production is None or setup.registry.given_up:
