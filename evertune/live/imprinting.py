@@ -69,7 +69,7 @@ def imprint(
     Args:
         setup: What all updates have in common.
         backlog: The records that are not learned yet.
-        source: Source that is told of what is committed.
+        source: Source that is notified of what is committed.
         mirror: Second registry that receives the version.
         seconds: What the time is spent on; added to.
         dry_run: Judge only.
