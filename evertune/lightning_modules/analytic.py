@@ -345,7 +345,8 @@ def _scale_of_margins(logits: Tensor) -> float:
     """
     margins = logits.diagonal()[:, None] - logits
     margins.fill_diagonal_(math.inf)
-    squared_distance = 2 * float(margins.min(1).values.mean())  # to the nearest other class
+    # To the nearest other class; where two classes look the same, rounding may leave a bit less than nothing.
+    squared_distance = max(0.0, 2 * float(margins.min(1).values.mean()))
     return 1.0 if math.isinf(squared_distance) else _PER_DISTANCE / max(_PER_DISTANCE, math.sqrt(squared_distance))
 
 

@@ -181,6 +181,20 @@ def test_few_examples(settings):
     assert head(features).argmax(1).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"solver": "mean"}, {"solver": "lda"}, {"solver": "ridge", "penalty": 1.0}], ids=str
+)
+def test_classes_that_look_the_same_are_equally_likely(settings):
+    labels = torch.arange(5).repeat(8)
+    for seed in range(20):  # which of the logits is the largest is left to rounding
+        torch.manual_seed(seed)
+        features = torch.randn(1, 32).expand(40, 32)
+        head = AnalyticHead(32, 5, **settings)
+        head.update(features, labels)
+        head.solve()
+        torch.testing.assert_close(head(features[:1]).softmax(1), torch.full((1, 5), 0.2))
+
+
 def test_the_sums_keep_their_precision(data):
     head = solved(*data)
     before = head.state_dict()

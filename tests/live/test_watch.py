@@ -226,8 +226,8 @@ def told(root: Path, event: str, n: int = 1) -> dict[str, Any]:
 
 def test_an_update_runs_when_it_is_due_and_the_service_goes_on(watch: Callable[..., Running], root: Path) -> None:
     running = watch()
-    running.until("intake")
-    assert running.metric("evertune_pending_records") == 1 and not running.events("update")
+    until(lambda: running.metric("evertune_pending_records") == 1)
+    assert running.events("intake") and not running.events("update")
     arrives(root, 2)
     assert running.until("update")[0]["reason"] == "3 new records (3 asked for)"
     first = running.until("promotion")[0]

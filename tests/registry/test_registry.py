@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from evertune.registry.aliases import GivenUp
 from evertune.registry.journal import Journal
 from evertune.registry.lease import TOKEN, LeaseHeld, LeaseLost
-from evertune.registry.manifest import Manifest, Metrics, VerdictSummary
+from evertune.registry.manifest import Kind, Manifest, Metrics, VerdictSummary
 from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.slice_index import SliceEntry
 
@@ -350,7 +350,7 @@ def test_a_slice_outside_the_registry(disk: Registry) -> None:
         ("consumed", "7", "'consumed' must be a whole number, got '7'"),
         ("consumed", True, "'consumed' must be a whole number, got True"),
         ("parent", 1.0, "'parent' must be a whole number, got 1.0"),
-        ("kind", "repair", "'kind' must be one of ['first', 'update', 'rebuild', 'distillation'], got 'repair'"),
+        ("kind", "repair", f"'kind' must be one of {[*get_args(Kind)]}, got 'repair'"),
         ("created", "2026-01-01T00:00:00", "created must have a time zone, got 2026-01-01T00:00:00"),
         ("files", ["model"], "'files' must be an object, got ['model']"),
         ("files", ..., "'files' is missing"),
