@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -15,6 +16,9 @@ from evertune.serve.hosts import own_names
 from evertune.serve.listening import Server, announce, config_of, listen
 from evertune.serve.service import Service
 from evertune.serve.settings import AccessSettings, ServerSettings
+
+_LAST = 0.5
+"""Seconds in which a connection that was accepted may still send its request when no more are accepted."""
 
 logger = logging.getLogger("evertune.serve")
 
@@ -84,3 +88,13 @@ class _Server(Server):
 
     def _stop_accepting(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer those who were accepted last, and whose request is still on its way, before connections are closed."""
+        for listener in self.servers:
+            listener.close()
+        end = time.monotonic() + _LAST
+        # An answered connection is closed by its answer; those that say nothing are closed after this.
+        while self.server_state.connections and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
