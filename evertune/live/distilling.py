@@ -16,17 +16,16 @@ from evertune.lightning_modules.causal_lm import CausalLMModule
 from evertune.lightning_modules.pruning import prune_feed_forward
 from evertune.lightning_modules.students import student_of
 from evertune.live.judging import judge
-from evertune.live.no_training import keep_sums
-from evertune.live.outcome import Outcome, reasons_of
+from evertune.live.outcome import Outcome
 from evertune.live.plan import Plan, clear
 from evertune.live.planning import PlannedUpdate
-from evertune.live.publishing import finish, publish
+from evertune.live.publishing import publish_if_passed
 from evertune.live.records import Records, Split
 from evertune.live.seconds import timed
 from evertune.live.settings import StudentSettings
 from evertune.live.setup import Setup
 from evertune.live.slices import draw, sent_again
-from evertune.live.staging import VERSION, trained
+from evertune.live.staging import trained
 from evertune.live.training import MODEL, train
 from evertune.registry.version import Version
 from evertune.sources.base import Row, Source
@@ -70,28 +69,15 @@ def distil(
     teacher, seconds = teacher_of(setup), dict[str, float]()
     own = for_students(setup, student)
     update, verdict = taught(own, setup, teacher, student, trainer, seconds)
-    if dry_run or not verdict.passed:
-        clear(own.staging)
-        words = "would be promoted" if verdict.passed else "is refused, and not published"
-        return Outcome(
-            "promoted" if verdict.passed else "refused",
-            f"the student of version {teacher.number} {words}: {reasons_of(verdict)}",
-            None,
-            verdict,
-            seconds,
-        )
-    keep_sums(setup.versions.folder(teacher), own.staging / VERSION)
-    with timed(seconds, "publish"):
-        version = publish(own, update, verdict, seconds)
-        return finish(own, update.plan, version, source, mirror, seconds)
+    what = f"the student of version {teacher.number}"
+    return publish_if_passed(own, update, verdict, what, source, mirror, seconds, dry_run)
 
 
 def teacher_of(setup: Setup) -> Version:
     """The version in production, which can teach now.
 
     Raises:
-        ValueError: If there is none, an update is not finished, or a rollback has given records up that no update has
-            followed.
+        ValueError: If there is none, or an update is not finished.
     """
     production = setup.registry.production
     if production is None:

@@ -17,11 +17,10 @@ from evertune.live.backlog import Backlog
 from evertune.live.evaluation import features_of_rows
 from evertune.live.judging import judge
 from evertune.live.new_classes import new_classes, note_refused, words_of
-from evertune.live.no_training import keep_sums
-from evertune.live.outcome import Outcome, reasons_of
+from evertune.live.outcome import Outcome
 from evertune.live.plan import Plan, clear
 from evertune.live.planning import PlannedUpdate
-from evertune.live.publishing import finish, publish
+from evertune.live.publishing import publish_if_passed
 from evertune.live.records import Records, Split
 from evertune.live.seconds import timed
 from evertune.live.setup import Setup
@@ -75,7 +74,7 @@ def imprint(
         dry_run: Judge only.
 
     Returns:
-        The outcome; None if there is no class to learn.
+        The outcome; None if no class is due.
     """
     classes, production = new_classes(setup, backlog), setup.registry.production
     if not classes or production is None:
@@ -90,17 +89,11 @@ def imprint(
         _stage(own, plan, production, classes)
     with timed(seconds, "evaluate"):
         verdict = judge(own, update)
-    if dry_run or not verdict.passed:
-        clear(own.staging)
-        if not verdict.passed:
-            note_refused(setup, production.number, classes)
-        words = "would be promoted" if verdict.passed else "is refused, and not published"
-        status: Any = "promoted" if verdict.passed else "refused"
-        return Outcome(status, f"{plan.reason}: the version {words}: {reasons_of(verdict)}", None, verdict, seconds)
-    keep_sums(setup.versions.folder(production), own.staging / VERSION)
-    with timed(seconds, "publish"):
-        version = publish(own, update, verdict, seconds)
-        return finish(own, plan, version, source, mirror, seconds)
+    what = f"{plan.reason}: the version"
+    outcome = publish_if_passed(own, update, verdict, what, source, mirror, seconds, dry_run)
+    if not verdict.passed:
+        note_refused(setup, production.number, classes)
+    return outcome
 
 
 def name_classes(module: Any, classes: Mapping[str, Sequence[Row]], **reading: Any) -> None:

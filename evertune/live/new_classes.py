@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from evertune.live.backlog import Backlog
@@ -47,16 +47,18 @@ def new_classes(setup: Setup, backlog: Backlog) -> dict[str, list[Row]]:
     segments = backlog.pending(production)
     if not segments or backlog.attempted(production) >= segments[0].number:
         return {}
-    waiting: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in Records(setup, segments, production).split.train:
-        for name in setup.task.label_names(setup.label_of(row)):
-            waiting[name].append(row)
-    refused = _refused(setup, production.number)
-    return {
-        name: rows
-        for name, rows in waiting.items()
-        if name not in production.manifest.classes and len(rows) >= max(least, 2 * refused.get(name, 0))
-    }
+    records, refused = Records(setup, segments, production), _refused(setup, production.number)
+
+    def enough(rows: Iterable[Row]) -> dict[str, list[Row]]:
+        waiting: defaultdict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            for name in setup.task.label_names(setup.label_of(row)):
+                if name not in production.manifest.classes:
+                    waiting[name].append(row)
+        return {name: some for name, some in waiting.items() if len(some) >= max(least, 2 * refused.get(name, 0))}
+
+    # A watch asks in every round: what was held out before is read only if there may be such a class.
+    return enough(records.split.train) if enough(records.rows) else {}
 
 
 def reason_to_imprint(setup: Setup, backlog: Backlog) -> str | None:

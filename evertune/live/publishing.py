@@ -12,11 +12,11 @@ from evertune.gate.checks.base import figures
 from evertune.gate.evaluation import Evaluation
 from evertune.gate.verdict import Verdict
 from evertune.live.judging import parsed
-from evertune.live.no_training import UNTRAINED, words_of
+from evertune.live.no_training import UNTRAINED, keep_sums, words_of
 from evertune.live.outcome import Outcome, Status, reasons_of
 from evertune.live.plan import Plan, clear
 from evertune.live.planning import PlannedUpdate
-from evertune.live.seconds import with_breakdown
+from evertune.live.seconds import timed, with_breakdown
 from evertune.live.setup import Setup
 from evertune.live.slices import save_slice
 from evertune.live.staging import VERSION, results
@@ -72,6 +72,40 @@ def publish(setup: Setup, update: PlannedUpdate, verdict: Verdict, seconds: Mapp
         code=f"evertune {metadata.version('evertune')}",
     )
     return setup.registry.publish(folder, manifest, slices)
+
+
+def publish_if_passed(
+    setup: Setup,
+    update: PlannedUpdate,
+    verdict: Verdict,
+    what: str,
+    source: Source,
+    mirror: MLflowMirror | None,
+    seconds: dict[str, float],
+    dry_run: bool,
+) -> Outcome:
+    """Publish and promote a version that has learned no new records; one that is refused leaves nothing behind.
+
+    Args:
+        setup: What all such versions have in common.
+        update: The update that made it.
+        verdict: The verdict on it.
+        what: What it is, as the beginning of a message.
+        source: Source that is notified of the version.
+        mirror: Second registry that receives it.
+        seconds: What the time was spent on; added to.
+        dry_run: Whether it is not published in any case.
+    """
+    if dry_run or not verdict.passed:
+        clear(setup.staging)
+        status: Status = "promoted" if verdict.passed else "refused"
+        words = "would be promoted" if verdict.passed else "is refused, and not published"
+        return Outcome(status, f"{what} {words}: {reasons_of(verdict)}", None, verdict, seconds)
+    if update.records.parent is not None:
+        keep_sums(setup.versions.folder(update.records.parent), setup.staging / VERSION)
+    with timed(seconds, "publish"):
+        version = publish(setup, update, verdict, seconds)
+        return finish(setup, update.plan, version, source, mirror, seconds)
 
 
 def finish(

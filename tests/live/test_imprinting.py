@@ -130,7 +130,7 @@ def killed(*_: object, **__: object) -> Any:
 def test_killed_it_is_made_again(folder: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feed(folder, "b", ["politics"], n=8)
     with monkeypatch.context() as patched:
-        patched.setattr(f"evertune.live.imprinting.{at}", killed)
+        patched.setattr(f"evertune.live.publishing.{at}", killed)
         with pytest.raises(KeyboardInterrupt):
             imprinting(folder).run()
     registry = Registry(folder / "registry")
