@@ -212,4 +212,5 @@ class Planner:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    # More than seconds: whether records were withdrawn before or after an update was planned decides if it was tried.
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -206,7 +206,7 @@ class Journal:
         return segment
 
     def last_withdrawal(self, segments: Iterable[Segment]) -> datetime | None:
-        """When records were last withdrawn from these segments, to the second; None if never."""
+        """When records were last withdrawn from these segments; None if never."""
         numbers = {segment.number for segment in segments}
         moments = (row["withdrawn"] for row in self._quarantine.withdrawn() if row["segment"] in numbers)
         return max(map(datetime.fromisoformat, moments), default=None)

@@ -43,7 +43,7 @@ class Quarantine:
         """Add pending records to those that were withdrawn."""
         before = self.withdrawn()
         known = {(row["segment"], row["id"]) for row in before}
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
         new = [{**row, "withdrawn": now} for row in records if (row["segment"], row["id"]) not in known]
         write_sealed(self._store, WITHDRAWN, [*before, *new])
 
