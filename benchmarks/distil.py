@@ -1,9 +1,10 @@
-"""Students of a classifier: accuracy, time and size with fewer layers or neurons, with and without a teacher.
+"""Students of a classifier: accuracy, time and size with fewer layers, neurons or heads, with and without a teacher.
 
     python benchmarks/distil.py [--quick]
 
 MiniLM learns the topics of BBC News. Students with three of its six layers, with half the neurons of its feed-forward
-layers, or both, are trained for as many steps on the same texts: from the labels alone, or from the teacher as well.
+layers, with half of its attention heads, or several of these, are trained for as many steps on the same texts: from the
+labels alone, or from the teacher as well.
 Times are medians over rounds in which all take turns, of the processor, tokenizer excluded.
 """
 
@@ -20,7 +21,7 @@ from export import MODEL, WORDS, in_torch, records, times
 from evertune._lightning import pl
 from evertune.callbacks.teacher_distillation import TeacherDistillation
 from evertune.lightning_modules import SequenceClassificationModule
-from evertune.lightning_modules.pruning import prune_feed_forward
+from evertune.lightning_modules.pruning import prune
 from evertune.lightning_modules.students import student_of
 from evertune.live.evaluation import evaluate, size_in_bytes
 from evertune.streams import Experience, ExperienceDataModule
@@ -28,11 +29,13 @@ from evertune.tasks.predicting import batch_of
 
 LENGTH, BATCH = 48, 16
 MOST_LOST = 2.0  # points of accuracy that the distilled student of three layers may lose
-STUDENTS: dict[str, tuple[int | None, float, bool]] = {  # layers, share of neurons removed, whether it has a teacher
-    "3 layers, labels alone": (3, 0.0, False),
-    "3 layers": (3, 0.0, True),
-    "half the neurons": (None, 0.5, True),
-    "3 layers, half the neurons": (3, 0.5, True),
+STUDENTS: dict[str, tuple[int | None, float, float, bool]] = {  # layers, shares removed, whether it has a teacher
+    "3 layers, labels alone": (3, 0.0, 0.0, False),
+    "3 layers": (3, 0.0, 0.0, True),
+    "half the neurons": (None, 0.5, 0.0, True),
+    "half the heads": (None, 0.0, 0.5, True),
+    "3 layers, half the neurons": (3, 0.5, 0.0, True),
+    "3 layers, half of both": (3, 0.5, 0.5, True),
 }
 
 
@@ -49,15 +52,15 @@ def fit(module: Any, rows: list[dict[str, str]], epochs: int, *callbacks: pl.Cal
     trainer.fit(module, datamodule=data)
 
 
-def student(teacher: Any, layers: int | None, pruned: float, rows: list[dict[str, str]]) -> Any:
+def student(teacher: Any, layers: int | None, neurons: float, heads: float, rows: list[dict[str, str]]) -> Any:
     """A smaller copy of the teacher, before it is trained."""
     made = student_of(teacher)
-    if pruned:
+    if neurons or heads:
         columns = {"text": "text", "label": "label", "id_column": None, "max_length": LENGTH}
         examples: Any = made.task.dataset(rows[:256], made.tokenizer, **columns)
         starts = range(0, len(examples), BATCH)
         batches = ([examples[n] for n in range(start, min(start + BATCH, len(examples)))] for start in starts)
-        prune_feed_forward(made, pruned, (batch_of(made.task, made, batch) for batch in batches))
+        prune(made, (batch_of(made.task, made, batch) for batch in batches), neurons=neurons, heads=heads)
     return made if layers is None else student_of(made, layers)
 
 
@@ -81,8 +84,8 @@ def main() -> None:
     )
     fit(teacher, train, max(epochs // 2, 2))
     modules: dict[str, Any] = {"teacher, 6 layers": teacher}
-    for name, (layers, pruned, taught) in STUDENTS.items():
-        modules[name] = student(teacher, layers, pruned, train)
+    for name, (layers, neurons, heads, taught) in STUDENTS.items():
+        modules[name] = student(teacher, layers, neurons, heads, train)
         fit(modules[name], train, epochs, *([TeacherDistillation(teacher)] if taught else []))
     score = {
         name: evaluate(module.eval(), {"": test}, max_length=LENGTH)[""].accuracy for name, module in modules.items()

@@ -103,13 +103,15 @@ def _student(updater: Updater) -> str:
     students = updater.students
     if students is None:
         return "none follows"
+    from evertune.lightning_modules.pruning import prune
     from evertune.lightning_modules.students import student_of
 
-    n = sum(parameter.numel() for parameter in student_of(updater.model, students.settings.layers).parameters())
+    settings, student = students.settings, student_of(updater.model, students.settings.layers)
+    prune(student, [], neurons=settings.prune, heads=settings.prune_heads)  # without records, any: as many as later
+    n = sum(parameter.numel() for parameter in student.parameters())
     production = students.registry.production
     stands = "no version yet" if production is None else f"version {production.number} in production"
-    narrower = f", before {students.settings.prune:.0%} of the neurons are removed" if students.settings.prune else ""
-    return f"{n / 1e6:,.1f} million parameters{narrower}; {students.registry.store.root}: {stands}"
+    return f"{n / 1e6:,.1f} million parameters; {students.registry.store.root}: {stands}"
 
 
 def _named(alert: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from evertune.export.checking import check
 from evertune.export.exported import ExportedModel
 from evertune.export.formats import LIBRARIES, check_format, loaded, merged, weights_size, write
-from evertune.export.kinds import check_graph, input_names
+from evertune.export.kinds import check_graph, check_readable, input_names
 from evertune.export.manifest import (
     MODEL,
     Check,
@@ -118,8 +118,7 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         folder = _saved(source, Path(scratch))
         original = loaded(folder)
-        if format != "safetensors":
-            check_graph(original)
+        (check_readable if format == "safetensors" else check_graph)(original)
         most = max_records or _MOST_RECORDS[isinstance(original, GenerationModule)]
         rows, text, labelled = _records(source, original, data, text, label, most)
         draft = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")

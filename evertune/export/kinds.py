@@ -25,6 +25,7 @@ from evertune.lightning_modules.sequence_regression import SequenceRegressionMod
 from evertune.lightning_modules.text_matching import TextMatchingModule
 from evertune.lightning_modules.token_classification import TokenClassificationModule
 from evertune.lightning_modules.transformer import TransformerModule
+from evertune.utils.heads import HEAD_SIZE
 
 Runner = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 """Computes logits ``[batch, ...]`` from int64 arrays ``[batch, tokens]`` by the name of the input."""
@@ -70,6 +71,21 @@ def check_graph(module: TransformerModule) -> None:
         raise ValueError(
             f"{type(module).__name__} generates texts, token after token: export it with format='safetensors', which "
             "transformers and servers of language models read"
+        )
+
+
+def check_readable(module: TransformerModule) -> None:
+    """Make sure that transformers alone reads what ``save_pretrained`` writes of a module.
+
+    Raises:
+        ValueError: If heads were removed from a transformer whose configuration has no place for that.
+    """
+    config = module.backbone.config
+    if hasattr(config, HEAD_SIZE):
+        raise ValueError(
+            f"format='safetensors' is for other programs, and none of them knows a {config.model_type} from which "
+            "attention heads were removed: export it with format='onnx' or 'torch_export'; evertune itself reads the "
+            "version in the registry"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from evertune.utils.heads import model_class
 from evertune.utils.pretrained import load_config, load_model
 
 Pooling = Literal["auto", "mean", "cls", "last"]
@@ -69,11 +70,9 @@ def remove_pooler(backbone: Any) -> None:
 
 def skeleton(model_name_or_path: str, auto_class: str = "AutoModel", dropout: float | None = None) -> Any:
     """The transformer of :func:`load_backbone` without weights, on torch's meta device."""
-    import transformers
-
     config = _config(model_name_or_path, dropout, auto_class)
     with torch.device("meta"):
-        backbone = getattr(transformers, auto_class).from_config(config)
+        backbone = model_class(auto_class, config).from_config(config)
     remove_pooler(backbone)
     return backbone.train()
 

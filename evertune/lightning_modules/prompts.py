@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evertune.lightning_modules.adapters import PROMPTS, adapter_config
 from evertune.lightning_modules.backbone import accepted_inputs, encoder_layers
 from evertune.utils.extras import library
+from evertune.utils.heads import head_size
 
 _KINDS = {"prefix_tuning": "PrefixEncoder", "prompt_tuning": "PromptEmbedding", "p_tuning": "PromptEncoder"}
 _CACHES = ("cache", "past_key_values")
@@ -57,9 +58,8 @@ class Prompt(nn.Module):
         config.num_attention_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         config.token_dim = backbone.get_input_embeddings().embedding_dim
         if self.is_prefix:
-            head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
             self._n_layers, self._heads = config.num_layers, config.num_attention_heads
-            config.token_dim = self._heads * head_size
+            config.token_dim = self._heads * head_size(shape)
         if hasattr(config, "encoder_hidden_size"):
             config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
         arguments = (config, backbone.get_input_embeddings()) if self.method == "prompt_tuning" else (config,)

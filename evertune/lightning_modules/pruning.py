@@ -1,4 +1,4 @@
-"""Structured pruning of feed-forward layers: the neurons that matter least for the loss are removed from each."""
+"""Structured pruning: the feed-forward neurons and attention heads that matter least for the loss are removed."""
 
 from __future__ import annotations
 
@@ -11,52 +11,81 @@ from torch import Tensor, nn
 from evertune.lightning_modules.backbone import encoder_layers
 from evertune.tasks.base import losses
 from evertune.utils.evaluation import evaluation_mode
+from evertune.utils.heads import KINDS, attentions, described_heads, n_groups
 
 _WIDTHS = ("intermediate_size", "hidden_dim")  # names that configurations give to the number of neurons
 
 
-def prune_feed_forward(module: Any, share: float, batches: Iterable[Any]) -> None:
-    """Remove the same share of neurons from every feed-forward layer of a transformer, in place.
+def prune(module: Any, batches: Iterable[Any], *, neurons: float = 0.0, heads: float = 0.0) -> None:
+    """Remove the same share of neurons and heads from every layer of a transformer, in place.
 
-    The importance of a neuron is how much the loss of an example would change without it, to the first order: the
-    absolute sum, over the tokens, of its activation times the gradient (Molchanov et al. 2019, "Importance Estimation
-    for Neural Network Pruning"), and then the sum over the examples. All layers keep equally many neurons, so that the
-    transformer remains one that its configuration describes and every library reads. Attention heads are not removed: a
-    configuration has no place for layers with fewer heads of the same size.
+    The importance of a neuron or a head is how much the loss of an example would change without it, to the first
+    order: the absolute sum, over the tokens and the features of a head, of its output times the gradient (Molchanov et
+    al. 2019, "Importance Estimation for Neural Network Pruning"; Michel et al. 2019, "Are Sixteen Heads Really Better
+    than One?"), and then the sum over the examples. Both are found in one pass. All layers keep equally many.
+
+    With fewer neurons the transformer remains one that its configuration describes and every library reads. So it does
+    with fewer heads if that has a ``head_dim``, as those of Llama, Mistral and Qwen; heads that share keys and values
+    are removed together. BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT and DeBERTa (versions 2 and 3) have
+    none: their configurations then get a key of evertune (:data:`~evertune.utils.heads.HEAD_SIZE`), without which
+    nothing reads the weights.
 
     Args:
         module: A module with a task and with its weights.
-        share: Share of the neurons to remove, between 0 and 1.
         batches: Batches with labels, on the module's device; some hundred examples are enough.
+        neurons: Share of the neurons of the feed-forward layers to remove, from 0 to below 1. Default: 0.
+        heads: Share of the attention heads to remove, from 0 to below 1. Default: 0.
 
     Raises:
-        ValueError: If the share is out of range, or the transformer has no feed-forward layers of two linear ones, as
-            BERT, RoBERTa, MPNet, ELECTRA and DistilBERT have.
+        ValueError: If a share is out of range, or of so few heads that it removes none or all; or if the transformer
+            has no feed-forward layers of two linear ones, as BERT, RoBERTa, MPNet, ELECTRA and DistilBERT have, or no
+            heads that can be removed.
 
     Example::
 
-        prune_feed_forward(module, 0.5, batches)
-        module.backbone.config.intermediate_size  # 1536, of 3072
+        prune(module, batches, neurons=0.5, heads=0.5)
+        module.backbone.config.intermediate_size, module.backbone.config.num_attention_heads  # 1536 of 3072, 6 of 12
     """
-    if not 0 < share < 1:
-        raise ValueError(f"the share of neurons to remove must be between 0 and 1, got {share}")
+    for name, share in (("neurons", neurons), ("heads", heads)):
+        if not 0 <= share < 1:
+            raise ValueError(f"the share of {name} to remove must be from 0 to below 1, got {share}")
     config = module.backbone.config
+    found = attentions(module.backbone)
+    if heads and not found:
+        raise ValueError(
+            f"attention heads are removed from {', '.join(KINDS)}, and not from a {config.model_type}: set neurons or "
+            "remove layers"
+        )
+    n_heads = n_groups(config)
+    n_kept = round(n_heads * (1 - heads))
+    if heads and not 0 < n_kept < n_heads:
+        raise ValueError(
+            f"heads={heads} removes {n_heads - n_kept} of the {n_heads} heads of a layer: it must remove one or more, "
+            "and leave one or more"
+        )
+    described = described_heads(config, n_kept) if heads else {}
     width = next((name for name in _WIDTHS if hasattr(config, name)), "")
     size = getattr(config, width, 0)
-    _, layers = encoder_layers(module.backbone)
-    pairs = [_feed_forward(layer, size) for layer in layers]
-    n_kept = max(1, round(size * (1 - share)))
-    for layer, (first, second), importance in zip(layers, pairs, _importance(module, pairs, batches), strict=True):
-        kept = importance.topk(n_kept).indices.sort().values
+    of_attention = {linear for one in found for linear in one.linear}
+    layers: Iterable[nn.Module] = encoder_layers(module.backbone)[1] if neurons else []
+    pairs = [_feed_forward(layer, size, of_attention) for layer in layers]
+    units = [(second, size) for _, second in pairs] + ([(one.linear[-1], n_heads) for one in found] if heads else [])
+    importance = _importance(module, units, batches)
+    for layer, (first, second) in zip(layers, pairs, strict=True):
+        kept = _largest(importance[second], max(1, round(size * (1 - neurons))))
         names = {linear: name for name, linear in layer.named_modules()}
         layer.set_submodule(names[first], _linear(first.weight[kept], None if first.bias is None else first.bias[kept]))
         layer.set_submodule(names[second], _linear(second.weight[:, kept], second.bias))
-    setattr(config, width, n_kept)
+        setattr(config, width, len(kept))
+    if heads:
+        for one in found:
+            one.keep(_largest(importance[one.linear[-1]], n_kept), n_heads)
+        config.update(described)
 
 
-def _feed_forward(layer: nn.Module, size: int) -> tuple[nn.Linear, nn.Linear]:
+def _feed_forward(layer: nn.Module, size: int, others: set[nn.Module]) -> tuple[nn.Linear, nn.Linear]:
     """The linear layers from and to the features of a layer of the transformer, with ``size`` neurons between them."""
-    linear = [one for one in layer.modules() if isinstance(one, nn.Linear)]
+    linear = [one for one in layer.modules() if isinstance(one, nn.Linear) and one not in others]
     first = [one for one in linear if one.out_features == size != one.in_features]
     second = [one for one in linear if one.in_features == size != one.out_features]
     if (len(first), len(second)) != (1, 1):
@@ -67,27 +96,32 @@ def _feed_forward(layer: nn.Module, size: int) -> tuple[nn.Linear, nn.Linear]:
     return first[0], second[0]
 
 
-def _importance(module: Any, pairs: list[tuple[nn.Linear, nn.Linear]], batches: Iterable[Any]) -> list[Tensor]:
-    """The importance of each neuron, ``[neurons]`` for each layer."""
-    found = [torch.zeros(second.in_features, device=second.weight.device) for _, second in pairs]
-    activations: list[Tensor] = []
+def _importance(module: Any, units: list[tuple[nn.Linear, int]], batches: Iterable[Any]) -> dict[nn.Linear, Tensor]:
+    """The importance of each of the units whose output a linear layer reads, ``[units]`` by the layer."""
+    found = {linear: torch.zeros(n, device=linear.weight.device) for linear, n in units}
+    outputs: dict[nn.Module, Tensor] = {}
 
     def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        activations.append(inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_())
+        outputs[linear] = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
 
-    handles = [second.register_forward_pre_hook(note) for _, second in pairs]
+    handles = [linear.register_forward_pre_hook(note) for linear in found]
     try:
         with evaluation_mode(module), torch.enable_grad():
             for batch in batches:
-                activations.clear()
                 loss = losses(module.task.outputs(module, batch)).sum()
-                gradients = torch.autograd.grad(loss, activations)
-                for number, (one, gradient) in enumerate(zip(activations, gradients, strict=True)):
-                    found[number] += (one.detach() * gradient).sum(1).abs().sum(0)
+                read = [outputs[linear] for linear in found]
+                for (linear, n), one, gradient in zip(units, read, torch.autograd.grad(loss, read), strict=True):
+                    of_examples = (one.detach() * gradient).sum(1)
+                    found[linear] += of_examples.unflatten(1, (n, -1)).sum(2).abs().sum(0)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _largest(importance: Tensor, n: int) -> Tensor:
+    """The places of the ``n`` largest, in order."""
+    return importance.topk(n).indices.sort().values
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

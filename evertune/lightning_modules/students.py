@@ -23,6 +23,7 @@ from evertune.lightning_modules.sequence_classification import SequenceClassific
 from evertune.lightning_modules.sequence_regression import SequenceRegressionModule
 from evertune.lightning_modules.text_matching import TextMatchingModule
 from evertune.lightning_modules.token_classification import TokenClassificationModule
+from evertune.utils.heads import model_class
 
 _TEACHERS = (
     SequenceClassificationModule,
@@ -78,7 +79,7 @@ def student_of(teacher: Any, layers: int | None = None) -> Any:
     Args:
         teacher: A module with its weights, which is not changed.
         layers: Number of layers of the student. Default: as many as the teacher has, for a student that is made
-            narrower (:func:`~evertune.lightning_modules.pruning.prune_feed_forward`).
+            narrower (:func:`~evertune.lightning_modules.pruning.prune`).
 
     Raises:
         ValueError: If the teacher has no more layers, or is not one that can be distilled.
@@ -109,14 +110,12 @@ def student_of(teacher: Any, layers: int | None = None) -> Any:
 
 def _made(teacher: Any, whole: Any, kept: list[int]) -> Any:
     """A transformer with some of the layers of another, whose weights are still to be loaded, in training mode."""
-    import transformers
-
     config = copy.deepcopy(whole.config)
     config.num_hidden_layers = len(kept)
     if kinds := getattr(config, "layer_types", None):
         config.layer_types = [kinds[number] for number in kept]
     auto_class = teacher._auto_class if isinstance(teacher, CausalLMModule) else "AutoModel"
-    backbone = getattr(transformers, auto_class).from_config(config, dtype=torch.get_default_dtype())
+    backbone = model_class(auto_class, config).from_config(config, dtype=torch.get_default_dtype())
     if auto_class != "AutoModel":
         backbone.generation_config = copy.deepcopy(whole.generation_config)
     remove_pooler(backbone)

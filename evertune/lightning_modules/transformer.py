@@ -379,9 +379,9 @@ class TransformerModule(LightningModule):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the module to a folder of safetensors and JSON, without executable content. Call on every rank.
 
-        The folder contains the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it), the
-        tokenizer, ``head.safetensors`` with all other weights (the head and the adapters), and ``evertune.json`` with
-        the settings and the SHA-256 of every file.
+        The folder contains the transformer in transformers' own layout (``AutoModel.from_pretrained`` reads it, unless
+        attention heads were removed from it), the tokenizer, ``head.safetensors`` with all other weights (the head and
+        the adapters), and ``evertune.json`` with the settings and the SHA-256 of every file.
 
         Raises:
             RuntimeError: Before the weights are loaded.

@@ -13,7 +13,7 @@ from evertune.callbacks.teacher_distillation import TeacherDistillation
 from evertune.gate.verdict import Check, Verdict
 from evertune.lightning_modules.backbone import encoder_layers
 from evertune.lightning_modules.causal_lm import CausalLMModule
-from evertune.lightning_modules.pruning import prune_feed_forward
+from evertune.lightning_modules.pruning import prune
 from evertune.lightning_modules.students import student_of
 from evertune.live.judging import judge
 from evertune.live.outcome import Outcome
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _STAGING = "student"
 _TOP_K = 64  # words whose logits are stored for each token of a language model
-_EXAMPLES, _BATCH = 256, 16  # by which the neurons to remove are chosen
+_EXAMPLES, _BATCH = 256, 16  # by which the neurons and heads to remove are chosen
 
 
 class _Relearned(Records):
@@ -165,9 +165,9 @@ def _learner(trainer: ContinualTrainer, teacher: Any, student: StudentSettings) 
 
 def _smaller(setup: Setup, teacher: Any, student: StudentSettings, rows: Sequence[Row]) -> Any:
     """The student before it is trained."""
-    if not student.prune:
+    if not (student.prune or student.prune_heads):
         return student_of(teacher, student.layers)
-    # The neurons are chosen while all layers are there: without some of them, the loss says little.
+    # They are chosen while all layers are there: without some of them, the loss says little.
     whole = setup.placed(student_of(teacher))
     records: Any = [row["record"] for row in sorted(rows, key=draw)[:_EXAMPLES]]
     text = setup.schema.text
@@ -175,14 +175,15 @@ def _smaller(setup: Setup, teacher: Any, student: StudentSettings, rows: Sequenc
     examples: Any = whole.task.dataset(records, whole.tokenizer, **columns)
     places = [range(start, min(start + _BATCH, len(examples))) for start in range(0, len(examples), _BATCH)]
     batches = (batch_of(whole.task, whole, [examples[place] for place in some]) for some in places)
-    prune_feed_forward(whole, student.prune, batches)
+    prune(whole, batches, neurons=student.prune, heads=student.prune_heads)
     return whole if student.layers is None else student_of(whole, student.layers)
 
 
 def _words(teacher: Any, student: StudentSettings) -> str:
     n_layers = len(encoder_layers(teacher.backbone)[1])
-    layers = f"{student.layers or 'all'} of its {n_layers} layers"
-    return f"{layers}, without {student.prune:.0%} of their feed-forward neurons" if student.prune else layers
+    removed = [("feed-forward neurons", student.prune), ("attention heads", student.prune_heads)]
+    without = " and ".join(f"{share:.0%} of their {name}" for name, share in removed if share)
+    return f"{student.layers or 'all'} of its {n_layers} layers{f', without {without}' if without else ''}"
 
 
 def _plan(own: Setup, setup: Setup, teacher: Version, served: Version | None, words: str) -> Plan:

@@ -59,7 +59,8 @@ class StudentSettings:
     Args:
         layers: Number of its layers, fewer than those of production. Default: None, as many.
         prune: Share of the neurons that are removed from each feed-forward layer, from 0 to below 1, those first that
-            matter least for the loss (:func:`~evertune.lightning_modules.pruning.prune_feed_forward`). Default: 0.
+            matter least for the loss (:func:`~evertune.lightning_modules.pruning.prune`). Default: 0.
+        prune_heads: Share of the attention heads that are removed from each layer, in the same way. Default: 0.
         strength: Factor of the loss on production's logits, beside that on the labels. Default: 1.
         temperature: Divisor of the logits; above 1, small probabilities count for more. Default: 2.
         epochs: Epochs of its training. Default: None, those of the trainer; a student needs more than an update.
@@ -74,6 +75,7 @@ class StudentSettings:
 
     layers: int | None = None
     prune: float = 0.0
+    prune_heads: float = 0.0
     strength: float = 1.0
     temperature: float = 2.0
     epochs: int | None = None
@@ -81,10 +83,13 @@ class StudentSettings:
     registry: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layers is None and self.prune == 0:
-            raise ValueError("a student is smaller than its teacher: set layers, prune, or both")
-        if not 0 <= self.prune < 1:
-            raise ValueError(f"prune must be from 0 to below 1, got {self.prune}")
+        if self.layers is None and self.prune == self.prune_heads == 0:
+            raise ValueError(
+                "a student is smaller than its teacher: set layers, prune, prune_heads, or several of them"
+            )
+        for name in ("prune", "prune_heads"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
         for name in ("layers", "strength", "temperature", "epochs"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evertune.utils.heads import model_class
 from evertune.utils.typed_json import decode
 
 _PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
@@ -98,11 +99,9 @@ def load_model(name_or_path: str, *, auto_class: str = "AutoModel", **settings: 
         OSError: If there is no such model, or it has no safetensors.
         ValueError: If it asks for code that comes with it; see :func:`check_folder`.
     """
-    import transformers
-
     _check(name_or_path)
     config = settings.pop("config", None) or load_config(name_or_path)
-    return getattr(transformers, auto_class).from_pretrained(
+    return model_class(auto_class, config).from_pretrained(
         name_or_path, config=config, trust_remote_code=False, use_safetensors=True, **settings
     )
 

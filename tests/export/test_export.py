@@ -17,11 +17,13 @@ from evertune.export.graph import traced
 from evertune.export.kinds import input_names, kind
 from evertune.export.torch_program import check_program, write_program
 from evertune.lightning_modules import AnalyticClassificationModule, CausalLMModule, SequenceClassificationModule
+from evertune.lightning_modules.pruning import prune
 from evertune.live.slices import save_slice
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
 from tests.helpers.generation import records, tiny_llama
 from tests.helpers.lightning_modules import TEXTS, tiny_bert
+from tests.lightning_modules.test_pruning import with_heads
 from tests.tasks.table import ROWS, TaskRow
 
 WORDS = [text for texts in TEXTS.values() for text in texts]
@@ -60,6 +62,21 @@ def test_an_export_answers_like_its_module(module: Any, tmp_path: Path, format: 
     assert check.score == check.source_score
     assert check.largest_change < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_module_without_some_heads_is_exported_as_a_graph(tmp_path: Path) -> None:
+    needs_onnx()
+    made = with_heads(tmp_path / "bert", "bert")
+    prune(made, [], heads=0.5)
+    for format in ("torch_export", "onnx"):
+        exported = export(made, tmp_path / format, format=format, data=RECORDS)
+        assert close(exported.predict(WORDS), made.predict(WORDS))
+        assert close(ExportedModel.load(tmp_path / format, trusted=True).predict(WORDS[:2]), made.predict(WORDS[:2]))
+    small = export(made, tmp_path / "int8", quantize="int8", data=RECORDS, min_agreement=0, max_score_drop=1)
+    assert close(small.predict(WORDS), made.predict(WORDS), 0.1)
+    with pytest.raises(ValueError, match=r"knows a bert from which attention heads were removed: .*'onnx' or 'torch_e"):
+        export(made, tmp_path / "safetensors", format="safetensors", data=RECORDS)
+    assert not (tmp_path / "safetensors").exists()
 
 
 def made_of(row: TaskRow, folder: str) -> Any:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from evertune._lightning import pl
 from evertune.callbacks import EWC, Replay
 from evertune.lightning_modules import AnalyticClassificationModule, SequenceClassificationModule
+from evertune.lightning_modules.pruning import prune
 from evertune.streams import Experience, ExperienceDataModule
 from tests.helpers.distributed import run_ranks
 from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
@@ -37,10 +38,22 @@ def learn_two_experiences(folder, out, strategy, devices, head):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "head"), [("ddp", "linear"), ("evertune_deepspeed_stage_3", "cosine"), ("evertune_fsdp2", "linear")]
+    ("strategy", "head", "heads_removed"),
+    [
+        ("ddp", "linear", 0),
+        ("evertune_deepspeed_stage_3", "cosine", 0),
+        ("evertune_fsdp2", "linear", 0),
+        pytest.param("evertune_deepspeed_stage_3", "linear", 0.5, marks=pytest.mark.slow),
+        pytest.param("evertune_fsdp2", "linear", 0.5, marks=pytest.mark.slow),
+    ],
 )
-def test_two_ranks_learn_what_one_process_learns(tmp_path, strategy, head):
+def test_two_ranks_learn_what_one_process_learns(tmp_path, strategy, head, heads_removed):
     folder = tiny_bert(tmp_path / "model")
+    if heads_removed:
+        module = SequenceClassificationModule(folder, classes=["business", "sport"])
+        module.configure_model()
+        prune(module, [], heads=heads_removed)
+        module.save_pretrained(folder := str(tmp_path / "narrow"))
     one = learn_two_experiences(folder, str(tmp_path / "one"), "auto", 1, head)
     ranks = run_ranks(
         f"{__name__}:learn_two_experiences",

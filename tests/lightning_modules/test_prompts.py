@@ -18,6 +18,7 @@ from evertune.lightning_modules import (
     SequenceRegressionModule,
     TokenClassificationModule,
 )
+from evertune.lightning_modules.pruning import prune
 from tests.helpers.distributed import run_ranks
 from tests.helpers.generation import tiny_llama
 from tests.helpers.lightning_modules import TEXTS, loader, tiny_bert
@@ -257,6 +258,16 @@ def test_updates_that_cannot_allocate(model: str) -> None:
     endless = build(model, peft=ADALORA, schedule="constant", warmup_ratio=0.0)
     with pytest.raises(ValueError, match="peft: adalora needs to know how long fit lasts"):
         trainer(max_epochs=-1).fit(endless, loader(model, ["business", "sport"]))
+
+
+def test_a_prefix_has_as_many_heads_as_are_left(model: str, tmp_path: Path) -> None:
+    narrow = build(model)
+    prune(narrow, [], heads=0.5)
+    narrow.save_pretrained(tmp_path)
+    module = build(str(tmp_path), peft=PROMPTS[2], head_learning_rate=0.01)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer(max_epochs=1).fit(module, loader(model, ["business", "sport"]))
+    assert {name.partition(".")[0] for name in changed_in(module, before)} == {"prompt", "head"}
 
 
 def test_models_that_take_no_prompts(tmp_path: Path) -> None:

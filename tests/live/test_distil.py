@@ -102,12 +102,28 @@ def test_what_a_rollback_gave_up_is_not_learned(folder: Path) -> None:
 
 
 def test_a_student_can_be_narrower(folder: Path) -> None:
-    outcome = updater(folder).distil(StudentSettings(prune=0.25))
+    outcome = updater(folder).distil(StudentSettings(prune=0.25, prune_heads=0.5))
     assert outcome.status == "promoted", outcome.words
     found = Registry(folder / "registry").version(2).manifest
-    assert found.reason == "version 1 is distilled into all of its 2 layers, without 25% of their feed-forward neurons"
-    module = SequenceClassificationModule.from_pretrained(folder / "registry/versions/2/model")
-    assert (module.backbone.config.num_hidden_layers, module.backbone.config.intermediate_size) == (2, 48)
+    assert found.reason == (
+        "version 1 is distilled into all of its 2 layers, without 25% of their feed-forward neurons and 50% of their "
+        "attention heads"
+    )
+    assert sizes(folder) == (2, 48, 1)
+    feed(folder, "b", ["politics", "sport"], n=60)
+    assert updater(folder).run().status == "promoted"
+    assert Registry(folder / "registry").version(3).manifest.classes == ["business", "sport", "politics"]
+    assert sizes(folder) == (2, 48, 1)
+
+
+def sizes(folder: Path) -> tuple[int, int, int]:
+    """Numbers of layers, neurons and heads of the version that is served."""
+    with load(folder / "registry") as served:
+        layers = encoder_layers(served.module.backbone)[1]
+        attention = layers[0].attention.self
+        heads = attention.query.out_features // attention.attention_head_size
+        assert heads == served.module.backbone.config.num_attention_heads
+        return len(layers), layers[0].intermediate.dense.out_features, heads
 
 
 @pytest.mark.parametrize("name", ["question answering", "answers to prompts"])
@@ -145,8 +161,12 @@ def test_students_that_cannot_be_made_are_refused(folder: Path, tmp_path: Path) 
         updater(folder).distil(StudentSettings(layers=2))
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         StudentSettings(layers=1, temperature=0)
-    with pytest.raises(ValueError, match="a student is smaller than its teacher: set layers, prune, or both"):
+    with pytest.raises(ValueError, match="a student is smaller than its teacher: set layers, prune, prune_heads, or"):
         StudentSettings()
+    with pytest.raises(ValueError, match=r"prune_heads must be from 0 to below 1, got 1\.0"):
+        StudentSettings(prune_heads=1.0)
+    with pytest.raises(ValueError, match=r"heads=0\.9 removes 2 of the 2 heads of a layer"):
+        updater(folder).distil(StudentSettings(layers=1, prune_heads=0.9))
     feed(folder, "b", ["politics", "sport"], n=60)
     assert updater(folder).run(dry_run=True).status == "promoted"
     with pytest.raises(ValueError, match="update 2 is not finished: run `evertune update` first"):

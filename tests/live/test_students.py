@@ -148,6 +148,8 @@ def test_the_commands_know_the_students(
     assert "student ok: 0.0 million parameters; " in said and "students: no version yet" in said
     assert check(["--config", "live.yaml", "--student.layers", "2"]) == 1
     assert "FAILED: a student has at least one layer, and fewer than the 2 of its teacher" in capsys.readouterr().out
+    assert check(["--config", "live.yaml", "--student.prune_heads", "0.2"]) == 1
+    assert "FAILED: heads=0.2 removes 0 of the 2 heads of a layer" in capsys.readouterr().out
     assert distil(["--config", "live.yaml"]) == 0
     assert "student of version 1: version 1 of " in capsys.readouterr().out
     assert distil(["--config", "live.yaml", "--dry_run"]) == 1
