@@ -51,18 +51,7 @@ def prune(module: Any, batches: Iterable[Any], *, neurons: float = 0.0, heads: f
             raise ValueError(f"the share of {name} to remove must be from 0 to below 1, got {share}")
     config = module.backbone.config
     found = attentions(module.backbone)
-    if heads and not found:
-        raise ValueError(
-            f"attention heads are removed from {', '.join(KINDS)}, and not from a {config.model_type}: set neurons or "
-            "remove layers"
-        )
-    n_heads = n_groups(config)
-    n_kept = round(n_heads * (1 - heads))
-    if heads and not 0 < n_kept < n_heads:
-        raise ValueError(
-            f"heads={heads} removes {n_heads - n_kept} of the {n_heads} heads of a layer: it must remove one or more, "
-            "and leave one or more"
-        )
+    n_heads, n_kept = _numbers(config, heads) if heads else (0, 0)
     described = described_heads(config, n_kept) if heads else {}
     width = next((name for name in _WIDTHS if hasattr(config, name)), "")
     size = getattr(config, width, 0)
@@ -70,7 +59,7 @@ def prune(module: Any, batches: Iterable[Any], *, neurons: float = 0.0, heads: f
     layers: Iterable[nn.Module] = encoder_layers(module.backbone)[1] if neurons else []
     pairs = [_feed_forward(layer, size, of_attention) for layer in layers]
     units = [(second, size) for _, second in pairs] + ([(one.linear[-1], n_heads) for one in found] if heads else [])
-    importance = _importance(module, units, batches)
+    importance = _importance(module, units, batches) if units else {}
     for layer, (first, second) in zip(layers, pairs, strict=True):
         kept = _largest(importance[second], max(1, round(size * (1 - neurons))))
         names = {linear: name for name, linear in layer.named_modules()}
@@ -81,6 +70,23 @@ def prune(module: Any, batches: Iterable[Any], *, neurons: float = 0.0, heads: f
         for one in found:
             one.keep(_largest(importance[one.linear[-1]], n_kept), n_heads)
         config.update(described)
+
+
+def _numbers(config: Any, share: float) -> tuple[int, int]:
+    """The numbers of heads of a layer, and of those that are left; heads with the same keys and values are one."""
+    if config.model_type not in KINDS:
+        raise ValueError(
+            f"attention heads are removed from {', '.join(KINDS)}, and not from a {config.model_type}: remove neurons "
+            "or layers"
+        )
+    n = n_groups(config)
+    n_kept = round(n * (1 - share))
+    if not 0 < n_kept < n:
+        raise ValueError(
+            f"heads={share} removes {n - n_kept} of the {n} heads of a layer: it must remove one or more, and leave "
+            "one or more"
+        )
+    return n, n_kept
 
 
 def _feed_forward(layer: nn.Module, size: int, others: set[nn.Module]) -> tuple[nn.Linear, nn.Linear]:
