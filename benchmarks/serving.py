@@ -1,13 +1,16 @@
 """Requests per second and latency of ``evertune serve`` beside a bare loop around the same model, and what promotions,
 rollbacks and many requests do to it.
 
-    python benchmarks/serving.py [--quick] [--clients 32]
+    python benchmarks/serving.py [--quick] [--clients 32] [--precision bf16 | --export fp32 | --export int8]
 
 The bare loop is what one would write first: Starlette (which is what FastAPI runs on) whose endpoint calls
 ``module.predict([text])``. Both servers run as processes of their own on the same saved model, MiniLM, and are asked by
 the same clients, each of which sends its next request when it has an answer. They take turns, so that a busy machine
 slows both; the figures are medians over the rounds. Where others use the machine too, the processor time of a request
 says more than the clock. The memory is that of a small model, in which nothing hides what the server itself keeps.
+
+With ``--export``, what takes turns with the bare loop is the same model exported to ONNX, in fp32 or int8
+(``evertune serve --model``). Promotions and many requests are those of a registry then, too.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ WORDS = [
     *("declined", "verify", "identity", "phone", "change", "pin", "delivery", "arrive", "cancel", "order", "contact"),
 ]
 SWAPS = 20
+_SERVER = ("--server.port", "0", "--server.log", "json")
 BARS = {"speedup": 3.0, "dropped": 0, "memory growth": 0.05}
 
 
@@ -111,7 +115,21 @@ def running(arguments: list[str], log: Path) -> Iterator[Server]:
 
 def served(registry: str, precision: str = "32") -> list[str]:
     command = ["-m", "evertune", "serve", "--registry", registry, "--poll", "0.1", "--precision", precision]
-    return [*command, "--server.port", "0", "--server.log", "json"]
+    return [*command, *_SERVER]
+
+
+def exported(folder: Path, precision: str) -> list[str]:
+    """The command that serves an export of the saved model, which is checked on texts of the clients."""
+    from evertune.export import export
+    from evertune.lightning_modules import SequenceClassificationModule
+
+    draw = random.Random(-1)
+    module = SequenceClassificationModule.from_pretrained(folder / "saved")
+    texts = [{"text": text_of(draw)} for _ in range(100)]
+    quantize: Any = None if precision == "fp32" else precision
+    # The head is random, so that many texts have two classes that are equally probable.
+    export(module, folder / "export", quantize=quantize, data=texts, min_agreement=0.5)
+    return ["-m", "evertune", "serve", "--model", str(folder / "export"), *_SERVER]
 
 
 def registry_of(folder: Path, model: str) -> Any:
@@ -171,13 +189,17 @@ class Load:
         return quantiles(self.seconds, n=100)[98]
 
 
+def text_of(draw: random.Random) -> str:
+    """A text of 6 to 18 words."""
+    return " ".join(draw.choices(WORDS, k=draw.randint(6, 18)))
+
+
 async def ask(port: int, load: Load, done: asyncio.Event, most: int | None = None, seed: int = 0) -> None:
     """A client: one connection, one request at a time, each with another text."""
     draw = random.Random(seed)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while not done.is_set() and (most is None or len(load.seconds) < most):
-        text = " ".join(draw.choices(WORDS, k=draw.randint(6, 18)))
-        body = json.dumps({"text": text}).encode()
+        body = json.dumps({"text": text_of(draw)}).encode()
         head = "POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         start = time.perf_counter()
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -236,6 +258,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of both")
+    parser.add_argument("--export", choices=["fp32", "int8"], help="serve an export to ONNX beside the bare loop")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare is not None:
@@ -247,8 +270,9 @@ def main() -> None:
         registry = registry_of(folder, options.model)
         ours, others = [], []
         command = [str(Path(__file__)), "--bare", str(folder / "saved"), "--precision", options.precision]
+        serve = served(registry.store.root, options.precision)
         with (
-            running(served(registry.store.root, options.precision), folder / "ours.log") as mine,
+            running(exported(folder, options.export) if options.export else serve, folder / "ours.log") as mine,
             running(command, folder / "bare.log") as other,
         ):
             for _ in range(rounds):
@@ -256,7 +280,8 @@ def main() -> None:
                 ours.append(asyncio.run(loaded(mine, options.clients, seconds)))
             one = asyncio.run(loaded(mine, 1, seconds))
             bare_one = asyncio.run(loaded(other, 1, seconds))
-            swaps = asyncio.run(swapped(mine, options.clients, registry))
+        with running(serve, folder / "swapped.log") as server:
+            swaps = asyncio.run(swapped(server, options.clients, registry))
         (folder / "small").mkdir()
         small = registry_of(folder / "small", small_bert(folder / "bert"))
         with running(served(small.store.root), folder / "small.log") as server:
@@ -265,17 +290,11 @@ def main() -> None:
             many = asyncio.run(loaded(server, options.clients, most=requests))
             after = server.memory
 
-    def line(what: str, loads: list[Load]) -> tuple[float, float]:
-        rate, p99 = median(load.rate for load in loads), median(load.p99 for load in loads)
-        p50 = median(median(load.seconds) for load in loads)
-        print(f"{what:<28}{rate:>12.0f}{1000 * p50:>10.1f}{1000 * p99:>10.1f}")
-        return rate, p99
-
     print(f"{'':<28}{'requests/s':>12}{'p50 ms':>10}{'p99 ms':>10}")
-    rate, p99 = line(f"serve, {options.clients} clients", ours)
-    bare_rate, bare_p99 = line(f"bare loop, {options.clients} clients", others)
-    single, _ = line("serve, 1 client", [one])
-    bare_single, _ = line("bare loop, 1 client", [bare_one])
+    rate, p99 = _line(f"serve, {options.clients} clients", ours)
+    bare_rate, bare_p99 = _line(f"bare loop, {options.clients} clients", others)
+    single, _ = _line("serve, 1 client", [one])
+    bare_single, _ = _line("bare loop, 1 client", [bare_one])
     dropped = len(swaps.dropped) + len(many.dropped) + sum(len(load.dropped) for load in [*ours, one])
     growth = after / before - 1
     spent, bare_spent = (
@@ -307,9 +326,18 @@ def main() -> None:
         name: {"value": round(value, 3), "limit": BARS[name], "ok": bool(_holds(name, value))}
         for name, value in values.items()
     }
-    size = f"{options.clients} clients, {rounds} rounds of {seconds:g} s, {requests} requests, {options.precision}"
+    size = f"{options.clients} clients, {rounds} rounds of {seconds:g} s, {requests} requests, "
+    size += f"export {options.export}" if options.export else options.precision
     rounded = {name: round(value, 4) for name, value in results.items()}
     print(json.dumps({"benchmark": "serving", "size": size, "results": rounded, "bars": bars}))
+
+
+def _line(what: str, loads: list[Load]) -> tuple[float, float]:
+    """Print and return the rate and the 99th percentile of the latency."""
+    rate, p99 = median(load.rate for load in loads), median(load.p99 for load in loads)
+    p50 = median(median(load.seconds) for load in loads)
+    print(f"{what:<28}{rate:>12.0f}{1000 * p50:>10.1f}{1000 * p99:>10.1f}")
+    return rate, p99
 
 
 def _holds(name: str, value: float) -> bool:

@@ -199,21 +199,30 @@ def _settle(request: _Request, outcome: Predicted | Exception) -> None:
         request.answered.set_result(outcome)
 
 
-def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Positions of texts in groups of similar length, shortest first, so that a long text pads no short ones.
+def by_length(lengths: Sequence[int], most: int, start: int) -> list[list[int]]:
+    """Positions of texts in groups of similar length, shortest first, each of which is one forward pass.
+
+    Shorter texts are padded to the longest one of their group, which costs as much as if they were as long. A group
+    ends where that padding would cost more than another forward pass.
 
     Args:
         lengths: Length of each text in characters.
         most: Most texts of a group.
+        start: What a forward pass costs however short its texts are, as the characters that take equally long.
 
     Example:
-        >>> by_length([300, 20, 30, 290], most=32)
+        >>> by_length([300, 20, 30, 290], most=32, start=100)
         [[1, 2], [3, 0]]
     """
     groups: list[list[int]] = []
+    padding = 0
     for position in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and len(groups[-1]) < most and lengths[position] <= 2 * lengths[groups[-1][0]] + 64:
-            groups[-1].append(position)
-        else:
-            groups.append([position])
+        if groups:
+            group = groups[-1]
+            padding += len(group) * (lengths[position] - lengths[group[-1]])
+            if len(group) < most and padding <= start:
+                group.append(position)
+                continue
+        groups.append([position])
+        padding = 0
     return groups

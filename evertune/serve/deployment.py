@@ -135,7 +135,7 @@ class Deployment:
         answering = self._served.answering
         lengths = [length_of(text) for text in texts]
         answers: list[Any] = [None] * len(texts)
-        for places in by_length(lengths, self.batcher.settings.max_batch):
+        for places in by_length(lengths, self.batcher.settings.max_batch, _start_of_pass(answering.module)):
             found = answering.predict([texts[place] for place in places])
             for place, one in zip(places, found, strict=True):
                 answers[place] = one
@@ -180,6 +180,15 @@ class Deployment:
 
     def _swapped(self, version: Version) -> None:
         self._metrics.version(self.role, version.number, swapped=True)
+
+
+def _start_of_pass(module: Any) -> int:
+    """What a forward pass costs however short its texts are, as the characters that take equally long.
+
+    Measured on MiniLM: about 35 tokens on a processor core. A GPU waits for its next operation, not for a padded token.
+    """
+    device = getattr(module, "device", None)  # an export has none: it is for processors
+    return 160 if device is None or device.type == "cpu" else 16_000
 
 
 class NotReadyError(RuntimeError):

@@ -28,13 +28,15 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         [True, False]
     """
     modes = [(part, part.training) for part in nn.Module.modules(module)]
-    module.eval()
+    if any(training for _, training in modes):  # to set a mode takes time, and a module that only predicts has it
+        module.eval()
     try:
         with isolate_rng(), torch.no_grad(), root_gathered(module):
             yield
     finally:
         for part, training in modes:
-            part.training = training
+            if part.training != training:
+                part.training = training
 
 
 @contextmanager

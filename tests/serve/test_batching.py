@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from evertune.serve.batching import Batcher, OverloadedError, Predicted
+from evertune.serve.batching import Batcher, OverloadedError, Predicted, by_length
 from evertune.serve.settings import BatchSettings
 
 
@@ -143,3 +145,18 @@ def test_who_has_gone_is_not_computed() -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BatchSettings(**settings)
+
+
+@pytest.mark.parametrize("start", [0, 160, 16_000])
+def test_no_group_is_padded_by_more_than_a_forward_pass_costs(start: int) -> None:
+    draw = random.Random(0)
+    lengths = [draw.choice([20, 40, 90, 300, 2_000]) + draw.randrange(50) for _ in range(100)]
+    groups = by_length(lengths, 32, start)
+    assert sorted(place for group in groups for place in group) == list(range(100))
+    for group in groups:
+        longest = lengths[group[-1]]
+        assert sum(longest - lengths[place] for place in group) <= start
+        assert 1 <= len(group) <= 32
+    for group, after in itertools.pairwise(groups):  # and no two could have been one
+        both = [*group, after[0]]
+        assert len(group) == 32 or sum(lengths[after[0]] - lengths[place] for place in both) > start
