@@ -91,6 +91,7 @@ def _parser() -> LightningArgumentParser:
         DriftSettings,
         LimitSettings,
         LogSettings,
+        OnnxSettings,
         ServerSettings,
         TrafficSettings,
     )
@@ -117,6 +118,7 @@ def _parser() -> LightningArgumentParser:
     parser.add_class_arguments(ServerSettings, "server")
     parser.add_class_arguments(AccessSettings, "access")
     parser.add_class_arguments(BatchSettings, "batching")
+    parser.add_class_arguments(OnnxSettings, "onnx")
     parser.add_class_arguments(LimitSettings, "limits")
     parser.add_class_arguments(TrafficSettings, "traffic")
     parser.add_class_arguments(DriftSettings, "drift")
@@ -147,6 +149,7 @@ def _service(made: Namespace | Any) -> Service:
         wait=made.wait,
         device=made.device,
         precision=made.precision,
+        onnx=made.onnx,
     )
 
 

@@ -46,6 +46,7 @@ def load(
     device: str | torch.device | None = None,
     precision: Precision = "32",
     on_change: Callable[[Version], None] | None = None,
+    make: Callable[[Version], Any] | None = None,
 ) -> Served:
     """Load the version behind an alias, verified and ready to ``predict``.
 
@@ -64,6 +65,8 @@ def load(
         precision: ``32`` (default), in which versions are judged, or ``bf16``, which is faster where the processor
             computes in it (a GPU, a CPU with AMX) and changes probabilities in the third digit.
         on_change: Called with the new version after each swap.
+        make: Function that returns the module that answers for a version, such as one with the weights of an export.
+            Default: the module that the version holds.
 
     Raises:
         RegistryError: If the registry or the version does not exist, or the version is damaged.
@@ -84,7 +87,15 @@ def load(
     if follow is not None and _is_number(alias):
         raise ValueError(f"version {alias} never changes, so there is nothing to follow: pass an alias, or follow=None")
     registry = registry if isinstance(registry, Registry) else Registry(registry)
-    served = Served(registry, alias, module_class=module_class, device=device, precision=precision, on_change=on_change)
+    served = Served(
+        registry,
+        alias,
+        module_class=module_class,
+        device=device,
+        precision=precision,
+        on_change=on_change,
+        make=make,
+    )
     if follow is not None:
         served.follow(follow)
     return served
@@ -125,6 +136,7 @@ class Served:
         device: str | torch.device | None = None,
         precision: Precision = "32",
         on_change: Callable[[Version], None] | None = None,
+        make: Callable[[Version], Any] | None = None,
     ) -> None:
         self.problem: str | None = None
         self._registry = registry
@@ -133,6 +145,7 @@ class Served:
         self._device = device
         self._precision = precision
         self._on_change = on_change
+        self._make = make
         self._loading = threading.Lock()
         self._failed: int | None = None
         self._warned: tuple[int | None, type[Exception]] | None = None
@@ -247,6 +260,8 @@ class Served:
 
     def _open(self, number: int) -> Answering:
         version = self._registry.version(number)
+        if self._make is not None:
+            return Answering(version, self._make(version))
         folder = version.verified_folder(MODEL)
         module: Any = (self._module_class or _own_class(version)).from_pretrained(folder / MODEL)
         return Answering(version, _ready(module, self._device, self._precision))

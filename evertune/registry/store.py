@@ -85,7 +85,7 @@ class Store:
         if self.is_local:
             self._files = _Folder(Path(address).expanduser().absolute())
         else:
-            self._files = _Bucket(address, Path(cache) if cache is not None else _default_cache())
+            self._files = _Bucket(address, Path(cache) if cache is not None else cache_folder())
         self.root = self._files.root
 
     def __repr__(self) -> str:
@@ -546,7 +546,8 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """Where copies of remote files and exports are kept: ``$EVERTUNE_CACHE``, or a folder of the user's cache."""
     named = os.environ.get("EVERTUNE_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "evertune"
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from evertune.serve.settings import DriftSettings as DriftSettings
     from evertune.serve.settings import LimitSettings as LimitSettings
     from evertune.serve.settings import LogSettings as LogSettings
+    from evertune.serve.settings import OnnxSettings as OnnxSettings
     from evertune.serve.settings import TrafficSettings as TrafficSettings
 
 __all__, __getattr__, __dir__ = face(
@@ -24,6 +25,6 @@ __all__, __getattr__, __dir__ = face(
         "evertune.serve.log": "RequestLog",
         "evertune.serve.service": "Service",
         "evertune.serve.settings": "AccessSettings BatchSettings DriftSettings "
-        "LimitSettings LogSettings TrafficSettings",
+        "LimitSettings LogSettings OnnxSettings TrafficSettings",
     },
 )

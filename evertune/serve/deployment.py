@@ -15,9 +15,10 @@ from evertune.registry.serving import Answering, Precision, Predictor, Served, l
 from evertune.registry.version import Version
 from evertune.serve.batching import Batcher, Predicted, by_length
 from evertune.serve.exported import ServedExport
+from evertune.serve.exports import Exports
 from evertune.serve.messages import length_of
 from evertune.serve.metrics import ServeMetrics
-from evertune.serve.settings import BatchSettings
+from evertune.serve.settings import BatchSettings, OnnxSettings
 from evertune.tasks.base import task_of
 from evertune.tasks.predicting import are_probabilities
 
@@ -38,6 +39,7 @@ class Deployment:
         module_class: Class of a module that is not a built-in one.
         device: Device of the module; None for the GPU if there is one.
         precision: ``32`` or ``bf16``, see :func:`evertune.load`.
+        onnx: Whether the versions of a registry answer as exports to ONNX.
     """
 
     def __init__(
@@ -53,10 +55,14 @@ class Deployment:
         module_class: type[Predictor] | None = None,
         device: str | None = None,
         precision: Precision = "32",
+        onnx: OnnxSettings | None = None,
     ) -> None:
         self.role, self.alias = role, alias
         self._registry, self._metrics, self._poll, self._wait = registry, metrics, poll, wait
         self._module_class, self._device, self._precision = module_class, device, precision
+        self._exports: Exports | None = None
+        if onnx is not None and onnx.precision is not None and isinstance(registry, Registry):
+            self._exports = Exports(onnx, str(registry.store.root))
         self._served: Served | ServedExport | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._reason = "the version is being loaded"
@@ -82,14 +88,14 @@ class Deployment:
 
     @property
     def answering(self) -> Answering | None:
-        """The version of a registry that answers now, with its module; None for an export.
+        """The version of a registry that answers now, with its module; None where an export answers.
 
         Raises:
             NotReadyError: If no version is loaded yet.
         """
         if self._served is None:
             raise NotReadyError(f"{self.role} is not ready: {self._reason}")
-        return None if isinstance(self._served, ServedExport) else self._served.answering
+        return None if isinstance(self._served, ServedExport) or self._exports else self._served.answering
 
     async def start(self) -> None:
         """Load the version, follow its alias, and begin to answer.
@@ -115,6 +121,8 @@ class Deployment:
             with suppress(asyncio.CancelledError):
                 await self._waiting
         await self.batcher.close()
+        if self._exports is not None:
+            self._exports.close()
         if self._served is not None:
             await asyncio.to_thread(self._served.close)
 
@@ -153,6 +161,7 @@ class Deployment:
             device=self._device,
             precision=self._precision,
             on_change=self._swapped,
+            make=None if self._exports is None else self._exports.module,
         )
 
     def _load(self) -> None:

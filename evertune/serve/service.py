@@ -19,7 +19,7 @@ from evertune.serve.explaining import Explanations
 from evertune.serve.log import RequestLog, share_of
 from evertune.serve.messages import Answer, Explain, Feedback, Many, One, Record, TaskAnswer, answer
 from evertune.serve.metrics import ServeMetrics
-from evertune.serve.settings import BatchSettings, DriftSettings, LimitSettings, TrafficSettings
+from evertune.serve.settings import BatchSettings, DriftSettings, LimitSettings, OnnxSettings, TrafficSettings
 
 STUCK = 10
 """Timeouts of a request after which a batch that has not ended means that the process must be restarted."""
@@ -44,10 +44,11 @@ class Service:
         module_class: Class of a module that is not a built-in one.
         device: Device of the module; None (default) for the GPU if there is one.
         precision: ``32`` (default) or ``bf16``, see :func:`evertune.load`.
+        onnx: Whether versions answer as exports to ONNX. Default: they answer as they are.
 
     Raises:
         ValueError: If a setting is out of range, or not one of ``registry`` and ``model`` is given, or a setting of
-            versions together with ``model``.
+            versions together with ``model``, or one of torch together with ``onnx``.
         ModuleNotFoundError: If the extra ``serve`` is not installed.
     """
 
@@ -67,14 +68,19 @@ class Service:
         module_class: type[Predictor] | None = None,
         device: str | None = None,
         precision: Precision = "32",
+        onnx: OnnxSettings | None = None,
     ) -> None:
         if poll <= 0:
             raise ValueError(f"poll must be a positive number of seconds, got {poll}")
         traffic = traffic or TrafficSettings()
+        as_onnx = onnx is not None and onnx.precision is not None
+        of_torch = {"precision": precision != "32", "device": device not in (None, "cpu"), "module_class": module_class}
+        if as_onnx and (wrong := next((name for name, value in of_torch.items() if value), None)):
+            raise ValueError(f"{wrong} is a setting of torch, and ONNX Runtime answers (onnx.precision): leave one out")
         place: Registry | Path
         if model is not None:
             of_versions = {"registry": registry, "canary": traffic.canary, "shadow": traffic.shadow, "wait": wait}
-            of_versions |= {"device": device not in (None, "cpu"), "precision": precision != "32"}
+            of_versions |= of_torch | {"onnx.precision": as_onnx}
             if wrong := next((name for name, value in of_versions.items() if value), None):
                 raise ValueError(f"{wrong} is a setting of versions, and an export answers (model={str(model)!r})")
             place, alias = Path(model), Path(model).name
@@ -97,6 +103,7 @@ class Service:
             module_class=module_class,
             device=device,
             precision=precision,
+            onnx=onnx,
         )
         self.production = deployed("production", alias=alias, wait=wait)
         canary, shadow = self._traffic.canary, self._traffic.shadow

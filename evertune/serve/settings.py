@@ -33,6 +33,32 @@ class BatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnnxSettings:
+    """Whether versions answer as exports to ONNX, which ONNX Runtime computes faster than torch on a processor.
+
+    Each version is exported when the alias moves to it, and compared with itself on the records that the registry holds
+    out; until then, the version before answers. An export that answers otherwise (on more than 5 % of the records, or
+    half a point worse) never takes over, nor does that of a version that cannot be exported.
+
+    Args:
+        precision: ``fp32``, ``int8`` (8-bit weights and matrix products) or ``int4`` (4-bit weights). Default: versions
+            answer as they are, in torch.
+        folder: Folder of the exports, which servers of one machine may share. Default: ``exports`` in
+            ``$EVERTUNE_CACHE``, or in ``evertune`` in the user's cache.
+
+    Raises:
+        ValueError: If ``folder`` is given without ``precision``.
+    """
+
+    precision: Literal["fp32", "int8", "int4"] | None = None
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and self.precision is None:
+            raise ValueError("folder is that of the exports: give precision, too, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitSettings:
     """What a single request may cost.
 
