@@ -57,7 +57,7 @@ class Exports:
             RegistryError: If the version is damaged or cannot be exported, or its export answers otherwise.
         """
         version.verified_folder(MODEL)
-        # By its files: a registry that was deleted and made anew counts from 1 again.
+        # By its files: a registry that was deleted and made again counts from 1.
         files = hashlib.sha256(json.dumps(version.manifest.files, sort_keys=True).encode()).hexdigest()
         folder = self._folder / f"{version.number}-{self._precision}-{files[:16]}"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -79,7 +79,12 @@ class Service:
             raise ValueError(f"{wrong} is a setting of torch, and ONNX Runtime answers (onnx.precision): leave one out")
         place: Registry | Path
         if model is not None:
-            of_versions = {"registry": registry, "canary": traffic.canary, "shadow": traffic.shadow, "wait": wait}
+            of_versions: dict[str, Any] = {
+                "registry": registry,
+                "canary": traffic.canary,
+                "shadow": traffic.shadow,
+                "wait": wait,
+            }
             of_versions |= of_torch | {"onnx.precision": as_onnx}
             if wrong := next((name for name, value in of_versions.items() if value), None):
                 raise ValueError(f"{wrong} is a setting of versions, and an export answers (model={str(model)!r})")
