@@ -257,7 +257,7 @@ def _live_yaml(known: argparse.Namespace, rows: list[dict[str, Any]], roles: Rol
 
 
 def _imprinting(model: dict[str, Any]) -> list[str]:
-    if model["init_args"].get("head") != "cosine":
+    if model["init_args"].get("head") != "cosine" or model["init_args"].get("multi_label"):
         return []
     why = "# From this many records on, a class that production does not know is named before an update trains it."
     return [why, _section("update", {"imprint_after": 10})]

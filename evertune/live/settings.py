@@ -23,7 +23,7 @@ class UpdateSettings:
         seed: Seed of everything random; the number of the version is added to it.
         imprint_after: Number of pending records of a class that production does not know after which it is taught to
             name it, without training, until the next update trains on them. Needs a cosine head. Default: None, only
-            by training.
+            by training. Refused for ``multi_label``, where a mean does not tell whether a class applies.
         untrained: Whether to measure what no training would give: one forward pass of the pretrained encoder over the
             new records and 500 held-out ones. Default: True.
 

@@ -151,6 +151,11 @@ class Updater:
                 f"imprint_after={self.settings.imprint_after} sets rows of a cosine head, which {type(model).__name__} "
                 "does not have here: pass head='cosine' to a SequenceClassificationModule, or leave imprint_after out"
             )
+        if self.settings.imprint_after is not None and getattr(model, "multi_label", False):
+            raise ValueError(
+                f"imprint_after={self.settings.imprint_after} names the class with the nearest mean; with multi_label, "
+                "each class is asked by itself whether it applies, which no mean tells: leave imprint_after out"
+            )
         self.students = None if student is None else self._students(student)
         _ = self._setup.base  # refused here, if it cannot be used, and not after hours of training
         self._backlog = Backlog(self.registry, self.journal, self._setup.staging, self._setup.config_digest)

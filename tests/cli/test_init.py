@@ -130,6 +130,19 @@ def test_numbers_are_learned_as_numbers(here: Path, bert: str, capsys: pytest.Ca
     assert (here / "evertune-run" / "report.html").is_file()
 
 
+def test_several_labels_of_a_text_are_learned_as_they_are(here: Path, bert: str) -> None:
+    (here / "inbox").mkdir()
+    rows = [
+        {"text": f"it broke after {i} days", "tags": ["broken", "late"][: 1 + i % 2], "nr": f"r-{i}"} for i in range(64)
+    ]
+    (here / "inbox" / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("update", "--init", "inbox", "--model", bert, "--memory_size", "12") == 0
+    config = yaml.safe_load((here / "live.yaml").read_text())
+    assert config["model"]["init_args"]["multi_label"] is True
+    assert "imprint_after" not in config.get("update", {})
+    assert run("update", "--config", "live.yaml", "--trigger.init_args.min_records", "20") in (0, 4)
+
+
 WORDS_AND_TAGS = [
     {"nr": f"r-{i}", "tokens": ["send", place, "a", "letter"], "ner": ["O", "B-PLACE", "O", "O"], "x": i % 2}
     for i, place in enumerate(["Cork", "Bergen", "Ghent"] * 16)

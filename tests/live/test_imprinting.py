@@ -162,6 +162,10 @@ def test_what_a_rollback_gave_up_is_not_imprinted(folder: Path) -> None:
     ("make", "words"),
     [
         (lambda folder: imprinting(folder, model={}), "which SequenceClassificationModule does not have here"),
+        (
+            lambda folder: imprinting(folder, model=COSINE | {"multi_label": True}),
+            "leave imprint_after out",
+        ),
         (lambda folder: UpdateSettings(imprint_after=0), "imprint_after must be positive or None, got 0"),
     ],
 )
