@@ -32,7 +32,12 @@ example:
 """
 _WIDTH = 120  # characters after which the text of a neighbour is cut
 _N_PARTS = 8
-METHODS = ("occlusion", "integrated_gradients")
+_UNITS = {  # of an effect, its factor and its digits
+    "occlusion": ("points", 100.0, 1),
+    "integrated_gradients": ("of the logit", 1.0, 2),
+    "attention_rollout": ("% of what is read", 100.0, 1),
+}
+METHODS = tuple(_UNITS)
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -99,14 +104,20 @@ def show(found: Explanation, screen: Console) -> None:
     screen.print(_coloured(found))
 
     strongest = sorted(found.parts, key=lambda part: -abs(part.effect))[:_N_PARTS]
-    unit, scale = ("points", 100.0) if found.method == "occlusion" else ("of the logit", 1.0)
-    effects = [[part.text, f"{scale * part.effect:+.{1 if scale > 1 else 2}f}"] for part in strongest]
+    unit, scale, digits = _UNITS[found.method]
+    effects = [[part.text, f"{scale * part.effect:+.{digits}f}"] for part in strongest]
     print_part(screen, "Words", ["word", unit], effects)
     print_part(
         screen,
         "Nearest examples of the memory",
         ["similarity", "label", "experience", "text"],
         [[f"{one.similarity:.2f}", one.label, one.experience, one.text[:_WIDTH]] for one in found.neighbours],
+    )
+    print_part(
+        screen,
+        f"Examples that pull most, for {found.label!r} or against it",
+        ["pull", "label", "experience", "text"],
+        [[f"{one.pull:+.3f}", one.label, one.experience, one.text[:_WIDTH]] for one in found.pulling],
     )
     for words in found.missing:
         screen.print(foreign(words), soft_wrap=True, style="yellow")

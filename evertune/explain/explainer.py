@@ -12,12 +12,13 @@ from evertune.explain.explanation import Explanation, Said
 from evertune.explain.gradients import integrated_gradients
 from evertune.explain.neighbours import Neighbour, Neighbours, memory_of
 from evertune.explain.occlusion import occlusion
+from evertune.explain.rollout import attention_rollout
 from evertune.registry.registry import Registry, RegistryError
 from evertune.registry.serving import load
 from evertune.registry.version import Version
 from evertune.tasks.predicting import are_probabilities
 
-Method = Literal["occlusion", "integrated_gradients"]
+Method = Literal["occlusion", "integrated_gradients", "attention_rollout"]
 METHODS: tuple[str, ...] = get_args(Method)
 _UNREADABLE = (RegistryError, OSError, ValueError, TypeError, LookupError, AttributeError)
 _TOP = 5  # classes whose probability is kept
@@ -64,31 +65,35 @@ class Explainer:
             parts = occlusion(self, text, explained)
         else:
             with self._alone():
-                parts = integrated_gradients(self.module, text, explained)
-        near, why_none = self._nearest(text, n_neighbours) if n_neighbours else ([], "")
+                parts = (
+                    attention_rollout(self.module, text)
+                    if method == "attention_rollout"
+                    else integrated_gradients(self.module, text, explained)
+                )
+        near, pulling, why_none = self._nearest(text, n_neighbours, explained) if n_neighbours else ([], [], "")
         top = dict(list(probabilities.items())[:_TOP])
         said = _said(self.version, probabilities, explained)
         missing = [f"nearest examples: {why_none}"] if why_none else []
-        return Explanation(text, number, explained, method, top, parts, near, [said], missing)
+        return Explanation(text, number, explained, method, top, parts, near, [said], missing, pulling)
 
-    def _nearest(self, text: str, n: int) -> tuple[list[Neighbour], str]:
-        """The nearest examples, or why there are none."""
+    def _nearest(self, text: str, n: int, label: str) -> tuple[list[Neighbour], list[Neighbour], str]:
+        """The nearest examples and those that pull most, or why there are none."""
         number = self.version.number
         if not hasattr(self.module, "features"):
-            return [], f"{type(self.module).__name__} has no features by which they could be found"
+            return [], [], f"{type(self.module).__name__} has no features by which they could be found"
         try:
             with self._alone():
                 if self._neighbours is None:
                     memory = memory_of(self.version)
                     if not memory:
-                        return [], f"version {number} has no replay memory"
+                        return [], [], f"version {number} has no replay memory"
                     self._neighbours = Neighbours(self.module, memory)
-                return self._neighbours.nearest(text, n), ""
+                return *self._neighbours.nearest(text, n, label), ""
         except _UNREADABLE:  # whose words may name folders, which are not for the clients of a server
-            return [], (
+            why = (
                 f"the replay memory of version {number} was deleted since it was loaded, is damaged, or holds examples "
-                "that are not tokens; `evertune registry verify` names what is damaged"
             )
+            return [], [], f"{why}that are not tokens; `evertune registry verify` names what is damaged"
 
     def predict(self, texts: list[str]) -> Any:
         """The answers of the module, while nobody else uses it."""
@@ -117,25 +122,27 @@ def explain(
 
     The effect of a word is what the probability loses when the word is hidden (occlusion: Zeiler & Fergus 2014, Li et
     al. 2016): one forward pass a word, for any model. By integrated gradients, it is the word's share of the logit
-    (:func:`~evertune.explain.gradients.integrated_gradients`). The neighbours are the examples of the memory with the
-    most similar features; that they are near does not prove that they were the cause. What is asked for and not there,
-    such as an earlier version or a memory, is named in ``missing`` with the reason.
+    (:func:`~evertune.explain.gradients.integrated_gradients`); by attention roll-out, its share of what the head reads,
+    whatever the class (:func:`~evertune.explain.rollout.attention_rollout`). The neighbours are the examples of the
+    memory with the most similar features; that they are near does not prove that they were the cause. Those that pull
+    would move the answer most in one more step of training (:class:`~evertune.explain.neighbours.Neighbour`). What is
+    asked for and not there, such as an earlier version or a memory, is named in ``missing`` with the reason.
 
     Args:
         registry: A registry, or its folder or URL.
         version: Number of the version, or an alias. Default: ``production``.
         text: The text.
         label: Class to explain. Default: the answer.
-        method: ``occlusion`` (default) or ``integrated_gradients``.
+        method: ``occlusion`` (default), ``integrated_gradients`` or ``attention_rollout``.
         against: Another version whose answer is given as well. Default: none.
         history: Whether to ask all versions up to this one, to find the update that changed the answer. Each is loaded
             in turn. Default: False.
-        n_neighbours: Number of nearest examples. Default: 5; 0 for none.
+        n_neighbours: Number of nearest examples, and of those that pull most. Default: 5; 0 for none.
         progress: Called with what is being done.
 
     Raises:
         RegistryError: If there is no such registry or version to explain, or its weights are damaged.
-        TypeError: If the version's module does not classify texts, or has no gradients at words.
+        TypeError: If the version's module does not classify texts, or has no gradients at words or no attention.
         ValueError: If the text is empty, the version does not know the label, or a setting is out of range.
 
     Example::

@@ -42,6 +42,7 @@ class Explanation:
         neighbours: The nearest examples of the version's memory; empty if it has none.
         history: The answers of other versions, in their order.
         missing: What was asked for and is not there, each with the reason: no memory, no earlier version.
+        pulling: The examples of the memory that pull the label's logit most, up or down.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Explanation:
     neighbours: list[Neighbour]
     history: list[Said]
     missing: list[str] = field(default_factory=list)
+    pulling: list[Neighbour] = field(default_factory=list)
 
     @property
     def flips(self) -> list[tuple[Said, Said]]:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evertune.explain.parts import Part, parts_of
-from evertune.tasks.texts import truncation_length
+from evertune.explain.parts import Part, by_part, tokens_of
 
 _STEPS = (32, 128, 512)
 _TOLERANCE = 0.01
@@ -41,23 +40,7 @@ def integrated_gradients(module: Any, text: str, label: str) -> list[Part]:
         for part in integrated_gradients(module, "Shares fell after the merger", "business"):
             print(part.text, part.effect)
     """
-    if not all(hasattr(module, name) for name in ("classes", "backbone")) or not module.tokenizer.is_fast:
-        raise TypeError(
-            f"{type(module).__name__} has no gradients at the words of a text: it needs classes, a transformer as "
-            "backbone, and a fast tokenizer; use occlusion"
-        )
-    length = truncation_length(None, module.tokenizer, module)
-    encoded = module.tokenizer(
-        text,
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    places = encoded.pop("offset_mapping")[0].tolist()
-    special = encoded.pop("special_tokens_mask")[0].bool()
-    batch = {name: value.to(module.device) for name, value in encoded.items()}
+    batch, places, special = tokens_of(module, text)
     tokenizer = module.tokenizer
     nothing = tokenizer.pad_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     table = module.backbone.get_input_embeddings()
@@ -72,7 +55,7 @@ def integrated_gradients(module: Any, text: str, label: str) -> list[Part]:
             break
     else:
         logger.warning("the effects of the words are exact to %.1f %% of the logit's change only", 100 * error)
-    return _by_part(text, places, shares.tolist())
+    return by_part(text, places, shares.tolist())
 
 
 def _integrated(
@@ -99,14 +82,3 @@ def _integrated(
     shares = ((end - start).double() * mean).sum(-1)
     change = torch.cat(logits)[-1] - torch.cat(logits)[-2]
     return shares, float((shares.sum() - change).abs() / change.abs().clamp(min=1e-3))
-
-
-def _by_part(text: str, places: list[list[int]], shares: list[float]) -> list[Part]:
-    """The shares of the tokens added up over the words that they are of."""
-    spans = parts_of(text)
-    effects = [0.0] * len(spans)
-    for (start, end), share in zip(places, shares, strict=True):
-        if end > start:  # not a special token, whose embedding does not change
-            word = next(number for number, span in enumerate(spans) if span[1] > start or number == len(spans) - 1)
-            effects[word] += share
-    return [Part(start, end, text[start:end], effect) for (start, end), effect in zip(spans, effects, strict=True)]

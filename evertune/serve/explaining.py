@@ -65,4 +65,6 @@ def cost_of(asked: Explain) -> int:
         >>> cost_of(Explain(text="a good day")), cost_of(Explain(text="a good day", method="integrated_gradients"))
         (4, 32)
     """
-    return 1 + len(parts_of(asked.text)) if asked.method == "occlusion" else 32
+    return {"occlusion": 1 + len(parts_of(asked.text)), "integrated_gradients": 32, "attention_rollout": 2}[
+        asked.method
+    ]

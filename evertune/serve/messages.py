@@ -137,6 +137,7 @@ class Explained(BaseModel):
     probabilities: dict[str, float] = Field(description="The probabilities of the most probable classes.")
     parts: list[Part] = Field(description="The words of the text, each with its effect.")
     neighbours: list[Neighbour] = Field(description="The nearest examples of the memory.")
+    pulling: list[Neighbour] = Field(description="The examples of the memory that pull the label most, up or down.")
     history: list[Said]
     flips: list[list[int]]
     missing: list[str] = Field(description="What is not there, each with the reason, such as a version without memory.")

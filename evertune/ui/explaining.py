@@ -19,6 +19,7 @@ _N_PARTS = 30
 _UNITS = {
     "occlusion": "The probability, minus that of the text without the word.",
     "integrated_gradients": "The word's share of the logit; together they are its change from a text without words.",
+    "attention_rollout": "How much of the word reaches the head by attention, whatever the label; all tokens make 1.",
 }
 
 

@@ -16,6 +16,7 @@ from evertune.explain import explain
 from evertune.explain.gradients import integrated_gradients
 from evertune.explain.occlusion import occlusion
 from evertune.explain.parts import MOST_PARTS
+from evertune.explain.rollout import attention_rollout
 from evertune.lightning_modules import SequenceClassificationModule
 from evertune.registry.manifest import Manifest
 from evertune.registry.registry import Registry
@@ -96,8 +97,31 @@ def test_an_example_of_the_memory_is_nearest_to_itself(registry: Registry) -> No
     assert memory is not None
     module = SequenceClassificationModule.from_pretrained(version.folder() / "model").eval()
     text = module.tokenizer.decode(memory[0]["input_ids"], skip_special_tokens=True)
-    first = Neighbours(module, memory).nearest(text, 1)[0]
+    [first], none = Neighbours(module, memory).nearest(text, 1)
     assert first.similarity == pytest.approx(1, abs=1e-4) and first.text == text
+    assert first.pull is None and none == []
+
+
+def test_the_pull_of_an_example_is_what_a_step_on_it_does(registry: Registry) -> None:
+    """A step of SGD on the head's row of the label, seen in the logit of the text."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    text = "the party vote"
+    found = explain(registry, 2, text=text, label="politics", n_neighbours=3)
+    pulls = [abs(one.pull or 0) for one in found.pulling]
+    assert len(pulls) == 3 and pulls == sorted(pulls, reverse=True) and pulls[0] > 0
+    assert all(abs(one.pull or 0) <= pulls[0] for one in found.neighbours)
+    module = SequenceClassificationModule.from_pretrained(registry.version(2).folder() / "model").eval()
+    number, rate = module.classes.index("politics"), 1e-3
+    for one in [*found.pulling, *found.neighbours]:
+        example = module(**module.tokenizer(one.text, return_tensors="pt"))
+        query = module(**module.tokenizer(text, return_tensors="pt"))
+        loss = cross_entropy(example.logits, torch.tensor([module.classes.index(one.label)]))
+        [gradient] = torch.autograd.grad(loss, module.head.weight)
+        moved = -rate * gradient[number] @ query.features[0]
+        length = example.features.norm() * query.features.norm()
+        assert (moved / (rate * length)).item() == pytest.approx(one.pull, abs=1e-4)
 
 
 @pytest.mark.parametrize("text", ["the party vote, a law", "goal", "the team " * 200])
@@ -120,6 +144,39 @@ def test_integrated_gradients_add_up_to_the_change_of_the_logit(registry: Regist
     shown = explain(registry, 2, text=text, label="politics", method="integrated_gradients", n_neighbours=0)
     assert shown.method == "integrated_gradients"
     assert [part.effect for part in shown.parts] == pytest.approx([part.effect for part in found], abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_attention_rollout_multiplies_the_attention_of_the_layers(pooling: Any, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    folder = tiny_bert(tmp_path / "bert")
+    module = SequenceClassificationModule(folder, classes=["a", "b"], pooling=pooling, attention="sdpa")
+    module.configure_model()
+    module.eval()
+    text = "the bank, the team"
+    found = attention_rollout(module, text)
+    assert module.backbone.config._attn_implementation == "sdpa"  # as before
+    eager = SequenceClassificationModule(folder, classes=["a", "b"], attention="eager")
+    eager.configure_model()
+    eager.backbone.load_state_dict(module.backbone.state_dict())
+    with torch.no_grad():
+        attentions = eager.eval().backbone(**module.tokenizer(text, return_tensors="pt"), output_attentions=True)
+    flow = np.eye(7)  # [CLS] the bank , the team [SEP]
+    for layer in attentions.attentions:
+        flow = (layer[0].double().numpy().mean(0) + np.eye(7)) / 2 @ flow
+    read = flow.mean(0) if pooling == "mean" else flow[0]
+    assert [part.text for part in found] == ["the", "bank,", "the", "team"]
+    assert [part.effect for part in found] == pytest.approx([read[1], read[2] + read[3], read[4], read[5]], abs=1e-6)
+
+
+def test_attention_rollout_of_a_version(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", registry.store.root, "2", "--text", "the party vote, a law", "--method", "attention_rollout"])
+    assert ended.value.code == 0
+    assert "% of what is read" in capsys.readouterr().out
 
 
 def test_the_update_that_changed_an_answer_is_named(registry: Registry, tmp_path: Path, capsys: Any) -> None:
