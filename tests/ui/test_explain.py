@@ -52,7 +52,7 @@ def test_what_cannot_be_explained_is_said_on_the_page(http: TestClient) -> None:
     for asked, problem in (
         ({"label": "film"}, "does not know the class 'film'; it knows"),
         ({"version": "9"}, "9"),
-        ({"method": "magic"}, "method must be one of occlusion, integrated_gradients, got 'magic'"),
+        ({"method": "magic"}, "method must be one of occlusion, integrated_gradients, attention_rollout, got 'magic'"),
         ({"text": "a" * 5_001}, "more than 5,000 characters"),
     ):
         shown = http.get("/explain", params={"text": "the team", **asked})
