@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from evertune.callbacks.l2sp import L2SP as L2SP
     from evertune.callbacks.logit_adjustment import LogitAdjustment as LogitAdjustment
     from evertune.callbacks.mas import MAS as MAS
+    from evertune.callbacks.mention_replacement import MentionReplacement as MentionReplacement
     from evertune.callbacks.merged_adapters import MergedAdapters as MergedAdapters
     from evertune.callbacks.mir import MIR as MIR
     from evertune.callbacks.orthogonal_lora import OrthogonalLoRA as OrthogonalLoRA
@@ -64,6 +65,7 @@ __all__, __getattr__, __dir__ = face(
         "evertune.callbacks.mas": "MAS",
         "evertune.callbacks.mir": "MIR",
         "evertune.callbacks.osft": "OSFT",
+        "evertune.callbacks.mention_replacement": "MentionReplacement",
         "evertune.callbacks.merged_adapters": "MergedAdapters",
         "evertune.callbacks.orthogonal_lora": "OrthogonalLoRA",
         "evertune.callbacks.rdrop": "RDrop",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evertune._lightning import rank_zero_warn
 from evertune.callbacks.training_data import TrainingData
+from evertune.lightning_modules.backbone import pool
 from evertune.lightning_modules.heads import LinearHead
 from evertune.lightning_modules.imbalance import (
     ClassWeights,
@@ -37,7 +38,7 @@ class TaggerOutput(NamedTuple):
 
     Args:
         logits: Logits [batch, tokens, tags], in the order of ``module.tags``.
-        features: Tokens [batch, tokens, features], the input of the head.
+        features: Tokens [batch, tokens, features], the input of the head; with ``text_features``, twice as many.
     """
 
     logits: Tensor
@@ -73,6 +74,9 @@ class TokenClassificationModule(NamedClassesModule):
         class_weights: Weights of the words of each type in the training loss: ``balanced``, with which all types and
             ``O`` count alike however often the batches of an update have them, new and replayed texts together; or a
             mapping of types (and ``O``) to positive numbers, 1 for the others. Default: None.
+        text_features: Whether the head reads, beside each token, the mean of the text's tokens (Liu et al. 2019, "GCDT:
+            A Global Context Enhanced Deep Transition Architecture for Sequence Labeling"): what a text is about says
+            which of similar types it may have, such as writers and scientists. Default: False.
         **settings: Those of :class:`TransformerModule`, such as ``learning_rate``. ``dropout`` is also the head's (by
             default 0.1).
 
@@ -100,6 +104,7 @@ class TokenClassificationModule(NamedClassesModule):
         loss: Loss = "cross_entropy",
         focal_gamma: float = 2.0,
         class_weights: ClassWeights | None = None,
+        text_features: bool = False,
         **settings: Any,
     ) -> None:
         check_imbalance(loss, focal_gamma, class_weights)
@@ -109,6 +114,7 @@ class TokenClassificationModule(NamedClassesModule):
         self.class_weights = class_weights
         self._weights = dict(class_weights) if isinstance(class_weights, Mapping) else {}  # in this fit
         self._counts: dict[str, Tensor] = {}
+        self.text_features = text_features
         self._start_classes(classes, n_classes_ahead)
 
     # --- the model
@@ -124,11 +130,15 @@ class TokenClassificationModule(NamedClassesModule):
     def configure_head(self) -> None:
         """Build the head: a row for ``O``, and two for each type."""
         self.head_dropout = nn.Dropout(HEAD_DROPOUT if self.dropout is None else self.dropout)
-        self.head = LinearHead(self.backbone.config.hidden_size, self.n_rows)
+        size = self.backbone.config.hidden_size
+        self.head = LinearHead(2 * size if self.text_features else size, self.n_rows)
 
     def forward(self, **inputs: Any) -> TaggerOutput:
         """Scores of the tags of each token: ``module(input_ids=..., attention_mask=...)``."""
         features = self.encode(**inputs).last_hidden_state
+        if self.text_features:
+            whole = pool(features, inputs.get("attention_mask"), "mean").unsqueeze(1)
+            features = torch.cat([features, whole.expand_as(features)], -1)
         logits = self.head(self.head_dropout(features))
         # Rows allocated ahead are cut off, so they neither take part in the softmax nor get gradients.
         return TaggerOutput(logits[..., : self._rows_of(len(self._classes))], features)

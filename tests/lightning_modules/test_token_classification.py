@@ -72,6 +72,27 @@ def test_new_types_append_rows_and_the_old_ones_stay(bert: str, tmp_path: Path) 
     assert len(ahead.head.weight) == 9 and ahead(**tokens).logits.shape == (1, 4, 3)
 
 
+def test_the_head_reads_the_mean_of_the_text_beside_each_token(bert: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = TokenClassificationModule(bert, classes=["ORG"], text_features=True, dropout=0.0)
+    module.configure_model()
+    module.add_classes(["TEAM"])
+    assert module.head.weight.shape == (5, 64)
+    module.eval()
+    texts = ["the bank of the team", "a goal"]
+    batch = module.tokenizer(texts, padding=True, return_tensors="pt")
+    found = module(**batch)
+    for row, text in enumerate(texts):  # alone, without padding
+        alone = module.tokenizer([text], return_tensors="pt")
+        hidden = module.backbone(**alone).last_hidden_state[0]
+        read = torch.cat([hidden, hidden.mean(0).expand_as(hidden)], 1)
+        torch.testing.assert_close(found.features[row, : len(read)], read)
+        torch.testing.assert_close(found.logits[row, : len(read)], module.head(read))
+    module.save_pretrained(tmp_path)
+    again = TokenClassificationModule.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(**batch).logits, found.logits)
+
+
 def test_only_the_first_piece_of_a_word_carries_its_tag(bert: str) -> None:
     module, task = TokenClassificationModule(bert, classes=["ORG"]), TokenClassificationTask()
     data: Any = task.dataset(
