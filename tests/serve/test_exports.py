@@ -24,7 +24,7 @@ from tests.helpers.serving import PATIENCE, Running, ask
 CLASSES = {1: ["business", "sport"], 2: ["film", "law"]}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module")
 def needs_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f'{name} is not installed (pip install "evertune[export]")')
@@ -57,6 +57,7 @@ def of_torch(registry: Registry, number: int, text: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_onnx")
 def test_a_promotion_is_followed_and_each_version_is_exported_once(registry: Registry, tmp_path: Path) -> None:
     folder = tmp_path / "exports"
     server = Running(registry.store.root, tmp_path, "--onnx.precision", "fp32", "--onnx.folder", str(folder))
@@ -87,12 +88,14 @@ def test_a_promotion_is_followed_and_each_version_is_exported_once(registry: Reg
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_onnx")
 def test_what_cannot_be_checked_or_answers_otherwise_never_answers(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"version 3 is not served: .*no held-out records"):
         Exports(OnnxSettings(precision="fp32", folder=str(tmp_path)), registry.store.root).module(registry.version(3))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.usefixtures("needs_onnx")
 def test_an_export_that_is_there_is_taken_and_old_ones_are_deleted(registry: Registry, tmp_path: Path) -> None:
     exports = Exports(OnnxSettings(precision="int8", folder=str(tmp_path)), registry.store.root)
     made = exports.module(registry.version(1))
