@@ -152,10 +152,10 @@ def preset(
 
     ``token_classification``, ``question_answering`` and ``causal_lm`` replay from a uniform memory, clip at 1.0, and
     choose epochs and precision as above. The first two have no dropout, frozen word embeddings, and 1e-3 for the head;
-    ``token_classification`` sees a small update 8 times, its head also reads the mean of the text's tokens, and entities
-    of replayed texts become others of their type (:class:`~evertune.callbacks.MentionReplacement`): together 2.1 points
-    of F1 on validation data. Distillation is left out there because it lost on such data (docs/results.md); the
-    settings of the other two are not tuned. They need a memory.
+    ``token_classification`` sees a small update 8 times, its head also reads the mean of the text's tokens, and
+    entities of replayed texts become others of their type (:class:`~evertune.callbacks.MentionReplacement`): together
+    2.1 points of F1 on validation data. Distillation is left out there because it lost on such data (docs/results.md);
+    the settings of the other two are not tuned. They need a memory.
 
     Without a memory, no text classifier is trained: an
     :class:`~evertune.lightning_modules.AnalyticClassificationModule` over the frozen encoder depends on no order of the

@@ -42,11 +42,9 @@ class Exports:
     def __init__(self, settings: OnnxSettings, registry: str) -> None:
         assert settings.precision is not None
         self._precision, self._registry = settings.precision, registry
-        self._folder = (
-            cache_folder() / "exports" / hashlib.sha256(registry.encode()).hexdigest()[:16]
-            if settings.folder is None
-            else Path(settings.folder)
-        )
+        # A folder of its own: old exports are deleted from it, and nothing of another registry or of somebody else.
+        exports = cache_folder() / "exports" if settings.folder is None else Path(settings.folder)
+        self.folder = exports / hashlib.sha256(registry.encode()).hexdigest()[:16]
         self._made: subprocess.Popen[str] | None = None
         self._closed = threading.Event()
 
@@ -59,9 +57,9 @@ class Exports:
         version.verified_folder(MODEL)
         # By its files: a registry that was deleted and made again counts from 1.
         files = hashlib.sha256(json.dumps(version.manifest.files, sort_keys=True).encode()).hexdigest()
-        folder = self._folder / f"{version.number}-{self._precision}-{files[:16]}"
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self._folder / ".lock").open("w") as file:
+        folder = self.folder / f"{version.number}-{self._precision}-{files[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not folder.is_dir():
                 self._make(version, folder)
@@ -98,6 +96,6 @@ class Exports:
         logger.info(words, extra={"event": "exported", "version": version.number})
 
     def _delete_old(self) -> None:
-        found = sorted(self._folder.glob(f"*-{self._precision}-*"), key=lambda path: path.stat().st_mtime)
+        found = sorted(self.folder.glob(f"*-{self._precision}-*"), key=lambda path: path.stat().st_mtime)
         for folder in found[:-KEPT]:
             delete(folder)

@@ -83,7 +83,7 @@ def test_a_promotion_is_followed_and_each_version_is_exported_once(registry: Reg
     expected = of_torch(registry, 1, "the bank share")
     assert answer["confidence"] == pytest.approx(expected[answer["label"]], abs=1e-4)
     assert "an export answers" in explained.json()["error"]
-    assert sorted(path.name.split("-")[0] for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
+    assert sorted(path.name.split("-")[0] for path in folder.glob("*/*") if path.is_dir()) == ["1", "2"]
     assert ended.stderr.count("was exported to ONNX in fp32") == 2, ended.stderr
 
 
@@ -92,7 +92,7 @@ def test_a_promotion_is_followed_and_each_version_is_exported_once(registry: Reg
 def test_what_cannot_be_checked_or_answers_otherwise_never_answers(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"version 3 is not served: .*no held-out records"):
         Exports(OnnxSettings(precision="fp32", folder=str(tmp_path)), registry.store.root).module(registry.version(3))
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in tmp_path.glob("*/*")] == [".lock"]
 
 
 @pytest.mark.usefixtures("needs_onnx")
@@ -100,15 +100,17 @@ def test_an_export_that_is_there_is_taken_and_old_ones_are_deleted(registry: Reg
     exports = Exports(OnnxSettings(precision="int8", folder=str(tmp_path)), registry.store.root)
     made = exports.module(registry.version(1))
     assert list(made.predict(["vote"])[0]) == list(of_torch(registry, 1, "vote"))
-    (kept,) = tmp_path.glob("1-int8-*")
+    (kept,) = exports.folder.glob("1-int8-*")
+    (tmp_path / "bert-int8-mine").mkdir()  # of somebody else
     written = (kept / "export.json").read_bytes()
     for number in range(5):  # of versions that were served since
-        other = tmp_path / f"{number + 2}-int8-older"
+        other = exports.folder / f"{number + 2}-int8-older"
         other.mkdir()
         os.utime(other, (number, number))
     exports.module(registry.version(1))
     assert (kept / "export.json").read_bytes() == written
-    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    names = sorted(path.name for path in exports.folder.iterdir() if path.is_dir())
+    assert (tmp_path / "bert-int8-mine").is_dir()
     assert names == [kept.name, "4-int8-older", "5-int8-older", "6-int8-older"]
     (kept / "model" / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(RegistryError, match=r"the export of version 1 is damaged: .*delete it"):
