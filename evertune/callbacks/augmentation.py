@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evertune._lightning import pl, replace_method, return_method
-from evertune.callbacks.base import ContinualCallback
+from evertune._lightning import pl
+from evertune.callbacks.batch_change import BatchChange
 from evertune.tasks.base import Change, task_of
 
 _KINDS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
@@ -20,7 +20,7 @@ _CHOICE, _DELETION, _SWAP, _PARTNER, _LENGTH, _START = range(6)
 """Numbers of the random sequences."""
 
 
-class Augmentation(ContinualCallback):
+class Augmentation(BatchChange):
     """Changes the texts of training batches at random: new, replayed and extra ones alike.
 
     - ``deletion`` and ``swap``: tokens are left out, or change places with one another (Wei & Zou 2019, "EDA: Easy Data
@@ -106,26 +106,7 @@ class Augmentation(ContinualCallback):
                 "unknown words or padding: set tokenizer.pad_token, or cutoff=0"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act after the hooks of all callbacks, so that they see the unchanged batch wherever they stand."""
-        strategy = trainer.strategy
-
-        def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-            self._change(trainer, batch)
-            type(strategy).on_train_batch_start(strategy, batch, batch_idx)
-
-        replace_method(strategy, "on_train_batch_start", on_train_batch_start)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop: what is read from here on is unchanged."""
-        return_method(trainer.strategy, "on_train_batch_start")
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop."""
-        return_method(trainer.strategy, "on_train_batch_start")
-
-    def _change(self, trainer: pl.Trainer, batch: Any) -> None:
+    def change(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Change the texts of a batch, in its place."""
         ids = batch.get("input_ids") if hasattr(batch, "get") else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or not isinstance(batch.get("attention_mask"), Tensor):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from evertune._lightning import pl, replace_method, return_method
+from evertune._lightning import pl
 from evertune.callbacks.adversarial_training import AdversarialTraining
 from evertune.callbacks.augmentation import Augmentation, Draws, SpecialTokens
-from evertune.callbacks.base import ContinualCallback
+from evertune.callbacks.batch_change import BatchChange
 from evertune.callbacks.replay.callback import Replay
 from evertune.callbacks.step_logits import LogitsMethod
 from evertune.callbacks.training_data import TrainingData
@@ -34,7 +34,7 @@ class Mention(NamedTuple):
     type: str
 
 
-class MentionReplacement(ContinualCallback):
+class MentionReplacement(BatchChange):
     """Replaces entities of replayed texts by others of the same type, which the memory has in this or another text.
 
     Dai & Adel 2020, "An Analysis of Simple Data Augmentation for Named Entity Recognition". A small memory is seen many
@@ -98,26 +98,7 @@ class MentionReplacement(ContinualCallback):
             )
         self._special, self._pool, self._generation = SpecialTokens.of(pl_module.tokenizer), {}, -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act after the hooks of all callbacks, so that they see the unchanged batch wherever they stand."""
-        strategy = trainer.strategy
-
-        def on_train_batch_start(batch: Any, batch_idx: int) -> None:
-            self._change(trainer, pl_module, batch)
-            type(strategy).on_train_batch_start(strategy, batch, batch_idx)
-
-        replace_method(strategy, "on_train_batch_start", on_train_batch_start)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop: what is read from here on is unchanged."""
-        return_method(trainer.strategy, "on_train_batch_start")
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop."""
-        return_method(trainer.strategy, "on_train_batch_start")
-
-    def _change(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+    def change(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
         """Replace entities of the replayed texts of a batch, in its place."""
         replay = Replay.of(trainer)
         assert replay is not None and self._special is not None

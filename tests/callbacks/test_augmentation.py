@@ -321,9 +321,10 @@ def test_language_models_learn_to_write_what_follows_a_hidden_span(tmp_path: Pat
 def test_batches_without_tokens_and_shares_out_of_range_are_refused(bert: str) -> None:
     augmentation = Augmentation()
     trainer = quiet(augmentation)
-    augmentation.setup(trainer, classifier(bert), "fit")
+    module = classifier(bert)
+    augmentation.setup(trainer, module, "fit")
     with pytest.raises(ValueError, match=r"input_ids and attention_mask \[batch, tokens\]; got a tuple"):
-        augmentation._change(trainer, (torch.zeros(2, 3), torch.zeros(2)))
+        augmentation.change(trainer, module, (torch.zeros(2, 3), torch.zeros(2)))
     with pytest.raises(ValueError, match="deletion must be at least 0 and below 1, got 1"):
         Augmentation(deletion=1)
     with pytest.raises(ValueError, match="share must be above 0 and at most 1, got 0"):
